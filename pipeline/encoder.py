@@ -1,0 +1,384 @@
+"""The frozen encoder: found and pinned, loaded once, texts tokenised once, token vectors pooled."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import EncoderConfig, TrainConfig
+from pipeline.errors import EncoderError
+from pipeline.records import EncoderRef, Runtime
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+# Published encoders that also travel as packages: sha256 of the weights -> (Hub id, commit).
+_KNOWN_WEIGHTS = {
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db": (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "8b3219a92973c328a8e22fadcfa821b5dc75636a",
+    ),
+}
+_TOKENS_PER_BATCH = 4096
+_TOKENISE_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """An encoder on this machine's disk, pinned."""
+
+    ref: EncoderRef
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as token ids, one flat array; text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: IntArray
+    truncated: npt.NDArray[np.bool_]
+    """Which texts were cut at ``max_tokens``, (texts,)."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens per text, (texts,)."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
+    """Find the encoder's files and pin their revision, downloading from the Hub where needed.
+
+    Raises: EncoderError: not installed, no such folder, not on the Hub or not reachable.
+    """
+    if config.name.startswith("package:"):
+        return _local_files(config.name, _package_folder(config.name.removeprefix("package:")))
+    if Path(config.name).is_dir():
+        return _local_files(config.name, Path(config.name))
+    if Path(config.name).is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") != 1:
+        raise EncoderError(f"encoder {config.name!r}: no such folder, and not a Hub id of the form OWNER/NAME")
+    return _hub_files(config, offline=offline)
+
+
+def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
+    """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
+
+    bfloat16 is chosen where the hardware multiplies it natively. On CPU attention is eager: for short texts its
+    backward pass is faster there than the fused kernel's, and it gives the same bits in every run.
+    """
+    if use_gpu and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, attention, processor = "cuda", "sdpa", torch.cuda.get_device_name()
+    else:
+        native, processor = _cpu_bfloat16()
+        device, attention = "cpu", "eager"
+    dtype = ("bfloat16" if native else "float32") if train.precision == "auto" else train.precision
+    return Runtime.model_validate(
+        {
+            "device": device,
+            "dtype": dtype,
+            "attention": attention,
+            "compiled": train.compile,
+            "threads": threads,
+            "processor": processor,
+        }
+    )
+
+
+class Encoder:
+    """A frozen encoder with its tokenizer. Holds the weights; adapters are attached to ``model`` in place."""
+
+    def __init__(self, files: EncoderFiles, config: EncoderConfig, runtime: Runtime) -> None:
+        """Load the weights in the runtime's dtype and freeze them.
+
+        Raises: EncoderError: files missing or damaged, remote code not allowed, no fast tokenizer.
+        """
+        self.ref = files.ref
+        self.config = config
+        self.runtime = runtime
+        self.device = torch.device(runtime.device)
+        self.model: Any = _load_weights(files.folder, config, runtime)
+        self.tokenizer = load_tokenizer(files.folder, config)
+        self.normalize = _normalizes(files.folder)
+        self.hidden_size = int(self.model.config.hidden_size)
+        self.pad_id = int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Frozen parameters; adapters attached to the model do not count."""
+        return sum(p.numel() for n, p in self.model.named_parameters() if not p.requires_grad and ".lora_" not in n)
+
+    def tokenise(self, texts: Sequence[str]) -> Tokens:
+        """Turn texts into token ids, special tokens included, cut at ``max_tokens``."""
+        return tokenise(self.tokenizer, texts, max_tokens=self.config.max_tokens)
+
+    def pooled(self, batch: Batch) -> Tensor:
+        """One vector per text, float32 (texts, width), not normalised; differentiable."""
+        hidden = self.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        return pool(hidden, batch.mask, how=self.config.pooling)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tokens) -> FloatArray:
+        """Vectors of all texts in their order, float32 (texts, width), not normalised.
+
+        Batches depend only on the lengths, so the same texts give the same bits.
+        """
+        vectors = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
+        for rows in batches_by_budget(tokens.lengths, tokens_per_batch=_TOKENS_PER_BATCH):
+            vectors[rows] = self.pooled(self.batch(tokens, rows)).cpu().numpy()
+        return vectors
+
+    def batch(self, tokens: Tokens, rows: IntArray) -> Batch:
+        """The given texts as a padded batch on the encoder's device."""
+        lengths = tokens.lengths[rows]
+        ids = np.full((len(rows), int(lengths.max())), self.pad_id, dtype=np.int64)
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        for line, row in enumerate(rows):
+            ids[line, : lengths[line]] = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
+        return Batch(self._to_device(torch.from_numpy(ids)), self._to_device(torch.from_numpy(mask.astype(np.int64))))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and mask of some texts, int64 (texts, longest text)."""
+
+    ids: Tensor
+    mask: Tensor
+    """1 for text, 0 for padding; at least one 1 per row."""
+
+
+def pool(hidden: Tensor, mask: Tensor, *, how: str) -> Tensor:
+    """Turn token vectors into text vectors.
+
+    Args:
+        hidden: Encoder output, float (texts, tokens, width).
+        mask: 1 for text, 0 for padding, (texts, tokens).
+        how: ``mean`` over the tokens that are not padding, ``cls`` (the first token), or ``max`` per dimension.
+    Returns: float32 (texts, width), not normalised.
+    """
+    hidden = hidden.float()
+    if how == "cls":
+        return hidden[:, 0]
+    weight = mask.unsqueeze(-1)
+    if how == "max":
+        return hidden.masked_fill(weight == 0, float("-inf")).amax(dim=1)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Tokens:
+    """Turn texts into token ids with a fast tokenizer, special tokens included, cut at ``max_tokens``."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length=max_tokens)
+    ids: list[npt.NDArray[np.int32]] = []
+    truncated: list[bool] = []
+    for start in range(0, len(texts), _TOKENISE_AT_ONCE):
+        for encoding in backend.encode_batch(list(texts[start : start + _TOKENISE_AT_ONCE])):
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            truncated.append(len(encoding.ids) == max_tokens and bool(encoding.overflowing))
+    lengths = np.array([len(i) for i in ids], dtype=np.int64)
+    assert len(ids) == 0 or lengths.min() > 0, "a tokenizer without special tokens made an empty text"
+    flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
+    return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]), np.array(truncated, dtype=np.bool_))
+
+
+def batches_by_budget(lengths: IntArray, *, tokens_per_batch: int) -> Iterator[IntArray]:
+    """Rows grouped by length, longest first, so that rows times the longest stays within the budget."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = max(1, tokens_per_batch // int(lengths[order[start]]))
+        yield order[start : start + rows]
+        start += rows
+
+
+def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
+    """The encoder's fast tokenizer.
+
+    Raises: EncoderError: missing, damaged, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise EncoderError(f"encoder {config.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise EncoderError(f"encoder {config.name}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
+    """The encoder's modules without weights (meta device), to check names and shapes before a worker starts.
+
+    Raises: EncoderError: unknown architecture, remote code not allowed, weights missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModel
+
+    weights = sorted(files.folder.glob("*.safetensors"))
+    if not weights:
+        raise EncoderError(f"encoder {config.name}: no *.safetensors file in it; pickled weights are not loaded")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise EncoderError(f"encoder {config.name}: {path.name} is damaged: {_first_line(error)}") from None
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(_architecture(files.folder, config), trust_remote_code=config.trust_remote_code)
+    return model
+
+
+def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    architecture = _architecture(folder, config)
+    options: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(_model_class(architecture).__init__).parameters:
+        options["add_pooling_layer"] = False  # the file may hold none, and then its weights would be random
+    try:
+        model = AutoModel.from_pretrained(
+            folder,
+            dtype=getattr(torch, runtime.dtype),
+            attn_implementation=runtime.attention,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            **options,
+        )
+    except Exception as error:
+        raise EncoderError(f"encoder {config.name}: cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    model.eval()  # the frozen base runs without its own dropout, in training too: see CHANGELOG, Experiments
+    return model.to(runtime.device)
+
+
+def _architecture(folder: Path, config: EncoderConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise EncoderError(f"encoder {config.name}: its config.json cannot be used: {_first_line(error)}") from error
+    limit = getattr(architecture, "max_position_embeddings", None)
+    if limit is not None and config.max_tokens > limit:
+        raise EncoderError(f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; set encoder.max_tokens")
+    return architecture
+
+
+def _model_class(architecture: Any) -> Any:
+    from transformers import MODEL_MAPPING
+
+    return MODEL_MAPPING.get(type(architecture), nn.Module)
+
+
+def _local_files(name: str, folder: Path) -> EncoderFiles:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise EncoderError(f"encoder {name}: expected config.json and *.safetensors, found {sorted(p.name for p in folder.iterdir())[:8]}")
+    sha256 = weights_sha256(folder)
+    public_name, revision = _KNOWN_WEIGHTS.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
+    if Path(public_name).is_dir():
+        public_name = Path(public_name).resolve().name
+    return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the bytes of the weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _package_folder(package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise EncoderError(f"encoder package:{package}: not installed; pip install {package}") from None
+    folders = {Path(str(f.locate())).parent for f in files if f.name == "config.json"}
+    folders = {f for f in folders if list(f.glob("*.safetensors"))}
+    if len(folders) != 1:
+        raise EncoderError(f"encoder package:{package}: expected one folder with config.json and *.safetensors, found {len(folders)}")
+    return folders.pop()
+
+
+def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] + (["*.py"] if config.trust_remote_code else [])
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "ON", "YES", "TRUE")
+    try:
+        folder = Path(
+            snapshot_download(
+                config.name,
+                revision=config.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["onnx/*", "openvino/*"],
+                local_files_only=offline,
+            )
+        )
+    except LocalEntryNotFoundError:
+        where = "not in the local cache, and offline" if offline else "not in the local cache, and the Hub cannot be reached"
+        raise EncoderError(f"encoder {config.name}: {where}; set encoder.name to a folder, or download it once while online") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise EncoderError(f"encoder {config.name}: cannot be fetched from the Hub: {_first_line(error)}") from None
+    return EncoderFiles(EncoderRef(name=config.name, public_name=config.name, revision=folder.name), folder)
+
+
+def _normalizes(folder: Path) -> bool:
+    """Whether the encoder's own definition (sentence-transformers) ends in unit vectors."""
+    modules = folder / "modules.json"
+    return modules.is_file() and any(m["type"].endswith("Normalize") for m in json.loads(modules.read_text(encoding="utf-8")))
+
+
+def _cpu_bfloat16() -> tuple[bool, str]:
+    """Whether this CPU multiplies bfloat16 natively, and the name of the widest instruction set it has."""
+    if platform.machine() in ("aarch64", "arm64"):
+        flags = set(_cpuinfo("Features"))
+        return "bf16" in flags, "arm-bf16" if "bf16" in flags else "arm"
+    flags = set(_cpuinfo("flags"))
+    for flag, name in (("amx_bf16", "amx-bf16"), ("avx512_bf16", "avx512-bf16")):
+        if flag in flags:
+            return True, name
+    return False, torch.backends.cpu.get_cpu_capability().lower()
+
+
+def _cpuinfo(field: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = re.search(rf"^{field}\s*:(.*)$", text, flags=re.MULTILINE)
+    return line.group(1).split() if line else []
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,52 @@
+"""Every error that is the user's or the world's, in one tree; a fault of ours is an ``assert``.
+
+::
+
+    LorafleetError                     exit 1: something failed while the job ran
+    ├── InputError                     exit 2: the call or the input is wrong; one message, no traceback
+    │   ├── ConfigError                a key, a value, a preset
+    │   ├── DataError                  a data set: missing, empty, wrong type, labels that cannot be learnt
+    │   ├── EncoderError               an encoder that cannot be found, loaded or trusted
+    │   ├── AdapterError               an adapter that does not fit, or is damaged
+    │   └── LockedError                another run writes to the same place
+    ├── ResumeError                    a checkpoint that would not end in the same weights
+    └── VerificationError              what was saved is not what was trained
+
+A message says which thing, what was expected, what was found, and what to do.
+"""
+
+
+class LorafleetError(Exception):
+    """Root of the tree; its text is meant for the person who started the run."""
+
+
+class InputError(LorafleetError):
+    """The call or the input is wrong: exit code 2."""
+
+
+class ConfigError(InputError):
+    """A misspelt key, a value out of range, an unknown preset or MTEB task name."""
+
+
+class DataError(InputError):
+    """A data set that is missing, empty, of the wrong type, or whose labels cannot be learnt."""
+
+
+class EncoderError(InputError):
+    """An encoder that cannot be found, loaded or trusted."""
+
+
+class AdapterError(InputError):
+    """An adapter that does not fit its encoder, or whose files are damaged."""
+
+
+class LockedError(InputError):
+    """Another run holds the place that this one wants to write."""
+
+
+class ResumeError(LorafleetError):
+    """A checkpoint made under other conditions: going on from it would not give the same weights."""
+
+
+class VerificationError(LorafleetError):
+    """A saved adapter that, loaded again, is not the one that was trained."""

@@ -1,0 +1,296 @@
+"""What travels between stages or touches a disk: frozen, validated, and no tensor in any of it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SelectedOn = Literal["validation", "test", "last_epoch"]
+"""The split that chose the epoch. ``test`` makes the score optimistic, so it is written on every row."""
+
+Column = Literal["majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"]
+"""One way to classify a data set; together they are the columns of the score table, left to right."""
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share or a score, 0..1."""
+
+
+class Record(BaseModel):
+    """A frozen record; an unknown field is an error, and the text under a field is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EncoderRef(Record):
+    """Which encoder, exactly."""
+
+    name: str
+    """As the config names it: a Hub id, a folder, or ``package:<name>``."""
+    public_name: str
+    """The name that others can load it by; never a local path."""
+    revision: str
+    """A commit of the Hub, or ``sha256:…`` of the weights for a folder or a package."""
+
+
+class Runtime(Record):
+    """How the numbers are computed: chosen once per run, because each field can change the last bits of a weight."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    """Of the frozen encoder; adapters, head and optimiser are always float32."""
+    attention: Literal["eager", "sdpa"]
+    compiled: bool
+    threads: int = Field(ge=1)
+    """Torch threads of one worker."""
+    processor: str
+    """The instruction set or GPU the choice was made for."""
+
+
+class MtebTask(Record):
+    """One classification data set and where it comes from, resolved from the config."""
+
+    name: str
+    source: Literal["hub", "mirror", "parquet", "package"]
+    location: str
+    """Hub data set, mirror folder, Parquet file of the train split, or package name."""
+    test_location: str | None = None
+    """Parquet file of the test split; only for ``source = "parquet"``."""
+    revision: str
+    """A commit, a package version, or ``sha256:…`` of the files once they have been read."""
+    subset: str = "default"
+    text_column: str = "text"
+    label_column: str = "label"
+    max_epochs: int = Field(ge=1)
+    samples_per_label: int = Field(ge=1)
+    """Texts per label in each of mteb's few-shot draws."""
+
+
+class AdapterRef(Record):
+    """A trained adapter on disk."""
+
+    path: str
+    sha256: str
+    """Of ``adapter_model.safetensors`` and ``head.safetensors``, in that order."""
+    encoder_revision: str
+
+
+class EpochRow(Record):
+    """One pass over the training texts."""
+
+    epoch: int = Field(ge=1)
+    train_loss: float
+    validation_accuracy: Unit | None
+    """On the split that selects the epoch; none in a refit, which has nothing left to select on."""
+    learning_rate: float
+    """At the end of the epoch."""
+    texts_per_second: float
+    """Training texts / seconds inside the training loop of this epoch."""
+    tokens_per_second: float
+    seconds: float
+    """Of the training loop; validation and checkpoint not included."""
+    peak_memory_bytes: int
+    is_best: bool
+
+
+class ScoreRow(Record):
+    """One column of the score table for one MTEB task, with all that is needed to make it again."""
+
+    run_id: str
+    mteb_task: str
+    subset: str
+    split: Literal["test"] = "test"
+    column: Column
+    accuracy: Unit
+    macro_f1: Unit
+    average_precision: Unit | None
+    """Only for two classes."""
+    low: Unit
+    high: Unit
+    """Ends of the 95 % interval of the accuracy: over the draws for few-shot, over the test texts otherwise."""
+    num_texts: int
+    num_classes: int
+    num_overlap: int
+    """Test texts that also occur in train."""
+    accuracy_without_overlap: Unit | None
+    """None where it was not measured apart (few-shot columns with overlap) or no text is left."""
+    num_truncated: int
+    """Test texts cut at ``max_tokens``."""
+    selected_on: SelectedOn | None
+    """None for columns in which nothing was selected."""
+    seconds: float
+    encoder: str
+    encoder_revision: str
+    dataset_revision: str
+    adapter_sha256: str | None
+    seed: int
+    dtype: str
+    device: str
+    versions: str
+    """JSON object: library -> version."""
+    created_at: datetime
+    p_value: Unit | None = None
+    """McNemar's exact test against ``frozen_full_data`` on the same test texts; only in the ``head`` row."""
+    p_value_holm: Unit | None = None
+    """The same, corrected over the run's MTEB tasks."""
+    reused_from: str | None = None
+    """The run that computed this row, if not this one."""
+
+
+class CoverageRow(Record):
+    """Accuracy if texts below a confidence are left without a label."""
+
+    threshold: Unit
+    coverage: Unit
+    """Share of the texts that keep their label."""
+    accuracy: Unit | None
+    """None where no text is left."""
+
+
+class ReliabilityBin(Record):
+    """One bar of the calibration plot."""
+
+    confidence: Unit
+    """Mean probability of the predicted label in this bin."""
+    accuracy: Unit
+    num_texts: int
+
+
+class Calibration(Record):
+    """How far the head's probabilities can be believed. Fitted on validation, measured on test."""
+
+    temperature: float = Field(gt=0)
+    fitted_on: Literal["validation", "none"]
+    """``none``: there was no validation slice left to fit on, and the temperature is 1."""
+    error_before: Unit
+    """Expected calibration error on test, 15 bins, temperature 1."""
+    error_after: Unit
+    coverage: tuple[CoverageRow, ...]
+    """On validation (on test where ``fitted_on`` is ``none``), so that a threshold can be chosen without reading test."""
+    reliability: tuple[ReliabilityBin, ...]
+    """On test, after temperature."""
+
+
+class Confusion(Record):
+    """A pair of labels that the head takes for each other on test."""
+
+    label: str
+    predicted: str
+    num_texts: int
+    num_of_label: int
+
+
+class DataSummary(Record):
+    """What was read, before anything was learnt from it."""
+
+    num_train: int
+    num_validation: int
+    num_test: int
+    label_names: tuple[str, ...]
+    num_overlap: int
+    num_empty_train: int
+    num_empty_test: int
+    num_truncated_train: int
+    num_truncated_test: int
+    fingerprint: str
+    """sha256 over the texts and labels of all splits, in order."""
+    notes: tuple[str, ...]
+    """What is lawful but thin: classes too small for a validation slice, labels that test lacks, …"""
+
+
+class Comparison(Record):
+    """The head against the full-data probe on the same test texts."""
+
+    only_head: int
+    """Texts that only the head gets right."""
+    only_probe: int
+    p_value: Unit
+    """McNemar's exact test, two-sided."""
+
+
+class TaskResult(Record):
+    """Everything a run knows of one MTEB task. Written last into its folder: with it the task is finished."""
+
+    mteb_task: MtebTask
+    key: str
+    """Hash of all that the weights and scores depend on; equal keys need no second run."""
+    run_id: str
+    data: DataSummary
+    encoder: EncoderRef
+    runtime: Runtime
+    adapter: AdapterRef
+    num_lora_parameters: int
+    num_head_parameters: int
+    merge_difference: float
+    """Largest absolute difference between embeddings of the merged and the unmerged adapter, over 32 test texts."""
+    probe_c: float
+    """Inverse regularisation of the full-data probe, chosen on validation."""
+    epochs: tuple[EpochRow, ...]
+    best_epoch: int
+    selected_on: SelectedOn
+    refitted: bool
+    scores: tuple[ScoreRow, ...]
+    comparison: Comparison | None
+    """None where one of the two columns was switched off."""
+    calibration: Calibration
+    confusions: tuple[Confusion, ...]
+    """The most frequent ones, at most ten."""
+    busy_seconds: float
+    """Time in which the worker computed for this MTEB task."""
+    reused_from: str | None = None
+
+
+class Failure(Record):
+    """An MTEB task that did not finish; the others did not care."""
+
+    mteb_task: str
+    stage: str
+    reason: str
+    """One line for the person who started the run."""
+    user_fault: bool = False
+    """True where the input was wrong, so that trying again cannot help."""
+
+
+class ResultsEntry(Record):
+    """One MTEB task in ``classification_results.json``; accuracies 0..1."""
+
+    task: str
+    num_classes: int
+    baseline_accuracy: float | None
+    """mteb's few-shot protocol on the frozen encoder."""
+    lora_accuracy: float | None
+    """The same on the adapted encoder."""
+    delta: float | None
+    full_data_probe_accuracy: float | None
+    head_accuracy: float | None
+    majority_accuracy: float | None
+    epochs: int
+    best_epoch: int
+    selected_on: SelectedOn
+    p_value_holm: float | None
+    num_test: int
+    num_overlap: int
+    adapter_sha256: str
+    reused_from: str | None
+
+
+class ResultsAverage(Record):
+    """Means over the MTEB tasks that have the column."""
+
+    baseline_accuracy: float | None
+    lora_accuracy: float | None
+    delta: float | None
+    full_data_probe_accuracy: float | None
+    head_accuracy: float | None
+
+
+class ClassificationResults(Record):
+    """The content of ``classification_results.json``."""
+
+    encoder: EncoderRef
+    tasks: tuple[ResultsEntry, ...]
+    average: ResultsAverage
+    failures: tuple[Failure, ...]
+    run_id: str
+    created_at: datetime

@@ -1,0 +1,319 @@
+"""What a run found, in one record and one table. The terminal, the card and the report all show this table, and no other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from pipeline.records import (
+    ClassificationResults,
+    Column,
+    EncoderRef,
+    Failure,
+    MtebTask,
+    ResultsAverage,
+    ResultsEntry,
+    ScoreRow,
+    TaskResult,
+)
+
+Verdict = Literal["above", "below", "within noise"]
+"""The head against the full-data probe on the same test texts; ``within noise`` unless Holm-corrected McNemar p < 0.05."""
+
+SIGNIFICANCE = 0.05
+
+SCORE_HEADINGS = (
+    "MTEB task",
+    "Classes",
+    "Majority",
+    "Frozen, few-shot",
+    "LoRA, few-shot",
+    "Delta",
+    "Frozen, full-data probe",
+    "LoRA, own head",
+    "Head against probe",
+    "Best epoch",
+)
+"""Above the cells of ``ScoreLine.cells``, left to right."""
+
+HOW_IT_WAS_MADE = (
+    ("Majority", "Every test text gets the most frequent label of train. A score near this one has learnt nothing."),
+    (
+        "Frozen, few-shot",
+        "mteb's own protocol on the frozen encoder: a logistic regression on a few texts per label, repeated over random draws; "
+        "the mean over the draws. The interval is over the draws.",
+    ),
+    ("LoRA, few-shot", "The same protocol on the encoder with the adapter merged into it. Delta is this column minus the one before."),
+    (
+        "Frozen, full-data probe",
+        "A logistic regression on the frozen encoder's vectors of all training texts; its regularisation was chosen on validation. "
+        "What the adapter has to beat, because it sees the same texts.",
+    ),
+    ("LoRA, own head", "The adapter with the head it was trained with: what classifies when the adapter is used."),
+    (
+        "Head against probe",
+        "McNemar's exact test on the same test texts, corrected after Holm over the MTEB tasks of the run. "
+        "Above or below only where p < 0.05, otherwise within noise.",
+    ),
+    (
+        "Intervals",
+        "95 %. Over the draws for the few-shot columns, over resampled test texts for the others. "
+        "They do not cover another training seed or other data.",
+    ),
+    (
+        "Test",
+        "The epoch was chosen on a validation slice and test was read once, at the end, except where a row is marked † (chosen on test).",
+    ),
+)
+"""How each number was made: (name, explanation)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One accuracy, 0..1, with the ends of its 95 % interval where they are known."""
+
+    accuracy: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell as people read it: per cent, one decimal, ``–`` where nothing was computed."""
+
+    text: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """One MTEB task in the score table."""
+
+    task: str
+    num_classes: int
+    majority: Accuracy | None
+    few_shot: Accuracy | None
+    lora_few_shot: Accuracy | None
+    delta: float | None
+    """``lora_few_shot - few_shot``, 0..1."""
+    probe: Accuracy | None
+    head: Accuracy | None
+    verdict: Verdict | None
+    """None where head or probe was not computed."""
+    p_value_holm: float | None
+    best_epoch: int
+    epochs: int
+    selected_on_test: bool
+    reused_from: str | None
+
+    @property
+    def marks(self) -> str:
+        """``†`` chosen on test, ``↺`` computed by an earlier run."""
+        return "†" * self.selected_on_test + "↺" * (self.reused_from is not None)
+
+    def cells(self) -> tuple[Cell, ...]:
+        """One per entry of ``SCORE_HEADINGS``."""
+        return (
+            Cell(f"{self.task} {self.marks}".rstrip()),
+            Cell(str(self.num_classes)),
+            _cell(self.majority),
+            _cell(self.few_shot),
+            _cell(self.lora_few_shot),
+            Cell(points(self.delta)),
+            _cell(self.probe),
+            _cell(self.head),
+            Cell(self.verdict or "–"),
+            Cell(f"{self.best_epoch} of {self.epochs}"),
+        )
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The score table of a run: numbers, and the same as text."""
+
+    lines: tuple[ScoreLine, ...]
+    average: ResultsAverage
+
+    def average_cells(self) -> tuple[Cell, ...]:
+        """The last line, one cell per entry of ``SCORE_HEADINGS``; empty where a mean says nothing."""
+        mean, nothing = self.average, Cell("")
+        return (
+            Cell("Average"),
+            nothing,
+            nothing,
+            Cell(percent(mean.baseline_accuracy)),
+            Cell(percent(mean.lora_accuracy)),
+            Cell(points(mean.delta)),
+            Cell(percent(mean.full_data_probe_accuracy)),
+            Cell(percent(mean.head_accuracy)),
+            nothing,
+            nothing,
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """The legend of the marks that occur."""
+        notes = []
+        if any(line.selected_on_test for line in self.lines):
+            notes.append("† The epoch was chosen on the test split itself, so this row's scores are optimistic.")
+        runs = sorted({line.reused_from for line in self.lines if line.reused_from is not None})
+        if runs:
+            notes.append(f"↺ Nothing this row depends on had changed, so it was taken over from an earlier run ({', '.join(runs)}).")
+        return tuple(notes)
+
+
+def summarise(
+    results: Sequence[TaskResult], failures: Sequence[Failure], *, encoder: EncoderRef, run_id: str, created_at: datetime
+) -> ClassificationResults:
+    """Build the content of ``classification_results.json``, which is published: it names no local path.
+
+    Args:
+        results: The finished MTEB tasks in table order; the Holm-corrected p is read from their ``head`` rows.
+        failures: The others.
+    """
+    entries = tuple(_entry(result) for result in results)
+    return ClassificationResults(
+        encoder=EncoderRef(name=encoder.public_name, public_name=encoder.public_name, revision=encoder.revision),
+        tasks=entries,
+        average=ResultsAverage(
+            baseline_accuracy=_mean(e.baseline_accuracy for e in entries),
+            lora_accuracy=_mean(e.lora_accuracy for e in entries),
+            delta=_mean(e.delta for e in entries),
+            full_data_probe_accuracy=_mean(e.full_data_probe_accuracy for e in entries),
+            head_accuracy=_mean(e.head_accuracy for e in entries),
+        ),
+        failures=tuple(
+            Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault) for f in failures
+        ),
+        run_id=run_id,
+        created_at=created_at,
+    )
+
+
+def score_table(summary: ClassificationResults, results: Sequence[TaskResult] = ()) -> ScoreTable:
+    """The score table of a run.
+
+    Args:
+        summary: Decides which lines there are, and their order.
+        results: Where the intervals come from; without them (a published repository) there are none.
+    """
+    by_name = {result.mteb_task.name: result for result in results}
+    return ScoreTable(lines=tuple(_line(entry, by_name.get(entry.task)) for entry in summary.tasks), average=summary.average)
+
+
+def score_row(result: TaskResult, column: Column) -> ScoreRow | None:
+    """The row of one column, or none where it was switched off."""
+    return next((row for row in result.scores if row.column == column), None)
+
+
+def percent(score: float | None) -> str:
+    """``0.9213`` -> ``92.1``; ``–`` for none."""
+    return "–" if score is None else f"{100 * score:.1f}"
+
+
+def points(difference: float | None) -> str:
+    """``0.152`` -> ``+15.2``; ``–`` for none."""
+    if difference is None:
+        return "–"
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def utc(when: datetime) -> str:
+    """``2026-01-02 03:04 UTC``."""
+    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def data_source(mteb_task: MtebTask) -> str:
+    """Where the texts came from and at which revision, without the folder that a mirror or a file lies in."""
+    place = {
+        "hub": mteb_task.location,
+        "package": f"Python package {mteb_task.location}",
+        "mirror": "local mirror",
+        "parquet": "own Parquet files",
+    }
+    return f"{place[mteb_task.source]} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
+
+
+def without_local_paths(text: str) -> str:
+    """The same text with ``…/name`` for each absolute path, for what leaves this machine; web addresses stay."""
+    return _LOCAL_PATH.sub(lambda match: f"…/{match['name']}", text)
+
+
+_LOCAL_PATH = re.compile(
+    r"""(?<![\w.:/-])(?:file://)?(?:[A-Za-z]:\\(?:[^\s\\'":;,()]+\\)*|/(?:[^\s/'":;,()]+/)+)(?P<name>[^\s/\\'":;,()]*)"""
+)
+
+
+def _entry(result: TaskResult) -> ResultsEntry:
+    rows = {row.column: row for row in result.scores}
+    accuracy = {column: row.accuracy for column, row in rows.items()}
+    baseline, lora, head = accuracy.get("frozen_few_shot"), accuracy.get("adapted_few_shot"), rows.get("head")
+    return ResultsEntry(
+        task=result.mteb_task.name,
+        num_classes=len(result.data.label_names),
+        baseline_accuracy=baseline,
+        lora_accuracy=lora,
+        delta=None if baseline is None or lora is None else lora - baseline,
+        full_data_probe_accuracy=accuracy.get("frozen_full_data"),
+        head_accuracy=accuracy.get("head"),
+        majority_accuracy=accuracy.get("majority"),
+        epochs=max(row.epoch for row in result.epochs),
+        best_epoch=result.best_epoch,
+        selected_on=result.selected_on,
+        p_value_holm=None if head is None else head.p_value_holm,
+        num_test=result.data.num_test,
+        num_overlap=result.data.num_overlap,
+        adapter_sha256=result.adapter.sha256,
+        reused_from=result.reused_from,
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
+    def score(accuracy: float | None, column: Column) -> Accuracy | None:
+        row = None if result is None else score_row(result, column)
+        if accuracy is None:
+            return None
+        return Accuracy(accuracy) if row is None else Accuracy(accuracy, row.low, row.high)
+
+    return ScoreLine(
+        task=entry.task,
+        num_classes=entry.num_classes,
+        majority=score(entry.majority_accuracy, "majority"),
+        few_shot=score(entry.baseline_accuracy, "frozen_few_shot"),
+        lora_few_shot=score(entry.lora_accuracy, "adapted_few_shot"),
+        delta=entry.delta,
+        probe=score(entry.full_data_probe_accuracy, "frozen_full_data"),
+        head=score(entry.head_accuracy, "head"),
+        verdict=_verdict(entry),
+        p_value_holm=entry.p_value_holm,
+        best_epoch=entry.best_epoch,
+        epochs=entry.epochs,
+        selected_on_test=entry.selected_on == "test",
+        reused_from=entry.reused_from,
+    )
+
+
+def _verdict(entry: ResultsEntry) -> Verdict | None:
+    head, probe, p_value = entry.head_accuracy, entry.full_data_probe_accuracy, entry.p_value_holm
+    if head is None or probe is None or p_value is None:
+        return None
+    if p_value >= SIGNIFICANCE or head == probe:
+        return "within noise"
+    # On the same test texts the sign of the accuracies is the sign of only_head - only_probe.
+    return "above" if head > probe else "below"
+
+
+def _cell(score: Accuracy | None) -> Cell:
+    if score is None:
+        return Cell("–")
+    if score.low is None or score.high is None:
+        return Cell(percent(score.accuracy))
+    return Cell(percent(score.accuracy), f"{percent(score.low)}–{percent(score.high)}")

@@ -1,0 +1,195 @@
+"""Every path of a run, and the two ways its files are written and read. Knows nothing of what the files mean."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from pipeline.errors import AdapterError, ConfigError, DataError
+from pipeline.records import Record
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """The files of one MTEB task, in the source document's layout and in the formats that others load."""
+
+    root: Path
+
+    @property
+    def lora_adapter_pt(self) -> Path:
+        """Tensors ``lora_{i}_A`` (in, rank), ``lora_{i}_B`` (rank, out) and ``lora_{i}_scaling``."""
+        return self.root / "lora_adapter.pt"
+
+    @property
+    def classifier_head_pt(self) -> Path:
+        """State of ``Sequential(Dropout, Linear)``."""
+        return self.root / "classifier_head.pt"
+
+    @property
+    def meta(self) -> Path:
+        """What is needed to attach the two files above by hand."""
+        return self.root / "meta.json"
+
+    @property
+    def adapter_weights(self) -> Path:
+        """The adapter as PEFT loads it."""
+        return self.root / "adapter_model.safetensors"
+
+    @property
+    def adapter_config(self) -> Path:
+        """PEFT's configuration of the adapter."""
+        return self.root / "adapter_config.json"
+
+    @property
+    def head(self) -> Path:
+        """The head's weight and bias."""
+        return self.root / "head.safetensors"
+
+    @property
+    def labels(self) -> Path:
+        """Label names in the order of the head's outputs."""
+        return self.root / "labels.json"
+
+    @property
+    def calibration(self) -> Path:
+        """A ``Calibration`` record."""
+        return self.root / "calibration.json"
+
+    @property
+    def result(self) -> Path:
+        """A ``TaskResult`` record, written last: with it the MTEB task is finished. Not published."""
+        return self.root / "result.json"
+
+    def published(self) -> tuple[Path, ...]:
+        """The files that leave the run folder when it is published."""
+        return (
+            self.lora_adapter_pt,
+            self.classifier_head_pt,
+            self.meta,
+            self.adapter_weights,
+            self.adapter_config,
+            self.head,
+            self.labels,
+            self.calibration,
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; a published repository has the same layout, less what stays at home."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """Written last: a folder with a manifest is a finished run, one without may be deleted."""
+        return self.root / "manifest.json"
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration. May name local paths, so it is not published."""
+        return self.root / "config.toml"
+
+    @property
+    def results(self) -> Path:
+        """A ``ClassificationResults`` record."""
+        return self.root / "classification_results.json"
+
+    @property
+    def readme(self) -> Path:
+        """The model card."""
+        return self.root / "README.md"
+
+    @property
+    def report(self) -> Path:
+        """The report as one HTML page."""
+        return self.root / "report.html"
+
+    @property
+    def metrics(self) -> Path:
+        """Folder of the two tables below."""
+        return self.root / "metrics"
+
+    @property
+    def scores(self) -> Path:
+        """One row per MTEB task and column of the score table."""
+        return self.metrics / "scores.parquet"
+
+    @property
+    def epochs(self) -> Path:
+        """One row per MTEB task and epoch."""
+        return self.metrics / "epochs.parquet"
+
+    def task(self, name: str) -> TaskFolder:
+        """The folder of one MTEB task.
+
+        Raises: ConfigError: the name is taken by a file or folder of the run itself, or is not one folder name.
+        """
+        taken = {p.name.lower() for p in (self.manifest, self.config, *self.published(), self.metrics)}
+        if name.lower() in taken or name in ("", ".", "..") or Path(name).name != name:
+            raise ConfigError(f"an MTEB task cannot be called {name!r}: a run folder needs that name for itself; choose another")
+        return TaskFolder(self.root / name)
+
+    def published(self) -> tuple[Path, ...]:
+        """The files beside the task folders that leave the run folder when it is published."""
+        return (self.readme, self.results, self.report, self.scores, self.epochs)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is either old or new, never half; makes its folder. Text is written as UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path, record_type: type[R]) -> R:
+    """Read a JSON file as the record it was written from.
+
+    Raises: DataError: the file is missing, cannot be read, or does not hold such a record.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; expected a {record_type.__name__} as JSON") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return record_type.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise DataError(
+            f"{path} is damaged, or was written by another version: expected a {record_type.__name__}; "
+            f"{where + ': ' if where else ''}{fault['msg']}"
+        ) from None
+
+
+def adapter_sha256(folder: Path) -> str:
+    """sha256 over the bytes of ``adapter_model.safetensors``, then ``head.safetensors``; the identity of an adapter.
+
+    Raises: AdapterError: one of the two files is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in (TaskFolder(folder).adapter_weights, TaskFolder(folder).head):
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read ({error.strerror}); an adapter needs both its weights and its head") from None
+    return digest.hexdigest()

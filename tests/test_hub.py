@@ -1,0 +1,223 @@
+"""Publishing to a folder: all of a finished run or nothing, and nothing of somebody else's is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import finished_run, task_result
+
+from pipeline.errors import AdapterError, ConfigError, DataError, InputError, LorafleetError, VerificationError
+from pipeline.hub import publish_to_folder
+from pipeline.records import ClassificationResults, Failure, TaskResult
+from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+
+ROOT_FILES = {"README.md", "classification_results.json", "report.html", "metrics/scores.parquet", "metrics/epochs.parquet"}
+TASK_FILES = {
+    "lora_adapter.pt",
+    "classifier_head.pt",
+    "meta.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "head.safetensors",
+    "labels.json",
+    "calibration.json",
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return finished_run(tmp_path / "runs" / "one", [task_result("A"), task_result("B")])
+
+
+def test_a_published_folder_has_the_layout_of_the_source_document(run: RunFolder, tmp_path: Path) -> None:
+    published = publish_to_folder(run.root, tmp_path / "new" / "repository")
+    target = tmp_path / "new" / "repository"
+    expected = ROOT_FILES | {f"{task}/{name}" for task in "AB" for name in TASK_FILES}
+    assert set(contents(target)) == expected
+    assert published == sorted(target / name for name in expected)
+    assert names(target.parent) == ["repository"]
+
+
+def test_every_published_file_has_the_bytes_of_the_run(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    of_run = contents(run.root)
+    assert all(of_run[name] == content for name, content in contents(tmp_path / "out").items())
+
+
+def test_publishing_again_replaces_what_was_published(run: RunFolder, tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "runs" / "two", [task_result("C")])
+    publish_to_folder(run.root, tmp_path / "out")
+    publish_to_folder(other.root, tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == ROOT_FILES | {f"C/{name}" for name in TASK_FILES}
+
+
+def test_an_empty_folder_can_be_published_to(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert len(publish_to_folder(run.root, tmp_path / "out")) == len(contents(tmp_path / "out"))
+
+
+def test_tasks_that_failed_are_listed_and_the_others_published(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", [task_result("A")], failures=[Failure(mteb_task="Lost", stage="train", reason="died")])
+    (run.root / "Lost").mkdir()
+    (run.root / "Lost" / "meta.json").write_text("{}", encoding="utf-8")
+    publish_to_folder(run.root, tmp_path / "out")
+    assert not (tmp_path / "out" / "Lost").exists()
+    assert read_record(tmp_path / "out" / "classification_results.json", ClassificationResults).failures[0].mteb_task == "Lost"
+
+
+def test_a_run_without_manifest_is_not_finished(run: RunFolder, tmp_path: Path) -> None:
+    run.manifest.unlink()
+    with pytest.raises(InputError, match=r"is not finished: manifest\.json is missing"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a run folder"):
+        publish_to_folder(tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["report.html", "A/labels.json", "A/result.json", "metrics/epochs.parquet"])
+def test_a_missing_file_is_named(run: RunFolder, tmp_path: Path, name: str) -> None:
+    (run.root / name).unlink()
+    with pytest.raises(InputError, match=Path(name).name):
+        publish_to_folder(run.root, tmp_path / "out")
+
+
+def test_a_run_in_which_everything_failed_is_not_published(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", [], failures=[Failure(mteb_task="Lost", stage="train", reason="died")])
+    with pytest.raises(InputError, match="nothing to publish"):
+        publish_to_folder(run.root, tmp_path / "out")
+
+
+def test_an_adapter_that_is_not_the_measured_one_stops_everything(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    run.task("B").head.write_bytes(b"another head")
+    with pytest.raises(VerificationError, match="B: the adapter's files have sha256"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    assert names(tmp_path) == ["out", "runs"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "A/adapter_config.json", "report.html", "metrics/scores.parquet"])
+def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_path: Path, name: str) -> None:
+    (run.root / name).write_text(f'{{"path": "{run.root}/A"}}', encoding="utf-8")
+    with pytest.raises(LorafleetError, match=f"{name} names the local path"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_of_the_config_is_found_in_its_json_form_too(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", [task_result("A")])
+    run.config.write_text('[encoder]\nname = "/srv/modèles/minilm"\n', encoding="utf-8")
+    run.task("A").meta.write_text(json.dumps({"encoder": {"name": "/srv/modèles/minilm"}}), encoding="utf-8")
+    with pytest.raises(LorafleetError, match=r"A/meta\.json names the local path"):
+        publish_to_folder(run.root, tmp_path / "out")
+
+
+def test_a_longer_name_that_begins_like_a_local_path_is_none(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", [task_result("A")])
+    run.readme.write_text(f"{run.root}ning, https://example.org{run.root}", encoding="utf-8")
+    assert publish_to_folder(run.root, tmp_path / "out")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(InputError, match="was not published by lorafleet"):
+        publish_to_folder(run.root, tmp_path / "photos")
+    assert contents(tmp_path / "photos") == {"cat.jpg": b"cat"}
+
+
+def test_a_file_added_to_a_published_folder_is_not_lost(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    (tmp_path / "out" / "A" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"A/notes\.txt would be lost"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert (tmp_path / "out" / "A" / "notes.txt").read_bytes() == b"mine"
+
+
+def test_another_run_folder_is_not_a_target(run: RunFolder, tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "runs" / "two", [task_result("A")])
+    with pytest.raises(InputError, match="would be lost"):
+        publish_to_folder(run.root, other.root)
+    assert other.manifest.is_file()
+
+
+def test_run_and_target_must_lie_apart(run: RunFolder, tmp_path: Path) -> None:
+    for target in (run.root, run.root / "inside", run.root.parent, tmp_path):
+        with pytest.raises(InputError, match="one lies inside the other"):
+            publish_to_folder(run.root, target)
+
+
+def test_a_file_is_not_a_target(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"x")
+    with pytest.raises(InputError, match="it is a file"):
+        publish_to_folder(run.root, tmp_path / "out")
+
+
+def test_a_link_to_a_folder_stays_a_link(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    publish_to_folder(run.root, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "README.md").is_file()
+
+
+def test_a_copy_that_fails_leaves_the_target_as_it_was(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"in the way")
+    with pytest.raises(LorafleetError, match="left it as it was"):
+        publish_to_folder(run.root, tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_bytes() == b"in the way"
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    result = task_result(labels=("né", "反"))
+    write_atomically(tmp_path / "deep" / "result.json", result.model_dump_json())
+    assert read_record(tmp_path / "deep" / "result.json", TaskResult) == result
+    assert names(tmp_path / "deep") == ["result.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}', b"\xff\xfe"])
+def test_a_damaged_record_is_an_error_that_names_file_and_type(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"result\.json is damaged.*expected a TaskResult"):
+        read_record(tmp_path / "result.json", TaskResult)
+
+
+def test_a_missing_record_is_an_error_that_names_file_and_type(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"result\.json is missing; expected a TaskResult"):
+        read_record(tmp_path / "result.json", TaskResult)
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError, match="file"):
+        write_atomically(tmp_path / "file", "new")
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_identity_of_an_adapter_is_the_hash_of_weights_then_head(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"ab")
+    (tmp_path / "head.safetensors").write_bytes(b"c")
+    assert adapter_sha256(tmp_path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # sha256sum <<< of "abc"
+    (tmp_path / "head.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"head\.safetensors cannot be read"):
+        adapter_sha256(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics", "Metrics", "manifest.json", "README.md", "..", "a/b", ""])
+def test_a_task_cannot_take_a_name_that_the_run_needs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be called"):
+        RunFolder(tmp_path).task(name)
