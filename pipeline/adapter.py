@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -236,7 +237,8 @@ def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) 
     """
     folder.root.mkdir(parents=True, exist_ok=True)
     pairs = list(adapter.projections.items())
-    write_atomically(folder.adapter_weights, save(_peft_state(pairs), metadata={"format": "pt"}))
+    peft_state = {name: parameter.detach().cpu().clone() for name, parameter in _peft_names(adapter.projections)}
+    write_atomically(folder.adapter_weights, save(peft_state, metadata={"format": "pt"}))
     write_atomically(folder.adapter_config, _peft_config(adapter))
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.head.state_dict().items()}
     write_atomically(folder.head, save({"weight": head["1.weight"], "bias": head["1.bias"]}))
@@ -253,32 +255,41 @@ def load_adapter(folder: TaskFolder, encoder: Encoder) -> Adapter:
     Raises: AdapterError: files missing or damaged, another encoder revision, shapes that do not fit.
     """
     meta, labels = _read_json(folder.meta), _read_json(folder.labels)
-    trained_on = meta["encoder"]["revision"]
-    if trained_on != encoder.ref.revision:
-        raise AdapterError(f"{folder.root}: trained on encoder revision {trained_on}, but this encoder is {encoder.ref.revision}")
-    config = AdapterConfig(rank=meta["rank"], alpha=meta["alpha"], dropout=meta["dropout"], target=tuple(meta["adapted_modules"]))
+    try:
+        trained_on = {"revision": meta["encoder"]["revision"], "pooling": meta["pooling"]}
+        config = AdapterConfig(rank=meta["rank"], alpha=meta["alpha"], dropout=meta["dropout"], target=tuple(meta["adapted_modules"]))
+        state, head = load_file(folder.adapter_weights), load_file(folder.head)
+    except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
+        raise AdapterError(f"{folder.root}: the adapter's files are missing or damaged: {str(error).splitlines()[0]}") from None
+    here = {"revision": encoder.ref.revision, "pooling": encoder.config.pooling}
+    for what, value in trained_on.items():
+        if value != here[what]:
+            raise AdapterError(f"{folder.root}: trained on an encoder of {what} {value}, but this one's is {here[what]}")
     adapter = Adapter(encoder, config, labels)
     try:
-        state = load_file(folder.adapter_weights)
-        head = load_file(folder.head)
-        with torch.no_grad():
-            for path, lora in adapter.projections.items():
-                lora.lora_A.copy_(state[f"base_model.model.{path}.lora_A.weight"])
-                lora.lora_B.copy_(state[f"base_model.model.{path}.lora_B.weight"])
-        adapter.start_head(HeadStart(head["weight"].numpy(), head["bias"].numpy()))
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        _copy_exactly(state, dict(_peft_names(adapter.projections)))
+        _copy_exactly(head, dict(adapter.head[1].named_parameters()))
+    except ValueError as error:
         adapter.detach()
-        raise AdapterError(f"{folder.root}: the adapter's files are missing, damaged or do not fit: {str(error).splitlines()[0]}") from None
+        raise AdapterError(f"{folder.root}: the adapter's files do not fit together: {error}") from None
     adapter.head.eval()
     return adapter
 
 
-def _peft_state(pairs: list[tuple[str, LoraLinear]]) -> dict[str, Tensor]:
-    state = {}
-    for path, lora in pairs:
-        state[f"base_model.model.{path}.lora_A.weight"] = lora.lora_A.detach().cpu().clone()
-        state[f"base_model.model.{path}.lora_B.weight"] = lora.lora_B.detach().cpu().clone()
-    return state
+def _peft_names(projections: Mapping[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, lora in projections.items():
+        yield f"base_model.model.{path}.lora_A.weight", lora.lora_A
+        yield f"base_model.model.{path}.lora_B.weight", lora.lora_B
+
+
+def _copy_exactly(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name in sorted(tensors.keys() | parameters.keys()):
+        expected, found = (tuple(of[name].shape) if name in of else "none" for of in (parameters, tensors))
+        if expected != found:  # copy_ would broadcast
+            raise ValueError(f"{name}: expected shape {expected}, found {found}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 def _peft_config(adapter: Adapter) -> str:
@@ -344,7 +355,11 @@ def _last_layers(paths: list[str], layers: str) -> list[str]:
     if layers == "all":
         return paths
     last = int(layers.removeprefix("last:"))
-    numbers = [int(next(iter(re.findall(r"\.(\d+)\.", f".{path}")))) for path in paths]
+    found = [re.search(r"\.(\d+)\.", f".{path}") for path in paths]
+    outside = [path for path, number in zip(paths, found, strict=True) if number is None]
+    if outside:
+        raise AdapterError(f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target")
+    numbers = [int(number[1]) for number in found if number is not None]
     there = sorted(set(numbers))
     if last > len(there):
         raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(there)} layers")

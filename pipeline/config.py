@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,13 +42,13 @@ class AdapterConfig(Record):
 
     rank: int = Field(default=8, ge=1, le=256)
     """Width of the update. Higher fits more and costs memory, linearly."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
     """The update is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Before the head's linear layer, while training."""
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "all"
     """``all``, or ``last:k``: the layers below stay as they are and can be shared between adapters."""
-    target: Literal["attention"] | tuple[str, ...] = "attention"
+    target: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)] = "attention"
     """``attention``: query, key, value and output projection of the architecture; or full module paths."""
 
 
@@ -58,7 +59,7 @@ class TrainConfig(Record):
     """Peak of the cosine schedule."""
     head_init: Literal["probe", "random"] = "probe"
     """``probe`` starts the head from the full-data logistic regression: linear probing, then fine-tuning."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     batch_size: int = Field(default=32, ge=1)
     """Texts per step."""
     max_epochs: int = Field(default=5, ge=1)
@@ -76,7 +77,7 @@ class TrainConfig(Record):
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of initialisation, order, dropout, validation slice and few-shot draws of the own columns."""
+    """Of initialisation, order, dropout, validation slice and bootstrap; mteb's draws have their own, fixed."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen encoder. ``auto``: bfloat16 where the hardware multiplies it faster."""
     compile: bool = False
@@ -95,7 +96,7 @@ class EvaluateConfig(Record):
     columns: tuple[Column, ...] = ALL_COLUMNS
     bootstrap_draws: int = Field(default=1000, ge=100)
     """Resamples of the test texts behind each interval."""
-    probe_c: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    probe_c: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(default=(0.1, 1.0, 10.0, 100.0), min_length=1)
     """Inverse regularisations that the full-data probe chooses from, on validation."""
 
     @model_validator(mode="after")
@@ -117,11 +118,11 @@ class DataConfig(Record):
 class ComputeConfig(Record):
     """How the fleet is spread over the machine or the cluster."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """MTEB tasks at a time. ``auto``: as many as the CPUs or GPUs hold."""
-    cpus_per_worker: float | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """CPU share of a worker, and its number of torch threads. ``auto``: one on a CPU machine (measured faster than sharing)."""
-    gpus_per_worker: float | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """``auto``: one where Ray sees a GPU, none otherwise. A fraction packs several workers on one."""
     ray_address: str | None = None
     """An existing Ray cluster (``auto`` or ``host:port``); left out, a local Ray is started and stopped."""
@@ -214,7 +215,7 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(fault) for fault in error.errors(include_url=False)]
+        lines = _describe(error.errors(include_url=False))
         raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
 
 
@@ -241,14 +242,25 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, raw = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as train.seed=7")
-    *parents, last = key.strip().split(".")
     node: Any = values
-    for parent in parents:
-        node = _child(node, parent, key)
+    last, rest = _first_part(node, key.strip())
+    while rest:
+        node = _child(node, last, key)
+        last, rest = _first_part(node, rest)
     if isinstance(node, list):
         node[_index(node, last, key)] = _toml_value(raw)
     else:
         node[last] = _toml_value(raw)
+
+
+def _first_part(node: Any, key: str) -> tuple[str, str]:
+    """The first part of a dotted key, and the rest. The name of an MTEB task may hold dots itself (`….v2`)."""
+    names = [str(item.get("name")) for item in node if isinstance(item, dict)] if isinstance(node, list) else []
+    for name in sorted(names, key=len, reverse=True):
+        if f"{key}.".startswith(f"{name}."):
+            return name, key[len(name) + 1 :]
+    first, _, rest = key.partition(".")
+    return first, rest
 
 
 def _child(node: Any, name: str, key: str) -> Any:
@@ -272,19 +284,36 @@ def _toml_value(raw: str) -> Any:
         return raw
 
 
-def _describe(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {_known_keys(fault['loc'])}"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = "" if fault["type"] in ("missing", "value_error") else f", found {fault['input']!r}"
-    return f"{where}: {message}{found}" if where else f"{message}{found}"
+def _describe(faults: Sequence[Any]) -> list[str]:
+    """One line per key: "a number, or auto" is one key, but pydantic finds a fault in each of the two."""
+    by_key: dict[str, list[Any]] = {}
+    unknown = []
+    for fault in faults:
+        key, model = _locate(fault["loc"])
+        if fault["type"] == "too_short" and fault["input"]:
+            continue  # it has items, and each of them a fault of its own
+        if fault["type"] == "extra_forbidden":
+            unknown.append(f"unknown key {'.'.join(map(str, fault['loc']))!r}; the keys there are {', '.join(model.model_fields)}")
+        else:
+            by_key.setdefault(key, []).append(fault)
+    return [_describe_key(key, of_key) for key, of_key in by_key.items()] + unknown
 
 
-def _known_keys(location: tuple[str | int, ...]) -> str:
+def _describe_key(key: str, faults: Sequence[Any]) -> str:
+    message = ", or: ".join(fault["msg"].removeprefix("Value error, ") for fault in faults)
+    found = "" if faults[0]["type"] in ("missing", "value_error") else f", found {faults[0]['input']!r}"
+    return f"{key}: {message}{found}" if key else f"{message}{found}"
+
+
+def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:
+    """The key that pydantic's location stands for, without the names of types that it puts behind, and the part it is in."""
     model: type[Record] = RunConfig
-    for part in location[:-1]:
-        if isinstance(part, str):
-            inner = model.model_fields[part].annotation
-            model = MtebTaskConfig if part == "mteb_tasks" else inner  # type: ignore[assignment]
-    return f"the keys there are {', '.join(model.model_fields)}"
+    key: list[str] = []
+    for part in location:
+        if isinstance(part, str) and part not in model.model_fields:
+            break
+        key.append(str(part))
+        inner = MtebTaskConfig if part == "mteb_tasks" else model.model_fields[part].annotation if isinstance(part, str) else None
+        if isinstance(inner, type) and issubclass(inner, Record):
+            model = inner
+    return ".".join(key), model

@@ -31,7 +31,7 @@ class TaskData:
     mteb_task: Any
     """The same data as a real mteb task; it knows neither validation slice nor label names."""
     label_names: tuple[str, ...]
-    """One name per class, at least two; in the order of the labels in the data, numbers before names."""
+    """One name per class, at least two; in the order of the labels in the data, so by number where they are numbers."""
     train_texts: list[str]
     train_labels: Labels
     validation_texts: list[str]
@@ -102,10 +102,6 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     """Label names, and every split with its labels as positions in them."""
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
-    kinds = {type(label) for column in values.values() for label in column}
-    if len(kinds) > 1:
-        found = ", ".join(f"{split} {type(column[0]).__name__}" for split, column in values.items())
-        raise DataError(f"{name}: labels are numbers in one split and strings in another ({found}); write them alike")
     if len(classes) < 2:
         raise DataError(f"{name}: train has the single label {classes[0]!r}; a classifier needs at least two classes")
     position = {label: number for number, label in enumerate(classes)}
@@ -143,7 +139,7 @@ def _hold_out(splits: dict[str, _Split], label_names: tuple[str, ...], config: T
     held_out = _validation_mask(train, fraction=config.validation_fraction, seed=config.seed)
     spared = set(train.labels[held_out].tolist())
     without = [name for label, name in enumerate(label_names) if label not in spared]
-    notes = [f"{len(without)} classes are too small for a validation slice and stay wholly in train: {_some(without)}"] if without else []
+    notes = [f"classes too small for a validation slice, so wholly in train: {_some(without)}"] if without else []
     return train.take(~held_out), train.take(held_out), notes
 
 
@@ -178,13 +174,13 @@ def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, 
     notes = []
     absent = [name for name, count in zip(label_names, in_test, strict=True) if count == 0]
     if absent:
-        notes.append(f"{len(absent)} of {len(label_names)} classes do not occur in test: {_some(absent)}")
+        notes.append(f"classes that do not occur in test: {_some(absent)}")
     thin = [f"{name} {count}" for name, count in zip(label_names, in_train, strict=True) if count < task.samples_per_label]
     if thin:
-        notes.append(f"{len(thin)} classes have fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
+        notes.append(f"classes with fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
     for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
         if count:
-            notes.append(f"{count} texts of {split} are empty")
+            notes.append(f"empty texts in {split}, kept: {count}")
     return notes
 
 

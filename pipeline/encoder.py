@@ -33,6 +33,9 @@ _KNOWN_WEIGHTS = {
         "8b3219a92973c328a8e22fadcfa821b5dc75636a",
     ),
 }
+# These count positions from behind the padding index, so the first ones of the table are never used.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 _TOKENS_PER_BATCH = 4096
 _TOKENISE_AT_ONCE = 8192
 
@@ -188,7 +191,11 @@ def pool(hidden: Tensor, mask: Tensor, *, how: str) -> Tensor:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Tokens:
-    """Turn texts into token ids with a fast tokenizer, special tokens included, cut at ``max_tokens``."""
+    """Turn texts into token ids with a fast tokenizer, special tokens included, cut at ``max_tokens``.
+
+    Where a tokenizer has no special tokens, an empty text becomes one padding token: every text needs a vector.
+    """
+    nothing = [int(tokenizer.pad_token_id or 0)]
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(max_length=max_tokens)
@@ -196,10 +203,9 @@ def tokenise(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Tokens
     truncated: list[bool] = []
     for start in range(0, len(texts), _TOKENISE_AT_ONCE):
         for encoding in backend.encode_batch(list(texts[start : start + _TOKENISE_AT_ONCE])):
-            ids.append(np.array(encoding.ids, dtype=np.int32))
+            ids.append(np.array(encoding.ids or nothing, dtype=np.int32))
             truncated.append(len(encoding.ids) == max_tokens and bool(encoding.overflowing))
     lengths = np.array([len(i) for i in ids], dtype=np.int64)
-    assert len(ids) == 0 or lengths.min() > 0, "a tokenizer without special tokens made an empty text"
     flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
     return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]), np.array(truncated, dtype=np.bool_))
 
@@ -221,6 +227,8 @@ def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):  # transformers makes an empty one instead
+        raise EncoderError(f"encoder {config.name}: no tokenizer in it; expected tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -263,8 +271,9 @@ def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
     if "add_pooling_layer" in inspect.signature(_model_class(architecture).__init__).parameters:
         options["add_pooling_layer"] = False  # the file may hold none, and then its weights would be random
     try:
-        model = AutoModel.from_pretrained(
+        model, loading = AutoModel.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=getattr(torch, runtime.dtype),
             attn_implementation=runtime.attention,
             trust_remote_code=config.trust_remote_code,
@@ -274,6 +283,9 @@ def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
         )
     except Exception as error:
         raise EncoderError(f"encoder {config.name}: cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:  # transformers fills them with random numbers
+        raise EncoderError(f"encoder {config.name}: its weights lack {', '.join(missing[:3])} ({len(missing)} in all)")
     model.requires_grad_(False)
     model.eval()  # the frozen base runs without its own dropout, in training too: see CHANGELOG, Experiments
     return model.to(runtime.device)
@@ -285,8 +297,13 @@ def _architecture(folder: Path, config: EncoderConfig) -> Any:
     try:
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            remedy = "set encoder.revision and encoder.trust_remote_code = true if you trust it"
+            raise EncoderError(f"encoder {config.name}: needs Python code that comes with it; {remedy}") from error
         raise EncoderError(f"encoder {config.name}: its config.json cannot be used: {_first_line(error)}") from error
     limit = getattr(architecture, "max_position_embeddings", None)
+    if limit is not None and architecture.model_type in _POSITIONS_AFTER_PADDING:
+        limit -= architecture.pad_token_id + 1
     if limit is not None and config.max_tokens > limit:
         raise EncoderError(f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; set encoder.max_tokens")
     return architecture

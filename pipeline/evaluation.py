@@ -251,7 +251,9 @@ def _few_shot(mteb_task: Any, vectors: TextVectors) -> scores.Score:
     """mteb's own protocol: logistic regression on ``samples_per_label`` texts, ten draws, on test."""
     import mteb
 
-    result = mteb.evaluate(_mteb_encoder(vectors), mteb_task, cache=None, co2_tracker=False, show_progress_bar=False)
+    result = mteb.evaluate(
+        _mteb_encoder(vectors), mteb_task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 1024}
+    )
     (entry,) = result.task_results[0].scores["test"]
     draws = entry["scores_per_experiment"]
     precisions = [draw["ap"] for draw in draws] if draws[0].get("ap") is not None else None
@@ -260,7 +262,7 @@ def _few_shot(mteb_task: Any, vectors: TextVectors) -> scores.Score:
 
 def _mteb_encoder(vectors: TextVectors) -> Any:
     """An object that mteb takes for an encoder, reading vectors that are already there."""
-    from mteb import ModelMeta
+    from mteb.models import ModelMeta
     from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 
     class CachedEncoder:

@@ -94,6 +94,21 @@ class EpochRow(Record):
     is_best: bool
 
 
+class Progress(Record):
+    """How far a training is."""
+
+    epoch: int
+    max_epochs: int
+    step: int
+    """Of this epoch."""
+    num_steps: int
+    """Of each epoch."""
+    train_loss: float
+    """Of the last step."""
+    texts_per_second: float
+    """Of this epoch so far."""
+
+
 class ScoreRow(Record):
     """One column of the score table for one MTEB task, with all that is needed to make it again."""
 

@@ -23,10 +23,11 @@ from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, Tokens
 from pipeline.errors import ResumeError
-from pipeline.records import EpochRow, Runtime, SelectedOn
+from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import write_atomically
 
 _BATCHES_PER_BUCKET = 64
+_STEPS_PER_REPORT = 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def train_adapter(
     head_start: HeadStart | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Training:
     """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``.
 
@@ -83,14 +85,21 @@ def train_adapter(
         head_start: Initial weights of the head; random where left out.
         checkpoint: File that is rewritten after every epoch.
         on_epoch: Called after every epoch.
+        on_progress: Called after every few steps.
     Raises: ResumeError: the checkpoint was made under other conditions.
     """
-    conditions = _conditions(train, encoder.runtime, train_config, adapter_config, max_epochs)
+    conditions = _conditions(train_config, adapter_config, encoder) | {
+        "max_epochs": max_epochs,
+        "label names": list(label_names),
+        "training texts": _sha256(*_arrays(train)),
+        "selection texts": _sha256(*_arrays(selection)) if selection is not None else None,
+        "head start": _sha256(head_start.weight, head_start.bias) if head_start is not None else None,
+    }
     adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
     if head_start is not None:
         adapter.start_head(head_start)
     file = Checkpoint(checkpoint, conditions) if checkpoint else None
-    loop = _Loop(adapter, train, train_config, max_epochs, file)
+    loop = _Loop(adapter, train, train_config, max_epochs, file, on_progress)
     loop.run(selection, on_epoch)
     state = loop.state
     refit = train_config.refit and selection is not None
@@ -102,7 +111,7 @@ def train_adapter(
         if head_start is not None:
             adapter.start_head(head_start)
         second = Checkpoint(checkpoint.with_suffix(".refit"), conditions) if checkpoint else None
-        _Loop(adapter, both, train_config, max_epochs, second, stop_after=state.best_epoch).run(None, on_epoch)
+        _Loop(adapter, both, train_config, max_epochs, second, on_progress, stop_after=state.best_epoch).run(None, on_epoch)
     adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
     best = tuple(row.model_copy(update={"is_best": row.epoch == state.best_epoch}) for row in state.epochs)
@@ -130,6 +139,7 @@ class _Loop:
         config: TrainConfig,
         max_epochs: int,
         checkpoint: Checkpoint | None,
+        on_progress: Callable[[Progress], None],
         *,
         stop_after: int | None = None,
     ) -> None:
@@ -139,12 +149,13 @@ class _Loop:
         self.max_epochs = max_epochs
         self.stop_after = stop_after or max_epochs
         self.checkpoint = checkpoint
+        self.on_progress = on_progress
         self.state = _State()
         # All trained weights in one vector: one optimiser step, one norm and one copy instead of fifty.
         self.weights = flatten(adapter.parameters)
         self.best = self.weights.detach().clone()
         self.optimizer = torch.optim.AdamW([self.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.total_steps = max_epochs * math.ceil(len(train.labels) / config.batch_size)
+        self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
         self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
 
     def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
@@ -173,7 +184,11 @@ class _Loop:
         order = np.random.default_rng([self.config.seed, epoch])
         self.adapter.head.train()
         start = time.perf_counter()
-        losses = [self._step(r) for r in epoch_batches(self.train.tokens.lengths, batch_size=self.config.batch_size, order=order)]
+        losses: list[Tensor] = []
+        for rows in epoch_batches(self.train.tokens.lengths, batch_size=self.config.batch_size, order=order):
+            losses.append(self._step(rows))
+            if len(losses) % _STEPS_PER_REPORT == 0:
+                self._report(epoch, len(losses), losses[-1], time.perf_counter() - start)
         train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
         seconds = time.perf_counter() - start
         self.adapter.head.eval()
@@ -189,6 +204,18 @@ class _Loop:
             is_best=False,
         )
 
+    def _report(self, epoch: int, step: int, loss: Tensor, seconds: float) -> None:
+        self.on_progress(
+            Progress(
+                epoch=epoch,
+                max_epochs=self.stop_after,
+                step=step,
+                num_steps=self.steps_per_epoch,
+                train_loss=float(loss),
+                texts_per_second=step * self.config.batch_size / seconds,
+            )
+        )
+
     def _step(self, rows: IntArray) -> Tensor:
         encoder = self.adapter.encoder
         labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
@@ -198,7 +225,7 @@ class _Loop:
         self.weights.grad.zero_()
         loss.backward()
         nn.utils.clip_grad_norm_([self.weights], self.config.gradient_clip)
-        self.optimizer.param_groups[0]["lr"] = _cosine(self.config.learning_rate, self.state.steps, self.total_steps)
+        self.optimizer.param_groups[0]["lr"] = _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch)
         self.optimizer.step()
         self.state.steps += 1
         return loss.detach()
@@ -259,9 +286,9 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError:
+            found = json.loads(metadata["conditions"])
+        except (SafetensorError, OSError):
             return None
-        found = json.loads(metadata["conditions"])
         different = sorted(k for k in self.conditions.keys() | found.keys() if self.conditions.get(k) != found.get(k))
         if different:
             facts = ", ".join(f"{k}: then {found.get(k)}, now {self.conditions.get(k)}" for k in different)
@@ -328,10 +355,16 @@ def _cosine(peak: float, step: int, steps: int) -> float:
     return peak * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _conditions(
-    train: LabelledTokens, runtime: Runtime, train_config: TrainConfig, adapter_config: AdapterConfig, max_epochs: int
-) -> dict[str, Any]:
-    """What a resume must find unchanged."""
-    data = hashlib.sha256(train.tokens.ids.tobytes() + train.labels.tobytes()).hexdigest()
-    settings = train_config.model_dump() | adapter_config.model_dump(mode="json") | {"max_epochs": max_epochs}
-    return {"data": data, "runtime": runtime.model_dump(), "settings": settings, "torch": torch.__version__}
+def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
+    """What a resume must find unchanged, besides the data."""
+    parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
+    settings = {f"{part}.{key}": value for part, record in parts.items() for key, value in record.model_dump(mode="json").items()}
+    return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}
+
+
+def _arrays(data: LabelledTokens) -> tuple[npt.NDArray[Any], ...]:
+    return data.tokens.ids, data.tokens.offsets, data.labels
+
+
+def _sha256(*arrays: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.records import (
     AdapterRef,
@@ -30,6 +32,10 @@ from pipeline.records import (
 )
 from pipeline.results import summarise
 from pipeline.run_folder import RunFolder, adapter_sha256
+
+if TYPE_CHECKING:
+    from pipeline.adapter import Adapter
+    from pipeline.encoder import Encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -244,3 +250,127 @@ def _score_row(
         p_value_holm=p_value_holm,
         reused_from=reused_from,
     )
+
+
+# Small real encoders. torch and transformers are imported where they are used: most tests need neither.
+
+CPU_FLOAT32 = Runtime(device="cpu", dtype="float32", attention="eager", compiled=False, threads=1, processor="any")
+FAMILIES = ("bert", "eurobert", "mpnet", "distilbert", "modernbert")
+OTHER_FAMILIES = ("roberta", "xlm-roberta", "electra", "deberta-v2", "nomic_bert", "jina_embeddings_v3")
+_TOPICS = {
+    "sea": "ship harbour wave sailor anchor tide island storm",
+    "kitchen": "soup oven pepper knife butter plate recipe onion",
+    "garden": "flower soil tree seed spade rain hedge bloom",
+}
+_FILLERS = "the a of with and near some old new small"
+
+
+def toy_texts(num_texts: int, *, seed: int = 0, topics: Sequence[str] = tuple(_TOPICS)) -> tuple[list[str], list[int]]:
+    """Texts of 3 to 14 words about a topic, and the number of the topic; half of the words say nothing."""
+    random = Random(seed)
+    texts, labels = [], []
+    for index in range(num_texts):
+        label = index % len(topics)
+        words = [
+            random.choice((_TOPICS[topics[label]] if random.random() < 0.5 else _FILLERS).split()) for _ in range(random.randint(3, 14))
+        ]
+        texts.append(" ".join(words))
+        labels.append(label)
+    return texts, labels
+
+
+def save_tiny_tokenizer(folder: Path, *, special_tokens: bool = True) -> None:
+    """A real fast tokenizer: one token per word, [CLS] and [SEP] around a text; padding is token 1 (as MPNet has it)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *" ".join([*_TOPICS.values(), _FILLERS]).split()]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    if special_tokens:
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+def tiny_architecture(family: str) -> Any:
+    """The real architecture at two layers of width 32; weights wide enough that attention matters."""
+    import transformers
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 40}
+    common = {"vocab_size": 64, "pad_token_id": 1, "initializer_range": 0.3}
+    ids = {"bos_token_id": 2, "eos_token_id": 3}
+    match family:
+        case "bert":
+            return transformers.BertConfig(**common, **size)
+        case "eurobert":
+            return transformers.EuroBertConfig(**common, **size, **ids, mask_token_id=4, num_key_value_heads=2)
+        case "mpnet":
+            return transformers.MPNetConfig(**common, **size, **ids)
+        case "distilbert":
+            return transformers.DistilBertConfig(**common, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=40)
+        case "modernbert":
+            return transformers.ModernBertConfig(**common, **size, **ids, cls_token_id=2, sep_token_id=3, local_attention=8)
+        case "roberta":
+            return transformers.RobertaConfig(**common, **size, **ids)
+        case "xlm-roberta":
+            return transformers.XLMRobertaConfig(**common, **size, **ids)
+        case "electra":
+            return transformers.ElectraConfig(**common, **size, embedding_size=16)
+        case "deberta-v2":
+            return transformers.DebertaV2Config(
+                **common, **size, relative_attention=True, position_biased_input=False, pos_att_type=["p2c", "c2p"]
+            )
+        case "nomic_bert":
+            return transformers.NomicBertConfig(**common, **size, **ids)
+        case "jina_embeddings_v3":
+            return transformers.JinaEmbeddingsV3Config(**common, **size, **ids)
+    raise AssertionError(family)
+
+
+def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """A random encoder of a real architecture with its tokenizer, as a folder that transformers loads."""
+    import torch
+    from transformers import AutoModel
+
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(tiny_architecture(family))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zeros hide a bias that is forgotten
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+def load_encoder(name: str | Path, *, pooling: Literal["mean", "cls", "max"] = "mean", max_tokens: int = 24) -> Encoder:
+    """An encoder on the CPU in float32, as a run would load it."""
+    from pipeline.config import EncoderConfig
+    from pipeline.encoder import Encoder, find_encoder
+
+    config = EncoderConfig(name=str(name), pooling=pooling, max_tokens=max_tokens)
+    return Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)
+
+
+def give_effect(adapter: Adapter, *, seed: int = 1) -> Adapter:
+    """Weights as training leaves them: no B is zero any more, and the head has a bias."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for lora in adapter.projections.values():
+            lora.lora_B.normal_(std=0.1, generator=generator)
+        for parameter in adapter.head.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    adapter.head.eval()
+    return adapter

@@ -1,0 +1,222 @@
+"""The command line. Imports only what the command at hand needs: ``--help`` and ``--dry-run`` start nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import InputError, LorafleetError
+
+if TYPE_CHECKING:
+    from flows.train_adapters import RunOutcome
+    from pipeline.config import RunConfig
+    from pipeline.results import ScoreTable
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="lorafleet")
+def lorafleet() -> None:
+    """Train, evaluate, publish and apply a fleet of LoRA text classifiers on one frozen encoder."""
+
+
+@lorafleet.command()
+@click.option("--config", "source", default="quickstart", show_default=True, metavar="PRESET|FILE", help="A preset's name, or a TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config; may be repeated.")
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="The run store.")
+@click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan, and read nothing else.")
+@click.option("--force", is_flag=True, help="Train again what an earlier run has finished for the same inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Train one adapter per MTEB task, evaluate it honestly, and collect everything in a run folder.
+
+    Example: lorafleet train --config mteb8 --set data.mirror=data/mteb --set train.seed=7
+    """
+    from pipeline.config import load_config
+
+    config = load_config(source, overrides=overrides)
+    if dry_run:
+        _print_plan(config, as_json=as_json)
+        return
+    outcome = _run(config, runs, force=force)
+    _print_outcome(outcome, as_json=as_json)
+    if outcome.folder is None:
+        sys.exit(2)
+    if not as_json:
+        click.echo(f"run: {outcome.folder.root}")
+    sys.exit(1 if outcome.failures else 0)
+
+
+@lorafleet.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", "target", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to publish to.")
+def publish(run: Path, target: Path) -> None:
+    """Publish a finished run to a folder, in the repository's layout.
+
+    Example: lorafleet publish runs/20261120-181500-1a2b --to published
+    """
+    from pipeline.hub import publish_to_folder
+
+    written = publish_to_folder(run, target)
+    click.echo(f"published {len(written)} files to {target}")
+
+
+@lorafleet.command()
+@click.argument("place", metavar="RUN|RUNS", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def show(place: Path, as_json: bool) -> None:
+    """Print the score table of a run, or the history of each MTEB task over the runs of a store.
+
+    Example: lorafleet show runs
+    """
+    from pipeline.run_folder import RunFolder
+
+    if RunFolder(place).results.is_file():
+        _show_run(place, as_json=as_json)
+    else:
+        _show_history(place, as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; turns errors into one message and an exit code."""
+    try:
+        lorafleet.main(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; what was finished is kept, and the same command goes on from there", err=True)
+        sys.exit(_INTERRUPTED)
+    except LorafleetError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
+    """Run the flow with what it needs around it: the configured Prefect server, or an embedded one."""
+    from tasks.embedded import PrefectServer
+
+    server = PrefectServer(_writable(Path(runs)) / ".prefect")
+    # The server takes seconds to start; importing torch meanwhile costs none of them.
+    threading.Thread(target=_import_ahead, name="import-ahead", daemon=True).start()
+    try:
+        from pipeline.catalogue import plan_tasks
+
+        plan_tasks(config)  # an unknown name fails here, before anything else is waited for
+        from flows.train_adapters import train_adapters
+
+        server.ready()
+        state = train_adapters(config, runs=runs, force=force, return_state=True)
+        outcome: Any = state.result(raise_on_failure=False)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        result: RunOutcome = outcome
+        return result
+    finally:
+        server.stop()
+
+
+def _import_ahead() -> None:
+    import pipeline.preflight  # noqa: F401
+
+
+def _writable(runs: Path) -> Path:
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run store {runs}: cannot be made: {error.strerror}; choose another with --runs") from None
+    if not os.access(runs, os.W_OK):
+        raise InputError(f"run store {runs}: cannot be written; choose another with --runs")
+    return runs
+
+
+def _print_plan(config: RunConfig, *, as_json: bool) -> None:
+    from pipeline.catalogue import plan_tasks
+
+    tasks = plan_tasks(config)
+    plan = {"config": config.model_dump(mode="json"), "mteb_tasks": [t.model_dump() for t in tasks]}
+    if as_json:
+        click.echo(json.dumps(plan, indent=1))
+        return
+    import tomli_w
+
+    click.echo(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    for t in tasks:
+        click.echo(f"# {t.name}: {t.source} {t.location} at {t.revision}, subset {t.subset}, at most {t.max_epochs} epochs")
+
+
+def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
+    if as_json:
+        if outcome.folder is not None:
+            click.echo(outcome.folder.results.read_text(encoding="utf-8"))
+        else:
+            click.echo(json.dumps({"failures": [f.model_dump() for f in outcome.failures]}))
+        return
+    if outcome.folder is not None:
+        _show_run(outcome.folder.root, as_json=False)
+
+
+def _show_run(run: Path, *, as_json: bool) -> None:
+    from pipeline.records import ClassificationResults, TaskResult
+    from pipeline.results import score_table
+    from pipeline.run_folder import RunFolder, read_record
+
+    folder = RunFolder(run)
+    summary = read_record(folder.results, ClassificationResults)
+    if as_json:
+        click.echo(summary.model_dump_json(indent=1))
+        return
+    results = [read_record(folder.task(entry.task).result, TaskResult) for entry in summary.tasks]
+    _print_table(score_table(summary, results))
+    for failure in summary.failures:
+        click.echo(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}", err=True)
+
+
+def _print_table(table: ScoreTable) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.results import SCORE_HEADINGS
+
+    grid = Table(*SCORE_HEADINGS, box=None, pad_edge=False)
+    for cells in [*(line.cells() for line in table.lines), table.average_cells()]:
+        grid.add_row(*(f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells))
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False, markup=False)
+    console.print(grid)
+    for note in table.notes():
+        console.print(note)
+
+
+def _show_history(runs: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.metrics_table import read_history
+    from pipeline.results import percent
+
+    rows = read_history(runs)
+    if not rows:
+        raise InputError(f"{runs}: neither a run folder nor a run store with finished runs in it")
+    if as_json:
+        click.echo(json.dumps([row.model_dump(mode="json") for row in rows]))
+        return
+    by_run: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
+    columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+    grid = Table("MTEB task", "run", *columns, box=None, pad_edge=False)
+    for (mteb_task, run_id), scores in sorted(by_run.items()):
+        grid.add_row(mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The main job: train, evaluate and collect one adapter per MTEB task."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from pipeline.collect import lock_path, write_config
+from pipeline.config import RunConfig
+from pipeline.errors import InputError, LockedError, LorafleetError
+from pipeline.job import JobSpec
+from pipeline.preflight import Plan, PlannedTask
+from pipeline.records import Failure, TaskResult
+from pipeline.run_folder import RunFolder
+from tasks import stages
+from tasks.fleet import Fleet
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run of the flow came to."""
+
+    run_id: str
+    folder: RunFolder | None
+    """None where the input was wrong and nothing was written."""
+    results: tuple[TaskResult, ...]
+    failures: tuple[Failure, ...]
+
+
+_THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=256)  # they wait, the workers work
+
+
+@flow(name="train-adapters", task_runner=_THREADS)  # type: ignore[arg-type]
+def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -> State[Any]:
+    """Train, evaluate and collect; ends failed, with the table, if an MTEB task failed.
+
+    Args:
+        config: The whole configuration.
+        runs: The run store, a folder.
+        force: Train again what an earlier run has finished for the same inputs.
+    """
+    started, store = time.monotonic(), Path(runs)
+    run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks))
+    try:
+        with hold_store(store, run_id):
+            fleet.start()
+            plan = stages.check_inputs(config, fleet.runtime(config.train))
+            folder = RunFolder(store / run_id)
+            write_config(plan.config, folder)
+            reused = [] if force else stages.reuse_finished(plan, store, run_id)
+            trained, failures = _fan_out(plan, reused, fleet, store=store, run_id=run_id)
+            _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
+            stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
+            if config.publish.to is not None and results:
+                stages.publish(folder, config.publish.to)
+            return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
+    except InputError as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error), data=RunOutcome(run_id, None, (), (_input_failure(error),)))
+    finally:
+        fleet.stop()
+
+
+@contextmanager
+def hold_store(runs: Path, run_id: str) -> Iterator[None]:
+    """Hold the run store for one run; a killed run's lock is gone with its process.
+
+    Raises: LockedError: another run holds it.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        lock = lock_path(runs).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"run store {runs}: cannot be written: {error.strerror}; choose another with --runs") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another run"
+            raise LockedError(f"run store {runs}: in use by {holder}; wait for it, or choose another with --runs") from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"run {run_id}, process {os.getpid()}")
+        lock.flush()
+        yield
+
+
+def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:
+    """One worker per MTEB task that is not there yet; a failing one leaves the others alone."""
+    done = {result.mteb_task.name for result in reused}
+    todo = [planned for planned in plan.tasks if planned.mteb_task.name not in done]
+    if todo:
+        fleet.ready()
+    chains = [_Chain(planned, plan, fleet, store=store, run_id=run_id) for planned in todo]
+    outcomes = [chain.outcome() for chain in chains]
+    return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
+
+
+class _Chain:
+    """The stages of one MTEB task, each a Prefect task run that waits for the one before."""
+
+    def __init__(self, planned: PlannedTask, plan: Plan, fleet: Fleet, *, store: Path, run_id: str) -> None:
+        self.name = planned.mteb_task.name
+        compute = plan.config.compute
+        spec = JobSpec(
+            config=plan.config, mteb_task=planned.mteb_task, key=planned.key, runtime=plan.runtime, run_id=run_id, runs=str(store.resolve())
+        )
+        self.worker = fleet.worker(spec)
+        self.futures: dict[str, PrefectFuture[Any]] = {}
+        before: list[PrefectFuture[Any]] = []
+        for stage in (stages.load_data, stages.evaluate_frozen, stages.train_adapter, stages.evaluate_adapter):
+            future = stages.with_policy(stage, compute).submit(self.name, self.worker, compute.timeout_seconds, wait_for=before)
+            self.futures[stage.name] = future
+            before = [future]
+
+    def outcome(self) -> TaskResult | Failure:
+        """Wait for the last stage, give the worker back, and say what came of it."""
+        try:
+            for stage, future in self.futures.items():
+                future.wait()
+                if not future.state.is_completed():
+                    error = future.state.result(raise_on_failure=False)
+                    return Failure(mteb_task=self.name, stage=stage, reason=_reason(error), user_fault=isinstance(error, InputError))
+            result: TaskResult = future.result()
+            return result
+        finally:
+            self.worker.release()
+
+
+def _reason(error: Any) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text if isinstance(error, LorafleetError) else f"{type(error).__name__}: {text}"
+
+
+def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResult]:
+    order = {t.name: index for index, t in enumerate(plan.config.mteb_tasks)}
+    return sorted(results, key=lambda result: order[result.mteb_task.name])
+
+
+def _input_failure(error: InputError) -> Failure:
+    return Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=True)
+
+
+def _ended(outcome: RunOutcome) -> State[Any]:
+    if not outcome.failures:
+        return Completed(message=f"{len(outcome.results)} adapters", data=outcome)
+    failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
+    return Failed(message=f"{len(outcome.failures)} of {len(outcome.failures) + len(outcome.results)} failed: {failed}", data=outcome)

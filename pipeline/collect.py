@@ -1,0 +1,106 @@
+"""From the results of all MTEB tasks to the files of a run: metrics, results, model card, report, manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+import pipeline
+from pipeline.config import RunConfig
+from pipeline.evaluation import library_versions
+from pipeline.manifest import RunManifest, sources_sha256, write_manifest
+from pipeline.metrics_table import append_history, write_epochs, write_scores
+from pipeline.model_card import render_card
+from pipeline.preflight import Plan
+from pipeline.records import ClassificationResults, Failure, ScoreRow, TaskResult
+from pipeline.report import render_report
+from pipeline.results import summarise
+from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
+from pipeline.scores import holm
+
+
+def write_config(config: RunConfig, folder: RunFolder) -> None:
+    """Write the whole resolved config, so that ``lorafleet train --config`` of it makes the run again."""
+    write_atomically(folder.config, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+
+
+def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFolder) -> TaskResult:
+    """Copy a finished MTEB task of another run into this one; its rows keep their times and name their origin."""
+    target = folder.task(result.mteb_task.name)
+    origin = result.reused_from or result.run_id
+    rows = tuple(_rewritten(row, run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
+    copied = TaskResult.model_validate(result.model_dump() | {"run_id": run_id, "reused_from": origin, "scores": rows})
+    temporary = target.root.with_name(f".{target.root.name}.copying")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source.root, temporary)
+    write_atomically(TaskFolder(temporary).result, copied.model_dump_json(indent=1))
+    temporary.replace(target.root)
+    return copied
+
+
+def collect(
+    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder
+) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
+    """Write everything of a run but its manifest; returns the results with p-values corrected over the MTEB tasks."""
+    corrected = correct_over_tasks(results)
+    summary = summarise(corrected, failures, encoder=plan.encoder, run_id=run_id, created_at=datetime.now(UTC))
+    rows = [row for result in corrected for row in result.scores]
+    folder.metrics.mkdir(parents=True, exist_ok=True)
+    write_scores(rows, folder.scores)
+    write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
+    write_atomically(folder.results, summary.model_dump_json(indent=1))
+    trusted = plan.config.encoder.trust_remote_code
+    card = render_card(corrected, summary, adapted_modules=plan.adapted_modules, trust_remote_code=trusted)
+    write_atomically(folder.readme, card)
+    write_atomically(folder.report, render_report(corrected, summary))
+    return summary, corrected
+
+
+def finish_run(
+    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder, seconds: float
+) -> RunManifest:
+    """Enter the run into the history and write its manifest, last of all."""
+    append_history(folder.root.parent, run_id, [row for result in results for row in result.scores])
+    manifest = RunManifest(
+        run_id=run_id,
+        created_at=datetime.now(UTC),
+        config=plan.config,
+        encoder=plan.encoder,
+        runtime=plan.runtime,
+        mteb_tasks=tuple(result.mteb_task for result in results),
+        adapters={result.mteb_task.name: result.adapter.sha256 for result in results},
+        reused={result.mteb_task.name: result.reused_from for result in results if result.reused_from},
+        failures=tuple(failures),
+        versions=library_versions(),
+        lorafleet_version=pipeline.__version__,
+        sources_sha256=sources_sha256(),
+        seconds=seconds,
+    )
+    write_manifest(manifest, folder)
+    return manifest
+
+
+def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
+    """Holm's correction of the head's p-values over the run's MTEB tasks."""
+    values = holm([result.comparison.p_value if result.comparison else None for result in results])
+    return tuple(
+        TaskResult.model_validate(
+            result.model_dump()
+            | {"scores": tuple(_rewritten(row, p_value_holm=value) if row.column == "head" else row for row in result.scores)}
+        )
+        for result, value in zip(results, values, strict=True)
+    )
+
+
+def lock_path(runs: Path) -> Path:
+    """The file whose lock the one run holds that may write under ``runs``."""
+    return runs / ".lock"
+
+
+def _rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:
+    return ScoreRow.model_validate(row.model_dump() | changes)

@@ -1,0 +1,232 @@
+"""One MTEB task from data to finished adapter, in stages that each survive a kill. What a worker owns, without Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from pipeline.adapter import HeadStart, save_adapter
+from pipeline.config import RunConfig
+from pipeline.dataset import TaskData, load_data
+from pipeline.encoder import Encoder, find_encoder
+from pipeline.evaluation import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
+from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult
+from pipeline.reload import check_reload
+from pipeline.run_folder import RunFolder, write_atomically
+from pipeline.training import LabelledTokens, Training, train_adapter
+
+_PROBE_TEXTS = 32
+
+
+class JobSpec(Record):
+    """All that a worker is told."""
+
+    config: RunConfig
+    """With the encoder's revision resolved."""
+    mteb_task: MtebTask
+    key: str
+    runtime: Runtime
+    run_id: str
+    runs: str
+    """The run store."""
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    train: LabelledTokens
+    validation: LabelledTokens
+    test: LabelledTokens
+
+
+class TaskJob:
+    """Holds the data and the encoder of one MTEB task, for training and both evaluations.
+
+    What a stage has finished lies under ``<runs>/.work/<key>``, so a new worker, or a new run with the same key, goes on from there.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.work = Path(spec.runs) / ".work" / spec.key
+        self.folder = RunFolder(Path(spec.runs) / spec.run_id).task(spec.mteb_task.name)
+        self._baselines: Baselines | None = None
+        self._training: Training | None = None
+        self._seconds: dict[str, float] = {}
+
+    def load(self) -> DataSummary:
+        """Read and tokenise the data and load the encoder."""
+        started = time.perf_counter()
+        data, tokens = self._data, self._tokens
+        self._seconds.setdefault("load", time.perf_counter() - started)
+        return DataSummary(
+            num_train=len(data.train_texts),
+            num_validation=len(data.validation_texts),
+            num_test=len(data.test_texts),
+            label_names=data.label_names,
+            num_overlap=data.num_overlap,
+            num_empty_train=data.num_empty_train,
+            num_empty_test=data.num_empty_test,
+            num_truncated_train=int(tokens.train.tokens.truncated.sum() + tokens.validation.tokens.truncated.sum()),
+            num_truncated_test=int(tokens.test.tokens.truncated.sum()),
+            fingerprint=data.fingerprint,
+            notes=data.notes,
+        )
+
+    def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
+        """Measure the frozen encoder; done once, also over restarts."""
+        return self._frozen().rows
+
+    def train(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> AdapterRef:
+        """Train from the last finished epoch on, and write the adapter's files."""
+        training = self._trained(on_epoch, on_progress)
+        meta = {
+            "task": self.spec.mteb_task.name,
+            "epochs": len(training.epochs),
+            "best_epoch": training.best_epoch,
+            "selected_on": training.selected_on,
+            "seed": self.config.train.seed,
+            "run_id": self.spec.run_id,
+        }
+        return save_adapter(training.adapter, self.folder, meta=meta)
+
+    def finish(self) -> TaskResult:
+        """Evaluate the adapter, pass the reload gate, and write the result: with it the MTEB task is finished.
+
+        Raises: VerificationError: the saved adapter, loaded in a fresh process, is not the one that was trained.
+        """
+        baselines = self._frozen()
+        training = self._trained(lambda row: None, lambda progress: None)
+        adapter = self.train(lambda row: None, lambda progress: None)
+        started = time.perf_counter()
+        facts = self._facts()
+        evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
+        probe_texts = self._data.test_texts[:_PROBE_TEXTS]
+        check_reload(training.adapter, self.folder, probe_texts, offline=self.config.data.offline)
+        write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
+        result = TaskResult(
+            mteb_task=self._data.task,
+            key=self.spec.key,
+            run_id=self.spec.run_id,
+            data=self.load(),
+            encoder=self._encoder.ref,
+            runtime=self.spec.runtime,
+            adapter=adapter,
+            num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
+            num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
+            merge_difference=training.adapter.merge_difference(self._encoder.tokenise(probe_texts)),
+            probe_c=baselines.probe_c,
+            epochs=training.epochs,
+            best_epoch=training.best_epoch,
+            selected_on=training.selected_on,
+            refitted=training.refitted,
+            scores=(*baselines.rows, *evaluation.rows),
+            comparison=evaluation.comparison,
+            calibration=evaluation.calibration,
+            confusions=evaluation.confusions,
+            busy_seconds=sum(self._seconds.values()) + time.perf_counter() - started,
+        )
+        write_atomically(self.folder.result, result.model_dump_json(indent=1))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+    @cached_property
+    def _data(self) -> TaskData:
+        return load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        torch.set_num_threads(self.spec.runtime.threads)
+        return Encoder(find_encoder(self.config.encoder, offline=self.config.data.offline), self.config.encoder, self.spec.runtime)
+
+    @cached_property
+    def _tokens(self) -> _Tokenised:
+        data, encoder = self._data, self._encoder
+        return _Tokenised(
+            LabelledTokens(encoder.tokenise(data.train_texts), data.train_labels),
+            LabelledTokens(encoder.tokenise(data.validation_texts), data.validation_labels),
+            LabelledTokens(encoder.tokenise(data.test_texts), data.test_labels),
+        )
+
+    def _facts(self) -> RowFacts:
+        truncated = int(self._tokens.test.tokens.truncated.sum())
+        return RowFacts(self.spec.run_id, self._data, self._encoder, truncated, self.config.train.seed)
+
+    def _frozen(self) -> Baselines:
+        if self._baselines is None:
+            assert self._training is None, "the frozen encoder is measured before an adapter is attached"
+            file = _BaselinesFile(self.work / "frozen.safetensors")
+            found = file.read()
+            if found is None:
+                started = time.perf_counter()
+                baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=self._tokens.train.tokens)
+                found = baselines, time.perf_counter() - started
+                file.write(*found)
+            self._baselines, self._seconds["frozen"] = found
+            rows = tuple(ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows)
+            self._baselines = Baselines(rows, self._baselines.probe_c, self._baselines.probe_predictions, self._baselines.head_start)
+        return self._baselines
+
+    def _trained(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> Training:
+        if self._training is None:
+            baselines, train = self._frozen(), self.config.train
+            started = time.perf_counter()
+            tokens = self._tokens
+            selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
+            self._training = train_adapter(
+                tokens.train,
+                selection if len(selection.labels) else None,
+                self._encoder,
+                label_names=self._data.label_names,
+                adapter_config=self.config.adapter,
+                train_config=train,
+                max_epochs=self.spec.mteb_task.max_epochs,
+                head_start=baselines.head_start if train.head_init == "probe" else None,
+                checkpoint=self.work / "checkpoint.safetensors",
+                on_epoch=on_epoch,
+                on_progress=on_progress,
+            )
+            self._seconds["train"] = max(time.perf_counter() - started, sum(row.seconds for row in self._training.epochs))
+        return self._training
+
+
+class _BaselinesFile:
+    """The frozen stage on disk: arrays, with rows and times as metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, baselines: Baselines, seconds: float) -> None:
+        tensors = {
+            "predictions": torch.from_numpy(baselines.probe_predictions),
+            "weight": torch.from_numpy(baselines.head_start.weight),
+            "bias": torch.from_numpy(baselines.head_start.bias),
+        }
+        facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
+        facts["rows"] = [row.model_dump(mode="json") for row in baselines.rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, save(tensors, metadata={"facts": json.dumps(facts)}))
+
+    def read(self) -> tuple[Baselines, float] | None:
+        """What was written; none if nothing was, or a fault cut it short."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="np") as file:
+                facts = json.loads(file.metadata()["facts"])
+                start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
+                predictions = file.get_tensor("predictions").astype(np.int64)
+        except SafetensorError:
+            return None
+        rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
+        return Baselines(rows, facts["probe_c"], predictions, start), facts["seconds"]

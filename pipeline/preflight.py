@@ -1,0 +1,83 @@
+"""Check everything that can be checked before the first worker starts, and pin what the run depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.adapter import projection_paths
+from pipeline.catalogue import plan_tasks
+from pipeline.config import RunConfig
+from pipeline.dataset import load_data
+from pipeline.encoder import EncoderFiles, empty_model, find_encoder, load_tokenizer
+from pipeline.errors import DataError, InputError
+from pipeline.evaluation import library_versions
+from pipeline.manifest import task_key
+from pipeline.records import EncoderRef, MtebTask, Runtime
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """An MTEB task whose data has been read and found good."""
+
+    mteb_task: MtebTask
+    """With its revision resolved."""
+    key: str
+    num_train: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start."""
+
+    config: RunConfig
+    """With the encoder's revision resolved."""
+    encoder: EncoderRef
+    adapted_modules: tuple[str, ...]
+    runtime: Runtime
+    tasks: tuple[PlannedTask, ...]
+    """The largest first, so that no worker is left alone with it at the end."""
+
+
+def preflight(config: RunConfig, runtime: Runtime) -> Plan:
+    """Read every data set, load the encoder's tokenizer and structure, and resolve the adapter's target.
+
+    Raises: InputError: with one line for each fault found.
+    """
+    files = find_encoder(config.encoder, offline=config.data.offline)
+    load_tokenizer(files.folder, config.encoder)
+    model = empty_model(files, config.encoder)
+    paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
+    pinned = _pin(config, files)
+    tasks, faults = [], []
+    for mteb_task in plan_tasks(config):
+        try:
+            tasks.append(_check_task(pinned, mteb_task, files.ref, runtime))
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    tasks.sort(key=lambda t: -t.num_train * t.mteb_task.max_epochs)
+    return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
+
+
+def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime) -> PlannedTask:
+    data = load_data(mteb_task, config=config.train, offline=config.data.offline)
+    key = task_key(
+        config,
+        mteb_task=data.task,
+        fingerprint=data.fingerprint,
+        encoder=encoder,
+        runtime=runtime,
+        versions=library_versions(),
+    )
+    return PlannedTask(data.task, key, len(data.train_texts), data.notes)
+
+
+def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
+    """The config with the commit in it that the Hub's newest revision resolved to."""
+    if files.ref.name != files.ref.public_name or files.ref.revision.startswith("sha256:"):
+        return config
+    values = config.model_dump(mode="json")
+    values["encoder"]["revision"] = files.ref.revision
+    return RunConfig.model_validate(values)

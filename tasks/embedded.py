@@ -1,0 +1,105 @@
+"""What a run needs on a machine where nothing runs yet: a Prefect server on loopback, started and stopped with it.
+
+``python -m tasks.embedded PORT`` is that server. It dies with the process that started it, killed or not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from pipeline.errors import LorafleetError
+
+_START_SECONDS = 120.0
+_QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s | %(message)s",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s | %(message)s",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+class PrefectServer:
+    """A Prefect server for one run, if no other is configured. Starts at once; ``ready`` waits for it."""
+
+    def __init__(self, home: Path) -> None:
+        """Start the server with its SQLite database under ``home``; must be called from the main thread."""
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        self._process: subprocess.Popen[bytes] | None = None
+        if os.environ.get("PREFECT_API_URL"):
+            return
+        home.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        os.environ["PREFECT_HOME"] = str(home.resolve())
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        self._log = home / "server.log"
+        with self._log.open("wb") as log:
+            command = [sys.executable, "-m", "tasks.embedded", str(port)]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def ready(self) -> None:
+        """Wait until the server answers.
+
+        Raises: LorafleetError: it ended, or did not answer in two minutes.
+        """
+        if self._process is None:
+            return
+        deadline = time.monotonic() + _START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise LorafleetError(f"the embedded Prefect server did not start; see {self._log}, or set PREFECT_API_URL to a running one")
+
+    def stop(self) -> None:
+        """Stop the server; one that the user configured is left alone."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        os.environ.pop("PREFECT_API_URL", None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _serve(port: int) -> None:
+    _die_with_parent()
+    import uvicorn
+
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

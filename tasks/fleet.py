@@ -1,0 +1,249 @@
+"""The fleet: a local Ray or an existing cluster, and one worker per MTEB task on it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ComputeConfig, TrainConfig
+from pipeline.errors import ConfigError, LorafleetError
+from pipeline.records import Runtime
+from tasks.worker import Worker
+
+if TYPE_CHECKING:
+    from pipeline.job import JobSpec
+
+_POLL_SECONDS = 0.5
+_OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
+
+
+class WorkerDiedError(LorafleetError):
+    """The worker's process is gone: killed, out of memory, or its node is lost. A new one can go on."""
+
+
+class StoppedError(LorafleetError):
+    """The run is being stopped."""
+
+
+class Fleet:
+    """Starts Ray, hands out workers, and leaves no process behind."""
+
+    def __init__(self, config: ComputeConfig, *, num_tasks: int) -> None:
+        self.config = config
+        self._num_tasks = num_tasks
+        self._started = threading.Event()
+        self._stopping = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._fault: Exception | None = None
+        self._slots = threading.Semaphore(0)
+        self._workers: list[FleetWorker] = []
+        self._lock = threading.Lock()
+
+    @property
+    def cpus_per_worker(self) -> float:
+        """CPU share of one worker: as configured, or an equal share of this machine, at least one."""
+        if self.config.cpus_per_worker != "auto":
+            return self.config.cpus_per_worker
+        if self.config.ray_address is not None:
+            return 1.0
+        return float(max(1, _local_cpus() // self._num_tasks))
+
+    def start(self) -> None:
+        """Begin to start Ray; ``ready`` waits for it. What is done meanwhile costs no time."""
+        self._keeper = threading.Thread(target=self._keep_ray, name="keep-ray", daemon=True)
+        self._keeper.start()
+
+    def ready(self) -> None:
+        """Wait for Ray.
+
+        Raises: ConfigError: no cluster at ``compute.ray_address``, or it is too small for one worker.
+        """
+        assert self._keeper is not None, "start() comes first"
+        self._started.wait()
+        if self._fault is not None:
+            raise self._fault
+
+    def runtime(self, train: TrainConfig) -> Runtime:
+        """How workers compute, from the hardware they run on: this machine's, or that of the cluster's nodes."""
+        from pipeline.encoder import choose_runtime
+
+        threads = max(1, int(self.cpus_per_worker))
+        if self.config.ray_address is None:
+            return choose_runtime(train, threads=threads, use_gpu=self.config.gpus_per_worker != 0)
+        import ray
+
+        self.ready()
+        probe = ray.remote(choose_runtime).options(num_cpus=self.cpus_per_worker, num_gpus=self.gpus_per_worker)
+        runtime: Runtime = ray.get(probe.remote(train, threads=threads, use_gpu=self.gpus_per_worker > 0))
+        return runtime
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPU share of one worker; Ray must be up."""
+        if self.config.gpus_per_worker != "auto":
+            return self.config.gpus_per_worker
+        import ray
+
+        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+    @property
+    def num_workers(self) -> int:
+        """MTEB tasks at a time; Ray must be up.
+
+        Raises: ConfigError: not one worker fits.
+        """
+        import ray
+
+        there = ray.cluster_resources()
+        limits = [there.get("CPU", 0) / self.cpus_per_worker] if self.cpus_per_worker else []
+        if self.gpus_per_worker:
+            limits.append(there.get("GPU", 0) / self.gpus_per_worker)
+        fit = int(min(limits)) if limits else self._num_tasks
+        if fit < 1:
+            raise ConfigError(
+                f"a worker asks for {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs, but Ray has "
+                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower compute.cpus_per_worker or compute.gpus_per_worker"
+            )
+        return fit if self.config.workers == "auto" else min(fit, self.config.workers)
+
+    def worker(self, spec: JobSpec) -> FleetWorker:
+        """A worker for one MTEB task; its process starts when it is first called and a place is free."""
+        worker = FleetWorker(self, spec)
+        with self._lock:
+            self._workers.append(worker)
+        return worker
+
+    def stop(self) -> None:
+        """Kill the workers and stop the Ray that was started here; a cluster of others goes on."""
+        if self._keeper is None:
+            return
+        self._started.wait()
+        for worker in self._workers:
+            worker.stop()
+        self._stopping.set()
+        self._slots.release(len(self._workers) or 1)
+        self._keeper.join()
+
+    def _keep_ray(self) -> None:
+        """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it."""
+        self._start()
+        self._started.set()
+        self._stopping.wait()
+        import ray
+
+        if ray.is_initialized():
+            ray.shutdown()
+
+    def _start(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+
+            options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+            if self.config.ray_address is None:
+                # Without "local", Ray would join whatever cluster a stale file names.
+                options |= {"address": "local", "num_cpus": max(_local_cpus(), int(self.cpus_per_worker))}
+                options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+            else:
+                options["address"] = self.config.ray_address
+            if not ray.is_initialized():
+                ray.init(**options)
+            self._slots.release(self.num_workers)
+        except ConnectionError as error:
+            self._fault = ConfigError(f"compute.ray_address = {self.config.ray_address!r}: no Ray cluster answers there: {error}")
+        except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
+            self._fault = error
+
+
+class FleetWorker:
+    """The driver's handle on one MTEB task's worker; makes a new process where the old one died."""
+
+    def __init__(self, fleet: Fleet, spec: JobSpec) -> None:
+        self.spec = spec
+        self._fleet = fleet
+        self._actor: Any = None
+        self._has_slot = False
+
+    def call(self, stage: str, *, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float) -> Any:
+        """Run one stage of the job and wait for its result, passing on what it reports.
+
+        Raises:
+            WorkerDiedError: the process is gone; the next call starts a new one.
+            LorafleetError: whatever the stage raised.
+            StoppedError: the fleet is being stopped.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        actor = self._ready()
+        answer = getattr(actor, stage).remote()
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while not ray.wait([answer], timeout=_POLL_SECONDS)[0]:
+                self._pass_on(actor, on_event)
+                self._check_clock(stage, deadline, timeout_seconds)
+            result = ray.get(answer)
+            self._pass_on(actor, on_event)
+            return result
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError:
+            self._actor = None
+            self._check_stopping()
+            raise WorkerDiedError(f"{self.spec.mteb_task.name}: its worker died while it ran {stage!r}") from None
+
+    def release(self) -> None:
+        """Give the process and its place back."""
+        self.stop()
+        if self._has_slot:
+            self._has_slot = False
+            self._fleet._slots.release()
+
+    def stop(self) -> None:
+        """Kill the process."""
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            ray.kill(actor)
+
+    def _ready(self) -> Any:
+        import ray
+
+        if not self._has_slot:
+            self._fleet._slots.acquire()
+            self._has_slot = True
+        self._check_stopping()
+        if self._actor is None:
+            fleet = self._fleet
+            options = {"num_cpus": fleet.cpus_per_worker, "num_gpus": fleet.gpus_per_worker}
+            self._actor = ray.remote(Worker).options(**options, max_concurrency=2, max_restarts=0).remote(self.spec)
+        return self._actor
+
+    def _pass_on(self, actor: Any, on_event: Callable[[Any], None]) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        try:
+            for event in ray.get(actor.events.remote(), timeout=30):
+                on_event(event)
+        except GetTimeoutError:
+            return  # busy, or not started yet
+
+    def _check_clock(self, stage: str, deadline: float, timeout_seconds: float) -> None:
+        self._check_stopping()
+        if time.monotonic() > deadline:
+            self.stop()
+            raise WorkerDiedError(f"{self.spec.mteb_task.name}: {stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
+
+    def _check_stopping(self) -> None:
+        if self._fleet._stopping.is_set():
+            raise StoppedError(f"{self.spec.mteb_task.name}: stopped")
+
+
+def _local_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,187 @@
+"""The Prefect tasks of a run: names, retries, progress. Each is policy around one call of a worker or of the pipeline."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline import collect as files
+from pipeline.config import ComputeConfig, RunConfig
+from pipeline.hub import publish_to_folder
+from pipeline.manifest import RunManifest, find_finished
+from pipeline.preflight import Plan, preflight
+from pipeline.records import AdapterRef, ClassificationResults, DataSummary, EpochRow, Failure, Progress, Runtime, ScoreRow, TaskResult
+from pipeline.results import SCORE_HEADINGS, percent, score_table
+from pipeline.run_folder import RunFolder
+from tasks.fleet import FleetWorker, WorkerDiedError
+
+Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+_ARTIFACT_SECONDS = 3.0
+
+
+def _died(_task: Any, _run: Any, state: Any) -> bool:
+    """Only a dead worker is worth a retry: the same input fails in the same way, bit for bit."""
+    return isinstance(state.result(raise_on_failure=False), WorkerDiedError)
+
+
+def with_policy(stage: Any, compute: ComputeConfig) -> Any:
+    """The stage with the config's retries and back-off."""
+    delays = [compute.retry_delay_seconds * 2**n for n in range(compute.retries)]
+    return stage.with_options(retries=compute.retries, retry_delay_seconds=delays or 0, retry_condition_fn=_died)
+
+
+@task(name="preflight", cache_policy=NO_CACHE)
+def check_inputs(config: RunConfig, runtime: Runtime) -> Plan:
+    """Check data and encoder before the first worker starts."""
+    plan = preflight(config, runtime)
+    logger = get_run_logger()
+    logger.info("encoder %s at %s, %s on %s", plan.encoder.public_name, plan.encoder.revision, runtime.dtype, runtime.processor)
+    for planned in plan.tasks:
+        logger.info("%s: %d training texts, revision %s", planned.mteb_task.name, planned.num_train, planned.mteb_task.revision)
+        for note in planned.notes:
+            logger.warning("%s: %s", planned.mteb_task.name, note)
+    return plan
+
+
+@task(name="reuse", cache_policy=NO_CACHE)
+def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
+    """Take over what an earlier run has finished for the same inputs."""
+    found = find_finished(runs, {planned.key for planned in plan.tasks})
+    folder = RunFolder(runs / run_id)
+    results = []
+    for planned in plan.tasks:
+        if planned.key in found:
+            source, result = found[planned.key]
+            results.append(files.reuse(source, result, run_id=run_id, folder=folder))
+            get_run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
+    return results
+
+
+@task(name="load data", task_run_name="load data · {name}", cache_policy=NO_CACHE)
+def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSummary:
+    """A worker reads and tokenises its data and loads the encoder."""
+    summary: DataSummary = worker.call("load", timeout_seconds=timeout_seconds)
+    get_run_logger().info(
+        "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
+        name,
+        summary.num_train,
+        summary.num_validation,
+        summary.num_test,
+        len(summary.label_names),
+        summary.num_overlap,
+        summary.num_empty_train + summary.num_empty_test,
+        summary.num_truncated_train + summary.num_truncated_test,
+    )
+    return summary
+
+
+@task(name="frozen baselines", task_run_name="frozen baselines · {name}", cache_policy=NO_CACHE)
+def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ScoreRow, ...]:
+    """A worker measures the frozen encoder."""
+    rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", timeout_seconds=timeout_seconds)
+    get_run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
+    return rows
+
+
+@task(name="train", task_run_name="train · {name}", cache_policy=NO_CACHE)
+def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
+    """A worker trains its adapter; epochs go to the log, steps to a progress artifact."""
+    adapter: AdapterRef = worker.call("train", on_event=_ProgressReport(name, get_run_logger()), timeout_seconds=timeout_seconds)
+    return adapter
+
+
+@task(name="evaluate", task_run_name="evaluate · {name}", cache_policy=NO_CACHE)
+def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> TaskResult:
+    """A worker evaluates its adapter and reloads it in a fresh process."""
+    result: TaskResult = worker.call("finish", timeout_seconds=timeout_seconds)
+    get_run_logger().info(
+        "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
+        name,
+        _accuracies(result.scores),
+        len(result.epochs),
+        result.best_epoch,
+        result.busy_seconds,
+    )
+    return result
+
+
+@task(name="collect", cache_policy=NO_CACHE)
+def collect(
+    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder
+) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
+    """Write metrics, results, card and report; show the score table in the UI."""
+    summary, corrected = files.collect(plan, results, failures, run_id=run_id, folder=folder)
+    table = score_table(summary, corrected)
+    rows = [{h: cell.text for h, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)} for line in table.lines]
+    create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
+    facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
+    create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
+    return summary, corrected
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish(folder: RunFolder, to: str) -> int:
+    """Copy the finished run to its published layout; returns the number of files."""
+    written = publish_to_folder(folder.root, Path(to))
+    get_run_logger().info("published %d files to %s", len(written), to)
+    return len(written)
+
+
+@task(name="manifest", cache_policy=NO_CACHE)
+def finish_run(
+    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder, seconds: float
+) -> RunManifest:
+    """Enter the run into the history and mark it finished."""
+    return files.finish_run(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
+
+
+class _ProgressReport:
+    """Turns a worker's events into log lines and a progress artifact."""
+
+    def __init__(self, name: str, logger: Logger) -> None:
+        self._name = name
+        self._logger = logger
+        self._artifact: UUID | None = None
+        self._last = 0.0
+
+    def __call__(self, event: EpochRow | Progress) -> None:
+        if isinstance(event, EpochRow):
+            score = "-" if event.validation_accuracy is None else percent(event.validation_accuracy)
+            self._logger.info(
+                "%s: epoch %d: loss %.4f, validation %s, %.0f texts/s, %.0f s",
+                self._name,
+                event.epoch,
+                event.train_loss,
+                score,
+                event.texts_per_second,
+                event.seconds,
+            )
+        elif time.monotonic() - self._last >= _ARTIFACT_SECONDS:
+            self._last = time.monotonic()
+            self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), event)
+
+    def _show(self, done: float, event: Progress) -> None:
+        facts = f"epoch {event.epoch}/{event.max_epochs}, step {event.step}/{event.num_steps}"
+        facts += f", loss {event.train_loss:.4f}, {event.texts_per_second:.0f} texts/s"
+        if self._artifact is None:
+            made = create_progress_artifact(progress=done, key=_artifact_key(self._name), description=f"{self._name}: {facts}")
+            assert isinstance(made, UUID)
+            self._artifact = made
+        else:
+            update_progress_artifact(artifact_id=self._artifact, progress=done, description=f"{self._name}: {facts}")
+
+
+def _artifact_key(name: str) -> str:
+    return "train-" + "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _accuracies(rows: Sequence[ScoreRow]) -> str:
+    return ", ".join(f"{row.column} {percent(row.accuracy)}" for row in rows)

@@ -1,0 +1,67 @@
+"""The Ray actor that owns one MTEB task. Knows nothing of Prefect; imports torch only when it starts to work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, ScoreRow, TaskResult
+
+if TYPE_CHECKING:
+    from pipeline.job import JobSpec, TaskJob
+
+
+class Worker:
+    """One MTEB task's job in a process of its own; ``events`` answers while a stage runs."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        self._spec = spec
+        self._job: TaskJob | None = None
+        self._events: list[EpochRow | Progress] = []
+        self._lock = threading.Lock()
+
+    def load(self) -> DataSummary:
+        """Read the data, load the encoder."""
+        return self._ready().load()
+
+    def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
+        """Measure the frozen encoder."""
+        return self._ready().evaluate_frozen()
+
+    def train(self) -> AdapterRef:
+        """Train the adapter, from the last checkpoint on."""
+        return self._ready().train(self._report, self._report)
+
+    def finish(self) -> TaskResult:
+        """Evaluate, pass the reload gate, write the result."""
+        return self._ready().finish()
+
+    def events(self) -> list[EpochRow | Progress]:
+        """What was reported since the last call: every epoch, and the latest progress."""
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+    def process_id(self) -> int:
+        """Of this worker, for those who watch it."""
+        return os.getpid()
+
+    def _report(self, event: Any) -> None:
+        with self._lock:
+            if self._events and isinstance(self._events[-1], Progress):
+                self._events.pop()
+            self._events.append(event)
+
+    def _ready(self) -> TaskJob:
+        import torch
+
+        from pipeline.job import TaskJob
+
+        # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
+        torch.set_num_threads(self._spec.runtime.threads)
+        if self._job is None:
+            self._job = TaskJob(self._spec)
+        return self._job

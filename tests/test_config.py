@@ -1,0 +1,188 @@
+"""The configuration: what is lawful loads, and every fault is named with the key, what was expected and what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, load_config, preset_names, validate_config
+from pipeline.errors import ConfigError, InputError
+
+SOURCE_EPOCHS = {
+    "AmazonCounterfactualClassification": 5,
+    "Banking77Classification": 10,
+    "ImdbClassification": 5,
+    "MTOPDomainClassification": 10,
+    "MassiveIntentClassification": 10,
+    "MassiveScenarioClassification": 8,
+    "ToxicConversationsClassification": 4,
+    "TweetSentimentExtractionClassification": 4,
+}
+
+
+def fault(*overrides: str, source: str = "quickstart") -> str:
+    """The message of a config that must be refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides=overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    assert load_config(name).mteb_tasks
+
+
+def test_the_contract_names_two_presets() -> None:
+    assert {"quickstart", "mteb8"} <= set(preset_names())
+
+
+def test_mteb8_has_the_source_documents_tasks_epochs_and_hyperparameters() -> None:
+    config = load_config("mteb8")
+    assert {t.name: t.max_epochs for t in config.mteb_tasks} == SOURCE_EPOCHS
+    assert config.encoder.name == "gomyk/jina-v5-h256-distilled-conv"
+    train, adapter = config.train, config.adapter
+    assert (train.learning_rate, train.weight_decay, train.batch_size, train.patience) == (2e-4, 0.01, 32, 3)
+    assert (train.gradient_clip, train.early_stopping_split, train.class_weights) == (1.0, "validation", "none")
+    assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.layers, adapter.target) == (8, 16.0, 0.1, "all", "attention")
+    assert (config.encoder.max_tokens, config.encoder.pooling, config.encoder.trust_remote_code) == (128, "mean", False)
+
+
+def test_a_file_names_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[train]\nseed = 7\n[[mteb_tasks]]\nname = "A"\n', encoding="utf-8")
+    assert load_config(str(path)) == RunConfig.model_validate({"train": {"seed": 7}, "mteb_tasks": [{"name": "A"}]})
+
+
+def test_a_config_survives_its_own_json() -> None:
+    config = load_config("mteb8", overrides=('adapter.target=["a.b", "c"]', "train.seed=3"))
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected", "found"),
+    [
+        ("adapter.rank=0", "adapter.rank", "greater than or equal to 1", "0"),
+        ("adapter.alpha=inf", "adapter.alpha", "finite", "inf"),
+        ("adapter.dropout=1.0", "adapter.dropout", "less than 1", "1.0"),
+        ('adapter.layers="last:0"', "adapter.layers", "last:[1-9]", "'last:0'"),
+        ("adapter.target=[]", "adapter.target", "at least 1", "[]"),
+        ('adapter.target="mlp"', "adapter.target", "'attention'", "'mlp'"),
+        ('encoder.pooling="sum"', "encoder.pooling", "'mean', 'cls' or 'max'", "'sum'"),
+        ("encoder.max_tokens=2", "encoder.max_tokens", "greater than or equal to 4", "2"),
+        ("train.learning_rate=0", "train.learning_rate", "greater than 0", "0"),
+        ("train.learning_rate=nan", "train.learning_rate", "less than or equal to 1", "nan"),
+        ('train.seed="seven"', "train.seed", "integer", "'seven'"),
+        ("train.seed=1.5", "train.seed", "integer", "1.5"),
+        ("train.validation_fraction=0.5", "train.validation_fraction", "less than 0.5", "0.5"),
+        ('train.precision="fp16"', "train.precision", "'auto', 'float32' or 'bfloat16'", "'fp16'"),
+        ("evaluate.probe_c=[]", "evaluate.probe_c", "at least 1", "[]"),
+        ("evaluate.probe_c=[1.0, -1.0]", "evaluate.probe_c.1", "greater than 0", "-1.0"),
+        ('evaluate.columns=["hat"]', "evaluate.columns.0", "'head'", "'hat'"),
+        ("compute.workers=0", "compute.workers", "greater than or equal to 1", "0"),
+        ("compute.cpus_per_worker=-1", "compute.cpus_per_worker", "greater than 0", "-1"),
+        ('compute.gpus_per_worker="all"', "compute.gpus_per_worker", "'auto'", "'all'"),
+        ("compute.retries=11", "compute.retries", "less than or equal to 10", "11"),
+        ('mteb_tasks.0.name="../x"', "mteb_tasks.0.name", "pattern", "'../x'"),
+        ("mteb_tasks=[]", "mteb_tasks", "at least 1", "[]"),
+        ("train=5", "train", "dictionary", "5"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(override: str, key: str, expected: str, found: str) -> None:
+    message = fault(override)
+    assert message.startswith(f"preset quickstart: {key}: ")
+    assert expected in message
+    assert message.endswith(f", found {found}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "neighbour"),
+    [
+        ("train.sed=7", "train.sed", "seed"),
+        ("encodr.name=x", "encodr", "encoder"),
+        ("mteb_tasks.0.epochs=3", "mteb_tasks.0.epochs", "max_epochs"),
+        ("compute.worker=1", "compute.worker", "workers"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_keys_that_exist_there(override: str, key: str, neighbour: str) -> None:
+    message = fault(override)
+    assert f"unknown key {key!r}" in message
+    assert neighbour in message.partition("the keys there are ")[2].split(", ")
+
+
+def test_all_faults_are_in_one_message() -> None:
+    lines = fault("train.sed=7", "adapter.rank=0", 'compute.workers="x"', "encoder.max_tokens=1", "mteb_tasks.1.max_epochs=0").splitlines()
+    assert len(lines) == 5
+    for key in ("train.sed", "adapter.rank", "compute.workers", "encoder.max_tokens", "mteb_tasks.1.max_epochs"):
+        assert sum(key in line for line in lines) == 1
+
+
+def test_an_override_reaches_a_section_and_a_task_by_name_or_number() -> None:
+    config = load_config(
+        "quickstart",
+        overrides=("train.seed=7", "mteb_tasks.RottenTomatoes.max_epochs=9", "mteb_tasks.0.max_epochs=4", "data.mirror=../some=where"),
+    )
+    assert config.train.seed == 7
+    assert config.data.mirror == "../some=where"
+    assert {t.name: t.max_epochs for t in config.mteb_tasks} == {"WordNetDomains": 4, "RottenTomatoes": 9}
+
+
+def test_an_override_reaches_a_task_whose_name_holds_a_dot() -> None:
+    tasks = 'mteb_tasks=[{name="Banking77Classification"}, {name="Banking77Classification.v2"}]'
+    config = load_config("quickstart", overrides=(tasks, "mteb_tasks.Banking77Classification.v2.max_epochs=3"))
+    assert [t.max_epochs for t in config.mteb_tasks] == [None, 3]
+
+
+def test_later_overrides_win() -> None:
+    assert load_config("quickstart", overrides=("train.seed=1", "train.seed=2")).train.seed == 2
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"])
+def test_an_override_that_cannot_be_applied_is_refused(override: str) -> None:
+    assert override.partition("=")[0] in fault(override)
+
+
+def test_remote_code_without_a_revision_is_refused() -> None:
+    assert "revision" in fault("encoder.trust_remote_code=true")
+    pinned = load_config("quickstart", overrides=("encoder.trust_remote_code=true", "encoder.revision=0123abc"))
+    assert pinned.encoder.trust_remote_code
+
+
+def test_a_refit_after_selection_on_test_is_refused() -> None:
+    assert "refit" in fault("train.refit=true", "train.early_stopping_split=test")
+    assert load_config("quickstart", overrides=("train.refit=true",)).train.refit
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
+
+
+def test_own_files_come_in_pairs_and_columns_only_with_them() -> None:
+    assert "both Parquet files" in fault("mteb_tasks.0.train=a.parquet")
+    assert "text_column" in fault("mteb_tasks.0.text_column=body")
+    own = {"name": "Mine", "train": "a.parquet", "test": "b.parquet", "text_column": "body"}
+    assert validate_config({"mteb_tasks": [own]}, "here").mteb_tasks[0].text_column == "body"
+
+
+def test_the_head_column_cannot_be_switched_off() -> None:
+    assert "head" in fault('evaluate.columns=["majority"]')
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    message = fault(source="quickstrat")
+    assert "'quickstrat'" in message
+    assert "quickstart" in message
+    assert "mteb8" in message
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[train\n", encoding="utf-8")
+    assert str(path) in fault(source=str(path))
+    path.write_bytes(b"\xff\xfe")
+    assert str(path) in fault(source=str(path))
+
+
+def test_a_fault_in_the_config_is_the_callers_own() -> None:
+    assert issubclass(ConfigError, InputError)
