@@ -107,21 +107,18 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
     server = PrefectServer(_writable(Path(runs)) / ".prefect")
     # The server takes seconds to start; importing torch meanwhile costs none of them.
     threading.Thread(target=_import_ahead, name="import-ahead", daemon=True).start()
-    try:
-        from pipeline.catalogue import plan_tasks
+    from pipeline.catalogue import plan_tasks
 
-        plan_tasks(config)  # an unknown name fails here, before anything else is waited for
-        from flows.train_adapters import train_adapters
+    plan_tasks(config)  # an unknown name fails here, before anything else is waited for
+    from flows.train_adapters import train_adapters
 
-        server.ready()
-        state = train_adapters(config, runs=runs, force=force, return_state=True)
-        outcome: Any = state.result(raise_on_failure=False)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        result: RunOutcome = outcome
-        return result
-    finally:
-        server.stop()
+    server.ready()
+    state = train_adapters(config, runs=runs, force=force, return_state=True)
+    outcome: Any = state.result(raise_on_failure=False)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    result: RunOutcome = outcome
+    return result
 
 
 def _import_ahead() -> None:

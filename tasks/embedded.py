@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -41,6 +42,8 @@ class PrefectServer:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         self._process: subprocess.Popen[bytes] | None = None
+        # Registered before Prefect is imported, so run after it: Prefect sends its last logs when the interpreter ends.
+        atexit.register(self.stop)
         if os.environ.get("PREFECT_API_URL"):
             return
         home.mkdir(parents=True, exist_ok=True)

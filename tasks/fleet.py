@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
+_HEAD_LOST_SECONDS = 10  # then Ray ends this process: on one machine a head that is gone does not come back
 
 
 class WorkerDiedError(LorafleetError):
@@ -141,15 +142,18 @@ class Fleet:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            import ray
-
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
             if self.config.ray_address is None:
+                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_LOST_SECONDS))  # read by the import of Ray
+                # Says whether Ray may be more than this machine. If so it listens on all interfaces, whatever address it is given.
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
                 # Without "local", Ray would join whatever cluster a stale file names.
                 options |= {"address": "local", "num_cpus": max(_local_cpus(), int(self.cpus_per_worker))}
                 options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
             else:
                 options["address"] = self.config.ray_address
+            import ray
+
             if not ray.is_initialized():
                 ray.init(**options)
             self._slots.release(self.num_workers)

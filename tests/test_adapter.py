@@ -1,0 +1,547 @@
+"""LoRA and head: the published counts, no effect before training, the same bits after every way of loading."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    COMMIT,
+    CPU_FLOAT32,
+    FAMILIES,
+    OTHER_FAMILIES,
+    give_effect,
+    load_encoder,
+    save_tiny_encoder,
+    tiny_architecture,
+    toy_texts,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.adapter import Adapter, HeadStart, LoraLinear, load_adapter, projection_paths, save_adapter
+from pipeline.config import AdapterConfig, EncoderConfig
+from pipeline.encoder import Encoder, FloatArray, find_encoder
+from pipeline.errors import AdapterError
+from pipeline.model_card import usage_snippet
+from pipeline.records import EncoderRef
+from pipeline.run_folder import TaskFolder, adapter_sha256
+
+Folders = Callable[[str], Path]
+TEXTS, _ = toy_texts(30)
+LABELS = ("sea", "kitchen", "garden")
+BERT_PATHS = [
+    f"encoder.layer.{layer}.attention.{name}" for layer in (0, 1) for name in ("self.query", "self.key", "self.value", "output.dense")
+]
+PATHS = {
+    "eurobert": [f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo"],
+    "mpnet": [f"encoder.layer.{layer}.attention.attn.{name}" for layer in (0, 1) for name in "qkvo"],
+    "distilbert": [f"transformer.layer.{layer}.attention.{name}_lin" for layer in (0, 1) for name in ("q", "k", "v", "out")],
+    "modernbert": [f"layers.{layer}.attn.{name}" for layer in (0, 1) for name in ("Wqkv", "Wo")],
+    "deberta-v2": [
+        f"encoder.layer.{layer}.attention.{name}"
+        for layer in (0, 1)
+        for name in ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")
+    ],
+}
+PATHS |= {"nomic_bert": PATHS["eurobert"], "jina_embeddings_v3": PATHS["eurobert"]}
+PATHS |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), BERT_PATHS)
+
+
+def embed(encoder: Encoder) -> FloatArray:
+    return encoder.embed(encoder.tokenise(TEXTS))
+
+
+def logits(adapter: Adapter) -> FloatArray:
+    return adapter.logits_of_vectors(embed(adapter.encoder))
+
+
+def trained(encoder: Encoder, config: AdapterConfig | None = None) -> Adapter:
+    return give_effect(Adapter(encoder, config or AdapterConfig(), LABELS))
+
+
+def empty(family: str) -> nn.Module:
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(tiny_architecture(family))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TaskFolder:
+    return TaskFolder(tmp_path / "run" / "Topics")
+
+
+@pytest.fixture
+def saved(bert: Encoder, folder: TaskFolder) -> Adapter:
+    adapter = trained(bert)
+    save_adapter(adapter, folder, meta={"best_epoch": 2})
+    return adapter
+
+
+# Which modules
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+def test_the_attention_projections_of_each_family_are_found_by_full_path(family: str) -> None:
+    assert projection_paths(empty(family), AdapterConfig(), model_type=family) == PATHS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layers_alone_are_adapted_on_request(family: str, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder(family))
+    with torch.no_grad():
+        batch = encoder.batch(encoder.tokenise(TEXTS[:4]), np.arange(4))
+        before = encoder.model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True).hidden_states
+        adapter = trained(encoder, AdapterConfig(layers="last:1"))
+        after = encoder.model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True).hidden_states
+    assert list(adapter.projections) == PATHS[family][len(PATHS[family]) // 2 :]
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[2], after[2])
+
+
+def test_explicit_paths_are_adapted_in_the_models_order(bert: Encoder) -> None:
+    target = ("encoder.layer.1.intermediate.dense", "encoder.layer.0.attention.self.value")
+    assert list(Adapter(bert, AdapterConfig(target=target), LABELS).projections) == [target[1], target[0]]
+
+
+def test_an_unknown_path_is_refused_with_those_that_exist(bert: Encoder) -> None:
+    with pytest.raises(AdapterError, match=r"layer\.9\.attention\.self\.query.*no linear layer.*encoder\.layer\.0\.attention\.self\.query"):
+        Adapter(bert, AdapterConfig(target=("encoder.layer.9.attention.self.query",)), LABELS)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones_and_the_modules(bert: Encoder) -> None:
+    with pytest.raises(AdapterError, match=r"'novel'.*eurobert.*encoder\.layer\.0\.attention\.self\.query"):
+        projection_paths(bert.model, AdapterConfig(), model_type="novel")
+
+
+def test_a_target_that_matches_nothing_is_refused_with_what_exists(bert: Encoder) -> None:
+    with pytest.raises(AdapterError, match=r"matches none.*encoder\.layer\.0\.attention\.self\.query"):
+        projection_paths(bert.model, AdapterConfig(), model_type="distilbert")
+
+
+def test_more_layers_than_there_are_is_refused(bert: Encoder) -> None:
+    with pytest.raises(AdapterError, match=r"'last:3'.*2 layers"):
+        Adapter(bert, AdapterConfig(layers="last:3"), LABELS)
+
+
+def test_last_layers_of_a_module_outside_the_layers_is_refused() -> None:
+    config = AdapterConfig(target=("embeddings_project", "encoder.layer.1.attention.self.query"), layers="last:1")
+    with pytest.raises(AdapterError, match="embeddings_project"):
+        projection_paths(empty("electra"), config, model_type="electra")
+
+
+# The main job's numbers
+
+
+@pytest.fixture(scope="module")
+def published_size(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """The published encoder's architecture, at its size, with random weights."""
+    from builders import save_tiny_tokenizer
+    from transformers import EuroBertConfig, EuroBertModel
+
+    folder = tmp_path_factory.mktemp("published") / "eurobert-17m"
+    architecture = EuroBertConfig(
+        vocab_size=41_778,
+        hidden_size=256,
+        num_hidden_layers=6,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        mask_token_id=4,
+    )
+    EuroBertModel(architecture).save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return load_encoder(folder)
+
+
+@pytest.mark.parametrize(("num_classes", "trainable"), [(77, 118_093), (2, 98_818)])
+def test_the_published_encoder_has_the_published_counts(
+    published_size: Encoder, num_classes: int, trainable: int, folder: TaskFolder
+) -> None:
+    adapter = Adapter(published_size, AdapterConfig(), [f"class {n}" for n in range(num_classes)])
+    try:
+        assert published_size.num_parameters == 16_989_952
+        assert sum(p.numel() for p in adapter.lora_parameters) == 98_304
+        assert sum(p.numel() for p in adapter.parameters) == 98_304 + 257 * num_classes == trainable
+        assert sum(p.numel() for p in published_size.model.parameters() if p.requires_grad) == 98_304
+        save_adapter(adapter, folder, meta={})
+        state = torch.load(folder.lora_adapter_pt, weights_only=True)
+        names = {f"lora_{i}_{part}" for i in range(24) for part in ("A", "B", "scaling")}
+        assert set(state) == names
+        assert state["lora_23_A"].shape == (256, 8)
+        assert state["lora_23_B"].shape == (8, 256)
+        assert state["lora_23_scaling"].item() == 2.0
+        assert 400_000 < folder.lora_adapter_pt.stat().st_size < 415_000  # 393,216 bytes of weights; the document says about 405 KB
+    finally:
+        adapter.detach()
+
+
+def test_fresh_pairs_have_normal_a_by_fan_in_and_zero_b(published_size: Encoder) -> None:
+    adapter = Adapter(published_size, AdapterConfig(), LABELS)
+    try:
+        values = torch.cat([lora.lora_A.detach().flatten() for lora in adapter.projections.values()])
+        assert values.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
+        assert abs(values.mean().item()) < 0.002
+        assert (values.abs() > 2 * math.sqrt(2 / 256)).float().mean().item() == pytest.approx(0.0455, abs=0.005), "normal, not uniform"
+        assert all(not lora.lora_B.any() for lora in adapter.projections.values())
+        assert {lora.scaling for lora in adapter.projections.values()} == {2.0}
+    finally:
+        adapter.detach()
+
+
+# Effect
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_adapter_leaves_the_encoder_output_unchanged_bit_for_bit(family: str, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder(family))
+    before = embed(encoder)
+    adapter = Adapter(encoder, AdapterConfig(), LABELS)
+    assert embed(encoder).tobytes() == before.tobytes()
+    give_effect(adapter)
+    assert np.abs(embed(encoder) - before).max() > 0.01
+    with adapter.switched_off():
+        assert embed(encoder).tobytes() == before.tobytes()
+    assert np.abs(embed(encoder) - before).max() > 0.01
+    adapter.detach()
+    assert embed(encoder).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_changes_the_vectors_by_rounding_only_and_is_undone_bit_for_bit(family: str, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder(family))
+    frozen = {name: p.detach().clone() for name, p in encoder.model.named_parameters()}
+    plain = embed(encoder)
+    adapter = trained(encoder)
+    unmerged = embed(encoder)
+    with adapter.merged():
+        merged = embed(encoder)
+        assert not any(isinstance(m, LoraLinear) for m in encoder.model.modules())
+    np.testing.assert_allclose(merged, unmerged, atol=1e-5 * np.abs(unmerged).max())
+    assert np.abs(merged - plain).max() > 0.01
+    assert adapter.merge_difference(encoder.tokenise(TEXTS)) == np.abs(merged - unmerged).max()
+    assert embed(encoder).tobytes() == unmerged.tobytes()
+    adapter.detach()
+    assert all(torch.equal(p, frozen[name]) for name, p in encoder.model.named_parameters())
+
+
+def test_a_failure_while_merged_still_restores_the_weights(bert: Encoder) -> None:
+    adapter = trained(bert)
+    before = embed(bert)
+    with pytest.raises(RuntimeError), adapter.merged():
+        raise RuntimeError
+    assert embed(bert).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_a_plain_formulation(bias: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(12, 7, bias=bias).requires_grad_(False)
+    lora = LoraLinear(base, rank=3, scaling=1.7, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(2, 5, 12)
+    weight = torch.randn(2, 5, 7)
+
+    def gradients(forward: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        inputs = x.clone().requires_grad_()
+        y = forward(inputs)
+        return [y, *torch.autograd.grad((y.tanh() * weight).sum(), [inputs, lora.lora_A, lora.lora_B])]
+
+    ours = gradients(lora)
+    plain = gradients(lambda v: base(v) + lora.scaling * (v @ lora.lora_A.t() @ lora.lora_B.t()))
+    for ours_of, plain_of in zip(ours, plain, strict=True):
+        torch.testing.assert_close(ours_of, plain_of, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_reaches_every_trained_weight_and_nothing_frozen(family: str, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder(family))
+    adapter = trained(encoder)
+    batch = encoder.batch(encoder.tokenise(TEXTS[:6]), np.arange(6))
+    nn.functional.cross_entropy(adapter.logits(batch), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters)
+    ours = {id(p) for p in adapter.parameters}
+    assert all(p.grad is None for p in encoder.model.parameters() if id(p) not in ours)
+
+
+def test_the_seed_decides_the_initial_weights(encoder_folder: Folders) -> None:
+    def initial(seed: int) -> list[torch.Tensor]:
+        return [p.detach() for p in Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS, seed=seed).parameters]
+
+    assert all(torch.equal(a, b) for a, b in zip(initial(3), initial(3), strict=True))
+    assert not torch.equal(initial(3)[0], initial(4)[0])
+
+
+def test_a_head_start_is_taken_over_exactly(bert: Encoder) -> None:
+    random = np.random.default_rng(0)
+    start = HeadStart(random.normal(size=(3, 32)).astype(np.float32), random.normal(size=3).astype(np.float32))
+    adapter = Adapter(bert, AdapterConfig(), LABELS)
+    adapter.start_head(start)
+    np.testing.assert_allclose(logits(adapter), embed(bert) @ start.weight.T + start.bias, atol=1e-4)
+
+
+def test_dropout_acts_while_training_only(bert: Encoder) -> None:
+    adapter = trained(bert, AdapterConfig(dropout=0.5))
+    batch = bert.batch(bert.tokenise(TEXTS), np.arange(len(TEXTS)))
+    with torch.no_grad():
+        adapter.head.train()
+        assert not torch.equal(adapter.logits(batch), adapter.logits(batch))
+        adapter.head.eval()
+        assert torch.equal(adapter.logits(batch), adapter.logits(batch))
+
+
+# Files
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_and_loading_gives_the_same_logits_bit_for_bit(family: str, encoder_folder: Folders, folder: TaskFolder) -> None:
+    config = AdapterConfig(rank=4, alpha=6, dropout=0.2, layers="last:1")
+    adapter = trained(load_encoder(encoder_folder(family), pooling="cls"), config)
+    ref = save_adapter(adapter, folder, meta={})
+    loaded = load_adapter(folder, load_encoder(encoder_folder(family), pooling="cls"))
+    assert logits(loaded).tobytes() == logits(adapter).tobytes()
+    assert loaded.label_names == LABELS
+    assert list(loaded.projections) == list(adapter.projections)
+    assert not loaded.head.training
+    assert (ref.path, ref.sha256, ref.encoder_revision) == ("Topics", adapter_sha256(folder.root), adapter.encoder.ref.revision)
+
+
+@pytest.mark.parametrize("family", ["bert", "eurobert", "modernbert"])
+def test_peft_itself_gives_our_vectors(family: str, encoder_folder: Folders, folder: TaskFolder) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    adapter = trained(load_encoder(encoder_folder(family)))
+    save_adapter(adapter, folder, meta={})
+    base = AutoModel.from_pretrained(encoder_folder(family), attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, str(folder.root)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(family))
+    for text, ours in zip(TEXTS[:5], embed(adapter.encoder), strict=False):
+        with torch.no_grad():
+            vector = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector.numpy(), ours, atol=1e-4)
+    assert json.loads(folder.adapter_config.read_text(encoding="utf-8"))["peft_type"] == "LORA"
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_the_files_name_the_public_encoder_and_commit_and_no_local_path(folder: TaskFolder, tmp_path: Path) -> None:
+    config = EncoderConfig(name="someone/tiny", max_tokens=24)
+    adapter = trained(Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32))
+    save_adapter(adapter, folder, meta={})
+    described = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    assert (described["base_model_name_or_path"], described["revision"]) == ("someone/tiny", COMMIT)
+    assert (described["r"], described["lora_alpha"], described["lora_dropout"], described["inference_mode"]) == (8, 16.0, 0.0, True)
+    assert json.loads(folder.meta.read_text(encoding="utf-8"))["encoder"] == {"name": "someone/tiny", "revision": COMMIT}
+    for path in folder.root.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_an_encoder_from_a_folder_is_named_without_its_path(saved: Adapter, folder: TaskFolder, encoder_folder: Folders) -> None:
+    described = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    assert (described["base_model_name_or_path"], described["revision"]) == ("tiny-bert", None)
+    assert saved.encoder.ref.name == str(encoder_folder("bert"))
+    for path in folder.root.iterdir():
+        assert str(encoder_folder("bert").parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_folder_holds_both_forms_and_nothing_else(saved: Adapter, folder: TaskFolder) -> None:
+    assert {p.name for p in folder.root.iterdir()} == {p.name for p in folder.published()} - {"calibration.json"}
+    assert json.loads(folder.labels.read_text(encoding="utf-8")) == list(LABELS)
+    head = load_file(folder.head)
+    linear = saved.head[1]
+    assert isinstance(linear, nn.Linear)
+    assert torch.equal(head["weight"], linear.weight)
+    assert torch.equal(head["bias"], linear.bias)
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    assert meta == {
+        "num_classes": 3,
+        "label_names": list(LABELS),
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.1,
+        "pooling": "mean",
+        "max_tokens": 24,
+        "hidden_size": 32,
+        "encoder": {"name": "tiny-bert", "revision": saved.encoder.ref.revision},
+        "adapted_modules": BERT_PATHS,
+        "best_epoch": 2,
+    }
+
+
+def test_both_forms_hold_the_same_numbers_and_the_pt_files_only_tensors(saved: Adapter, folder: TaskFolder) -> None:
+    peft, lora = load_file(folder.adapter_weights), torch.load(folder.lora_adapter_pt, weights_only=True)
+    assert len(peft) == 2 * len(BERT_PATHS)
+    assert len(lora) == 3 * len(BERT_PATHS)
+    for index, path in enumerate(BERT_PATHS):
+        assert torch.equal(lora[f"lora_{index}_A"].t(), peft[f"base_model.model.{path}.lora_A.weight"])
+        assert torch.equal(lora[f"lora_{index}_B"].t(), peft[f"base_model.model.{path}.lora_B.weight"])
+        assert lora[f"lora_{index}_scaling"].item() == 2.0
+    classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 3))
+    classifier.load_state_dict(torch.load(folder.classifier_head_pt, weights_only=True))
+    assert torch.equal(classifier[1].weight, saved.head[1].weight)  # type: ignore[arg-type]
+
+
+def test_saving_twice_gives_the_same_bytes(saved: Adapter, folder: TaskFolder, tmp_path: Path) -> None:
+    again = TaskFolder(tmp_path / "again")
+    save_adapter(saved, again, meta={"best_epoch": 2})
+    for path in folder.root.iterdir():
+        if path.suffix != ".pt":  # a zip file, which holds its own name
+            assert path.read_bytes() == (again.root / path.name).read_bytes(), path.name
+
+
+def test_the_source_documents_snippet_gives_our_labels_on_eurobert(encoder_folder: Folders, folder: TaskFolder) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    adapter = trained(load_encoder(encoder_folder("eurobert")))
+    save_adapter(adapter, folder, meta={})
+    # From here on as published, with the paths put in and `classifier.eval()` added.
+    base_model, tokenizer = AutoModel.from_pretrained(encoder_folder("eurobert")), AutoTokenizer.from_pretrained(encoder_folder("eurobert"))
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    lora_state = torch.load(folder.lora_adapter_pt, map_location="cpu", weights_only=True)
+    idx = 0
+    for _name, module in base_model.named_modules():
+        for target in ["q_proj", "k_proj", "v_proj", "o_proj"]:
+            child = getattr(module, target, None)
+            if child is not None and isinstance(child, nn.Linear):
+                A = lora_state[f"lora_{idx}_A"]
+                B = lora_state[f"lora_{idx}_B"]
+                scaling = lora_state[f"lora_{idx}_scaling"].item()
+                child.weight.data += (scaling * (A @ B)).T
+                idx += 1
+    assert idx == 8
+    classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, meta["num_classes"]))
+    classifier.load_state_dict(torch.load(folder.classifier_head_pt, map_location="cpu", weights_only=True))
+    classifier.eval()
+    found = []
+    for text in TEXTS:
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
+        with torch.no_grad():
+            hidden = base_model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"].unsqueeze(-1).float()
+            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+            found.append(classifier(pooled)[0].numpy())
+    ours = logits(adapter)
+    np.testing.assert_allclose(np.stack(found), ours, atol=1e-3)
+    assert len(set(ours.argmax(1).tolist())) > 1, "one label for all would prove nothing"
+
+
+def our_snippet(adapter: Adapter, folder: TaskFolder, *, encoder: Path, text: str = TEXTS[0]) -> str:
+    """The card's program with the two places put in that only its reader knows, and another text."""
+    ref = EncoderRef(name=str(encoder), public_name=str(encoder), revision="sha256:0")
+    program = usage_snippet(task=folder.root.name, encoder=ref, adapted_modules=list(adapter.projections))
+    program = program.replace('REPOSITORY = "."', f"REPOSITORY = {str(folder.root.parent)!r}")
+    return program.replace('TEXT = "I need to transfer money to another account"', f"TEXT = {text!r}")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("family", ["bert", "eurobert", "modernbert"])
+def test_the_cards_snippet_gives_our_label(
+    family: str, pooling: Any, encoder_folder: Folders, folder: TaskFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained(load_encoder(encoder_folder(family), pooling=pooling))
+    save_adapter(adapter, folder, meta={})
+    probabilities = torch.from_numpy(logits(adapter)).softmax(-1)
+    for index in (0, 1):
+        exec(our_snippet(adapter, folder, encoder=encoder_folder(family), text=TEXTS[index]), {})
+        label, probability = capsys.readouterr().out.split()
+        assert label == LABELS[int(probabilities[index].argmax())]
+        assert float(probability) == pytest.approx(probabilities[index].max().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("family", "other"), [("bert", "distilbert"), ("bert", "eurobert"), ("eurobert", "distilbert")])
+def test_the_cards_snippet_raises_when_no_pair_attaches(family: str, other: str, encoder_folder: Folders, folder: TaskFolder) -> None:
+    adapter = trained(load_encoder(encoder_folder(family)))
+    save_adapter(adapter, folder, meta={})
+    with pytest.raises(RuntimeError, match="not the encoder"):
+        exec(our_snippet(adapter, folder, encoder=encoder_folder(other)), {})
+
+
+def test_the_cards_snippet_runs_as_a_program_of_its_own(saved: Adapter, folder: TaskFolder, encoder_folder: Folders) -> None:
+    program = our_snippet(saved, folder, encoder=encoder_folder("bert"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder.root, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == LABELS[int(logits(saved)[0].argmax())]
+
+
+# Faults
+
+
+def test_another_encoder_is_refused(saved: Adapter, folder: TaskFolder, tmp_path: Path) -> None:
+    other = load_encoder(save_tiny_encoder(tmp_path / "other", "bert", seed=1))
+    with pytest.raises(AdapterError, match=f"{saved.encoder.ref.revision}.*{other.ref.revision}"):
+        load_adapter(folder, other)
+
+
+@pytest.mark.usefixtures("saved")
+def test_another_pooling_is_refused(folder: TaskFolder, encoder_folder: Folders) -> None:
+    with pytest.raises(AdapterError, match=r"pooling mean.*max"):
+        load_adapter(folder, load_encoder(encoder_folder("bert"), pooling="max"))
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "head.safetensors", "labels.json", "meta.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other"])
+def test_a_missing_or_damaged_file_is_refused_and_leaves_the_encoder_alone(
+    name: str, damage: str, folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    path = folder.root / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "other": b"[]"}[damage])
+    encoder = load_encoder(encoder_folder("bert"))
+    before = embed(encoder)
+    with pytest.raises(AdapterError, match="Topics") as caught:
+        load_adapter(folder, encoder)
+    assert "\n" not in str(caught.value)
+    assert embed(encoder).tobytes() == before.tobytes()
+
+
+def _without_a_pair(state: dict[str, torch.Tensor]) -> None:
+    del state[next(iter(state))]
+
+
+def _with_a_pair_too_many(state: dict[str, torch.Tensor]) -> None:
+    state["base_model.model.encoder.layer.7.attention.self.query.lora_A.weight"] = torch.zeros(8, 32)
+
+
+def _of_another_rank(state: dict[str, torch.Tensor]) -> None:
+    name = next(iter(state))
+    state[name] = state[name][:1].clone()  # would broadcast
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("damage", [_without_a_pair, _with_a_pair_too_many, _of_another_rank])
+def test_tensors_that_do_not_fit_are_refused(
+    damage: Callable[[dict[str, torch.Tensor]], None], folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    state = load_file(folder.adapter_weights)
+    damage(state)
+    save_file(state, folder.adapter_weights)
+    with pytest.raises(AdapterError, match=r"Topics.*lora_A"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("shapes", [{"weight": (1, 32), "bias": (3,)}, {"weight": (2, 32), "bias": (2,)}, {"weight": (3, 32)}])
+def test_a_head_that_does_not_fit_the_labels_is_refused(
+    shapes: dict[str, tuple[int, ...]], folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder.head)
+    with pytest.raises(AdapterError, match=r"Topics.*(weight|bias)"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")))

@@ -1,0 +1,126 @@
+"""One door per outside library, no pickle, no code from strangers, and nobody's machine in the source: checked on the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for package in ("flows", "tasks", "pipeline") for path in (ROOT / package).rglob("*.py"))
+PROGRAMS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path in (ROOT / "pipeline").rglob(ending))
+DOORS = {
+    "peft": {"pipeline/adapter.py"},
+    "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py"},
+    "prefect": {"flows/train_adapters.py", "tasks/stages.py", "tasks/embedded.py"},
+    "ray": {"tasks/fleet.py"},
+}
+RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+MACHINE_PATH = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|root|tmp|work|mnt|opt|var|usr|data)/|[A-Z]:\\)")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of all imports, those inside functions and by ``import_module`` too."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name.split(".")[0] for alias in names)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield module.split(".")[0]
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"), args=[ast.Constant(value=str(n)), *_]):
+                yield n.split(".")[0]
+
+
+def uses_of(library: str) -> set[str]:
+    return {name_of(path) for path in SOURCES if library in imported(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+def loads_without_promise(tree: ast.AST) -> Iterator[int]:
+    """Lines with a ``torch.load`` that does not say ``weights_only=True``, or a ``load`` that allows pickle."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            said = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if (of_torch and said.get("weights_only") is not True) or said.get("allow_pickle"):
+                yield node.lineno
+
+
+def trusts_strangers(tree: ast.AST) -> Iterator[int]:
+    """Lines that say ``trust_remote_code = True``, as an argument, a default, an assignment or a key."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=True)):
+                yield node.value.lineno
+            case ast.AnnAssign(target=ast.Name(id="trust_remote_code"), value=ast.Constant(value=True)):
+                yield node.lineno
+            case ast.Dict(keys=keys, values=values):
+                pairs = zip(keys, values, strict=True)
+                yield from (
+                    v.lineno
+                    for k, v in pairs
+                    if isinstance(k, ast.Constant) and k.value == "trust_remote_code" and isinstance(v, ast.Constant) and v.value is True
+                )
+
+
+def names_a_machine(tree: ast.AST) -> Iterator[int]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and MACHINE_PATH.search(node.value):
+            yield node.lineno
+
+
+def found(check: Callable[[ast.AST], Iterator[int]], paths: list[Path]) -> list[str]:
+    return [f"{name_of(path)}:{line}" for path in paths for line in check(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_has_one_door(library: str) -> None:
+    uses = uses_of(library)
+    assert uses <= DOORS[library]
+    assert uses or library == "prefect", f"nothing uses {library}: is the door still where this test thinks it is?"
+
+
+def test_no_module_imports_one_that_runs_code_when_it_reads_data() -> None:
+    assert {name: uses_of(name) for name in RUNS_CODE} == {name: set() for name in RUNS_CODE}
+
+
+def test_torch_load_always_reads_weights_only() -> None:
+    assert found(loads_without_promise, PROGRAMS) == []
+
+
+def test_nothing_trusts_remote_code_by_itself() -> None:
+    assert found(trusts_strangers, SOURCES) == []
+
+
+def test_no_source_names_a_path_of_somebodys_machine() -> None:
+    assert found(names_a_machine, SOURCES) == []
+    assert [name_of(path) for path in TEXTS if MACHINE_PATH.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("check", "program"),
+    [
+        (loads_without_promise, "torch.load(path)"),
+        (loads_without_promise, "torch.load(path, weights_only=False)"),
+        (loads_without_promise, "np.load(path, allow_pickle=True)"),
+        (trusts_strangers, "load(name, trust_remote_code=True)"),
+        (trusts_strangers, "options = {'trust_remote_code': True}"),
+        (trusts_strangers, "class Config:\n    trust_remote_code: bool = True"),
+        (names_a_machine, "path = '/home/anna/data'"),
+        (names_a_machine, "path = f'cp /work/x {y}'"),
+    ],
+)
+def test_the_checks_see_what_they_look_for(check: Callable[[ast.AST], Iterator[int]], program: str) -> None:
+    assert list(check(ast.parse(program)))
+
+
+def test_imports_are_seen_wherever_they_hide() -> None:
+    program = "def f():\n    import peft.tuners\n    from mteb import get_task\n    importlib.import_module('pickle')"
+    assert set(imported(ast.parse(program))) == {"peft", "mteb", "pickle"}

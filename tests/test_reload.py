@@ -1,0 +1,81 @@
+"""The reload gate lets through what was trained, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import CPU_FLOAT32, give_effect, toy_texts
+from safetensors.torch import load_file, save_file
+
+from pipeline.adapter import Adapter, save_adapter
+from pipeline.config import AdapterConfig, EncoderConfig
+from pipeline.encoder import Encoder, find_encoder
+from pipeline.errors import VerificationError
+from pipeline.reload import check_reload
+from pipeline.run_folder import TaskFolder
+
+LABELS = ("sea", "kitchen", "garden")
+TEXTS, _ = toy_texts(12)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TaskFolder:
+    return TaskFolder(tmp_path / "Topics")
+
+
+@pytest.fixture
+def adapter(bert: Encoder, folder: TaskFolder) -> Adapter:
+    """A saved adapter with an effect."""
+    adapter = give_effect(Adapter(bert, AdapterConfig(), LABELS))
+    save_adapter(adapter, folder, meta={})
+    return adapter
+
+
+def check(adapter: Adapter, folder: TaskFolder) -> None:
+    check_reload(adapter, folder, TEXTS, offline=True)
+
+
+def test_a_saved_adapter_passes_in_a_fresh_process(adapter: Adapter, folder: TaskFolder) -> None:
+    check(adapter, folder)
+
+
+def test_one_changed_weight_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
+    state = load_file(folder.adapter_weights)
+    state["base_model.model.encoder.layer.1.attention.output.dense.lora_B.weight"][3, 2] *= -1
+    save_file(state, folder.adapter_weights)
+    with pytest.raises(VerificationError, match=r"Topics: logits differ by"):
+        check(adapter, folder)
+
+
+def test_swapped_labels_are_noticed(adapter: Adapter, folder: TaskFolder) -> None:
+    folder.labels.write_text(json.dumps([LABELS[1], LABELS[0], LABELS[2]]), encoding="utf-8")
+    with pytest.raises(VerificationError, match="label names"):
+        check(adapter, folder)
+
+
+def test_an_adapter_without_effect_does_not_pass(bert: Encoder, folder: TaskFolder) -> None:
+    adapter = give_effect(Adapter(bert, AdapterConfig(), LABELS))
+    with torch.no_grad():
+        for lora in adapter.projections.values():
+            lora.lora_B.zero_()
+    save_adapter(adapter, folder, meta={})
+    with pytest.raises(VerificationError, match="no effect"):
+        check(adapter, folder)
+
+
+def test_a_file_that_cannot_be_loaded_is_named_in_one_line(adapter: Adapter, folder: TaskFolder) -> None:
+    folder.adapter_weights.write_bytes(b"")
+    with pytest.raises(VerificationError, match=r"Topics: the saved adapter cannot be loaded in a fresh process: .*damaged") as caught:
+        check(adapter, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_encoder_is_reloaded_at_the_commit_it_was_trained_on(folder: TaskFolder, hub_cache: Path) -> None:
+    config = EncoderConfig(name="someone/tiny", max_tokens=24)
+    adapter = give_effect(Adapter(Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32), AdapterConfig(), LABELS))
+    save_adapter(adapter, folder, meta={})
+    (hub_cache / "models--someone--tiny" / "refs" / "main").write_text("f" * 40, encoding="utf-8")  # the Hub has moved on
+    check(adapter, folder)
