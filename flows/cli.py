@@ -111,9 +111,11 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
 
     plan_tasks(config)  # an unknown name fails here, before anything else is waited for
     from flows.train_adapters import train_adapters
+    from tasks.board import BOARD
 
     server.ready()
-    state = train_adapters(config, runs=runs, force=force, return_state=True)
+    with BOARD.live():
+        state = train_adapters(config, runs=runs, force=force, return_state=True)
     outcome: Any = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise outcome

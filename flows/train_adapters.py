@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ class RunOutcome:
     failures: tuple[Failure, ...]
 
 
+_LOOK_UP_SECONDS = 0.5
 _THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=256)  # they wait, the workers work
 
 
@@ -131,16 +132,22 @@ class _Chain:
 
     def outcome(self) -> TaskResult | Failure:
         """Wait for the last stage, give the worker back, and say what came of it."""
-        try:
-            for stage, future in self.futures.items():
-                future.wait()
-                if not future.state.is_completed():
-                    error = future.state.result(raise_on_failure=False)
-                    return Failure(mteb_task=self.name, stage=stage, reason=_reason(error), user_fault=isinstance(error, InputError))
-            result: TaskResult = future.result()
-            return result
-        finally:
-            self.worker.release()
+        result: Any = None
+        for stage, future in self.futures.items():
+            result = _wait(future)
+            if not future.state.is_completed():
+                self.worker.release()
+                return Failure(mteb_task=self.name, stage=stage, reason=_reason(result), user_fault=isinstance(result, InputError))
+        self.worker.release()
+        assert isinstance(result, TaskResult)
+        return result
+
+
+def _wait(future: PrefectFuture[Any]) -> Any:
+    """The future's result, or its error. Looks up now and then: some libraries' signal handlers keep Ctrl-C from ending a wait."""
+    while True:
+        with suppress(TimeoutError):
+            return future.result(timeout=_LOOK_UP_SECONDS, raise_on_failure=False)
 
 
 def _reason(error: Any) -> str:

@@ -240,7 +240,7 @@ def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) 
     peft_state = {name: parameter.detach().cpu().clone() for name, parameter in _peft_names(adapter.projections)}
     write_atomically(folder.adapter_weights, save(peft_state, metadata={"format": "pt"}))
     write_atomically(folder.adapter_config, _peft_config(adapter))
-    head = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.head.state_dict().items()}
+    head = _head_state(adapter)
     write_atomically(folder.head, save({"weight": head["1.weight"], "bias": head["1.bias"]}))
     write_atomically(folder.labels, json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
     _save_tensors(_lora_state(pairs), folder.lora_adapter_pt)
@@ -274,6 +274,21 @@ def load_adapter(folder: TaskFolder, encoder: Encoder) -> Adapter:
         raise AdapterError(f"{folder.root}: the adapter's files do not fit together: {error}") from None
     adapter.head.eval()
     return adapter
+
+
+def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
+    """Compare the ``.pt`` files with a loaded adapter: the same numbers, under the names of the source document.
+
+    Raises: AdapterError: they differ, or one of them cannot be read.
+    """
+    expected = {folder.lora_adapter_pt: _lora_state(list(adapter.projections.items())), folder.classifier_head_pt: _head_state(adapter)}
+    for path, state in expected.items():
+        try:
+            found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - torch raises whatever the damage leads it to
+            raise AdapterError(f"{path}: missing or damaged: {str(error).splitlines()[0]}") from None
+        if found.keys() != state.keys() or not all(torch.equal(found[name], state[name]) for name in state):
+            raise AdapterError(f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it")
 
 
 def _peft_names(projections: Mapping[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -320,6 +335,10 @@ def _lora_state(pairs: list[tuple[str, LoraLinear]]) -> dict[str, Tensor]:
         state[f"lora_{index}_B"] = lora.lora_B.detach().cpu().t().contiguous()
         state[f"lora_{index}_scaling"] = torch.tensor(lora.scaling)
     return state
+
+
+def _head_state(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.head.state_dict().items()}
 
 
 def _meta(adapter: Adapter) -> dict[str, Any]:

@@ -374,8 +374,13 @@ def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
 
 def _normalizes(folder: Path) -> bool:
     """Whether the encoder's own definition (sentence-transformers) ends in unit vectors."""
-    modules = folder / "modules.json"
-    return modules.is_file() and any(m["type"].endswith("Normalize") for m in json.loads(modules.read_text(encoding="utf-8")))
+    path = folder / "modules.json"
+    if not path.is_file():
+        return False
+    try:
+        return any(module["type"].endswith("Normalize") for module in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EncoderError(f"{path}: damaged; expected a JSON list of modules with their types") from None
 
 
 def _cpu_bfloat16() -> tuple[bool, str]:

@@ -23,7 +23,7 @@ from pipeline.encoder import Encoder, find_encoder
 from pipeline.evaluation import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult
 from pipeline.reload import check_reload
-from pipeline.run_folder import RunFolder, write_atomically
+from pipeline.run_folder import RunFolder, read_record, write_atomically
 from pipeline.training import LabelledTokens, Training, train_adapter
 
 _PROBE_TEXTS = 32
@@ -59,6 +59,7 @@ class TaskJob:
         self.spec = spec
         self.config = spec.config
         self.work = Path(spec.runs) / ".work" / spec.key
+        self.runtime = self._begun_with()
         self.folder = RunFolder(Path(spec.runs) / spec.run_id).task(spec.mteb_task.name)
         self._baselines: Baselines | None = None
         self._training: Training | None = None
@@ -120,7 +121,7 @@ class TaskJob:
             run_id=self.spec.run_id,
             data=self.load(),
             encoder=self._encoder.ref,
-            runtime=self.spec.runtime,
+            runtime=self.runtime,
             adapter=adapter,
             num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
             num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
@@ -140,14 +141,20 @@ class TaskJob:
         shutil.rmtree(self.work, ignore_errors=True)
         return result
 
+    def _begun_with(self) -> Runtime:
+        """The runtime recorded by whoever began this job; a new one's is recorded now."""
+        path = self.work / "runtime.json"
+        if not path.exists():
+            write_atomically(path, self.spec.runtime.model_dump_json())
+        return read_record(path, Runtime)
+
     @cached_property
     def _data(self) -> TaskData:
         return load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
 
     @cached_property
     def _encoder(self) -> Encoder:
-        torch.set_num_threads(self.spec.runtime.threads)
-        return Encoder(find_encoder(self.config.encoder, offline=self.config.data.offline), self.config.encoder, self.spec.runtime)
+        return Encoder(find_encoder(self.config.encoder, offline=self.config.data.offline), self.config.encoder, self.runtime)
 
     @cached_property
     def _tokens(self) -> _Tokenised:

@@ -50,7 +50,11 @@ def task_key(
     runtime: Runtime,
     versions: dict[str, str],
 ) -> str:
-    """Hash of all that an MTEB task's weights and scores depend on; equal keys need no second training."""
+    """Hash of all that an MTEB task's weights and scores depend on; equal keys need no second training.
+
+    The number of threads is left out: it depends on how many MTEB tasks share the machine, and what it may change in the last bits
+    is no reason to train again. A training that was begun goes on with its own number.
+    """
     parts: dict[str, Any] = {
         "data": fingerprint,
         "task": mteb_task.model_dump(include={"name", "subset", "max_epochs", "samples_per_label"}),
@@ -59,7 +63,7 @@ def task_key(
         "adapter": config.adapter.model_dump(mode="json"),
         "train": config.train.model_dump(exclude={"max_epochs"}),
         "evaluate": config.evaluate.model_dump(mode="json"),
-        "runtime": runtime.model_dump(),
+        "runtime": runtime.model_dump(exclude={"threads"}),
         "sources": sources_sha256(),
         "versions": versions,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapter import Adapter, load_adapter
+from pipeline.adapter import Adapter, check_both_forms, load_adapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, FloatArray, find_encoder
 from pipeline.errors import VerificationError
@@ -87,7 +87,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     encoder = Encoder(find_encoder(config, offline=request["offline"]), config, runtime)
     tokens = encoder.tokenise(request["texts"])
     frozen = encoder.embed(tokens)
-    adapter = load_adapter(TaskFolder(Path(request["folder"])), encoder)
+    folder = TaskFolder(Path(request["folder"]))
+    adapter = load_adapter(folder, encoder)
+    check_both_forms(adapter, folder)
     adapted = encoder.embed(tokens)
     return {
         "logits": adapter.logits_of_vectors(adapted).tolist(),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, Tokens
-from pipeline.errors import ResumeError
+from pipeline.errors import LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import write_atomically
 
@@ -86,7 +86,9 @@ def train_adapter(
         checkpoint: File that is rewritten after every epoch.
         on_epoch: Called after every epoch.
         on_progress: Called after every few steps.
-    Raises: ResumeError: the checkpoint was made under other conditions.
+    Raises:
+        ResumeError: the checkpoint was made under other conditions.
+        LorafleetError: the loss is no longer a number.
     """
     conditions = _conditions(train_config, adapter_config, encoder) | {
         "max_epochs": max_epochs,
@@ -156,6 +158,8 @@ class _Loop:
         self.best = self.weights.detach().clone()
         self.optimizer = torch.optim.AdamW([self.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
+        # Any batch size and length: texts of an epoch come in many shapes.
+        self.logits = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
 
     def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
@@ -191,6 +195,8 @@ class _Loop:
                 self._report(epoch, len(losses), losses[-1], time.perf_counter() - start)
         train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
         seconds = time.perf_counter() - start
+        if not math.isfinite(train_loss):
+            raise LorafleetError(f"training diverged in epoch {epoch}: loss {train_loss}; lower train.learning_rate")
         self.adapter.head.eval()
         return EpochRow(
             epoch=epoch,
@@ -219,7 +225,7 @@ class _Loop:
     def _step(self, rows: IntArray) -> Tensor:
         encoder = self.adapter.encoder
         labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
-        logits = self.adapter.logits(encoder.batch(self.train.tokens, rows))
+        logits = self.logits(encoder.batch(self.train.tokens, rows))
         loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights)
         assert self.weights.grad is not None
         self.weights.grad.zero_()

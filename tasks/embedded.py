@@ -41,6 +41,8 @@ class PrefectServer:
         """Start the server with its SQLite database under ``home``; must be called from the main thread."""
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
+        if sys.stderr.isatty():  # there a live table shows what the lines would say
+            os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
         self._process: subprocess.Popen[bytes] | None = None
         # Registered before Prefect is imported, so run after it: Prefect sends its last logs when the interpreter ends.
         atexit.register(self.stop)

@@ -25,6 +25,10 @@ class WorkerDiedError(LorafleetError):
     """The worker's process is gone: killed, out of memory, or its node is lost. A new one can go on."""
 
 
+class FleetLostError(LorafleetError):
+    """No node of the fleet is left, so a new worker has nowhere to run."""
+
+
 class StoppedError(LorafleetError):
     """The run is being stopped."""
 
@@ -37,6 +41,7 @@ class Fleet:
         self._num_tasks = num_tasks
         self._started = threading.Event()
         self._stopping = threading.Event()
+        self._released = threading.Event()
         self._keeper: threading.Thread | None = None
         self._fault: Exception | None = None
         self._slots = threading.Semaphore(0)
@@ -122,17 +127,32 @@ class Fleet:
         if self._keeper is None:
             return
         self._started.wait()
+        self._stopping.set()  # first: who sees a killed worker now must not wait to try again
         for worker in self._workers:
             worker.stop()
-        self._stopping.set()
         self._slots.release(len(self._workers) or 1)
+        self._released.set()
         self._keeper.join()
+
+    def check(self) -> None:
+        """See that there is still something to work on.
+
+        Raises:
+            StoppedError: the fleet is being stopped.
+            FleetLostError: no node is alive.
+        """
+        import ray
+
+        if self._stopping.is_set():
+            raise StoppedError("stopped")
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise FleetLostError("Ray's last node is gone; start again, what was finished is kept")
 
     def _keep_ray(self) -> None:
         """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it."""
         self._start()
         self._started.set()
-        self._stopping.wait()
+        self._released.wait()
         import ray
 
         if ray.is_initialized():
@@ -178,7 +198,7 @@ class FleetWorker:
         Raises:
             WorkerDiedError: the process is gone; the next call starts a new one.
             LorafleetError: whatever the stage raised.
-            StoppedError: the fleet is being stopped.
+            FleetLostError, StoppedError: as ``Fleet.check``.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -197,7 +217,7 @@ class FleetWorker:
             raise error.cause from None
         except RayActorError:
             self._actor = None
-            self._check_stopping()
+            self._fleet.check()
             raise WorkerDiedError(f"{self.spec.mteb_task.name}: its worker died while it ran {stage!r}") from None
 
     def release(self) -> None:
@@ -221,7 +241,7 @@ class FleetWorker:
         if not self._has_slot:
             self._fleet._slots.acquire()
             self._has_slot = True
-        self._check_stopping()
+        self._fleet.check()
         if self._actor is None:
             fleet = self._fleet
             options = {"num_cpus": fleet.cpus_per_worker, "num_gpus": fleet.gpus_per_worker}
@@ -239,14 +259,10 @@ class FleetWorker:
             return  # busy, or not started yet
 
     def _check_clock(self, stage: str, deadline: float, timeout_seconds: float) -> None:
-        self._check_stopping()
+        self._fleet.check()
         if time.monotonic() > deadline:
             self.stop()
             raise WorkerDiedError(f"{self.spec.mteb_task.name}: {stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
-
-    def _check_stopping(self) -> None:
-        if self._fleet._stopping.is_set():
-            raise StoppedError(f"{self.spec.mteb_task.name}: stopped")
 
 
 def _local_cpus() -> int:

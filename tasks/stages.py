@@ -21,6 +21,7 @@ from pipeline.preflight import Plan, preflight
 from pipeline.records import AdapterRef, ClassificationResults, DataSummary, EpochRow, Failure, Progress, Runtime, ScoreRow, TaskResult
 from pipeline.results import SCORE_HEADINGS, percent, score_table
 from pipeline.run_folder import RunFolder
+from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -68,6 +69,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
 @task(name="load data", task_run_name="load data · {name}", cache_policy=NO_CACHE)
 def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSummary:
     """A worker reads and tokenises its data and loads the encoder."""
+    BOARD.show(name, "load data")
     summary: DataSummary = worker.call("load", timeout_seconds=timeout_seconds)
     get_run_logger().info(
         "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
@@ -86,6 +88,7 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
 @task(name="frozen baselines", task_run_name="frozen baselines · {name}", cache_policy=NO_CACHE)
 def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ScoreRow, ...]:
     """A worker measures the frozen encoder."""
+    BOARD.show(name, "frozen baselines")
     rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", timeout_seconds=timeout_seconds)
     get_run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
     return rows
@@ -94,6 +97,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
 @task(name="train", task_run_name="train · {name}", cache_policy=NO_CACHE)
 def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
     """A worker trains its adapter; epochs go to the log, steps to a progress artifact."""
+    BOARD.show(name, "train")
     adapter: AdapterRef = worker.call("train", on_event=_ProgressReport(name, get_run_logger()), timeout_seconds=timeout_seconds)
     return adapter
 
@@ -101,7 +105,9 @@ def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> Ada
 @task(name="evaluate", task_run_name="evaluate · {name}", cache_policy=NO_CACHE)
 def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> TaskResult:
     """A worker evaluates its adapter and reloads it in a fresh process."""
+    BOARD.show(name, "evaluate")
     result: TaskResult = worker.call("finish", timeout_seconds=timeout_seconds)
+    BOARD.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
     get_run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
         name,
@@ -164,13 +170,15 @@ class _ProgressReport:
                 event.texts_per_second,
                 event.seconds,
             )
-        elif time.monotonic() - self._last >= _ARTIFACT_SECONDS:
-            self._last = time.monotonic()
-            self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), event)
-
-    def _show(self, done: float, event: Progress) -> None:
+            return
         facts = f"epoch {event.epoch}/{event.max_epochs}, step {event.step}/{event.num_steps}"
         facts += f", loss {event.train_loss:.4f}, {event.texts_per_second:.0f} texts/s"
+        BOARD.show(self._name, "train", facts)
+        if time.monotonic() - self._last >= _ARTIFACT_SECONDS:
+            self._last = time.monotonic()
+            self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), facts)
+
+    def _show(self, done: float, facts: str) -> None:
         if self._artifact is None:
             made = create_progress_artifact(progress=done, key=_artifact_key(self._name), description=f"{self._name}: {facts}")
             assert isinstance(made, UUID)

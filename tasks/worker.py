@@ -60,8 +60,8 @@ class Worker:
 
         from pipeline.job import TaskJob
 
-        # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
-        torch.set_num_threads(self._spec.runtime.threads)
         if self._job is None:
             self._job = TaskJob(self._spec)
+        # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
+        torch.set_num_threads(self._job.runtime.threads)
         return self._job

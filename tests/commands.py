@@ -43,6 +43,26 @@ class Ended:
         return Path(path)
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that all tests may look at."""
+
+    cwd: Path
+    config: Path
+    tasks: tuple[dict[str, Any], ...]
+    ended: Ended
+
+    @property
+    def runs(self) -> Path:
+        """The run store."""
+        return self.cwd / "runs"
+
+    @property
+    def root(self) -> Path:
+        """The run folder."""
+        return self.cwd / self.ended.run
+
+
 class Command:
     """A running command; a mark in its environment finds every process that it started, and theirs."""
 

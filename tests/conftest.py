@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import COMMIT, load_encoder, save_tiny_encoder
+from commands import FinishedRun, run, write_config, write_task
 
 if TYPE_CHECKING:
     from pipeline.encoder import Encoder
@@ -49,3 +56,38 @@ def hub_cache(encoder_folder: Callable[[str], Path], tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # for processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Prefect server for the commands of all tests; it saves each of them the start of its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-m", "tasks.embedded", str(port)], env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5).close()
+            break
+        except (urllib.error.URLError, OSError):
+            assert server.poll() is None, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, "the Prefect server did not answer"
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}/api"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Not to be written to."""
+    cwd = tmp_path_factory.mktemp("finished")
+    tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
+    config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
+    ended = run("train", "--config", config, "--runs", "runs", cwd=cwd)
+    assert ended.code == 0, ended.err
+    return FinishedRun(cwd, config, tuple(tasks), ended)

@@ -43,10 +43,9 @@ def test_a_saved_adapter_passes_in_a_fresh_process(adapter: Adapter, folder: Tas
 
 
 def test_one_changed_weight_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
-    state = load_file(folder.adapter_weights)
-    state["base_model.model.encoder.layer.1.attention.output.dense.lora_B.weight"][3, 2] *= -1
-    save_file(state, folder.adapter_weights)
-    with pytest.raises(VerificationError, match=r"Topics: logits differ by"):
+    with torch.no_grad():
+        adapter.lora_parameters[1][0, 0] += 1  # what is on disk is no longer what was trained
+    with pytest.raises(VerificationError, match="Topics: logits differ by"):
         check(adapter, folder)
 
 
@@ -79,3 +78,17 @@ def test_a_hub_encoder_is_reloaded_at_the_commit_it_was_trained_on(folder: TaskF
     save_adapter(adapter, folder, meta={})
     (hub_cache / "models--someone--tiny" / "refs" / "main").write_text("f" * 40, encoding="utf-8")  # the Hub has moved on
     check(adapter, folder)
+
+
+def test_a_pt_file_that_is_not_the_trained_adapter_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
+    state = torch.load(folder.lora_adapter_pt, weights_only=True)
+    state["lora_0_B"][0, 0] += 1
+    torch.save(state, folder.lora_adapter_pt)
+    with pytest.raises(VerificationError, match=r"lora_adapter\.pt"):
+        check(adapter, folder)
+
+
+def test_a_damaged_head_file_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
+    folder.classifier_head_pt.write_bytes(folder.classifier_head_pt.read_bytes()[:100])
+    with pytest.raises(VerificationError, match=r"classifier_head\.pt"):
+        check(adapter, folder)

@@ -20,7 +20,7 @@ from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_t
 from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, find_encoder
-from pipeline.errors import ResumeError
+from pipeline.errors import LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
 from pipeline.training import LabelledTokens, Training, accuracy, epoch_batches, train_adapter
 
@@ -397,6 +397,12 @@ def test_one_tiny_step_moves_no_weight_further_than_the_learning_rate(bert: Enco
     after = train(fresh, data=tokens(fresh, 4), selection=None, max_epochs=1, learning_rate=1e-3, weight_decay=0).adapter.parameters
     moved = max(float((a.detach() - b).abs().max()) for a, b in zip(after, before, strict=True))
     assert 0.9e-3 < moved <= 1.001e-3  # AdamW's first step
+
+
+def test_a_training_that_diverges_says_so(bert: Encoder) -> None:
+    start = HeadStart(np.full((len(LABELS), bert.hidden_size), np.inf, dtype=np.float32), np.zeros(len(LABELS), dtype=np.float32))
+    with pytest.raises(LorafleetError, match=r"training diverged in epoch 1: loss nan; lower train\.learning_rate"):
+        train(bert, head_start=start)
 
 
 def epoch(lengths: IntArray, *, seed: int = 0, batch_size: int = 8) -> list[IntArray]:

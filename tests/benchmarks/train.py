@@ -41,7 +41,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pipeline.dataset import TaskData
     from pipeline.encoder import Encoder, EncoderFiles
@@ -180,6 +180,7 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
 
 def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: Any) -> Trained:
     """Hugging Face Trainer + PEFT; ``best`` are training arguments that differ from the defaults."""
+    import torch
     from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
     folder = _encoder_files().folder

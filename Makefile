@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Work on the machine at hand only: no reports home, no Hub in tests.
+export DO_NOT_TRACK := 1
+
+.PHONY: quickstart test test-faults setup clean
+
+quickstart: $(VENV)/.ready  ## set up and run the main job on two small real data sets
+	$(BIN)/lorafleet train --config quickstart
+
+setup: $(VENV)/.ready-dev  ## set up everything for development
+
+test: $(VENV)/.ready-dev  ## every check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
+	$(BIN)/pytest -m faults --timeout 1800
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
