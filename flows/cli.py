@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -114,6 +115,7 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
     from tasks.board import BOARD
 
     server.ready()
+    logging.getLogger("prefect.task_runs").addFilter(_says_something)
     with BOARD.live():
         state = train_adapters(config, runs=runs, force=force, return_state=True)
     outcome: Any = state.result(raise_on_failure=False)
@@ -121,6 +123,11 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
         raise outcome
     result: RunOutcome = outcome
     return result
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Prefect ends every stage with a line of its own; the stage's says what came of it."""
+    return not record.getMessage().startswith("Finished in state Completed")
 
 
 def _import_ahead() -> None:

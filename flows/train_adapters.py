@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -68,11 +69,11 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
             _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
             stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
             if config.publish.to is not None and results:
-                stages.publish(folder, config.publish.to)
+                failures += _publish(folder, config.publish.to)
             return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
     except InputError as error:
         get_run_logger().error("%s", error)
-        return Failed(message=str(error), data=RunOutcome(run_id, None, (), (_input_failure(error),)))
+        return Failed(message="the input is wrong", data=RunOutcome(run_id, None, (), (_input_failure(error),)))
     finally:
         fleet.stop()
 
@@ -107,10 +108,24 @@ def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: P
     done = {result.mteb_task.name for result in reused}
     todo = [planned for planned in plan.tasks if planned.mteb_task.name not in done]
     if todo:
-        fleet.ready()
+        try:
+            fleet.ready()
+        except InputError:
+            shutil.rmtree(store / run_id)  # nothing was trained; at most it holds copies
+            raise
     chains = [_Chain(planned, plan, fleet, store=store, run_id=run_id) for planned in todo]
     outcomes = [chain.outcome() for chain in chains]
     return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
+
+
+def _publish(folder: RunFolder, to: str) -> list[Failure]:
+    """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
+    try:
+        stages.publish(folder, to)
+    except LorafleetError as error:
+        get_run_logger().error("not published: %s", error)
+        return [Failure(mteb_task="", stage="publish", reason=str(error), user_fault=isinstance(error, InputError))]
+    return []
 
 
 class _Chain:

@@ -55,7 +55,7 @@ class AdapterConfig(Record):
 class TrainConfig(Record):
     """The training loop."""
 
-    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """Peak of the cosine schedule."""
     head_init: Literal["probe", "random"] = "probe"
     """``probe`` starts the head from the full-data logistic regression: linear probing, then fine-tuning."""
@@ -72,6 +72,8 @@ class TrainConfig(Record):
     """``test`` reproduces publications that select on test; every row then says so."""
     refit: bool = False
     """Train once more, on train and validation together, for the number of epochs that was best."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of each target that is spread over all classes; keeps a head that starts from the probe learning."""
     class_weights: Literal["none", "balanced"] = "none"
     """``balanced`` weighs each class by the inverse of its frequency."""
     gradient_clip: float = Field(default=1.0, gt=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pipeline
 from pipeline.config import RunConfig
-from pipeline.errors import DataError
+from pipeline.errors import AdapterError, DataError
 from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 
@@ -82,7 +82,7 @@ def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, Tas
             result = read_record(path, TaskResult)
             if result.key in keys and adapter_sha256(folder.root) == result.adapter.sha256:
                 found[result.key] = (folder, result)
-        except (DataError, OSError):
+        except (DataError, AdapterError):
             continue
     return found
 

@@ -226,7 +226,7 @@ class _Loop:
         encoder = self.adapter.encoder
         labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
         logits = self.logits(encoder.batch(self.train.tokens, rows))
-        loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights)
+        loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
         assert self.weights.grad is not None
         self.weights.grad.zero_()
         loss.backward()

@@ -160,6 +160,7 @@ class Fleet:
 
     def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let every other process of the machine go first
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}

@@ -116,15 +116,13 @@ class Command:
             self.sweep()
         return Ended(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started)
 
-    def left(self, *, seconds: float) -> list[str]:
-        """Command lines of the processes that are still there when the time is over."""
+    def left(self, *, seconds: float, but: Sequence[str] = ()) -> list[str]:
+        """Command lines of the processes that are still there when the time is over, but for those that hold one of the titles."""
         deadline = time.monotonic() + seconds
-        while (family := self.family()) and time.monotonic() < deadline:
+        while lines := [line for line in map(_line, self.family()) if line and not any(title in line for title in but)]:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.2)
-        lines = []
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                lines.append(" ".join(process.cmdline())[:120])
         return lines
 
     def sweep(self) -> None:
@@ -135,10 +133,16 @@ class Command:
 
 
 def _lives(process: psutil.Process, titles: Sequence[str]) -> bool:
+    line = _line(process)
+    return bool(line) and (not titles or any(title in line for title in titles))
+
+
+def _line(process: psutil.Process) -> str:
+    """The command line of a living process; nothing of one that is gone."""
     with contextlib.suppress(psutil.Error):
-        line = " ".join(process.cmdline())
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE and (not titles or any(title in line for title in titles))
-    return False
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            return " ".join(process.cmdline())[:200].strip()
+    return ""
 
 
 def run(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment: str) -> Ended:

@@ -19,7 +19,7 @@ from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_tas
 from pipeline.config import load_config, preset_names
 
 Folders = Callable[[str], Path]
-SLOW_IMPORTS = {"prefect", "ray", "torch", "transformers", "peft", "datasets", "sklearn"}
+SLOW_IMPORTS = {"prefect", "ray", "torch", "transformers", "peft"}
 OBSERVED = """
 import json, sys
 opened, connected = [], []
@@ -121,7 +121,9 @@ def test_a_wrong_call_is_one_message_at_once(arguments: list[str], words: list[s
 
 def test_an_unknown_task_is_one_message_with_what_may_be_meant(encoder_folder: Folders, tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.toml", encoder_folder("bert"), [{"name": "Banking77Clasification"}])
-    refused(run("train", "--config", path, cwd=tmp_path), tmp_path, "mteb knows no task 'Banking77Clasification'", "Banking77Classification,")
+    refused(
+        run("train", "--config", path, cwd=tmp_path), tmp_path, "mteb knows no task 'Banking77Clasification'", "Banking77Classification,"
+    )
 
 
 def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> None:

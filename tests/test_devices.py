@@ -1,0 +1,63 @@
+"""The same training on other ways to compute it: compiled, and on a GPU (run by hand: pytest -m gpu)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import CPU_FLOAT32, load_encoder, toy_texts
+
+from pipeline.adapter import load_adapter, save_adapter
+from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
+from pipeline.encoder import Encoder, choose_runtime, find_encoder
+from pipeline.records import Runtime
+from pipeline.run_folder import TaskFolder
+from pipeline.training import LabelledTokens, Training, train_adapter
+
+LABELS = ("sea", "kitchen", "garden")
+
+
+def train(encoder: Encoder, *, num_texts: int = 60, compiled: bool = False) -> Training:
+    texts, labels = toy_texts(num_texts)
+    return train_adapter(
+        LabelledTokens(encoder.tokenise(texts), np.array(labels, dtype=np.int64)),
+        None,
+        encoder,
+        label_names=LABELS,
+        adapter_config=AdapterConfig(dropout=0.0),
+        train_config=TrainConfig(learning_rate=3e-3, batch_size=4, head_init="random", compile=compiled),
+        max_epochs=2,
+    )
+
+
+def load(folder: Path, runtime: Runtime) -> Encoder:
+    config = EncoderConfig(name=str(folder), max_tokens=24)
+    return Encoder(find_encoder(config, offline=True), config, runtime)
+
+
+@pytest.mark.faults
+def test_a_compiled_training_learns_what_a_plain_one_learns(encoder_folder: Callable[[str], Path]) -> None:
+    compiled = load(encoder_folder("bert"), Runtime.model_validate(CPU_FLOAT32.model_dump() | {"compiled": True}))
+    plain = train(load_encoder(encoder_folder("bert")))
+    losses = [row.train_loss for row in train(compiled, compiled=True).epochs]
+    assert losses == pytest.approx([row.train_loss for row in plain.epochs], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_trains_saves_and_reloads_like_a_cpu(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    runtime = choose_runtime(TrainConfig(precision="float32"), threads=1, use_gpu=True)
+    assert (runtime.device, runtime.attention) == ("cuda", "sdpa")
+    encoder = load(encoder_folder("bert"), runtime)
+    training = train(encoder)
+    on_cpu = train(load_encoder(encoder_folder("bert")))
+    assert [row.train_loss for row in training.epochs] == pytest.approx([row.train_loss for row in on_cpu.epochs], rel=0.02)
+    tokens = encoder.tokenise(["ship and anchor", "soup with pepper"])
+    expected = training.adapter.logits_of_vectors(encoder.embed(tokens))
+    save_adapter(training.adapter, TaskFolder(tmp_path / "Topics"), meta={})
+    fresh = load(encoder_folder("bert"), runtime)
+    found = load_adapter(TaskFolder(tmp_path / "Topics"), fresh).logits_of_vectors(fresh.embed(tokens))
+    assert np.abs(found - expected).max() < 1e-4

@@ -1,0 +1,176 @@
+"""Workers on a Ray: placed by CPU and GPU shares, replaced when they die, on a cluster of others too."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import CPU_FLOAT32
+from commands import FinishedRun, run, write_config
+
+from pipeline.config import ComputeConfig, RunConfig, validate_config
+from pipeline.errors import ConfigError
+from pipeline.job import JobSpec
+from pipeline.manifest import read_manifest
+from pipeline.records import MtebTask
+from pipeline.run_folder import RunFolder
+from tasks.fleet import Fleet, StoppedError, WorkerDiedError
+
+CLUSTER = """
+import sys, ray
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20, _node_ip_address="127.0.0.1",
+         logging_level="ERROR", log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray of somebody else's, with two CPUs and one GPU that exists on paper."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """With token authentication, as Ray has it by default; all in this process's environment too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        process = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Cluster(process.stdout.readline().strip(), process)
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+def config(**compute: Any) -> RunConfig:
+    return validate_config({"mteb_tasks": [{"name": "Topics", "train": "a", "test": "b"}], "compute": compute}, "test")
+
+
+def spec(name: str = "Topics") -> JobSpec:
+    task = MtebTask(name=name, source="parquet", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8)
+    return JobSpec(config=config(), mteb_task=task, key="k", runtime=CPU_FLOAT32, run_id="one", runs="runs")
+
+
+@pytest.fixture
+def start(cluster: Cluster) -> Iterator[Callable[..., Fleet]]:
+    """Make a fleet on the cluster; it is stopped after the test."""
+    fleets = []
+
+    def make(*, num_tasks: int = 3, **compute: Any) -> Fleet:
+        fleet = Fleet(config(ray_address=cluster.address, **compute).compute, num_tasks=num_tasks)
+        fleets.append(fleet)
+        fleet.start()
+        return fleet
+
+    yield make
+    for fleet in fleets:
+        fleet.stop()
+
+
+def process_of(worker: Any) -> int:
+    answer: int = worker.call("process_id", timeout_seconds=60)
+    return answer
+
+
+def test_two_workers_share_a_gpu_by_halves_and_the_third_waits(start: Callable[..., Fleet]) -> None:
+    import ray
+
+    fleet = start(gpus_per_worker=0.5, cpus_per_worker=0.5)
+    fleet.ready()
+    assert fleet.num_workers == 2
+    one, two, three = (fleet.worker(spec(name)) for name in ("A", "B", "C"))
+    assert process_of(one) != process_of(two)
+    assert ray.available_resources().get("GPU", 0) == 0
+    third: list[int] = []
+    waiting = threading.Thread(target=lambda: third.append(process_of(three)))
+    waiting.start()
+    waiting.join(timeout=2)
+    assert third == []
+    one.release()
+    waiting.join(timeout=60)
+    assert len(third) == 1
+
+
+def test_no_more_workers_than_the_config_says(start: Callable[..., Fleet]) -> None:
+    fleet = start(workers=1, cpus_per_worker=0.5, gpus_per_worker=0)
+    fleet.ready()
+    assert fleet.num_workers == 1
+
+
+def test_a_whole_gpu_is_taken_where_there_is_one(start: Callable[..., Fleet]) -> None:
+    fleet = start(cpus_per_worker=0.5)
+    fleet.ready()
+    assert (fleet.gpus_per_worker, fleet.num_workers) == (1.0, 1)
+
+
+@pytest.mark.parametrize("share", [{"cpus_per_worker": 64}, {"gpus_per_worker": 2}])
+def test_workers_that_do_not_fit_are_refused_with_what_is_there(share: dict[str, float], start: Callable[..., Fleet]) -> None:
+    with pytest.raises(ConfigError, match="but Ray has 2 and 1"):
+        start(**share).ready()
+
+
+def test_an_address_where_nothing_answers_is_the_callers_fault() -> None:
+    fleet = Fleet(ComputeConfig(ray_address="127.0.0.1:1"), num_tasks=1)
+    fleet.start()
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        fleet.ready()
+    fleet.stop()
+
+
+def test_a_worker_that_dies_is_an_error_once_and_the_next_call_has_a_new_one(start: Callable[..., Fleet]) -> None:
+    fleet = start(gpus_per_worker=0, cpus_per_worker=0.5)
+    fleet.ready()
+    worker = fleet.worker(spec())
+    before = process_of(worker)
+    os.kill(before, 9)
+    with pytest.raises(WorkerDiedError, match="Topics: its worker died while it ran 'process_id'"):
+        for _ in range(20):
+            process_of(worker)
+    assert process_of(worker) != before
+
+
+def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
+    fleet = start(gpus_per_worker=0, cpus_per_worker=0.5)
+    fleet.ready()
+    worker = fleet.worker(spec())
+    process_of(worker)
+    fleet.stop()
+    with pytest.raises(StoppedError):
+        process_of(worker)
+
+
+def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
+    cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
+) -> None:
+    """Trained anew (``--force``) in other processes, two at a time on half a GPU each."""
+    compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}
+    path = write_config(
+        tmp_path / "config.toml", _encoder(finished_run), [{k: v for k, v in t.items()} for t in finished_run.tasks], compute=compute
+    )
+    token = os.environ["RAY_AUTH_TOKEN"]
+    ended = run(
+        "train", "--config", path, "--runs", finished_run.runs, "--force", cwd=tmp_path, PREFECT_API_URL=prefect_api, RAY_AUTH_TOKEN=token
+    )
+    assert ended.code == 0, ended.err
+    manifest = read_manifest(RunFolder(ended.run))
+    assert manifest.reused == {}
+    assert manifest.adapters == read_manifest(RunFolder(finished_run.root)).adapters
+    assert cluster.process.poll() is None
+
+
+def _encoder(finished_run: FinishedRun) -> str:
+    return read_manifest(RunFolder(finished_run.root)).config.encoder.name

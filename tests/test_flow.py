@@ -1,0 +1,225 @@
+"""A whole run: what lies in its folder, what the next run takes over from it, and what is left when one MTEB task fails."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tomli_w
+from builders import toy_texts
+from commands import Command, Ended, FinishedRun, run, write_task
+
+from pipeline.config import load_config
+from pipeline.manifest import RunManifest, read_manifest
+from pipeline.metrics_table import EPOCHS_SCHEMA, SCORES_SCHEMA
+from pipeline.records import Calibration, ClassificationResults, TaskResult
+from pipeline.run_folder import RunFolder, adapter_sha256, read_record
+
+COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
+
+
+def manifest_of(run_folder: Path) -> RunManifest:
+    return read_manifest(RunFolder(run_folder))
+
+
+def results_of(run_folder: Path) -> dict[str, TaskResult]:
+    return {path.parent.name: read_record(path, TaskResult) for path in run_folder.glob("*/result.json")}
+
+
+def scores_of(run_folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(run_folder / "metrics" / "scores.parquet")
+
+
+# --- the run folder ---
+
+
+def test_the_run_folder_holds_every_file_of_the_contract(finished_run: FinishedRun) -> None:
+    of_run = {"manifest.json", "config.toml", "classification_results.json", "README.md", "report.html"}
+    of_run |= {"metrics/scores.parquet", "metrics/epochs.parquet"}
+    of_task = {"lora_adapter.pt", "classifier_head.pt", "meta.json", "adapter_model.safetensors", "adapter_config.json"}
+    of_task |= {"head.safetensors", "labels.json", "calibration.json", "result.json"}
+    found = {path.relative_to(finished_run.root).as_posix() for path in finished_run.root.rglob("*") if path.is_file()}
+    assert found == of_run | {f"{task}/{name}" for task in ("Topics", "Pairs") for name in of_task}
+    assert list(finished_run.runs.glob(".work/*")) == []
+
+
+def test_the_manifest_is_written_last(finished_run: FinishedRun) -> None:
+    last = finished_run.root / "manifest.json"
+    written = [*finished_run.root.rglob("*"), finished_run.runs / "metrics" / f"scores-{finished_run.root.name}.parquet"]
+    assert max(path.stat().st_mtime_ns for path in written if path.is_file() and path != last) <= last.stat().st_mtime_ns
+
+
+def test_the_manifest_says_what_was_made_from_what(finished_run: FinishedRun) -> None:
+    manifest = manifest_of(finished_run.root)
+    assert manifest.run_id == finished_run.root.name
+    assert manifest.adapters == {task: adapter_sha256(finished_run.root / task) for task in ("Topics", "Pairs")}
+    assert (manifest.failures, manifest.reused) == ((), {})
+    assert [task.name for task in manifest.mteb_tasks] == ["Topics", "Pairs"]
+    assert all(task.revision.startswith("sha256:") for task in manifest.mteb_tasks)
+    assert 0 < manifest.seconds < finished_run.ended.seconds
+
+
+def test_the_written_config_makes_the_run_again(finished_run: FinishedRun) -> None:
+    again = load_config(str(finished_run.root / "config.toml"))
+    assert again == load_config(str(finished_run.config)) == manifest_of(finished_run.root).config
+
+
+def test_scores_have_one_row_per_task_and_column_with_its_origin(finished_run: FinishedRun) -> None:
+    scores, results = scores_of(finished_run.root), results_of(finished_run.root)
+    assert list(scores) == SCORES_SCHEMA.names
+    assert list(zip(scores.mteb_task, scores.column, strict=True)) == [(task, column) for task in ("Topics", "Pairs") for column in COLUMNS]
+    assert set(scores.run_id) == {finished_run.root.name}
+    assert set(scores.num_texts) == {60}
+    assert scores.reused_from.isna().all()
+    assert (scores.low <= scores.accuracy).all()
+    assert (scores.accuracy <= scores.high).all()
+    trained = scores[scores.column.isin(["head", "adapted_few_shot"])]
+    assert all(row.adapter_sha256 == adapter_sha256(finished_run.root / row.mteb_task) for row in trained.itertuples())
+    assert scores.drop(trained.index).adapter_sha256.isna().all()
+    assert set(trained.selected_on) == {"validation"}
+    assert scores.drop(trained.index).selected_on.isna().all()
+    assert all(row.dataset_revision == results[row.mteb_task].mteb_task.revision for row in scores.itertuples())
+    assert all(json.loads(versions).keys() >= {"torch", "transformers", "peft", "mteb"} for versions in scores.versions)
+    assert (scores.average_precision.notna() == (scores.mteb_task == "Pairs") & (scores.column != "majority")).all()
+
+
+def test_the_heads_p_values_are_corrected_over_the_runs_tasks(finished_run: FinishedRun) -> None:
+    scores = scores_of(finished_run.root)
+    heads = scores[scores.column == "head"]
+    low, high = sorted(heads.p_value)
+    assert sorted(heads.p_value_holm) == pytest.approx([min(1, 2 * low), max(min(1, 2 * low), high)])
+    assert scores.drop(heads.index).p_value_holm.isna().all()
+
+
+def test_epochs_have_one_row_each(finished_run: FinishedRun) -> None:
+    epochs, results = pd.read_parquet(finished_run.root / "metrics" / "epochs.parquet"), results_of(finished_run.root)
+    assert list(epochs) == EPOCHS_SCHEMA.names
+    for task, rows in epochs.groupby("mteb_task"):
+        assert list(rows.epoch) == [row.epoch for row in results[str(task)].epochs]
+        assert list(rows.epoch[rows.is_best]) == [results[str(task)].best_epoch]
+        assert (rows.texts_per_second * rows.seconds).tolist() == pytest.approx([results[str(task)].data.num_train] * len(rows))
+
+
+def test_the_results_file_has_both_few_shot_accuracies_and_their_difference(finished_run: FinishedRun) -> None:
+    summary = read_record(finished_run.root / "classification_results.json", ClassificationResults)
+    scores = scores_of(finished_run.root).set_index(["mteb_task", "column"]).accuracy
+    for entry in summary.tasks:
+        assert entry.baseline_accuracy == scores[entry.task, "frozen_few_shot"]
+        assert entry.lora_accuracy == scores[entry.task, "adapted_few_shot"]
+        assert entry.delta == pytest.approx(scores[entry.task, "adapted_few_shot"] - scores[entry.task, "frozen_few_shot"])
+        assert entry.full_data_probe_accuracy == scores[entry.task, "frozen_full_data"]
+        assert entry.head_accuracy == scores[entry.task, "head"]
+        assert entry.majority_accuracy == scores[entry.task, "majority"]
+    assert summary.average.head_accuracy == pytest.approx(scores[:, "head"].mean())
+
+
+def test_calibration_was_fitted_on_validation(finished_run: FinishedRun) -> None:
+    for task in ("Topics", "Pairs"):
+        assert read_record(finished_run.root / task / "calibration.json", Calibration).fitted_on == "validation"
+
+
+def test_no_file_that_is_published_names_a_local_path(finished_run: FinishedRun) -> None:
+    local = [str(finished_run.cwd).encode(), str(load_config(str(finished_run.config)).encoder.name).encode()]
+    folder = RunFolder(finished_run.root)
+    for path in (*folder.published(), *folder.task("Topics").published()):
+        assert not any(name in path.read_bytes() for name in local), path
+    assert json.loads(folder.task("Topics").adapter_config.read_text())["base_model_name_or_path"] == "tiny-bert"
+
+
+# --- the next runs ---
+
+
+@pytest.fixture(scope="module")
+def again(finished_run: FinishedRun, prefect_api: str) -> Ended:
+    """The same command in the same store."""
+    return run("train", "--config", finished_run.config, "--runs", "runs", cwd=finished_run.cwd, PREFECT_API_URL=prefect_api)
+
+
+def test_a_second_run_with_the_same_inputs_trains_nothing(finished_run: FinishedRun, again: Ended) -> None:
+    root = finished_run.cwd / again.run
+    first, second = scores_of(finished_run.root), scores_of(root)
+    assert again.code == 0
+    assert manifest_of(root).adapters == manifest_of(finished_run.root).adapters
+    assert manifest_of(root).reused == dict.fromkeys(("Topics", "Pairs"), finished_run.root.name)
+    assert set(second.reused_from) == {finished_run.root.name}
+    differing = ["run_id", "reused_from"]
+    pd.testing.assert_frame_equal(first.drop(columns=differing), second.drop(columns=differing))
+    assert "epoch 1" not in again.err
+    assert again.seconds < finished_run.ended.seconds
+
+
+def test_what_was_taken_over_is_whole(finished_run: FinishedRun, again: Ended) -> None:
+    root = finished_run.cwd / again.run
+    for path in (finished_run.root / "Topics").iterdir():
+        if path.name != "result.json":
+            assert (root / "Topics" / path.name).read_bytes() == path.read_bytes()
+    assert results_of(root)["Topics"].reused_from == finished_run.root.name
+
+
+def test_the_history_holds_every_run(finished_run: FinishedRun, again: Ended) -> None:
+    history = pd.read_parquet(finished_run.runs / "metrics")
+    for root in (finished_run.root, finished_run.cwd / again.run):
+        rows = history[history.run_id == root.name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, scores_of(root))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    ended: Ended
+    root: Path
+    published: Path
+
+
+@pytest.fixture(scope="module")
+def mixed(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """One MTEB task is as it was, one has new data, and one loses its test file between preflight and its worker."""
+    cwd = tmp_path_factory.mktemp("mixed")
+    topics, _ = finished_run.tasks
+    pairs, lost = write_task(cwd / "data", "Pairs", num_classes=2, seed=7), write_task(cwd / "data", "Lost", num_train=60, seed=9)
+    values = load_config(str(finished_run.config)).model_dump(mode="json", exclude_none=True)
+    values |= {"mteb_tasks": [topics, lost, pairs], "publish": {"to": str(cwd / "out")}}
+    config = cwd / "config.toml"
+    config.write_text(tomli_w.dumps(values), encoding="utf-8")
+    known = set(finished_run.runs.iterdir())
+    command = Command("train", "--config", config, "--runs", finished_run.runs, cwd=cwd, PREFECT_API_URL=prefect_api)
+    command.wait_until(lambda: any((path / "config.toml").exists() for path in set(finished_run.runs.iterdir()) - known))
+    Path(lost["test"]).unlink()
+    ended = command.wait()
+    return Mixed(ended, ended.run, cwd / "out")
+
+
+def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_1(mixed: Mixed) -> None:
+    reason = f"Lost: the test file {mixed.root}"[:25]
+    assert mixed.ended.code == 1
+    assert mixed.ended.out.splitlines()[-1] == f"run: {mixed.root}"
+    assert sum(line.startswith(f"failed: Lost (load data): {reason}") for line in mixed.ended.err.splitlines()) == 1
+    (failure,) = manifest_of(mixed.root).failures
+    assert (failure.mteb_task, failure.stage, failure.user_fault) == ("Lost", "load data", True)
+    assert "does not exist" in failure.reason
+    summary = read_record(mixed.root / "classification_results.json", ClassificationResults)
+    assert [entry.task for entry in summary.tasks] == ["Topics", "Pairs"]
+    assert summary.failures == (failure,)
+
+
+def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: FinishedRun) -> None:
+    manifest, before = manifest_of(mixed.root), manifest_of(finished_run.root)
+    assert manifest.reused == {"Topics": finished_run.root.name}
+    assert manifest.adapters["Topics"] == before.adapters["Topics"]
+    assert manifest.adapters["Pairs"] != before.adapters["Pairs"]
+    when = scores_of(mixed.root).groupby("mteb_task").created_at.max()
+    assert when["Topics"] == scores_of(finished_run.root).groupby("mteb_task").created_at.max()["Topics"]
+    assert when["Pairs"] > datetime.fromisoformat(str(before.created_at))
+
+
+def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
+    assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics"}
+
+
+def test_no_log_holds_a_text(mixed: Mixed, finished_run: FinishedRun) -> None:
+    texts = toy_texts(200, seed=0)[0]
+    for ended in (finished_run.ended, mixed.ended):
+        assert not any(text in ended.err + ended.out for text in texts if len(text.split()) > 3)

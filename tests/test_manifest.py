@@ -1,0 +1,142 @@
+"""What a key depends on, and what counts as finished."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import CPU_FLOAT32, ENCODER, WHEN, finished_run, task_result
+
+import pipeline
+from pipeline import manifest as manifest_module
+from pipeline.config import RunConfig, validate_config
+from pipeline.errors import DataError
+from pipeline.manifest import RunManifest, find_finished, read_manifest, sources_sha256, task_key, write_manifest
+from pipeline.records import EncoderRef, MtebTask, Runtime
+from pipeline.run_folder import RunFolder
+
+TASK = MtebTask(name="Topics", source="parquet", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
+KEY = "d" * 64
+
+
+def config(**sections: dict[str, Any]) -> RunConfig:
+    return validate_config({"mteb_tasks": [{"name": "Topics", "train": "a", "test": "b"}], **sections}, "test")
+
+
+def key(**changes: Any) -> str:
+    given: dict[str, Any] = {"mteb_task": TASK, "fingerprint": "f", "encoder": ENCODER, "runtime": CPU_FLOAT32, "versions": {"torch": "1"}}
+    settings = changes.pop("config", {})
+    return task_key(config(**settings), **given | changes)
+
+
+def changed(record: Any, **values: Any) -> Any:
+    return type(record).model_validate(record.model_dump() | values)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"train": {"learning_rate": 0.1}}},
+        {"config": {"train": {"seed": 1}}},
+        {"config": {"adapter": {"rank": 4}}},
+        {"config": {"evaluate": {"bootstrap_draws": 200}}},
+        {"config": {"encoder": {"max_tokens": 64}}},
+        {"config": {"encoder": {"pooling": "cls"}}},
+        {"fingerprint": "g"},
+        {"mteb_task": changed(TASK, max_epochs=4)},
+        {"encoder": changed(ENCODER, revision="sha256:2")},
+        {"runtime": changed(CPU_FLOAT32, dtype="bfloat16")},
+        {"versions": {"torch": "2"}},
+    ],
+)
+def test_what_can_change_a_weight_or_a_score_changes_the_key(changes: dict[str, Any]) -> None:
+    assert key(**changes) != key()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"compute": {"workers": 7, "retries": 0, "ray_address": "auto"}}},
+        {"config": {"publish": {"to": "out"}}},
+        {"config": {"data": {"offline": True, "mirror": "elsewhere"}}},
+        {"config": {"encoder": {"name": "elsewhere/same"}}},
+        {"config": {"train": {"max_epochs": 9}}},
+        {"mteb_task": changed(TASK, location="elsewhere", test_location="elsewhere too", source="mirror")},
+        {"runtime": changed(CPU_FLOAT32, threads=2)},
+        {"encoder": EncoderRef(name="elsewhere", public_name="other", revision=ENCODER.revision)},
+    ],
+)
+def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str, Any]) -> None:
+    """``train.max_epochs`` is only the default of the task's own number, which counts."""
+    assert key(**changes) == key()
+
+
+def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "pipeline"
+    shutil.copytree(Path(pipeline.__file__).parent, copy)
+    monkeypatch.setattr(manifest_module.pipeline, "__file__", str(copy / "__init__.py"))
+    before = sources_sha256()
+    for name in ("report.py", "model_card.py", "hub.py", "collect.py", "run_folder.py"):
+        (copy / name).write_text("# changed\n")
+        assert sources_sha256() == before, name
+    for name in ("dataset.py", "encoder.py", "adapter.py", "training.py", "evaluation.py", "scores.py", "catalogue.py"):
+        (copy / name).write_text("# changed\n")
+        assert sources_sha256() != before, name
+        before = sources_sha256()
+
+
+def test_the_newest_finished_task_with_the_key_is_found_also_in_a_run_that_was_killed(tmp_path: Path) -> None:
+    for name in ("20260101", "20260103", "20260102"):
+        finished_run(tmp_path / name, [task_result("Topics")])
+    (tmp_path / "20260103" / "manifest.json").unlink()
+    ((found, (folder, result)),) = find_finished(tmp_path, {KEY}).items()
+    assert (found, folder.root, result.mteb_task.name) == (KEY, tmp_path / "20260103" / "Topics", "Topics")
+
+
+@pytest.mark.parametrize("file", ["result.json", "head.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_a_damaged_one_is_passed_over(file: str, damage: str, tmp_path: Path) -> None:
+    for name in ("20260101", "20260102"):
+        finished_run(tmp_path / name, [task_result("Topics")])
+    path = tmp_path / "20260102" / "Topics" / file
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert find_finished(tmp_path, {KEY})[KEY][0].root == tmp_path / "20260101" / "Topics"
+
+
+def test_another_key_and_an_empty_store_hold_nothing(tmp_path: Path) -> None:
+    assert find_finished(tmp_path / "nowhere", {KEY}) == {}
+    finished_run(tmp_path / "20260101", [task_result("Topics")])
+    assert find_finished(tmp_path, {"another"}) == {}
+
+
+def run_manifest() -> RunManifest:
+    return RunManifest(
+        run_id="one",
+        created_at=WHEN,
+        config=config(),
+        encoder=ENCODER,
+        runtime=Runtime.model_validate(CPU_FLOAT32.model_dump()),
+        mteb_tasks=(TASK,),
+        adapters={"Topics": "a" * 64},
+        reused={},
+        failures=(),
+        versions={"torch": "1"},
+        lorafleet_version="0.1.0",
+        sources_sha256=sources_sha256(),
+        seconds=1.5,
+    )
+
+
+def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_manifest(run_manifest(), RunFolder(tmp_path))
+    assert read_manifest(RunFolder(tmp_path)) == run_manifest()
+
+
+def test_a_folder_without_a_manifest_is_not_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a finished run"):
+        read_manifest(RunFolder(tmp_path))
