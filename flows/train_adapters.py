@@ -62,6 +62,8 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
         with hold_store(store, run_id):
             fleet.start()
             plan = stages.check_inputs(config, fleet.runtime(config.train))
+            if isinstance(plan, InputError):
+                raise plan
             folder = RunFolder(store / run_id)
             write_config(plan.config, folder)
             reused = [] if force else stages.reuse_finished(plan, store, run_id)
@@ -144,16 +146,16 @@ class _Chain:
             future = stages.with_policy(stage, compute).submit(self.name, self.worker, compute.timeout_seconds, wait_for=before)
             self.futures[stage.name] = future
             before = [future]
+        # The last stage ends with whichever fails before it. Its place is given on at once, not when the flow comes to look.
+        before[-1].add_done_callback(lambda _: self.worker.release())
 
     def outcome(self) -> TaskResult | Failure:
-        """Wait for the last stage, give the worker back, and say what came of it."""
+        """Wait for the last stage, and say what came of it."""
         result: Any = None
         for stage, future in self.futures.items():
             result = _wait(future)
             if not future.state.is_completed():
-                self.worker.release()
                 return Failure(mteb_task=self.name, stage=stage, reason=_reason(result), user_fault=isinstance(result, InputError))
-        self.worker.release()
         assert isinstance(result, TaskResult)
         return result
 

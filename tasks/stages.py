@@ -12,7 +12,6 @@ from uuid import UUID
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Failed
 
 from pipeline import collect as files
 from pipeline.config import ComputeConfig, RunConfig
@@ -42,13 +41,12 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
-def check_inputs(config: RunConfig, runtime: Runtime) -> Plan:
-    """Check data and encoder before the first worker starts."""
+def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | InputError:
+    """Check data and encoder before the first worker starts; what is wrong is returned, because Prefect logs what is raised with a traceback."""
     try:
         plan = preflight(config, runtime)
     except InputError as error:
-        # A state, not a raise: Prefect would log a traceback. It raises the error where the flow takes the plan.
-        return Failed(message="the input is wrong", data=error)  # type: ignore[return-value]
+        return error
     logger = get_run_logger()
     logger.info("encoder %s at %s, %s on %s", plan.encoder.public_name, plan.encoder.revision, runtime.dtype, runtime.processor)
     for planned in plan.tasks:

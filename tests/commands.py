@@ -103,8 +103,9 @@ class Command:
         """The first true value of the condition; fails if the command ends before, or time does."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
-            assert self.process.poll() is None, f"the command ended with {self.process.returncode}: {self._err.read_text()}"
-            assert time.monotonic() < deadline, f"nothing came in {seconds:g} s: {self._err.read_text()}"
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.sweep()
+                raise AssertionError(f"waited in vain; the command's exit code is {self.process.returncode}: {self._err.read_text()}")
             time.sleep(0.05)
         return value
 

@@ -36,7 +36,7 @@ def config(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("faults")
     tasks = [
         write_task(folder, "Quick", num_train=60, seed=3) | {"max_epochs": 1},
-        write_task(folder, "Long", num_train=1500, seed=4) | {"max_epochs": EPOCHS},
+        write_task(folder, "Long", num_train=800, seed=4) | {"max_epochs": EPOCHS},
     ]
     train = {"batch_size": 2, "patience": EPOCHS, "learning_rate": 0.002}
     evaluate = {"columns": ["frozen_full_data", "head"]}
