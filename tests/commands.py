@@ -109,7 +109,7 @@ class Command:
             time.sleep(0.05)
         return value
 
-    def wait(self, *, seconds: float = 240) -> Ended:
+    def wait(self, *, seconds: float = 280) -> Ended:
         """Wait for the command's end, and make sure of it."""
         try:
             code = self.process.wait(timeout=seconds)
@@ -146,7 +146,7 @@ def _line(process: psutil.Process) -> str:
     return ""
 
 
-def run(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment: str) -> Ended:
+def run(*arguments: str | Path, cwd: Path, seconds: float = 280, **environment: str) -> Ended:
     """Run ``lorafleet`` with these arguments to its end."""
     return Command(*arguments, cwd=cwd, **environment).wait(seconds=seconds)
 

@@ -1,0 +1,63 @@
+"""The README's result table: means over the runs of a store that differ in their seed only.
+
+    for seed in 0 1 2; do lorafleet train --config minilm6 --set data.mirror=DIR --set train.seed=$seed --runs RUNS; done
+    python tests/benchmarks/seeds.py RUNS
+
+Prints Markdown; accuracies in per cent on test, the spread over seeds behind the head's mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from pipeline.metrics_table import read_history
+from pipeline.records import ScoreRow
+
+COLUMNS = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+SIGNIFICANT = 0.05
+
+
+def main(runs: Path) -> None:
+    rows: dict[str, dict[str, list[ScoreRow]]] = defaultdict(lambda: defaultdict(list))
+    history = read_history(runs)
+    for row in history:
+        rows[row.mteb_task][row.column].append(row)
+    seeds = sorted({row.seed for row in history})
+    print(f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n")
+    print("| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |")
+    print("|---|---|---|---|---|---|---|")
+    means = {task: [fmean(row.accuracy for row in columns[c]) for c in COLUMNS] for task, columns in rows.items()}
+    for task, columns in rows.items():
+        print(line(task, means[task], verdicts(columns), spread(columns["head"])))
+    print(line("Mean", [fmean(column) for column in zip(*means.values(), strict=True)], "", ""))
+
+
+def line(name: str, means: Sequence[float], verdict: str, spread_of_head: str) -> str:
+    frozen, adapted, probe, head = (100 * mean for mean in means)
+    return f"| {name} | {frozen:.1f} | {adapted:.1f} | {adapted - frozen:+.1f} | {probe:.1f} | {head:.1f} {spread_of_head} | {verdict} |"
+
+
+def spread(heads: Sequence[ScoreRow]) -> str:
+    accuracies = [100 * row.accuracy for row in heads]
+    return f"({min(accuracies):.1f}–{max(accuracies):.1f})"
+
+
+def verdicts(columns: dict[str, list[ScoreRow]]) -> str:
+    probe_of = {row.run_id: row.accuracy for row in columns["frozen_full_data"]}
+    above = within = below = 0
+    for row in columns["head"]:
+        if row.p_value_holm is None or row.p_value_holm >= SIGNIFICANT:
+            within += 1
+        elif row.accuracy > probe_of[row.run_id]:
+            above += 1
+        else:
+            below += 1
+    return f"{above} / {within} / {below}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
