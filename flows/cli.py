@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -43,6 +42,8 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     """
     from pipeline.config import load_config
 
+    if "://" in runs:
+        raise InputError(f"--runs {runs}: the run store must be a local or mounted folder")
     config = load_config(source, overrides=overrides)
     if dry_run:
         _print_plan(config, as_json=as_json)
@@ -66,6 +67,8 @@ def publish(run: Path, target: Path) -> None:
     """
     from pipeline.hub import publish_to_folder
 
+    if ":" in str(target):
+        raise InputError(f"--to {target}: only folders can be published to")
     written = publish_to_folder(run, target)
     click.echo(f"published {len(written)} files to {target}")
 
@@ -103,9 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
     """Run the flow with what it needs around it: the configured Prefect server, or an embedded one."""
+    from pipeline.run_store import hold_store
     from tasks.embedded import PrefectServer
 
-    server = PrefectServer(_writable(Path(runs)) / ".prefect")
+    store = Path(runs)
+    with hold_store(store, "being checked"):
+        pass  # who cannot have the store must not start a server on its database; the flow takes it for good
+    server = PrefectServer(store / ".prefect")
     # The server takes seconds to start; importing torch meanwhile costs none of them.
     threading.Thread(target=_import_ahead, name="import-ahead", daemon=True).start()
     from pipeline.catalogue import plan_tasks
@@ -132,16 +139,6 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 def _import_ahead() -> None:
     import pipeline.preflight  # noqa: F401
-
-
-def _writable(runs: Path) -> Path:
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run store {runs}: cannot be made: {error.strerror}; choose another with --runs") from None
-    if not os.access(runs, os.W_OK):
-        raise InputError(f"run store {runs}: cannot be written; choose another with --runs")
-    return runs
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
@@ -180,7 +177,8 @@ def _show_run(run: Path, *, as_json: bool) -> None:
     if as_json:
         click.echo(summary.model_dump_json(indent=1))
         return
-    results = [read_record(folder.task(entry.task).result, TaskResult) for entry in summary.tasks]
+    files = [folder.task(entry.task).result for entry in summary.tasks]
+    results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a published folder has none
     _print_table(score_table(summary, results))
     for failure in summary.failures:
         click.echo(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}", err=True)

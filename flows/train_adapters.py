@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +18,14 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from pipeline.collect import lock_path, write_config
+from pipeline.collect import write_config
 from pipeline.config import RunConfig
-from pipeline.errors import InputError, LockedError, LorafleetError
+from pipeline.errors import InputError, LorafleetError
 from pipeline.job import JobSpec
 from pipeline.preflight import Plan, PlannedTask
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
+from pipeline.run_store import hold_store
 from tasks import stages
 from tasks.fleet import Fleet
 
@@ -78,31 +77,6 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
         return Failed(message="the input is wrong", data=RunOutcome(run_id, None, (), (_input_failure(error),)))
     finally:
         fleet.stop()
-
-
-@contextmanager
-def hold_store(runs: Path, run_id: str) -> Iterator[None]:
-    """Hold the run store for one run; a killed run's lock is gone with its process.
-
-    Raises: LockedError: another run holds it.
-    """
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        lock = lock_path(runs).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"run store {runs}: cannot be written: {error.strerror}; choose another with --runs") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another run"
-            raise LockedError(f"run store {runs}: in use by {holder}; wait for it, or choose another with --runs") from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"run {run_id}, process {os.getpid()}")
-        lock.flush()
-        yield
 
 
 def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:

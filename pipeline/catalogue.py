@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import ConfigError, DataError, LorafleetError
 from pipeline.records import MtebTask
+from pipeline.run_folder import RunFolder
 
 UNREAD = "unread"
 """The revision of files that nobody has read yet: a plan reads no data."""
@@ -66,6 +67,7 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
         default_epochs: For a task that names no number of its own.
     Raises: ConfigError: an unknown name or subset, or a task that is not a classification of single texts with one label.
     """
+    RunFolder(Path()).task(config.name)  # refuses the names that a run folder has files of
     max_epochs = config.max_epochs or default_epochs
     if config.train is not None and config.test is not None:
         return _plan_own(config, config.train, config.test, max_epochs)

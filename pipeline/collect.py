@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -65,7 +64,11 @@ def finish_run(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder, seconds: float
 ) -> RunManifest:
     """Enter the run into the history and write its manifest, last of all."""
-    append_history(folder.root.parent, run_id, [row for result in results for row in result.scores])
+    runs = folder.root.parent
+    append_history(runs, run_id, [row for result in results for row in result.scores])
+    epochs = runs / "epochs" / f"epochs-{run_id}.parquet"
+    epochs.parent.mkdir(exist_ok=True)
+    write_epochs(run_id, {result.mteb_task.name: result.epochs for result in results}, epochs)
     manifest = RunManifest(
         run_id=run_id,
         created_at=datetime.now(UTC),
@@ -95,11 +98,6 @@ def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
         )
         for result, value in zip(results, values, strict=True)
     )
-
-
-def lock_path(runs: Path) -> Path:
-    """The file whose lock the one run holds that may write under ``runs``."""
-    return runs / ".lock"
 
 
 def _rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:

@@ -123,7 +123,9 @@ class ComputeConfig(Record):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """MTEB tasks at a time. ``auto``: as many as the CPUs or GPUs hold."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """CPU share of a worker, and its number of torch threads. ``auto``: one on a CPU machine (measured faster than sharing)."""
+    """CPU share of a worker, and its number of torch threads.
+
+    ``auto``: an equal share of this machine's cores for each MTEB task, at least one (measured faster than sharing); one on a cluster."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """``auto``: one where Ray sees a GPU, none otherwise. A fraction packs several workers on one."""
     ray_address: str | None = None

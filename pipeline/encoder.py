@@ -26,9 +26,10 @@ from pipeline.records import EncoderRef, Runtime
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-# Published encoders that also travel as packages: sha256 of the weights -> (Hub id, commit).
-_KNOWN_WEIGHTS = {
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db": (
+_LOADED_FROM = (".safetensors", ".json", ".txt", ".model", ".py")
+# Published encoders that also travel as packages: sha256 of their files -> (Hub id, commit).
+_KNOWN_FILES = {
+    "852d031e81868b3fe72d86714cb639e62ff68fbb5d8e80d5584f10ff50fb25e3": (
         "sentence-transformers/all-MiniLM-L6-v2",
         "8b3219a92973c328a8e22fadcfa821b5dc75636a",
     ),
@@ -72,9 +73,9 @@ def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
     Raises: EncoderError: not installed, no such folder, not on the Hub or not reachable.
     """
     if config.name.startswith("package:"):
-        return _local_files(config.name, _package_folder(config.name.removeprefix("package:")))
+        return _local_files(config, _package_folder(config.name.removeprefix("package:")))
     if Path(config.name).is_dir():
-        return _local_files(config.name, Path(config.name))
+        return _local_files(config, Path(config.name))
     if Path(config.name).is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") != 1:
         raise EncoderError(f"encoder {config.name!r}: no such folder, and not a Hub id of the form OWNER/NAME")
     return _hub_files(config, offline=offline)
@@ -255,9 +256,27 @@ def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
                 pass
         except (SafetensorError, OSError) as error:
             raise EncoderError(f"encoder {config.name}: {path.name} is damaged: {_first_line(error)}") from None
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(_architecture(files.folder, config), trust_remote_code=config.trust_remote_code)
+    architecture = _architecture(files.folder, config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModel.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise EncoderError(f"encoder {config.name}: its config.json describes no model: {_first_line(error)}") from error
+    _check_shapes(model, weights, config)
     return model
+
+
+def _check_shapes(model: nn.Module, weights: Sequence[Path], config: EncoderConfig) -> None:
+    from safetensors import safe_open
+
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = getattr(model, "base_model_prefix", "") + "."  # files of a model with a head on top name the encoder inside it
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                here, there = expected.get(name.removeprefix(prefix)), file.get_slice(name).get_shape()
+                if here is not None and here != there:
+                    raise EncoderError(f"encoder {config.name}: {path.name} holds {name} as {there}, but config.json says {here}")
 
 
 def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
@@ -315,21 +334,25 @@ def _model_class(architecture: Any) -> Any:
     return MODEL_MAPPING.get(type(architecture), nn.Module)
 
 
-def _local_files(name: str, folder: Path) -> EncoderFiles:
+def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
+    name = config.name
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise EncoderError(f"encoder {name}: expected config.json and *.safetensors, found {sorted(p.name for p in folder.iterdir())[:8]}")
-    sha256 = weights_sha256(folder)
-    public_name, revision = _KNOWN_WEIGHTS.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
+    sha256 = files_sha256(folder)
+    public_name, revision = _KNOWN_FILES.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
     if Path(public_name).is_dir():
         public_name = Path(public_name).resolve().name
+    if config.revision not in (None, revision):
+        raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but what is here is {revision}")
     return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the bytes of the weight files, in the order of their names."""
+def files_sha256(folder: Path) -> str:
+    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _LOADED_FROM):
+        digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -129,13 +129,14 @@ class RowFacts:
         )
 
 
-def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens) -> Baselines:
+def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, refit: bool = False) -> Baselines:
     """Measure the frozen encoder: majority class, mteb's few-shot protocol, logistic regression on all of train.
 
     Args:
         facts: The task's data and encoder, no adapter attached.
         config: Which columns.
         tokens: Of the training texts, to embed them without tokenising again.
+        refit: The head will learn from train and validation in the end, so the probe it is compared with does too.
     """
     data, vectors, rows = facts.data, TextVectors(facts.encoder), []
     started = time.perf_counter()
@@ -146,6 +147,10 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens) 
     started = time.perf_counter()
     vectors(data.train_texts, tokens)
     probe, features_scale = _full_data_probe(data, vectors, config, seed=facts.seed)
+    start = _head_start(probe, features_scale, len(data.label_names))
+    if refit and data.validation_texts:
+        both = [vectors.features(data.train_texts), vectors.features(data.validation_texts)]
+        probe.fit(np.concatenate(both), np.concatenate([data.train_labels, data.validation_labels]))
     predictions = probe.predict(vectors.features(data.test_texts))
     if "frozen_full_data" in config.columns:
         positive = probe.predict_proba(vectors.features(data.test_texts))[:, -1]
@@ -154,7 +159,7 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens) 
     started = time.perf_counter()
     if "frozen_few_shot" in config.columns:
         rows.append(facts.row("frozen_few_shot", few_shot(data.mteb_task, vectors), started=started))
-    return Baselines(tuple(rows), float(probe.C), predictions.astype(np.int64), _head_start(probe, features_scale, len(data.label_names)))
+    return Baselines(tuple(rows), float(probe.C), predictions.astype(np.int64), start)
 
 
 def evaluate_adapter(
@@ -234,10 +239,13 @@ def _hold_out(features: FloatArray, labels: IntArray, *, seed: int) -> tuple[Any
     """A tenth of train, to choose the probe's C on where the task has no validation slice."""
     from sklearn.model_selection import train_test_split
 
-    counts = np.bincount(labels)
-    stratify = labels if counts[counts > 0].min() > 1 and len(labels) // 10 >= (counts > 0).sum() else None
-    x, x_choose, y, y_choose = train_test_split(features, labels, test_size=0.1, random_state=seed, stratify=stratify)
-    return (x, y), (x_choose, y_choose)
+    rows = np.arange(len(labels))
+    single = np.bincount(labels)[labels] == 1  # stays in what is fitted, or the class would be unknown there
+    stratify = labels[~single] if len(rows[~single]) // 10 >= len(np.unique(labels[~single])) else None
+    fit, choose = train_test_split(rows[~single], test_size=0.1, random_state=seed, stratify=stratify)
+    lost = np.isin(labels[choose], np.setdiff1d(labels[choose], labels[fit]))
+    fit, choose = np.concatenate([fit, choose[lost], rows[single]]), choose[~lost] if not lost.all() else choose
+    return (features[fit], labels[fit]), (features[choose], labels[choose])
 
 
 def _head_start(probe: Any, scale: float, num_classes: int) -> HeadStart:

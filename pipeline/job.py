@@ -176,7 +176,8 @@ class TaskJob:
             found = file.read()
             if found is None:
                 started = time.perf_counter()
-                baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=self._tokens.train.tokens)
+                tokens = self._tokens.train.tokens
+                baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit)
                 found = baselines, time.perf_counter() - started
                 file.write(*found)
             self._baselines, self._seconds["frozen"] = found

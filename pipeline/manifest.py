@@ -15,7 +15,7 @@ from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, Tas
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 
 # The sources whose change can change a weight or a score; a report's layout cannot.
-_SOURCES = ("catalogue.py", "dataset.py", "encoder.py", "adapter.py", "training.py", "evaluation.py", "scores.py")
+_SOURCES = ("catalogue.py", "dataset.py", "encoder.py", "adapter.py", "training.py", "evaluation.py", "scores.py", "job.py")
 
 
 class RunManifest(Record):

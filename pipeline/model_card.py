@@ -58,7 +58,6 @@ def render_card(
         how=HOW_IT_WAS_MADE,
         limits=_limits(results, summary),
         snippet=snippet,
-        example=example,
         license_text="Apache 2.0" if license == "apache-2.0" else license,
     )
 

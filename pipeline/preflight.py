@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.adapter import projection_paths
 from pipeline.catalogue import plan_tasks
@@ -76,8 +77,9 @@ def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, run
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
     """The config with the commit in it that the Hub's newest revision resolved to."""
-    if files.ref.name != files.ref.public_name or files.ref.revision.startswith("sha256:"):
-        return config
     values = config.model_dump(mode="json")
-    values["encoder"]["revision"] = files.ref.revision
+    if Path(config.encoder.name).is_dir():
+        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())  # a worker may have another working directory
+    elif not config.encoder.name.startswith("package:"):
+        values["encoder"]["revision"] = files.ref.revision
     return RunConfig.model_validate(values)

@@ -20,7 +20,7 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 class Record(BaseModel):
     """A frozen record; an unknown field is an error, and the text under a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class EncoderRef(Record):
@@ -82,7 +82,7 @@ class EpochRow(Record):
     epoch: int = Field(ge=1)
     train_loss: float
     validation_accuracy: Unit | None
-    """On the split that selects the epoch; none in a refit, which has nothing left to select on."""
+    """On the split that selects the epoch; none in a refit, whose epochs are counted on from the first pass."""
     learning_rate: float
     """At the end of the epoch."""
     texts_per_second: float
@@ -133,7 +133,7 @@ class ScoreRow(Record):
     num_truncated: int
     """Test texts cut at ``max_tokens``."""
     selected_on: SelectedOn | None
-    """None for columns in which nothing was selected."""
+    """What chose the epoch; none for columns of the frozen encoder, which has none (the probe's C is always chosen apart from test)."""
     seconds: float
     encoder: str
     encoder_revision: str

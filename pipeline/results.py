@@ -46,7 +46,7 @@ HOW_IT_WAS_MADE = (
         "mteb's own protocol on the frozen encoder: a logistic regression on a few texts per label, repeated over random draws; "
         "the mean over the draws. The interval is over the draws.",
     ),
-    ("LoRA, few-shot", "The same protocol on the encoder with the adapter merged into it. Delta is this column minus the one before."),
+    ("LoRA, few-shot", "The same protocol on the encoder with the adapter attached. Delta is this column minus the one before."),
     (
         "Frozen, full-data probe",
         "A logistic regression on the frozen encoder's vectors of all training texts; its regularisation was chosen on validation. "

@@ -113,11 +113,14 @@ def train_adapter(
         if head_start is not None:
             adapter.start_head(head_start)
         second = Checkpoint(checkpoint.with_suffix(".refit"), conditions) if checkpoint else None
-        _Loop(adapter, both, train_config, max_epochs, second, on_progress, stop_after=state.best_epoch).run(None, on_epoch)
+        again = _Loop(adapter, both, train_config, max_epochs, second, on_progress, stop_after=state.best_epoch)
+        again.run(None, on_epoch)
     adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    best = tuple(row.model_copy(update={"is_best": row.epoch == state.best_epoch}) for row in state.epochs)
-    return Training(adapter, best, state.best_epoch, selected_on, refit)
+    rows = [_changed(row, is_best=row.epoch == state.best_epoch) for row in state.epochs]
+    if refit:
+        rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in again.state.epochs]
+    return Training(adapter, tuple(rows), state.best_epoch, selected_on, refit)
 
 
 @dataclass
@@ -173,7 +176,7 @@ class _Loop:
             if is_best:
                 self.best.copy_(self.weights.detach())
                 self.state.best_epoch, self.state.best_score = epoch, score if score is not None else 0.0
-            row = EpochRow.model_validate(row.model_dump() | {"validation_accuracy": score, "is_best": is_best})
+            row = _changed(row, validation_accuracy=score, is_best=is_best)
             self.state.epochs.append(row)
             patience_ends = epoch - self.state.best_epoch >= self.config.patience
             self.state.finished = epoch >= self.stop_after or (selection is not None and patience_ends)
@@ -195,8 +198,7 @@ class _Loop:
                 self._report(epoch, len(losses), losses[-1], time.perf_counter() - start)
         train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
         seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise LorafleetError(f"training diverged in epoch {epoch}: loss {train_loss}; lower train.learning_rate")
+        _check_finite(train_loss, epoch)
         self.adapter.head.eval()
         return EpochRow(
             epoch=epoch,
@@ -211,6 +213,7 @@ class _Loop:
         )
 
     def _report(self, epoch: int, step: int, loss: Tensor, seconds: float) -> None:
+        _check_finite(float(loss), epoch)
         self.on_progress(
             Progress(
                 epoch=epoch,
@@ -361,10 +364,20 @@ def _cosine(peak: float, step: int, steps: int) -> float:
     return peak * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def _check_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise LorafleetError(f"training diverged in epoch {epoch}: loss {loss}; lower train.learning_rate")
+
+
+def _changed(row: EpochRow, **values: Any) -> EpochRow:
+    return EpochRow.model_validate(row.model_dump() | values)
+
+
 def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
     """What a resume must find unchanged, besides the data."""
     parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
     settings = {f"{part}.{key}": value for part, record in parts.items() for key, value in record.model_dump(mode="json").items()}
+    del settings["train.max_epochs"]  # a default for others; what counts here is this training's own number
     return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}
 
 

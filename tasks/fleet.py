@@ -104,10 +104,9 @@ class Fleet:
         import ray
 
         there = ray.cluster_resources()
-        limits = [there.get("CPU", 0) / self.cpus_per_worker] if self.cpus_per_worker else []
-        if self.gpus_per_worker:
-            limits.append(there.get("GPU", 0) / self.gpus_per_worker)
-        fit = int(min(limits)) if limits else self._num_tasks
+        shares = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # a worker cannot lie on two
+        fit = sum(int(min(node.get(kind, 0) / share for kind, share in shares.items() if share)) for node in nodes)
         if fit < 1:
             raise ConfigError(
                 f"a worker asks for {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs, but Ray has "
@@ -178,10 +177,10 @@ class Fleet:
             if not ray.is_initialized():
                 ray.init(**options)
             self._slots.release(self.num_workers)
-        except ConnectionError as error:
-            self._fault = ConfigError(f"compute.ray_address = {self.config.ray_address!r}: no Ray cluster answers there: {error}")
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
+            if self.config.ray_address is not None and isinstance(error, ConnectionError | ValueError | RuntimeError):
+                self._fault = ConfigError(f"compute.ray_address = {self.config.ray_address!r}: no Ray cluster answers there: {error}")
 
 
 class FleetWorker:
@@ -202,7 +201,7 @@ class FleetWorker:
             FleetLostError, StoppedError: as ``Fleet.check``.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         actor = self._ready()
         answer = getattr(actor, stage).remote()
@@ -216,7 +215,7 @@ class FleetWorker:
             return result
         except RayTaskError as error:
             raise error.cause from None
-        except RayActorError:
+        except RayError:  # died, out of memory, its node is gone, no place for it any more
             self._actor = None
             self._fleet.check()
             raise WorkerDiedError(f"{self.spec.mteb_task.name}: its worker died while it ran {stage!r}") from None

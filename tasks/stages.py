@@ -42,7 +42,7 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
 
 @task(name="preflight", cache_policy=NO_CACHE)
 def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | InputError:
-    """Check data and encoder before the first worker starts; what is wrong is returned, because Prefect logs what is raised with a traceback."""
+    """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback."""
     try:
         plan = preflight(config, runtime)
     except InputError as error:
@@ -180,7 +180,10 @@ class _ProgressReport:
         BOARD.show(self._name, "train", facts)
         if time.monotonic() - self._last >= _ARTIFACT_SECONDS:
             self._last = time.monotonic()
-            self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), facts)
+            try:
+                self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), facts)
+            except Exception as error:  # noqa: BLE001 - a server that is away for a moment must not cost a training
+                self._logger.warning("%s: no progress artifact: %s", self._name, error)
 
     def _show(self, done: float, facts: str) -> None:
         if self._artifact is None:

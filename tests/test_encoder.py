@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,3 +298,36 @@ def test_the_runtime_follows_from_config_and_hardware_alone() -> None:
     chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert chosen == choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert (chosen.dtype == "bfloat16") == (chosen.processor in ("amx-bf16", "avx512-bf16", "arm-bf16"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 33}, "describes no model"),
+        ({"hidden_act": "nonsense"}, "describes no model"),
+        ({"intermediate_size": 47}, "holds .* as"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_told_before_they_are_loaded(
+    change: dict[str, Any], message: str, encoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(encoder_folder("bert"), tmp_path / "encoder"))
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | change), encoding="utf-8")
+    config = EncoderConfig(name=str(folder), max_tokens=24)
+    with pytest.raises(EncoderError, match=message):
+        empty_model(find_encoder(config, offline=True), config)
+
+
+def test_an_encoders_revision_changes_with_any_file_it_is_loaded_from(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder_folder("bert"), tmp_path / "encoder"))
+    config = EncoderConfig(name=str(folder), max_tokens=24)
+    before = find_encoder(config, offline=True).ref.revision
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Normalize"}]', encoding="utf-8")
+    assert find_encoder(config, offline=True).ref.revision != before
+
+
+def test_a_revision_that_is_not_what_lies_there_is_refused(encoder_folder: Callable[[str], Path]) -> None:
+    config = EncoderConfig(name=str(encoder_folder("bert")), revision="whatever", trust_remote_code=True, max_tokens=24)
+    with pytest.raises(EncoderError, match=r"encoder\.revision is whatever, but what is here is sha256:"):
+        find_encoder(config, offline=True)

@@ -22,7 +22,17 @@ from pipeline.catalogue import plan_task
 from pipeline.config import ALL_COLUMNS, AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, FloatArray, Tokens, find_encoder
-from pipeline.evaluation import AdapterEvaluation, Baselines, RowFacts, TextVectors, evaluate_adapter, evaluate_frozen, few_shot, unit
+from pipeline.evaluation import (
+    AdapterEvaluation,
+    Baselines,
+    RowFacts,
+    TextVectors,
+    _hold_out,
+    evaluate_adapter,
+    evaluate_frozen,
+    few_shot,
+    unit,
+)
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.run_folder import TaskFolder
 from pipeline.training import LabelledTokens, Training, train_adapter
@@ -277,3 +287,14 @@ def test_minilm_has_its_published_scores(name: str) -> None:
     found = frozen_few_shot(name)
     print(f"{name}: {found:.6f}, published {PUBLISHED[name]:.6f}")
     assert found == pytest.approx(PUBLISHED[name], abs=0.001)
+
+
+@pytest.mark.parametrize("counts", [(30, 30, 1), (19, 1)])
+def test_a_class_of_one_text_never_leaves_what_the_probe_is_fitted_on(counts: tuple[int, ...]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = np.arange(2 * len(labels), dtype=np.float32).reshape(-1, 2)
+    for seed in range(40):
+        (fitted, fitted_labels), (chosen, chosen_labels) = _hold_out(features, labels, seed=seed)
+        assert set(fitted_labels) == set(labels)
+        assert len(chosen_labels) > 0
+        assert sorted([*fitted[:, 0], *chosen[:, 0]]) == sorted(features[:, 0])

@@ -158,9 +158,7 @@ def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_runnin
 ) -> None:
     """Trained anew (``--force``) in other processes, two at a time on half a GPU each."""
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}
-    path = write_config(
-        tmp_path / "config.toml", _encoder(finished_run), [{k: v for k, v in t.items()} for t in finished_run.tasks], compute=compute
-    )
+    path = write_config(tmp_path / "config.toml", _encoder(finished_run), finished_run.tasks, compute=compute)
     token = os.environ["RAY_AUTH_TOKEN"]
     ended = run(
         "train", "--config", path, "--runs", finished_run.runs, "--force", cwd=tmp_path, PREFECT_API_URL=prefect_api, RAY_AUTH_TOKEN=token

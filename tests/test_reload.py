@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from builders import CPU_FLOAT32, give_effect, toy_texts
-from safetensors.torch import load_file, save_file
 
 from pipeline.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig

@@ -27,6 +27,9 @@ def main(runs: Path) -> None:
     for row in history:
         rows[row.mteb_task][row.column].append(row)
     seeds = sorted({row.seed for row in history})
+    for task, columns in rows.items():
+        for column, found in columns.items():
+            assert sorted(row.seed for row in found) == seeds, f"{task}, {column}: expected one row for each seed of {seeds}"
     print(f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n")
     print("| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |")
     print("|---|---|---|---|---|---|---|")
