@@ -110,7 +110,7 @@ def test_a_dry_run_of_files_that_do_not_exist_is_a_plan_all_the_same(tmp_path: P
         (["--set", "train.batch_size=0"], ["train.batch_size", "greater than or equal to 1"]),
         (["--set", "encoder.trust_remote_code=true"], ["trust_remote_code = true needs an explicit revision"]),
         (["--config", "nosuch"], ["'nosuch' is neither a preset"]),
-        (["--runs", "config.toml"], ["run store config.toml: cannot be made"]),
+        (["--runs", "config.toml"], ["run store config.toml: cannot be written"]),
         (["--no-such-option"], ["No such option"]),
     ],
 )
