@@ -180,7 +180,8 @@ class Fleet:
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
             if self.config.ray_address is not None and isinstance(error, ConnectionError | ValueError | RuntimeError):
-                self._fault = ConfigError(f"compute.ray_address = {self.config.ray_address!r}: no Ray cluster answers there: {error}")
+                where = f"compute.ray_address = {self.config.ray_address!r}"
+                self._fault = ConfigError(f"{where}: no Ray cluster answers there (one with tokens needs RAY_AUTH_MODE=token): {error}")
 
 
 class FleetWorker:

@@ -99,6 +99,7 @@ def left(command: Command, *, seconds: float = 10) -> list[str]:
     return command.left(seconds=seconds, but=AGENTS)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_worker(store: Store, undisturbed: dict[str, str]) -> None:
     """One after the other, each in the middle of an epoch; the last start recovers by itself."""
