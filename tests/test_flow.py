@@ -201,7 +201,9 @@ def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_
     assert "does not exist" in failure.reason
     summary = read_record(mixed.root / "classification_results.json", ClassificationResults)
     assert [entry.task for entry in summary.tasks] == ["Topics", "Pairs"]
-    assert summary.failures == (failure,)
+    (published,) = summary.failures  # what is published names no local path
+    assert (published.mteb_task, published.stage) == ("Lost", "load data")
+    assert "Lost: the test file …/Lost-test.parquet does not exist" in published.reason
 
 
 def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: FinishedRun) -> None:
