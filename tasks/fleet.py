@@ -181,7 +181,7 @@ class Fleet:
             self._fault = error
             if self.config.ray_address is not None and isinstance(error, ConnectionError | ValueError | RuntimeError):
                 where = f"compute.ray_address = {self.config.ray_address!r}"
-                self._fault = ConfigError(f"{where}: no Ray cluster answers there (one with tokens needs RAY_AUTH_MODE=token): {error}")
+                self._fault = ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
 
 
 class FleetWorker:
