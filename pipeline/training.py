@@ -97,30 +97,27 @@ def train_adapter(
         "selection texts": _sha256(*_arrays(selection)) if selection is not None else None,
         "head start": _sha256(head_start.weight, head_start.bias) if head_start is not None else None,
     }
-    adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
-    if head_start is not None:
-        adapter.start_head(head_start)
-    file = Checkpoint(checkpoint, conditions) if checkpoint else None
-    loop = _Loop(adapter, train, train_config, max_epochs, file, on_progress)
-    loop.run(selection, on_epoch)
-    state = loop.state
-    refit = train_config.refit and selection is not None
-    if refit:
-        assert selection is not None
-        both = train + selection
-        adapter.detach()
+
+    def fresh_loop(data: LabelledTokens, path: Path | None, *, stop_after: int | None = None) -> _Loop:
         adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
         if head_start is not None:
             adapter.start_head(head_start)
-        second = Checkpoint(checkpoint.with_suffix(".refit"), conditions) if checkpoint else None
-        again = _Loop(adapter, both, train_config, max_epochs, second, on_progress, stop_after=state.best_epoch)
-        again.run(None, on_epoch)
-    adapter.head.eval()
-    selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    rows = [_changed(row, is_best=row.epoch == state.best_epoch) for row in state.epochs]
+        file = Checkpoint(path, conditions) if path else None
+        return _Loop(adapter, data, train_config, max_epochs, file, on_progress, stop_after=stop_after)
+
+    loop = fresh_loop(train, checkpoint)
+    loop.run(selection, on_epoch)
+    state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
+    refit = train_config.refit and selection is not None
     if refit:
-        rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in again.state.epochs]
-    return Training(adapter, tuple(rows), state.best_epoch, selected_on, refit)
+        assert selection is not None
+        loop.adapter.detach()
+        loop = fresh_loop(train + selection, checkpoint.with_suffix(".refit") if checkpoint else None, stop_after=state.best_epoch)
+        loop.run(None, on_epoch)
+        rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
+    loop.adapter.head.eval()
+    selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
+    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit)
 
 
 @dataclass
