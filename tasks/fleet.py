@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pipeline.config import ComputeConfig, TrainConfig
 from pipeline.errors import ConfigError, LorafleetError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
+_ANSWER_SECONDS = 10
 _HEAD_LOST_SECONDS = 10  # then Ray ends this process: on one machine a head that is gone does not come back
 
 
@@ -172,6 +175,7 @@ class Fleet:
                 options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
             else:
                 options["address"] = self.config.ray_address
+                _check_answers(self.config.ray_address)
             import ray
 
             if not ray.is_initialized():
@@ -179,7 +183,7 @@ class Fleet:
             self._slots.release(self.num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
-            if self.config.ray_address is not None and isinstance(error, ConnectionError | ValueError | RuntimeError):
+            if self.config.ray_address is not None and isinstance(error, OSError | ValueError | RuntimeError):
                 where = f"compute.ray_address = {self.config.ray_address!r}"
                 self._fault = ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
 
@@ -264,6 +268,16 @@ class FleetWorker:
         if time.monotonic() > deadline:
             self.stop()
             raise WorkerDiedError(f"{self.spec.mteb_task.name}: {stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises: OSError: nothing listens at ``HOST:PORT`` or ``ray://HOST:PORT``; ``auto`` is left to Ray.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_SECONDS).close()
 
 
 def _local_cpus() -> int:

@@ -123,7 +123,6 @@ def test_workers_that_do_not_fit_are_refused_with_what_is_there(share: dict[str,
         start(**share).ready()
 
 
-@pytest.mark.faults
 def test_an_address_where_nothing_answers_is_the_callers_fault() -> None:
     fleet = Fleet(ComputeConfig(ray_address="127.0.0.1:1"), num_tasks=1)
     fleet.start()
@@ -154,16 +153,14 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
         process_of(worker)
 
 
-@pytest.mark.faults
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
     """Trained anew (``--force``) in other processes, two at a time on half a GPU each."""
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}
     path = write_config(tmp_path / "config.toml", _encoder(finished_run), finished_run.tasks, compute=compute)
-    ended = run(
-        "train", "--config", path, "--runs", finished_run.runs, "--force", cwd=tmp_path, PREFECT_API_URL=prefect_api, RAY_AUTH_MODE="token"
-    )
+    environment = {"PREFECT_API_URL": prefect_api, "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    ended = run("train", "--config", path, "--runs", finished_run.runs, "--force", cwd=tmp_path, **environment)
     assert ended.code == 0, ended.err
     manifest = read_manifest(RunFolder(ended.run))
     assert manifest.reused == {}
