@@ -220,6 +220,20 @@ def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
     assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics"}
 
 
+def test_a_publish_that_fails_is_exit_code_1_and_leaves_run_and_target_as_they_are(
+    finished_run: FinishedRun, prefect_api: str, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    arguments = ("--config", finished_run.config, "--runs", finished_run.runs, "--set", "publish.to=out")
+    ended = run("train", *arguments, cwd=tmp_path, PREFECT_API_URL=prefect_api)
+    assert ended.code == 1
+    assert "not published: cannot publish to" in ended.err
+    assert "Traceback" not in ended.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert manifest_of(ended.run).adapters == manifest_of(finished_run.root).adapters
+
+
 def test_no_log_holds_a_text(mixed: Mixed, finished_run: FinishedRun) -> None:
     texts = toy_texts(200, seed=0)[0]
     for ended in (finished_run.ended, mixed.ended):
