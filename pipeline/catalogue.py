@@ -286,7 +286,10 @@ def _read_parquet(path: Path, task: MtebTask, split: str) -> Any:
                 if column not in columns:
                     fix = f"set {'text_column' if column == wanted[0] else 'label_column'} for this MTEB task in the config"
                     raise DataError(f"{task.name}: {split} has no column {column!r}, but {', '.join(columns)} ({path}); {fix}")
-            return file.read(columns=[*wanted, *({"label_text"} & set(columns) - set(wanted))])
+                if (count := columns.count(column)) > 1:
+                    raise DataError(f"{task.name}: {split} has {count} columns named {column!r} ({path}); give each its own name")
+            names = ["label_text"] if columns.count("label_text") == 1 and "label_text" not in wanted else []
+            return file.read(columns=[*wanted, *names])
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{task.name}: {split} cannot be read as Parquet: {path}: {error}; write the file again") from error
 

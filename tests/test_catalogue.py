@@ -188,6 +188,15 @@ def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(tmp_path: Pat
     assert str(caught.value).startswith("Tickets: ")
 
 
+@pytest.mark.parametrize("twice", ["text", "label"])
+def test_a_column_that_is_there_twice_is_one_message(tmp_path: Path, twice: str) -> None:
+    task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
+    table = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(table.append_column(twice, table[twice]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=f"Tickets: train has 2 columns named '{twice}'"):
+        load_mteb_task(task, offline=True)
+
+
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
     test = tmp_path / "test.parquet"
