@@ -96,12 +96,8 @@ def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: P
 
 def _publish(folder: RunFolder, to: str) -> list[Failure]:
     """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
-    try:
-        stages.publish(folder, to)
-    except LorafleetError as error:
-        get_run_logger().error("not published: %s", error)
-        return [Failure(mteb_task="", stage="publish", reason=str(error), user_fault=isinstance(error, InputError))]
-    return []
+    error = stages.publish(folder, to)
+    return [] if error is None else [Failure(mteb_task="", stage="publish", reason=str(error), user_fault=isinstance(error, InputError))]
 
 
 class _Chain:

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline import collect as files
 from pipeline.config import ComputeConfig, RunConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, LorafleetError
 from pipeline.hub import publish_to_folder
 from pipeline.manifest import RunManifest, find_finished
 from pipeline.preflight import Plan, preflight
@@ -138,11 +138,15 @@ def collect(
 
 
 @task(name="publish", cache_policy=NO_CACHE)
-def publish(folder: RunFolder, to: str) -> int:
-    """Copy the finished run to its published layout; returns the number of files."""
-    written = publish_to_folder(folder.root, Path(to))
+def publish(folder: RunFolder, to: str) -> LorafleetError | None:
+    """Copy the finished run to its published layout; returns why it could not, as ``check_inputs`` does."""
+    try:
+        written = publish_to_folder(folder.root, Path(to))
+    except LorafleetError as error:
+        get_run_logger().error("not published: %s", error)
+        return error
     get_run_logger().info("published %d files to %s", len(written), to)
-    return len(written)
+    return None
 
 
 @task(name="manifest", cache_policy=NO_CACHE)

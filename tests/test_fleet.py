@@ -156,13 +156,13 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
-    """Trained anew (``--force``) in other processes, two at a time on half a GPU each."""
+    """In a store of its own, so trained anew, in other processes, two at a time on half a GPU each."""
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}
     path = write_config(tmp_path / "config.toml", _encoder(finished_run), finished_run.tasks, compute=compute)
     environment = {"PREFECT_API_URL": prefect_api, "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    ended = run("train", "--config", path, "--runs", finished_run.runs, "--force", cwd=tmp_path, **environment)
+    ended = run("train", "--config", path, "--runs", "runs", cwd=tmp_path, **environment)
     assert ended.code == 0, ended.err
-    manifest = read_manifest(RunFolder(ended.run))
+    manifest = read_manifest(RunFolder(tmp_path / ended.run))
     assert manifest.reused == {}
     assert manifest.adapters == read_manifest(RunFolder(finished_run.root)).adapters
     assert cluster.process.poll() is None
