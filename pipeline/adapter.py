@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.config import AdapterConfig
 from pipeline.encoder import Batch, Encoder, FloatArray, Tokens
 from pipeline.errors import AdapterError
+from pipeline.frozen_linear import FrozenLinear
 from pipeline.records import AdapterRef, EncoderRef
 from pipeline.run_folder import TaskFolder, adapter_sha256, write_atomically
 
@@ -45,6 +46,10 @@ ATTENTION_PROJECTIONS = {
 """model_type -> pattern of the whole module path, whose first group is the layer's number."""
 
 
+# Projections that read what their siblings under the same parent read.
+_SAME_INPUT = re.compile(r"query|key|value|[qkv]|[qkv]_proj|[qkv]_lin")
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update: ``y = W x + b + scaling * B A x`` (Hu et al. 2021, arXiv:2106.09685).
 
@@ -60,14 +65,17 @@ class LoraLinear(nn.Module):
         initial = torch.randn(rank, base.in_features, generator=generator) * math.sqrt(2 / base.in_features)
         self.lora_A = nn.Parameter(initial.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.working_copy: tuple[Tensor, Tensor] | None = None
+        """``lora_A`` and ``scaling * lora_B`` in the base's dtype, kept by the training loop while an epoch lasts."""
+        self.siblings = Siblings([self])
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in the base's dtype."""
-        down = self.lora_A.t().to(x.dtype)
-        up = (self.lora_B.t() * self.scaling).to(x.dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = _FrozenLinearPlusLowRank.apply(flat, self.base.weight, self.base.bias, down, up)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return self.siblings.output(self, x)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``lora_A`` and ``scaling * lora_B``."""
+        return self.working_copy or (self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype))
 
     @property
     def update(self) -> Tensor:
@@ -75,27 +83,74 @@ class LoraLinear(nn.Module):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
-class _FrozenLinearPlusLowRank(torch.autograd.Function):
-    """``x W' + b + (x D) U`` with one pass over the output and no gradient to ``W`` and ``b``.
+class Siblings:
+    """LoRA layers that read the same input, as query, key and value do: whichever is called first computes for all, in one product."""
 
-    Written out because autograd's own graph allocates and adds the update as a tensor of its own, twice:
-    see CHANGELOG, Experiments, for what it gives.
+    def __init__(self, members: Sequence[LoraLinear]) -> None:
+        self.members = tuple(members)
+        self._base = members[0].base if len(members) == 1 else None
+        self._input: Tensor | None = None
+        self._outputs: dict[LoraLinear, Tensor] = {}
+
+    def output(self, member: LoraLinear, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out) of one member; the others' wait until they are asked for with the same tensor."""
+        if self._input is not x or member not in self._outputs:
+            self._base = self._base or _joined([m.base for m in self.members])
+            down, up = zip(*(m.factors(x.dtype) for m in self.members), strict=True)
+            a = down[0] if len(down) == 1 else torch.cat(down)
+            outputs = _FrozenLinearPlusLowRank.apply(x.reshape(-1, x.shape[-1]), self._base, self._base.weight, a, *up)
+            self._input = x
+            self._outputs = {m: y.unflatten(0, x.shape[:-1]) for m, y in zip(self.members, outputs, strict=True)}
+        output = self._outputs.pop(member)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+class _FrozenLinearPlusLowRank(torch.autograd.Function):
+    """``y = x W' + bias``, cut into one part per update, to each of which ``(x A') B'`` is added; no gradient to ``W`` and its bias.
+
+    ``A`` is (updates * rank, in), each ``B`` (out of its part, rank). Written out because autograd's own graph allocates and adds the
+    updates as tensors of their own, twice: see CHANGELOG, Experiments, for what it gives.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-        low = x @ down
-        y = nn.functional.linear(x, weight, bias).addmm_(low, up)
-        ctx.save_for_backward(x, weight, down, up, low)
-        return y
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, weight: Tensor, a: Tensor, *ups: Tensor) -> tuple[Tensor, ...]:
+        low = x @ a.t()
+        y = base.product(x) if isinstance(base, FrozenLinear) else nn.functional.linear(x, weight, base.bias)
+        parts = y.split([b.shape[0] for b in ups], dim=1)
+        for part, part_low, b in zip(parts, low.chunk(len(ups), dim=1), ups, strict=True):
+            part.addmm_(part_low, b.t())
+        ctx.base = base
+        ctx.save_for_backward(x, weight, a, low, *ups)
+        return parts
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-        x, weight, down, up, low = ctx.saved_tensors
-        grad = grads[0]
-        grad_low = grad @ up.t()
-        grad_x = (grad @ weight).addmm_(grad_low, down.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, x.t() @ grad_low, low.t() @ grad
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, low, *ups = ctx.saved_tensors
+        lows = low.chunk(len(ups), dim=1)
+        grad_low = _side_by_side([grad @ b for grad, b in zip(grads, ups, strict=True)])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad = _side_by_side(grads)
+            product = ctx.base.input_gradient(grad) if isinstance(ctx.base, FrozenLinear) else grad @ weight
+            grad_x = product.addmm_(grad_low, a)
+        grad_ups = [(part_low.t() @ grad).t() for part_low, grad in zip(lows, grads, strict=True)]
+        return grad_x, None, None, (x.t() @ grad_low).t(), *grad_ups
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _joined(bases: Sequence[nn.Linear]) -> nn.Linear:
+    """One frozen layer whose output is that of all, side by side."""
+    weight = torch.cat([base.weight.detach() for base in bases])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bases[0].bias is not None, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if bases[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([base.bias.detach() for base in bases]), requires_grad=False)
+    return FrozenLinear(joined) if isinstance(bases[0], FrozenLinear) else joined
 
 
 @dataclass(frozen=True)
@@ -126,6 +181,8 @@ class Adapter:
             lora = LoraLinear(getattr(parent, leaf), rank=config.rank, scaling=config.alpha / config.rank, generator=generator)
             setattr(parent, leaf, lora)
             self.projections[path] = lora
+        if not encoder.runtime.compiled:  # the compiler sees the shared input by itself
+            _share_inputs(self.projections)
         linear = nn.Linear(encoder.hidden_size, len(label_names))
         nn.init.normal_(linear.weight, std=1 / math.sqrt(encoder.hidden_size), generator=generator)
         nn.init.zeros_(linear.bias)
@@ -383,6 +440,18 @@ def _last_layers(paths: list[str], layers: str) -> list[str]:
     if last > len(there):
         raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(there)} layers")
     return [path for path, number in zip(paths, numbers, strict=True) if number in there[-last:]]
+
+
+def _share_inputs(projections: Mapping[str, LoraLinear]) -> None:
+    by_parent: dict[str, list[LoraLinear]] = {}
+    for path, lora in projections.items():
+        parent, _, leaf = path.rpartition(".")
+        if _SAME_INPUT.fullmatch(leaf):
+            by_parent.setdefault(parent, []).append(lora)
+    for members in by_parent.values():
+        siblings = Siblings(members)
+        for member in members:
+            member.siblings = siblings
 
 
 def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -19,8 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline import attention
 from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.errors import EncoderError
+from pipeline.frozen_linear import pack_linears
 from pipeline.records import EncoderRef, Runtime
 
 IntArray = npt.NDArray[np.int64]
@@ -84,21 +86,21 @@ def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
 def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
     """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
 
-    bfloat16 is chosen where the hardware multiplies it natively. On CPU attention is eager: for short texts its
-    backward pass is faster there than the fused kernel's, and it gives the same bits in every run.
+    bfloat16 is chosen where the hardware multiplies it natively. On CPU attention is our own: for short texts it is faster
+    there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
     """
     if use_gpu and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, attention, processor = "cuda", "sdpa", torch.cuda.get_device_name()
+        device, implementation, processor = "cuda", "sdpa", torch.cuda.get_device_name()
     else:
         native, processor = _cpu_bfloat16()
-        device, attention = "cpu", "eager"
+        device, implementation = "cpu", "eager" if train.compile else attention.NAME
     dtype = ("bfloat16" if native else "float32") if train.precision == "auto" else train.precision
     return Runtime.model_validate(
         {
             "device": device,
             "dtype": dtype,
-            "attention": attention,
+            "attention": implementation,
             "compiled": train.compile,
             "threads": threads,
             "processor": processor,
@@ -116,9 +118,10 @@ class Encoder:
         """
         self.ref = files.ref
         self.config = config
-        self.runtime = runtime
         self.device = torch.device(runtime.device)
         self.model: Any = _load_weights(files.folder, config, runtime)
+        # Some architectures know eager attention only.
+        self.runtime = Runtime.model_validate(runtime.model_dump() | {"attention": self.model.config._attn_implementation})
         self.tokenizer = load_tokenizer(files.folder, config)
         self.normalize = _normalizes(files.folder)
         self.hidden_size = int(self.model.config.hidden_size)
@@ -286,15 +289,16 @@ def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     architecture = _architecture(folder, config)
-    options: dict[str, Any] = {}
-    if "add_pooling_layer" in inspect.signature(_model_class(architecture).__init__).parameters:
+    model_class, options = _model_class(architecture), dict[str, Any]()
+    attention.register()
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False  # the file may hold none, and then its weights would be random
     try:
         model, loading = AutoModel.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=getattr(torch, runtime.dtype),
-            attn_implementation=runtime.attention,
+            attn_implementation=runtime.attention if _supports(model_class, runtime.attention) else "eager",
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
@@ -306,6 +310,7 @@ def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
     if missing:  # transformers fills them with random numbers
         raise EncoderError(f"encoder {config.name}: its weights lack {', '.join(missing[:3])} ({len(missing)} in all)")
     model.requires_grad_(False)
+    pack_linears(model, runtime)
     model.eval()  # the frozen base runs without its own dropout, in training too: see CHANGELOG, Experiments
     return model.to(runtime.device)
 
@@ -332,6 +337,11 @@ def _model_class(architecture: Any) -> Any:
     from transformers import MODEL_MAPPING
 
     return MODEL_MAPPING.get(type(architecture), nn.Module)
+
+
+def _supports(model_class: Any, implementation: str) -> bool:
+    says = {"sdpa": "_supports_sdpa", attention.NAME: "_supports_attention_backend"}
+    return implementation == "eager" or bool(getattr(model_class, says[implementation], False))
 
 
 def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:

@@ -15,7 +15,7 @@ from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, Tas
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 
 # The sources whose change can change a weight or a score; a report's layout cannot.
-_SOURCES = ("catalogue.py", "dataset.py", "encoder.py", "adapter.py", "training.py", "evaluation.py", "scores.py", "job.py")
+_SOURCES = ("catalogue", "dataset", "encoder", "attention", "frozen_linear", "adapter", "training", "evaluation", "scores", "job")
 
 
 class RunManifest(Record):
@@ -106,5 +106,5 @@ def sources_sha256() -> str:
     """Of the pipeline's files that can change a weight or a score."""
     digest = hashlib.sha256()
     for name in _SOURCES:
-        digest.update((Path(pipeline.__file__).parent / name).read_bytes())
+        digest.update((Path(pipeline.__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()

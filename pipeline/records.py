@@ -40,7 +40,8 @@ class Runtime(Record):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     """Of the frozen encoder; adapters, head and optimiser are always float32."""
-    attention: Literal["eager", "sdpa"]
+    attention: Literal["eager", "sdpa", "lorafleet"]
+    """Of the encoder; ``lorafleet`` is ``pipeline/attention.py``."""
     compiled: bool
     threads: int = Field(ge=1)
     """Torch threads of one worker."""

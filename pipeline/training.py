@@ -26,7 +26,7 @@ from pipeline.errors import LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import write_atomically
 
-_BATCHES_PER_BUCKET = 64
+_BATCHES_PER_BUCKET = 256
 _STEPS_PER_REPORT = 20
 
 
@@ -153,8 +153,8 @@ class _Loop:
         self.checkpoint = checkpoint
         self.on_progress = on_progress
         self.state = _State()
-        # All trained weights in one vector: one optimiser step, one norm and one copy instead of fifty.
         self.weights = flatten(adapter.parameters)
+        self.working = _WorkingCopy(adapter, self.weights)
         self.best = self.weights.detach().clone()
         self.optimizer = torch.optim.AdamW([self.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
@@ -187,6 +187,7 @@ class _Loop:
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]))
         order = np.random.default_rng([self.config.seed, epoch])
         self.adapter.head.train()
+        self.working.attach()
         start = time.perf_counter()
         losses: list[Tensor] = []
         for rows in epoch_batches(self.train.tokens.lengths, batch_size=self.config.batch_size, order=order):
@@ -196,6 +197,7 @@ class _Loop:
         train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
         seconds = time.perf_counter() - start
         _check_finite(train_loss, epoch)
+        self.working.detach()
         self.adapter.head.eval()
         return EpochRow(
             epoch=epoch,
@@ -225,11 +227,13 @@ class _Loop:
     def _step(self, rows: IntArray) -> Tensor:
         encoder = self.adapter.encoder
         labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
+        self.working.refresh()
         logits = self.logits(encoder.batch(self.train.tokens, rows))
         loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
         assert self.weights.grad is not None
         self.weights.grad.zero_()
         loss.backward()
+        self.working.collect_gradients()
         nn.utils.clip_grad_norm_([self.weights], self.config.gradient_clip)
         self.optimizer.param_groups[0]["lr"] = _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch)
         self.optimizer.step()
@@ -263,6 +267,53 @@ class _Loop:
             "exp_avg": tensors["first_moment"].to(device),
             "exp_avg_sq": tensors["second_moment"].to(device),
         }
+
+
+class _WorkingCopy:
+    """The LoRA part of the weights in the encoder's dtype, B scaled: made by one operation a step, its gradients taken back by another."""
+
+    def __init__(self, adapter: Adapter, weights: nn.Parameter) -> None:
+        """``weights`` begins with A and B of every pair, as ``flatten`` lays them out."""
+        self.loras = list(adapter.projections.values())
+        length = sum(p.numel() for p in adapter.lora_parameters)
+        scales = [
+            torch.tensor([1.0, lora.scaling]).repeat_interleave(torch.tensor([lora.lora_A.numel(), lora.lora_B.numel()]))
+            for lora in self.loras
+        ]
+        self.scales = torch.cat(scales).to(weights.device)
+        assert weights.grad is not None
+        self.weights, self.weights_grad = weights.detach()[:length], weights.grad[:length]
+        dtype = self.loras[0].base.weight.dtype
+        self.copy, self.grad = (torch.zeros(length, dtype=dtype, device=weights.device) for _ in range(2))
+        self.parts: list[Tensor] = []
+        for parameter, values, grad in zip(adapter.lora_parameters, *self._split(adapter), strict=True):
+            part = values.view_as(parameter).requires_grad_()
+            part.grad = grad.view_as(parameter)
+            self.parts.append(part)
+
+    def _split(self, adapter: Adapter) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        lengths = [p.numel() for p in adapter.lora_parameters]
+        return self.copy.split(lengths), self.grad.split(lengths)
+
+    def attach(self) -> None:
+        """Let the LoRA layers compute with the copy."""
+        for index, lora in enumerate(self.loras):
+            lora.working_copy = self.parts[2 * index], self.parts[2 * index + 1]
+
+    def detach(self) -> None:
+        """Let them compute with their own parameters again."""
+        for lora in self.loras:
+            lora.working_copy = None
+
+    def refresh(self) -> None:
+        """Take over what the optimiser has changed, and forget the gradients."""
+        with torch.no_grad():
+            torch.mul(self.weights, self.scales, out=self.copy)
+        self.grad.zero_()
+
+    def collect_gradients(self) -> None:
+        """Give the copy's gradients to the weights."""
+        torch.mul(self.grad, self.scales, out=self.weights_grad)
 
 
 class Checkpoint:
@@ -330,7 +381,10 @@ def accuracy(adapter: Adapter, data: LabelledTokens) -> float:
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one vector that shares their memory, gradients included."""
+    """Move parameters into one vector that shares their memory, gradients included.
+
+    With it, one optimiser step, one norm and one copy take the place of fifty.
+    """
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
     start = 0

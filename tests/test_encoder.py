@@ -293,7 +293,7 @@ def test_max_tokens_may_use_every_position_and_not_one_more(encoder_folder: Fold
 
 def test_the_runtime_follows_from_config_and_hardware_alone() -> None:
     forced = choose_runtime(TrainConfig(precision="float32"), threads=3, use_gpu=False)
-    assert (forced.device, forced.dtype, forced.attention, forced.threads, forced.compiled) == ("cpu", "float32", "eager", 3, False)
+    assert (forced.device, forced.dtype, forced.attention, forced.threads, forced.compiled) == ("cpu", "float32", "lorafleet", 3, False)
     assert choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False).dtype == "bfloat16"
     chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert chosen == choose_runtime(TrainConfig(), threads=1, use_gpu=False)

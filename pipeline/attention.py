@@ -1,0 +1,90 @@
+"""Attention for short texts on a CPU, as an implementation that transformers' own models call.
+
+PyTorch's softmax takes rows that do not fill its vectors, as those of short texts do, element by element: there it costs more than both
+matrix products. Here the exponential runs over the whole array at once. What it gives: CHANGELOG, Experiments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "lorafleet"
+_SMALLEST_SUM, _LARGEST_SUM = 1e-30, 1e30
+
+
+def register() -> None:
+    """Make the implementation known to transformers under ``NAME``."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, without dropout: the frozen encoder runs in evaluation mode.
+
+    Args:
+        module: The layer that asks.
+        query: (texts, heads, tokens, width).
+        key: (texts, groups, tokens, width); heads is a multiple of groups.
+        value: As ``key``.
+        attention_mask: Added to the scores, (texts or 1, heads or 1, tokens, tokens); none for no padding.
+        scaling: Of the scores; 1 / √width where left out.
+    Returns: (texts, tokens, heads, width), and no weights.
+    """
+    heads_per_group = query.shape[1] // key.shape[1]
+    if heads_per_group > 1:
+        key, value = (t.repeat_interleave(heads_per_group, dim=1) for t in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output: Tensor = _Attention.apply(query, key, value, attention_mask, scaling)
+    return output, None
+
+
+class _Attention(torch.autograd.Function):
+    """``softmax(Q K' + mask) V``; shapes as above, everything in the inputs' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        texts, heads, tokens, width = query.shape
+        query, key, value = (t.reshape(texts * heads, tokens, width) for t in (query * scaling, key, value))
+        probabilities = _probabilities(query, key, mask, heads=heads)
+        output = torch.bmm(probabilities, value).view(texts, heads, tokens, width).transpose(1, 2).contiguous()
+        ctx.save_for_backward(query, key, value, probabilities, output)
+        ctx.heads, ctx.scaling = heads, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, probabilities, output = ctx.saved_tensors
+        _, tokens, width = query.shape
+        # Of softmax: p * (g - sum(p * g)); summed over the output's width, which is the same number (Dao et al. 2022, arXiv:2205.14135).
+        mean = (grads[0] * output).sum(dim=-1).transpose(1, 2).reshape(-1, tokens, 1)
+        grad = grads[0].transpose(1, 2).reshape(-1, tokens, width)
+        grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
+        grad_scores = torch.bmm(grad, value.transpose(1, 2)).sub_(mean).mul_(probabilities)
+        grad_query = torch.bmm(grad_scores, key).mul_(ctx.scaling)
+        grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+        return *(g.view(-1, ctx.heads, tokens, width) for g in (grad_query, grad_key, grad_value)), None, None
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:
+    """(texts * heads, tokens, tokens), rows that sum to 1. A row that is masked whole is spread evenly, as softmax does."""
+    powers = _scores(query, key, mask, heads=heads).exp_()
+    sums = powers.sum(dim=-1, keepdim=True)
+    low, high = torch.aminmax(sums)
+    if low > _SMALLEST_SUM and high < _LARGEST_SUM:
+        return powers.div_(sums)
+    return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1)  # too large or too small for powers that are not shifted
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:
+    scores = torch.bmm(query, key.transpose(1, 2))
+    if mask is not None:
+        scores.view(-1, heads, *scores.shape[1:]).add_(mask)
+    return scores

@@ -1,0 +1,77 @@
+"""A linear layer whose weight never learns, and so is brought into the processor's own layout once instead of at every call."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.records import Runtime
+
+_ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, because the layout may change the last bits
+
+
+class FrozenLinear(nn.Linear):
+    """``y = x W' + b`` on oneDNN's packed layout of ``W``; the weight may be changed in place, and is then packed again.
+
+    With avx512-bf16 its bits are those of ``nn.Linear``. What it gives: CHANGELOG, Experiments.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take over the weight and the bias of ``linear``, which must not require a gradient."""
+        assert not linear.weight.requires_grad
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed: dict[bool, tuple[int, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out); differentiable in ``x``."""
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Product.apply(flat, self) if torch.is_grad_enabled() and x.requires_grad else self.product(flat)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W' + b`` for contiguous (rows, in); not differentiable."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, "none", [], "")
+        return y
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """``grad W`` for the gradient (rows, out) of the output."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._pack(transposed=True), None, "none", [], "")
+        return y
+
+    def _pack(self, *, transposed: bool) -> Tensor:
+        version, packed = self._packed.get(transposed, (-1, self.weight))
+        if version != self.weight._version:
+            version, weight = self.weight._version, self.weight.detach()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous() if transposed else weight, _ROWS)
+            self._packed[transposed] = version, packed
+        return packed
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.linear.input_gradient(grads[0]), None
+
+
+def pack_linears(model: nn.Module, runtime: Runtime) -> None:
+    """Replace the frozen model's linear layers, in place, where that is faster: bfloat16 on an x86 processor that multiplies it.
+
+    A compiled model keeps its own, because the compiler does not look into packed weights.
+    """
+    if runtime.device != "cpu" or runtime.dtype != "bfloat16" or runtime.compiled or platform.machine() not in ("x86_64", "AMD64"):
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, FrozenLinear(child))

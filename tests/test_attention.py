@@ -1,0 +1,91 @@
+"""Our attention gives what transformers' eager one gives, forward and backward, whatever the scores and the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import CPU_FLOAT32
+from torch import Tensor
+
+from pipeline.attention import _attend
+from pipeline.config import EncoderConfig
+from pipeline.encoder import Encoder, find_encoder
+
+Folders = Callable[[str], Path]
+TEXTS = ["a goal in the last minute of the match", "rain", "the market fell, then rose", "wind and snow over the hills all day long"]
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    scores = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask
+    return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return _attend(None, query, key, value, mask, scaling=scaling)[0]
+
+
+def inputs(*, tokens: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """As projections give them: views whose memory runs over tokens before heads."""
+    torch.manual_seed(tokens)
+    query, key, value = (torch.randn(3, tokens, heads, 8).transpose(1, 2) for heads in (4, groups, groups))
+    return query, key, value
+
+
+def padding(tokens: int) -> Tensor:
+    """The second text has one token, the third half of them."""
+    lengths = torch.tensor([tokens, 1, max(1, tokens // 2)])
+    visible = (torch.arange(tokens) < lengths[:, None])[:, None, None, :].expand(-1, 1, tokens, -1)
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+def result_and_gradients(attend: Callable[..., Tensor], arguments: tuple[Tensor, ...], *rest: object) -> list[Tensor]:
+    leaves = [a.detach().clone().requires_grad_() for a in arguments]
+    output = attend(*leaves, *rest)
+    return [output, *torch.autograd.grad((output.tanh() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), leaves)]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33])
+def test_result_and_gradients_are_those_of_a_plain_formulation(tokens: int, masked: bool) -> None:
+    mask = padding(tokens) if masked else None
+    for found, expected in zip(*(result_and_gradients(attend, inputs(tokens=tokens), mask, 0.35) for attend in (ours, plain)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [60.0, -60.0])
+def test_scores_too_large_for_powers_are_no_matter(scaling: float) -> None:
+    arguments = inputs(tokens=7)
+    shifted = (arguments[0] + 3, arguments[1] + 3, arguments[2])  # scores of one sign: all too large, or all too small
+    for found, expected in zip(*(result_and_gradients(attend, shifted, None, scaling) for attend in (ours, plain)), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_that_is_masked_whole_gives_no_nan() -> None:
+    mask = padding(6)
+    mask[1] = torch.finfo(torch.float32).min
+    query, key, value = inputs(tokens=6)
+    torch.testing.assert_close(ours(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_that_several_heads_share_are_shared() -> None:
+    query, key, value = inputs(tokens=5, groups=2)
+    full_key, full_value = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    torch.testing.assert_close(ours(query, key, value, None, 0.3), plain(query, full_key, full_value, None, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "eurobert", "modernbert", "distilbert", "mpnet"])
+def test_an_encoder_gives_the_same_vectors_as_with_eager_attention(family: str, encoder_folder: Folders) -> None:
+    config = EncoderConfig(name=str(encoder_folder(family)), max_tokens=24)
+    files = find_encoder(config, offline=True)
+    eager = Encoder(files, config, CPU_FLOAT32)
+    own = Encoder(files, config, CPU_FLOAT32.model_copy(update={"attention": "lorafleet"}))
+    assert own.runtime.attention == ("eager" if family == "mpnet" else "lorafleet")  # what was used is what is recorded
+    tokens = eager.tokenise(TEXTS)
+    np.testing.assert_allclose(own.embed(tokens), eager.embed(tokens), atol=1e-5)
