@@ -145,12 +145,13 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _joined(bases: Sequence[nn.Linear]) -> nn.Linear:
     """One frozen layer whose output is that of all, side by side."""
-    weight = torch.cat([base.weight.detach() for base in bases])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bases[0].bias is not None, device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
-    if bases[0].bias is not None:
-        joined.bias = nn.Parameter(torch.cat([base.bias.detach() for base in bases]), requires_grad=False)
-    return FrozenLinear(joined) if isinstance(bases[0], FrozenLinear) else joined
+    with torch.inference_mode(mode=False):  # the first call may be an inference, and the next one a training step
+        weight = torch.cat([base.weight.detach() for base in bases])
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bases[0].bias is not None, device="meta")
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        if bases[0].bias is not None:
+            joined.bias = nn.Parameter(torch.cat([base.bias.detach() for base in bases]), requires_grad=False)
+        return FrozenLinear(joined) if isinstance(bases[0], FrozenLinear) else joined
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.adapter import Adapter, HeadStart, LoraLinear, load_adapter, projection_paths, save_adapter
-from pipeline.config import AdapterConfig, EncoderConfig
-from pipeline.encoder import Encoder, FloatArray, find_encoder
+from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
+from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import AdapterError
 from pipeline.model_card import usage_snippet
 from pipeline.records import EncoderRef
@@ -545,3 +545,22 @@ def test_a_head_that_does_not_fit_the_labels_is_refused(
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder.head)
     with pytest.raises(AdapterError, match=r"Topics.*(weight|bias)"):
         load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_an_adapter_embeds_trains_and_embeds_again(family: str, encoder_folder: Folders) -> None:
+    """On the path that a run takes where the processor multiplies bfloat16: packed weights, first made by an inference."""
+    config = EncoderConfig(name=str(encoder_folder(family)), max_tokens=24)
+    runtime = choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False)
+    encoder = Encoder(find_encoder(config, offline=True), config, runtime)
+    exact = embed(trained(load_encoder(encoder_folder(family))).encoder)
+    adapter = trained(encoder)
+    before = embed(encoder)
+    np.testing.assert_allclose(before, exact, atol=0.1)
+    batch = encoder.batch(encoder.tokenise(TEXTS[:6]), np.arange(6))
+    nn.functional.cross_entropy(adapter.logits(batch), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in adapter.parameters)
+    assert embed(encoder).tobytes() == before.tobytes()
+    with adapter.merged():
+        np.testing.assert_allclose(embed(encoder), before, atol=0.1)
+    assert embed(encoder).tobytes() == before.tobytes()
