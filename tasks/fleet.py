@@ -58,7 +58,7 @@ class Fleet:
             return self.config.cpus_per_worker
         if self.config.ray_address is not None:
             return 1.0
-        return float(max(1, _local_cpus() // self._num_tasks))
+        return float(max(1, local_cpus() // self._num_tasks))
 
     def start(self) -> None:
         """Begin to start Ray; ``ready`` waits for it. What is done meanwhile costs no time."""
@@ -171,7 +171,7 @@ class Fleet:
                 # Says whether Ray may be more than this machine. If so it listens on all interfaces, whatever address it is given.
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
                 # Without "local", Ray would join whatever cluster a stale file names.
-                options |= {"address": "local", "num_cpus": max(_local_cpus(), int(self.cpus_per_worker))}
+                options |= {"address": "local", "num_cpus": max(local_cpus(), int(self.cpus_per_worker))}
                 options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
             else:
                 options["address"] = self.config.ray_address
@@ -280,5 +280,6 @@ def _check_answers(address: str) -> None:
         socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_SECONDS).close()
 
 
-def _local_cpus() -> int:
+def local_cpus() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,52 @@
+"""Bulk offline classification: Parquet in, Parquet out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from pipeline.bulk_job import BulkRequest, BulkSummary
+from pipeline.errors import InputError, LorafleetError
+from pipeline.units import UnitFailure
+from tasks.bulk import finish_job, label_units, plan_job
+
+
+@dataclass(frozen=True)
+class BulkOutcome:
+    """What a bulk job came to."""
+
+    summary: BulkSummary | None
+    """None where it did not get to its end."""
+    failures: tuple[UnitFailure, ...]
+    error: LorafleetError | None
+
+
+@flow(name="classify-datasets")
+def classify_datasets(request: BulkRequest) -> State[Any]:
+    """Label Parquet with trained adapters; ends failed if a unit failed, with all others done.
+
+    Args:
+        request: Input, output, adapters and how.
+    """
+    started = time.monotonic()
+    plan = plan_job(request)
+    if isinstance(plan, InputError):
+        return _stopped(plan)
+    labelled = label_units(plan)
+    if isinstance(labelled, LorafleetError):
+        return _stopped(labelled)
+    receipts, busy_seconds = labelled
+    summary, failures = finish_job(plan, receipts, seconds=time.monotonic() - started, busy_seconds=busy_seconds)
+    outcome = BulkOutcome(summary, failures, None)
+    if failures:
+        return Failed(message=f"{len(failures)} failures; see _failures.parquet", data=outcome)
+    return Completed(message=f"{summary.rows_out} rows", data=outcome)
+
+
+def _stopped(error: LorafleetError) -> State[Any]:
+    return Failed(message=str(error), data=BulkOutcome(None, (), error))

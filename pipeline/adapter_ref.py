@@ -1,0 +1,149 @@
+"""References to trained adapters: a folder, ``FOLDER#TASK`` or ``hf:OWNER/NAME[@REVISION]#TASK``, found and described without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config import EncoderConfig
+from pipeline.errors import AdapterError, DataError, InputError
+from pipeline.records import Calibration
+from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<ref>.+)")
+_HUB = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter on this machine's disk, and what must be known before it is loaded."""
+
+    name: str
+    folder: TaskFolder
+    sha256: str
+    encoder: EncoderConfig
+    """Public name, revision, pooling and length it was trained with."""
+    label_names: tuple[str, ...]
+    adapted_modules: tuple[str, ...]
+    calibration: Calibration | None
+    """None where the adapter came without one: its probabilities are then as the head gives them."""
+
+    @property
+    def labels_sha256(self) -> str:
+        """Of the label names in the order of the head's outputs."""
+        return hashlib.sha256(json.dumps(self.label_names, ensure_ascii=False).encode()).hexdigest()
+
+
+def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, ...]:
+    """Find what ``[NAME=]REF`` names; NAME is the MTEB task's where left out.
+
+    Raises: AdapterError: not found, damaged, two of one name, or trained on different encoders.
+    """
+    found: list[FoundAdapter] = []
+    for ref in refs:
+        named = _NAMED.fullmatch(ref)
+        adapter = _describe(_folder(named["ref"] if named else ref, offline=offline))
+        found.append(replace(adapter, name=named["name"]) if named else adapter)
+    names = [adapter.name for adapter in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AdapterError(f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF")
+    for other in found[1:]:
+        _check_same_encoder(found[0], other)
+    return tuple(found)
+
+
+def _folder(ref: str, *, offline: bool) -> TaskFolder:
+    hub = _HUB.fullmatch(ref)
+    if hub:
+        return _hub_folder(hub, offline=offline)
+    place, _, task = ref.partition("#")
+    root = Path(place)
+    if not root.is_dir():
+        raise AdapterError(f"adapter {ref}: no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
+    return _pick(root, task, ref)
+
+
+def _pick(root: Path, task: str, ref: str) -> TaskFolder:
+    if task:
+        folder = TaskFolder(root / task)
+    elif TaskFolder(root).adapter_weights.is_file():
+        folder = TaskFolder(root)
+    else:
+        there = sorted(path.parent.name for path in root.glob(f"*/{TaskFolder(root).adapter_weights.name}"))
+        if len(there) == 1:
+            return TaskFolder(root / there[0])
+        which = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})" if there else "there is no adapter in it"
+        raise AdapterError(f"adapter {ref}: {which}")
+    if not folder.adapter_weights.is_file():
+        there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
+        raise AdapterError(f"adapter {ref}: no {folder.adapter_weights.name} in {folder.root}; there is {', '.join(there) or 'none'}")
+    return folder
+
+
+def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if not ref["task"]:
+        raise AdapterError(f"adapter {ref[0]}: say which of the repository's adapters: {ref[0]}#TASK")
+    try:
+        patterns = [f"{ref['task']}/*.json", f"{ref['task']}/*.safetensors"]
+        root = snapshot_download(ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline)
+    except LocalEntryNotFoundError:
+        raise AdapterError(f"adapter {ref[0]}: not in the local cache, and the Hub cannot be reached") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(f"adapter {ref[0]}: cannot be fetched from the Hub: {reason}") from None
+    return _pick(Path(root), ref["task"], ref[0])
+
+
+def _describe(folder: TaskFolder) -> FoundAdapter:
+    try:
+        meta: dict[str, Any] = json.loads(folder.meta.read_text(encoding="utf-8"))
+        labels = json.loads(folder.labels.read_text(encoding="utf-8"))
+        encoder = EncoderConfig(
+            name=meta["encoder"]["name"], revision=meta["encoder"]["revision"], pooling=meta["pooling"], max_tokens=meta["max_tokens"]
+        )
+        modules = tuple(str(path) for path in meta["adapted_modules"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise AdapterError(f"{folder.root}: meta.json or labels.json is missing or damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(labels, list) or not labels:
+        raise AdapterError(f"{folder.labels}: expected a list of label names")
+    try:
+        calibration = read_record(folder.calibration, Calibration) if folder.calibration.is_file() else None
+    except DataError as error:
+        raise AdapterError(str(error)) from None
+    sha256 = adapter_sha256(folder.root)
+    return FoundAdapter(meta.get("task", folder.root.name), folder, sha256, encoder, tuple(map(str, labels)), modules, calibration)
+
+
+def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:
+    for what in ("revision", "pooling", "max_tokens"):
+        one, two = getattr(first.encoder, what), getattr(other.encoder, what)
+        if one != two:
+            raise AdapterError(
+                f"adapters {first.name} and {other.name} were trained on encoders of {what} {one} and {two}; classify with one job for each"
+            )
+
+
+def threshold_for(adapter: FoundAdapter, target_accuracy: float) -> float:
+    """The lowest probability from which on the adapter's coverage table promises an accuracy.
+
+    Raises: InputError: it has no such table, or none of its thresholds does.
+    """
+    if adapter.calibration is None:
+        raise InputError(f"adapter {adapter.name}: no calibration.json, so --target-accuracy cannot be met; use --min-score")
+    rows = [row for row in adapter.calibration.coverage if row.accuracy is not None]
+    good = [row.threshold for row in rows if row.accuracy is not None and row.accuracy >= target_accuracy]
+    if not good:
+        best = max((row.accuracy for row in rows if row.accuracy is not None), default=0.0)
+        raise InputError(f"adapter {adapter.name}: no threshold of its coverage table reaches {target_accuracy:g}; the best is {best:.3f}")
+    return min(good)

@@ -1,0 +1,388 @@
+"""A bulk job's state, which lies beside its output: what it is, what is done, what failed. Any process can go on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.adapter_ref import FoundAdapter, threshold_for
+from pipeline.errors import InputError
+from pipeline.records import Record
+from pipeline.records import Unit as Share
+from pipeline.storage import Place, open_file
+from pipeline.units import BulkInput, InputFile, Unit, UnitFailure
+
+PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
+FOOTER_KEY = b"lorafleet"
+SMALL_ROWS = 20_000
+"""Up to here Ray's start costs more than a second core gains."""
+GRACE_SECONDS = 60.0
+"""An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
+
+
+class BulkOptions(Record):
+    """What is asked of a bulk job, besides input, output and adapters."""
+
+    text_column: str = "text"
+    """The column that is classified."""
+    columns: tuple[str, ...] | None = None
+    """Input columns to keep; all where left out."""
+    min_score: Share | None = None
+    """Below this probability the label is null."""
+    target_accuracy: Share | None = None
+    """The threshold is taken from each adapter's coverage table so that what keeps its label is right this often."""
+    top_k: int = Field(default=1, ge=1)
+    """With more than one, a column ``<name>_top_k`` lists the most probable labels."""
+    rows_per_unit: int = Field(default=200_000, ge=1)
+    """What is done, or done again, as a whole."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first rows only."""
+    sample: float | None = Field(default=None, gt=0, lt=1)
+    """A random share of the rows, the same in every run."""
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> BulkOptions:
+        if self.min_score is not None and self.target_accuracy is not None:
+            raise ValueError("--min-score and --target-accuracy both set a threshold; choose one")
+        return self
+
+
+class BulkAdapter(Record):
+    """One adapter of a bulk job."""
+
+    name: str
+    sha256: str
+    encoder_revision: str
+    labels_sha256: str
+    threshold: Share | None
+    """Below it a label is null."""
+
+
+class BulkJob(Record):
+    """What a bulk job is. Another value of any field is another job."""
+
+    lorafleet_version: str
+    files: tuple[InputFile, ...]
+    adapters: tuple[BulkAdapter, ...]
+    options: BulkOptions
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal jobs."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+class Receipt(Record):
+    """What came of a unit. Lies in the footer of its output, too."""
+
+    unit: int
+    rows: int = 0
+    null_labels: dict[str, int] = Field(default_factory=dict)
+    """Adapter -> rows without a label."""
+    reasons: dict[str, int] = Field(default_factory=dict)
+    """Why, over all adapters."""
+    truncated: int = 0
+    duplicates: int = 0
+    """Rows whose text occurs earlier in the unit."""
+    labels: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Adapter -> label -> rows."""
+    seconds: float = 0.0
+    failure: str | None = None
+    fatal: bool = False
+    """The whole job cannot go on: a full disk."""
+
+
+class BulkSummary(Record):
+    """``_job.json``."""
+
+    job: str
+    """Fingerprint."""
+    lorafleet_version: str
+    rows_in: int
+    rows_out: int
+    null_labels: dict[str, int]
+    reasons: dict[str, int]
+    truncated: int
+    duplicates: int
+    labels: dict[str, dict[str, int]]
+    units: int
+    units_done_before: int
+    """By an earlier start of the same job."""
+    failures: int
+    seconds: float
+    """Of this start, preparations included."""
+    rows_per_second: float | None
+    """Rows labelled by this start / seconds of labelling; none where nothing was left to do."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job whose output folder is ready."""
+
+    place: Place
+    """Where units go: the output folder, or one inside it that will replace it."""
+    todo: tuple[Unit, ...]
+    num_done: int
+
+
+class BulkCompute(Record):
+    """Where a bulk job runs."""
+
+    where: Literal["auto", "process", "ray"] = "auto"
+    """``auto``: in this process up to ``SMALL_ROWS`` rows, because Ray takes longer to start than they take to label."""
+    cpus: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """CPU share of one Ray actor, and its torch threads; ``auto``: one (in this process: all)."""
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPU share of one actor; ``auto``: one where there are any."""
+    concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Actors at most; the pool grows to it while there is work. ``auto``: as many as fit."""
+    ray_address: str | None = None
+    """An existing Ray cluster; left out, a local Ray is started and stopped."""
+
+
+class BulkRequest(Record):
+    """What ``lorafleet classify`` is asked for."""
+
+    source: str
+    """A Parquet file, a folder, a glob, or an fsspec URL of one."""
+    output: str
+    """A folder, or an fsspec URL of one."""
+    adapters: tuple[str, ...]
+    """``[NAME=]REF`` each."""
+    options: BulkOptions = BulkOptions()
+    compute: BulkCompute = BulkCompute()
+    encoder: str | None = None
+    """Where the encoder lies, if not under the name that the adapters give."""
+    offline: bool = False
+    overwrite: bool = False
+
+
+def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
+    """Fix what the job is.
+
+    Raises: InputError: the accuracy asked for is in no adapter's coverage table.
+    """
+
+    def threshold(adapter: FoundAdapter) -> float | None:
+        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
+
+    described = tuple(
+        BulkAdapter(
+            name=found.name,
+            sha256=found.sha256,
+            encoder_revision=found.encoder.revision or "",
+            labels_sha256=found.labels_sha256,
+            threshold=threshold(found),
+        )
+        for found in adapters
+    )
+    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
+
+
+def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
+    """Names that the output adds to the input's."""
+    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
+    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
+
+
+def check_places(source: str, output: Place) -> None:
+    """Raises: InputError: the output would become part of the input, or a file is in its place."""
+    if not output.local:
+        return
+    root, given = Path(output.root), Path(source.split("*")[0].split("?")[0].split("[")[0]).resolve()
+    if given.is_dir() and (root == given or given in root.parents):
+        raise InputError(f"output {root} lies inside the input {given}: the next job would classify it too; choose a folder elsewhere")
+    if root.exists() and not root.is_dir():
+        raise InputError(f"output {root} is a file; name a folder")
+
+
+def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool) -> Begun:
+    """Take up the job where it was left, or begin it.
+
+    Raises: InputError: the folder holds another job's output, or files that are no job's.
+    """
+    place = output
+    names = output.names()
+    if overwrite and (SUCCESS in names or PLAN in names):
+        place = Place(output.url(_next_folder(job)))
+        names = place.names()
+    elif PLAN in names:
+        _check_same(output, job)
+    elif names:
+        raise InputError(f"output {output}: holds {', '.join(names[:3])}, and no plan of a job; choose an empty folder, or a new one")
+    if PLAN not in names:
+        place.write(PLAN, job.model_dump_json(indent=1).encode())
+    for name in names:
+        if name.startswith(f"{ATTEMPTS}/"):
+            place.remove(name)  # each start has its own three attempts
+    sweep(place, job, older_than=GRACE_SECONDS)
+    done = {unit.output for unit in units} & set(names)
+    return Begun(place, tuple(unit for unit in units if unit.output not in done), len(done))
+
+
+def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
+    """Delete unfinished output that nobody writes to any more."""
+    for name, written in place.temporaries(mark=job.fingerprint):
+        if time.time() - written >= older_than:
+            place.remove(name)
+
+
+def finish(
+    output: Place, begun: Begun, job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
+) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
+    """Write the summary, the failures, and, where there are none, ``_SUCCESS``; with it an overwriting job takes the old one's place."""
+    place = begun.place
+    by_number = {unit.number: unit for unit in source.units}
+    failures = (*source.failures, *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure))
+    failed = {r.unit for r in receipts if r.failure}
+    new = {r.unit: r for r in receipts if not r.failure}
+    before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
+    kept = [*new.values(), *(read_receipt(place, unit) for unit in before)]
+    new_rows = sum(receipt.rows for receipt in new.values())
+    summary = BulkSummary(
+        job=job.fingerprint,
+        lorafleet_version=job.lorafleet_version,
+        rows_in=source.num_rows,
+        rows_out=sum(r.rows for r in kept),
+        null_labels=_added(r.null_labels for r in kept),
+        reasons=_added(r.reasons for r in kept),
+        truncated=sum(r.truncated for r in kept),
+        duplicates=sum(r.duplicates for r in kept),
+        labels={a.name: _added(r.labels.get(a.name, {}) for r in kept) for a in job.adapters},
+        units=len(source.units),
+        units_done_before=len(before),
+        failures=len(failures),
+        seconds=seconds,
+        rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
+    )
+    place.write(JOB, summary.model_dump_json(indent=1).encode())
+    if failures:
+        place.write(FAILURES, _failures_table(failures))
+        return summary, failures
+    sweep(place, job, older_than=0)  # all is there, so whatever is still written is written twice
+    for name in place.names(under=ATTEMPTS):
+        place.remove(name)
+    if place.local:
+        shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
+    place.remove(FAILURES)
+    place.write(SUCCESS, b"")
+    if place.root != output.root:
+        _replace(output, place)
+    return summary, failures
+
+
+def read_receipt(place: Place, unit: Unit) -> Receipt:
+    """What the footer of a finished unit says."""
+    source, _ = open_file(place.url(unit.output))
+    with source:
+        metadata = pq.read_metadata(source).metadata or {}
+    return Receipt.model_validate(json.loads(metadata[FOOTER_KEY])["receipt"])
+
+
+def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
+    """What every output file says of its making."""
+    facts: dict[str, Any] = {
+        "lorafleet_version": job.lorafleet_version,
+        "job": job.fingerprint,
+        "input_file": unit.path,
+        "first_row": unit.first_row_of_file,
+        "adapters": [adapter.model_dump() for adapter in job.adapters],
+        "receipt": receipt.model_dump(),
+    }
+    return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
+
+
+def _next_folder(job: BulkJob) -> str:
+    return f"_next-{job.fingerprint}"
+
+
+def _check_same(output: Place, job: BulkJob) -> None:
+    try:
+        there = json.loads(output.read(PLAN))
+        BulkJob.model_validate(there)
+    except (ValueError, ValidationError):
+        raise InputError(f"output {output}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
+    differences = _differences(there, json.loads(job.model_dump_json()))
+    if differences:
+        raise InputError(
+            f"output {output}: holds another job's output ({'; '.join(differences[:3])}); "
+            "choose another folder, or --overwrite to replace it"
+        )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    found: list[str] = []
+    for key in here:
+        name, one, two = f"{path}{key}", there.get(key), here[key]
+        if one == two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differences(one, two, f"{name}.")
+        elif key == "files":
+            found.append(_different_files(one or [], two))
+        elif key == "adapters":
+            found.append(f"adapters: then {_named(one or [])}, now {_named(two)}")
+        else:
+            found.append(f"{name}: then {one}, now {two}")
+    return found
+
+
+def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
+    old, new = ({file["path"]: file for file in files} for files in (there, here))
+    for what, paths in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())):
+        if paths:
+            return f"input: {min(paths)} is {what} ({len(old)} files then, {len(new)} now)"
+    return f"input: {min(path for path in new if new[path] != old[path])} has changed since"
+
+
+def _named(adapters: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{a['name']} {a['sha256'][:8]}" + (f" from {a['threshold']:g}" if a["threshold"] else "") for a in adapters)
+
+
+def _failure(unit: Unit, reason: str | None) -> UnitFailure:
+    return UnitFailure(path=unit.path, unit=unit.number, first_row=unit.first_row_of_file, num_rows=unit.num_rows, reason=reason or "")
+
+
+def _failures_table(failures: Sequence[UnitFailure]) -> bytes:
+    numbers = [(name, pa.int64()) for name in ("unit", "first_row", "num_rows")]
+    schema = pa.schema([("path", pa.string()), *numbers, ("reason", pa.string())])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([failure.model_dump() for failure in failures], schema=schema), sink)
+    return sink.getvalue()
+
+
+def _added(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for some in counts:
+        for key, count in some.items():
+            total[key] = total.get(key, 0) + count
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _replace(output: Place, new: Place) -> None:
+    """Put a finished job in the place of the old one. Cut short, it is done again by the next start, which finds all of it finished."""
+    folder = new.root.removeprefix(output.root).strip("/")
+    names = new.names()
+    old = [name for name in output.names() if not name.startswith(f"{folder}/")]
+    output.remove(SUCCESS)
+    last = (PLAN, JOB, SUCCESS)  # in this order: with the last one the new job is in place
+    for name in set(names) - set(last):
+        output.move(f"{folder}/{name}", name)
+    for name in set(old) - set(names):
+        output.remove(name)
+    for name in last:
+        output.move(f"{folder}/{name}", name)
+    if output.local:
+        shutil.rmtree(new.root)

@@ -1,0 +1,233 @@
+"""The bulk job's kernel: texts in, labels and probabilities out, for several adapters in one pass. Knows no file and no Ray."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapter import load_adapter
+from pipeline.adapter_ref import FoundAdapter
+from pipeline.config import EncoderConfig, TrainConfig
+from pipeline.encoder import (
+    Batch,
+    Encoder,
+    EncoderFiles,
+    FloatArray,
+    Tokens,
+    batches_by_budget,
+    choose_runtime,
+    find_encoder,
+    known_package,
+)
+from pipeline.errors import AdapterError, EncoderError
+from pipeline.frozen_linear import FrozenLinear
+
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+_LAYER = re.compile(r"(.*\.)?(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one adapter says of some texts."""
+
+    labels: npt.NDArray[np.int32]
+    """Index of the most probable label, (texts,)."""
+    scores: FloatArray
+    """Its calibrated probability, (texts,)."""
+    top_labels: npt.NDArray[np.int32]
+    """Indices of the most probable labels, best first, (texts, k)."""
+    top_scores: FloatArray
+    """(texts, k)."""
+
+
+class Classifier:
+    """Several adapters, merged into private copies of the projections of one encoder."""
+
+    def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder, *, top_k: int = 1) -> None:
+        """Raises: AdapterError: an adapter's files are damaged, or it was trained on another encoder."""
+        self.encoder = encoder
+        self.top_k = top_k
+        self._merged = [_Merged(found, encoder) for found in adapters]
+        self._layers = _SharedLayers(encoder.model, [merged.first_layer for merged in self._merged])
+
+    def tokenise(self, texts: Sequence[str]) -> Tokens:
+        """Once for all adapters."""
+        return self.encoder.tokenise(texts)
+
+    @torch.inference_mode()
+    def classify(self, tokens: Tokens) -> list[Answers]:
+        """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone."""
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._merged]
+        order = []
+        for rows in batches_by_budget(tokens.lengths, tokens_per_batch=_TOKENS_PER_BATCH[self.encoder.device.type]):
+            order.append(rows)
+            batch = self.encoder.batch(tokens, rows)
+            for part, (scores, labels) in zip(parts, self._answer(batch), strict=True):
+                part.append((scores, labels))
+        rows = np.concatenate(order) if order else np.empty(0, dtype=np.int64)
+        return [self._in_order(part, rows, merged) for part, merged in zip(parts, self._merged, strict=True)]
+
+    def _answer(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        self._layers.forget()
+        for merged in self._merged:
+            with merged.attached(), self._layers.shared_below(merged.first_layer):
+                logits = merged.head(self.encoder.pooled(batch)) / merged.temperature
+            yield torch.softmax(logits, dim=1).topk(min(self.top_k, logits.shape[1]), dim=1)
+
+    def _in_order(self, parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], merged: _Merged) -> Answers:
+        width = min(self.top_k, merged.head.out_features)
+        scores, labels = np.empty((len(rows), width), dtype=np.float32), np.empty((len(rows), width), dtype=np.int32)
+        if parts:
+            scores[rows] = torch.cat([p for p, _ in parts]).float().cpu().numpy()
+            labels[rows] = torch.cat([p for _, p in parts]).cpu().numpy()
+        return Answers(labels[:, 0], scores[:, 0], labels, scores)
+
+
+def load_classifier(
+    adapters: Sequence[FoundAdapter], *, encoder: str | None, threads: int, use_gpu: bool, offline: bool, top_k: int = 1
+) -> Classifier:
+    """The kernel for some adapters, on the encoder that they were trained on.
+
+    Args:
+        adapters: Trained on the same encoder.
+        encoder: Where the encoder lies, if not under the name that the adapters give.
+        threads: Of PyTorch.
+        use_gpu: Where there is one.
+        offline: Never ask the Hub.
+        top_k: Labels per text.
+    Raises:
+        EncoderError: the encoder cannot be found, or is another one than the adapters were trained on.
+        AdapterError: an adapter cannot be loaded.
+    """
+    torch.set_num_threads(threads)
+    runtime = choose_runtime(TrainConfig(), threads=threads, use_gpu=use_gpu)
+    files, config = find_encoder_of(adapters[0], encoder, offline=offline)
+    return Classifier(adapters, Encoder(files, config, runtime), top_k=top_k)
+
+
+def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool) -> tuple[EncoderFiles, EncoderConfig]:
+    """The encoder that an adapter was trained on; reads no weights.
+
+    Raises:
+        EncoderError: it cannot be found.
+        AdapterError: what is there is another one.
+    """
+    config = _encoder_config(adapter, encoder)
+    files = find_encoder(config, offline=offline)
+    if files.ref.revision != adapter.encoder.revision:
+        trained = f"{adapter.encoder.name} at {adapter.encoder.revision}"
+        raise AdapterError(f"adapter {adapter.name}: trained on {trained}, but encoder {config.name} is {files.ref.revision}")
+    return files, config
+
+
+def _encoder_config(adapter: FoundAdapter, encoder: str | None) -> EncoderConfig:
+    """Which encoder to load: the given one, an installed package that is the one trained on, or that by its public name.
+
+    Raises: EncoderError: it was trained on a folder of somebody's machine, and no other place is given.
+    """
+    trained = adapter.encoder
+    values: dict[str, Any] = {"pooling": trained.pooling, "max_tokens": trained.max_tokens}
+    package = known_package(trained.name, trained.revision)
+    if encoder is not None:
+        is_hub = not encoder.startswith("package:") and not Path(encoder).is_dir()
+        return EncoderConfig(name=encoder, revision=trained.revision if is_hub else None, **values)
+    if package is not None:
+        return EncoderConfig(name=f"package:{package}", **values)
+    if (trained.revision or "").startswith("sha256:"):
+        raise EncoderError(f"adapter {adapter.name}: trained on {trained.name}, files of {trained.revision}; say where they lie: --encoder")
+    return EncoderConfig(name=trained.name, revision=trained.revision, **values)
+
+
+class _Merged:
+    """One adapter as plain linear layers: ``W + scaling * B A`` in the encoder's dtype, and the head in float32."""
+
+    def __init__(self, found: FoundAdapter, encoder: Encoder) -> None:
+        adapter = load_adapter(found.folder, encoder)
+        adapter.detach()
+        self._model = encoder.model
+        self._linears = {path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}
+        self._frozen = {path: lora.base for path, lora in adapter.projections.items()}
+        self.head: nn.Linear = adapter.head[1]  # type: ignore[assignment]
+        self.temperature = found.calibration.temperature if found.calibration else 1.0
+        self.first_layer = min(_layer_number(path) for path in adapter.projections)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While open, the encoder runs with this adapter's projections."""
+        try:
+            self._put(self._linears)
+            yield
+        finally:
+            self._put(self._frozen)
+
+    def _put(self, linears: dict[str, nn.Linear]) -> None:
+        for path, linear in linears.items():
+            self._model.set_submodule(path, linear)
+
+
+def _merge(base: nn.Linear, update: Tensor) -> nn.Linear:
+    weight = (base.weight.detach().float() + update.detach()).to(base.weight.dtype)
+    merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    merged.weight, merged.bias = nn.Parameter(weight, requires_grad=False), base.bias
+    return FrozenLinear(merged) if isinstance(base, FrozenLinear) else merged
+
+
+def _layer_number(path: str) -> int:
+    numbered = _LAYER.match(path)
+    return int(numbered[2]) if numbered else 0
+
+
+class _SharedLayers:
+    """Lets adapters that leave the lower layers alone compute those once per batch.
+
+    The layers' ``forward`` is wrapped: the first adapter that starts at layer ``n`` leaves the output of layer ``n - 1`` here, and for
+    the next ones the layers below ``n`` answer with it.
+    """
+
+    def __init__(self, model: nn.Module, first_layers: Sequence[int]) -> None:
+        self._kept: dict[int, Any] = {}
+        self._start = 0
+        counts = {first: list(first_layers).count(first) for first in first_layers}
+        self._worth = {first for first, count in counts.items() if first > 0 and count > 1}
+        if self._worth:
+            for number, layer in enumerate(_layers(model)[: max(self._worth)]):
+                layer.forward = self._wrapped(number, layer.forward)
+
+    def forget(self) -> None:
+        """Before another batch."""
+        self._kept.clear()
+
+    @contextmanager
+    def shared_below(self, first_layer: int) -> Iterator[None]:
+        """While open, layers below ``first_layer`` compute only if nobody has before."""
+        self._start = first_layer if first_layer in self._worth else 0
+        try:
+            yield
+        finally:
+            self._start = 0
+
+    def _wrapped(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def shared(*arguments: Any, **options: Any) -> Any:
+            if number < self._start and self._start in self._kept:
+                return self._kept[self._start]
+            output = forward(*arguments, **options)
+            if number + 1 == self._start:
+                self._kept[self._start] = output
+            return output
+
+        return shared
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The encoder's stack of layers: its longest list of modules."""
+    stacks: Iterable[nn.ModuleList] = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return max(stacks, key=len)

@@ -1,0 +1,187 @@
+"""A folder on any file system that fsspec knows: local, S3, the Hub. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pipeline.errors import InputError
+
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as a listing shows it."""
+
+    path: str
+    """With the protocol, where there is one."""
+    size: int
+    """Bytes."""
+    version: str
+    """The etag of an object, the time of change of a local file: another one means other content."""
+
+
+class Place:
+    """A folder, or what stands for one in an object store."""
+
+    def __init__(self, url: str) -> None:
+        """Raises: InputError: an unknown protocol, or one whose package is not installed."""
+        self.fs, self.root = _file_system(url)
+        self.local = _is_local(self.fs)
+
+    def __str__(self) -> str:
+        return self.url("")
+
+    def url(self, name: str) -> str:
+        """Address of a file below this place."""
+        path = f"{self.root}/{name}".rstrip("/") if name else self.root
+        return path if self.local else str(self.fs.unstrip_protocol(path))
+
+    def path(self, name: str) -> str:
+        """The same, as the file system wants it."""
+        return f"{self.root}/{name}"
+
+    def names(self, *, under: str = "") -> list[str]:
+        """All files below, sorted, relative to this place."""
+        self.fs.invalidate_cache()
+        folder = self.path(under).rstrip("/")
+        found = self.fs.find(folder) if self.fs.exists(folder) else []
+        return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there, whole."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(name)))
+
+    def read(self, name: str) -> bytes:
+        """Raises: FileNotFoundError."""
+        return cast(bytes, self.fs.cat_file(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a small file in one step."""
+        with self.replaced(name, mark="file") as path:
+            path.write_bytes(content)
+
+    @contextmanager
+    def replaced(self, name: str, *, mark: str) -> Iterator[Path]:
+        """A local path to write to; what stands there at the end appears under ``name`` in one step, unless an error was raised.
+
+        Local files are written beside their destination and renamed; for an object store they are written to a temporary folder
+        and uploaded as one object.
+
+        Args:
+            name: The destination.
+            mark: Part of the temporary's name, by which ``temporaries`` finds it.
+        """
+        if not self.local:
+            with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
+                path = Path(folder) / "content"
+                yield path
+                self.fs.put_file(str(path), self.path(name))
+            return
+        final = Path(self.path(name))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{mark}.{secrets.token_hex(6)}{_TEMPORARY}")
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(final)
+        except FileNotFoundError:
+            if not final.exists():  # else another attempt was faster, and whoever ended the job swept this one away
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def temporaries(self, *, mark: str) -> list[tuple[str, float]]:
+        """Names of unfinished files with the mark, and when each was last written (seconds since 1970)."""
+        if not self.local:
+            return []  # an upload that was cut short leaves nothing that can be seen
+        found = []
+        for path in Path(self.root).rglob(f".*.{mark}.*{_TEMPORARY}"):
+            try:
+                found.append((str(path.relative_to(self.root)), path.stat().st_mtime))
+            except FileNotFoundError:
+                continue
+        return found
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is gone already is as good."""
+        try:
+            self.fs.rm_file(self.path(name))
+        except FileNotFoundError:
+            return
+
+    def move(self, name: str, to: str) -> None:
+        """Put a file in another's place."""
+        if self.local:
+            Path(self.path(to)).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.path(name)).replace(self.path(to))
+        else:
+            self.fs.mv(self.path(name), self.path(to))
+
+
+def find_files(pattern: str) -> list[StoredFile]:
+    """The Parquet files of a file's, a folder's or a glob's name, sorted by path; names that begin with ``_`` or ``.`` are left out.
+
+    Raises: InputError: there is none, or the place cannot be reached.
+    """
+    fs, path = _file_system(pattern)
+    try:
+        if any(sign in path for sign in "*?["):
+            details = fs.glob(path, detail=True)
+        elif fs.isfile(path):
+            details = {path: fs.info(path)}
+        else:
+            details = {p: info for p, info in fs.find(path, detail=True).items() if p.endswith((".parquet", ".pq"))}
+    except OSError as error:
+        raise InputError(f"input {pattern}: cannot be read: {error}") from None
+    start = path.rstrip("/") + "/"
+    files = [
+        _stored(fs, name, info)
+        for name, info in sorted(details.items())
+        if info["type"] == "file" and not _is_hidden(name.removeprefix(start) if name.startswith(start) else Path(name).name)
+    ]
+    if not files:
+        there = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
+        raise InputError(f"input {pattern}: {there}; expected a Parquet file, a folder of them, or a glob")
+    return files
+
+
+def open_file(path: str) -> tuple[BinaryIO, Any]:
+    """A file for reading, and its file system. The caller closes it."""
+    fs, name = _file_system(path)
+    return cast(BinaryIO, fs.open(name, "rb")), fs
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: {error}") from None
+    if _is_local(fs):
+        path = str(Path(path).resolve())
+    return fs, path.rstrip("/")
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in relative.split("/"))
+
+
+def _stored(fs: Any, name: str, info: dict[str, Any]) -> StoredFile:
+    version = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("LastModified") or ""
+    path = name if _is_local(fs) else str(fs.unstrip_protocol(name))
+    return StoredFile(path, int(info["size"]), str(version))

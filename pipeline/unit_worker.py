@@ -1,0 +1,375 @@
+"""One unit of a bulk job: read, labelled, written and committed in one place, so that only a receipt travels. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.bulk_job import ATTEMPTS, BulkAdapter, BulkJob, Receipt, footer, read_receipt
+from pipeline.classifier import Answers, load_classifier
+from pipeline.encoder import Tokens
+from pipeline.errors import LorafleetError
+from pipeline.records import Record
+from pipeline.storage import Place, open_file
+from pipeline.units import Unit
+
+MAX_ATTEMPTS = 3
+_BLOCK_ROWS = 16_384
+_GROUP_ROWS, _GROUP_BYTES = 65_536, 64 * 1024**2
+_READ_BUFFER_BYTES = 1024**2
+_NULL, _EMPTY = -1, -2
+
+
+class WorkerSpec(Record):
+    """All that a worker is told."""
+
+    job: BulkJob
+    refs: tuple[str, ...]
+    """``[NAME=]REF`` of the adapters, in the job's order."""
+    output: str
+    """Where units go."""
+    encoder: str | None
+    """Where the encoder lies, if not under the name that the adapters give."""
+    threads: int
+    use_gpu: bool
+    offline: bool
+    columns: tuple[str, ...]
+    """Input columns to keep."""
+
+
+class UnitWorker:
+    """Holds the encoder and the adapters, and labels one unit after the other."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Load the adapters; raises what ``load_classifier`` raises."""
+        self.spec = spec
+        self.job = spec.job
+        self.place = Place(spec.output)
+        adapters = find_adapters(spec.refs, offline=spec.offline)
+        self.classifier = load_classifier(
+            adapters,
+            encoder=spec.encoder,
+            threads=spec.threads,
+            use_gpu=spec.use_gpu,
+            offline=spec.offline,
+            top_k=spec.job.options.top_k,
+        )
+        self.columns = [_AdapterColumns(a, found, self.job.options.top_k) for a, found in zip(self.job.adapters, adapters, strict=True)]
+
+    def label(self, unit: Unit) -> Receipt:
+        """Label a unit, unless it is there; a fault of its file is told by the receipt, and leaves the other units alone."""
+        if self.place.exists(unit.output):
+            return read_receipt(self.place, unit)
+        attempts = f"{ATTEMPTS}/{unit.number:05d}"
+        before = [name for name in self.place.names(under=ATTEMPTS) if name.startswith(f"{attempts}-")]
+        if len(before) >= MAX_ATTEMPTS:
+            return Receipt(unit=unit.number, failure=f"killed the worker {len(before)} times")
+        attempt = f"{attempts}-{secrets.token_hex(6)}"
+        try:
+            self.place.write(attempt, b"")
+            receipt = self._label(unit)
+        except OSError as error:
+            receipt = Receipt(unit=unit.number, failure=_first_line(error), fatal=error.errno in (errno.ENOSPC, errno.EDQUOT))
+        except (pa.ArrowException, LorafleetError, UnicodeDecodeError) as error:
+            receipt = Receipt(unit=unit.number, failure=_first_line(error))
+        with suppress(OSError):
+            self.place.remove(attempt)  # what remains was left by a worker that was killed
+        return receipt
+
+    def _label(self, unit: Unit) -> Receipt:
+        started = time.perf_counter()
+        tally = _Tally([column.adapter.name for column in self.columns])
+        source, _ = open_file(unit.path)
+        with closing(source), self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
+            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
+            with closing(_Output(path, self._schema(parquet), _codecs(parquet, self.job.options.text_column))) as output:
+                memory = _Memory(len(self.columns))
+                for block in _ahead(self._blocks(parquet, unit, memory)):
+                    memory.learn(block.tokens.truncated, self.classifier.classify(block.tokens))
+                    output.add(self._with_answers(block, memory, tally))
+                receipt = tally.receipt(unit, memory, seconds=time.perf_counter() - started)
+                output.describe(footer(self.job, unit, receipt))
+        return receipt
+
+    def _blocks(self, parquet: pq.ParquetFile, unit: Unit, memory: _Memory) -> Iterator[_Block]:
+        """Rows with their new texts tokenised; runs ahead of the computation."""
+        options = self.job.options
+        columns = [*self.spec.columns, *({options.text_column} - set(self.spec.columns))]
+        random = np.random.default_rng([0, unit.number])
+        position, end = 0, unit.first_row + unit.num_rows
+        for batch in parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=list(unit.row_groups), columns=columns):
+            start = position
+            position += len(batch)
+            if position <= unit.first_row:
+                continue
+            first, last = max(0, unit.first_row - start), min(len(batch), end - start)
+            rows = pa.Table.from_batches([batch.slice(first, last - first)])
+            if options.sample is not None:
+                rows = rows.filter(pa.array(random.random(len(rows)) < options.sample))
+            ids, new_texts = memory.recognise(rows.column(options.text_column))
+            yield _Block(rows.select(list(self.spec.columns)), ids, self.classifier.tokenise(new_texts))
+            if position >= end:
+                return
+
+    def _schema(self, parquet: pq.ParquetFile) -> pa.Schema:
+        there = parquet.schema_arrow
+        fields = [there.field(name) for name in self.spec.columns]
+        added = [new for column in self.columns for new in column.fields()]
+        return pa.schema([*fields, *added, pa.field("truncated", pa.bool_())], metadata=there.metadata)
+
+    def _with_answers(self, block: _Block, memory: _Memory, tally: _Tally) -> pa.Table:
+        table = block.rows
+        for index, column in enumerate(self.columns):
+            answers = column.answer(block.ids, memory, index)
+            for new, values in zip(column.fields(), answers.columns, strict=True):
+                table = table.append_column(new, values)
+            tally.count(column.adapter.name, answers)
+        truncated = np.where(block.ids >= 0, memory.truncated.take(block.ids, mode="clip") if len(memory.truncated) else False, False)
+        tally.rows += len(block.ids)
+        tally.truncated += int(truncated.sum())
+        return table.append_column("truncated", pa.array(truncated, pa.bool_()))
+
+
+@dataclass(frozen=True)
+class _Block:
+    rows: pa.Table
+    ids: npt.NDArray[np.int64]
+    """Of each row's text within the unit; negative for null and empty ones."""
+    tokens: Tokens
+    """Of the texts that occur for the first time."""
+
+
+class _Memory:
+    """The unit's distinct texts, by a hash of theirs, and what is known of each: a text is computed once."""
+
+    def __init__(self, num_adapters: int) -> None:
+        self._ids: dict[bytes, int] = {}
+        self.truncated: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self.answers: list[Answers | None] = [None] * num_adapters
+        self.duplicates = 0
+
+    def recognise(self, texts: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """The id of each row's text, and the texts that are new, in the order of their ids."""
+        if pa.types.is_dictionary(texts.type):
+            texts = texts.cast(texts.type.value_type)
+        encoded = texts.combine_chunks().dictionary_encode()
+        new: list[str] = []
+        known = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
+        known[-1] = _NULL
+        before = len(self._ids)
+        for index, text in enumerate(encoded.dictionary.to_pylist()):
+            if not text.strip():
+                known[index] = _EMPTY
+                continue
+            digest = blake2b(text.encode(), digest_size=16).digest()
+            known[index] = self._ids.setdefault(digest, len(self._ids))
+            if known[index] >= before + len(new):
+                new.append(text)
+        ids = known[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False)]
+        self.duplicates += int((ids >= 0).sum()) - len(new)
+        return ids, new
+
+    def learn(self, truncated: npt.NDArray[np.bool_], answers: Sequence[Answers]) -> None:
+        """Add what was computed for the new texts of a block; blocks come in order."""
+        self.truncated = np.concatenate([self.truncated, truncated])
+        for index, answer in enumerate(answers):
+            known = self.answers[index]
+            self.answers[index] = answer if known is None else _joined(known, answer)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    columns: list[pa.Array]
+    labels: Counter[str]
+    reasons: Counter[str]
+
+
+class _AdapterColumns:
+    """What one adapter adds to the output."""
+
+    def __init__(self, adapter: BulkAdapter, found: FoundAdapter, top_k: int) -> None:
+        self.adapter = adapter
+        self.label_names = pa.array(found.label_names, pa.string())
+        self.top_k = top_k
+
+    def fields(self) -> list[pa.Field]:
+        """Label, score, reason, and the top labels where asked for."""
+        name = self.adapter.name
+        fields = [(f"{name}_label", pa.string()), (f"{name}_score", pa.float32()), (f"{name}_reason", pa.string())]
+        if self.top_k > 1:
+            fields.append((f"{name}_top_k", pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))))
+        return [pa.field(*parts) for parts in fields]
+
+    def answer(self, ids: npt.NDArray[np.int64], memory: _Memory, index: int) -> _Answered:
+        """The columns for rows with these ids."""
+        known = memory.answers[index]
+        assert known is not None
+        there = ids >= 0
+        safe = np.where(there, ids, 0)
+        if not len(known.labels):  # a unit of nulls
+            known, safe = _NOTHING[self.top_k > 1], np.zeros_like(ids)
+        scores = known.scores[safe]
+        low = there & (scores < self.adapter.threshold) if self.adapter.threshold is not None else np.zeros(len(ids), dtype=np.bool_)
+        labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
+        why = np.select([ids == _NULL, ids == _EMPTY, low], [0, 1, 2], default=-1)
+        threshold = self.adapter.threshold
+        wording = pa.array(["text is null", "text is empty", f"score below {threshold:g}" if threshold is not None else ""], pa.string())
+        reasons = wording.take(pa.array(why, mask=why < 0))
+        columns = [labels, pa.array(scores, pa.float32(), mask=~there), reasons]
+        if self.top_k > 1:
+            columns.append(self._top(known, safe, there))
+        return _Answered(columns, _counted(labels), _counted(reasons))
+
+    def _top(self, known: Answers, safe: npt.NDArray[np.int64], there: npt.NDArray[np.bool_]) -> pa.Array:
+        width = known.top_labels.shape[1]
+        rows = safe[there]
+        flat = pa.StructArray.from_arrays(
+            [self.label_names.take(pa.array(known.top_labels[rows].ravel())), pa.array(known.top_scores[rows].ravel(), pa.float32())],
+            names=["label", "score"],
+        )
+        offsets = np.concatenate([[0], np.cumsum(np.where(there, width, 0))]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~there))
+
+
+_NOTHING = {
+    wide: Answers(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
+    for wide in (False, True)
+}
+
+
+@dataclass
+class _Tally:
+    """Counts for the receipt."""
+
+    names: list[str]
+    rows: int = 0
+    truncated: int = 0
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    null_labels: Counter[str] = field(default_factory=Counter)
+
+    def count(self, name: str, answered: _Answered) -> None:
+        self.labels.setdefault(name, Counter()).update(answered.labels)
+        self.reasons.update(answered.reasons)
+        self.null_labels[name] += answered.reasons.total()
+
+    def receipt(self, unit: Unit, memory: _Memory, *, seconds: float) -> Receipt:
+        return Receipt(
+            unit=unit.number,
+            rows=self.rows,
+            null_labels={name: self.null_labels[name] for name in self.names},
+            reasons=dict(self.reasons),
+            truncated=self.truncated,
+            duplicates=memory.duplicates,
+            labels={name: dict(self.labels.get(name, {})) for name in self.names},
+            seconds=seconds,
+        )
+
+
+class _Output:
+    """A Parquet file that grows by row groups of a good size, whatever the size of what is added."""
+
+    def __init__(self, path: Path, schema: pa.Schema, codecs: dict[str, str]) -> None:
+        compression = {name: codecs.get(name.split(".")[0], codecs["*"]) for name in _leaves(schema)}
+        self._writer = pq.ParquetWriter(path, schema, compression=compression)
+        self._schema = schema
+        self._waiting: list[pa.Table] = []
+        self._rows = self._bytes = 0
+
+    def add(self, table: pa.Table) -> None:
+        self._waiting.append(table.cast(self._schema))
+        self._rows += len(table)
+        self._bytes += table.nbytes
+        if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
+            self._flush()
+
+    def describe(self, metadata: dict[bytes, bytes]) -> None:
+        self._flush()
+        self._writer.add_key_value_metadata(metadata)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._rows, self._bytes = [], 0, 0
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, the next one already in the making: reading and tokenising overlap with computing."""
+    queue: Queue[Any] = Queue(maxsize=1)
+    stopped = threading.Event()
+    end = object()
+
+    def make() -> None:
+        try:
+            for item in items:
+                if stopped.is_set():
+                    return
+                queue.put(item)
+            queue.put(end)
+        except BaseException as error:  # noqa: BLE001 - raised again by the one who waits
+            queue.put(error)
+
+    maker = threading.Thread(target=make, name="read-ahead", daemon=True)
+    maker.start()
+    try:
+        while (item := queue.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        while maker.is_alive():
+            with suppress(Exception):
+                queue.get(timeout=0.05)
+
+
+def _joined(known: Answers, more: Answers) -> Answers:
+    return Answers(
+        *(np.concatenate([getattr(known, name), getattr(more, name)]) for name in ("labels", "scores", "top_labels", "top_scores"))
+    )
+
+
+def _counted(values: pa.Array) -> Counter[str]:
+    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(values).to_pylist() if entry["values"] is not None})
+
+
+def _codecs(parquet: pq.ParquetFile, text_column: str) -> dict[str, str]:
+    """Compression by top-level column of the input; ``*`` for new columns, as the texts are."""
+    if not parquet.num_row_groups:
+        return {"*": "SNAPPY"}
+    group = parquet.metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    codecs = {column.path_in_schema.split(".")[0]: column.compression.replace("UNCOMPRESSED", "NONE") for column in columns}
+    return codecs | {"*": codecs.get(text_column, "SNAPPY")}
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Column paths as Parquet names them."""
+    sink = pa.BufferOutputStream()
+    pq.ParquetWriter(sink, schema).close()
+    parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [parquet.column(i).path for i in range(len(parquet))]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

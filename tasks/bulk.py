@@ -1,0 +1,267 @@
+"""The Prefect tasks of a bulk job, and the two places where its units run: this process, or Ray Data's pool of actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline.adapter_ref import find_adapters
+from pipeline.bulk_job import (
+    SMALL_ROWS,
+    Begun,
+    BulkJob,
+    BulkRequest,
+    BulkSummary,
+    Receipt,
+    begin,
+    check_places,
+    describe_job,
+    finish,
+    new_columns,
+)
+from pipeline.config import ComputeConfig
+from pipeline.errors import InputError, LorafleetError
+from pipeline.storage import Place
+from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
+from tasks.board import BOARD
+from tasks.fleet import Fleet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.unit_worker import WorkerSpec
+
+_ARTIFACT_SECONDS = 2.0
+_LOG_SECONDS = 15.0
+_BLOCK_BYTES = 1024**2
+
+
+class BulkPlan:
+    """A bulk job that can start."""
+
+    def __init__(self, request: BulkRequest, source: BulkInput, job: BulkJob, output: Place, begun: Begun) -> None:
+        self.request, self.source, self.job, self.output, self.begun = request, source, job, output, begun
+
+    @property
+    def rows_todo(self) -> int:
+        """Rows without output yet."""
+        return sum(unit.num_rows for unit in self.begun.todo)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the units run in this process."""
+        where = self.request.compute.where
+        small = self.rows_todo <= SMALL_ROWS and self.request.compute.ray_address is None
+        return where == "process" or (where == "auto" and small)
+
+    def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
+        """What a worker is told."""
+        from pipeline.unit_worker import WorkerSpec
+
+        return WorkerSpec(
+            job=self.job,
+            refs=self.request.adapters,
+            output=self.begun.place.url(""),
+            encoder=self.request.encoder,
+            threads=threads,
+            use_gpu=use_gpu,
+            offline=self.request.offline,
+            columns=self.source.columns,
+        )
+
+
+@task(name="plan", cache_policy=NO_CACHE)
+def plan_job(request: BulkRequest) -> BulkPlan | InputError:
+    """Check input, adapters, encoder and output before anything starts; returns what is wrong, as ``check_inputs`` does."""
+    from pipeline.classifier import find_encoder_of
+
+    try:
+        output = Place(request.output)
+        check_places(request.source, output)
+        adapters = find_adapters(request.adapters, offline=request.offline)
+        find_encoder_of(adapters[0], request.encoder, offline=request.offline)
+        options = request.options
+        source = plan_input(
+            request.source,
+            text_column=options.text_column,
+            columns=options.columns,
+            new_columns=new_columns([a.name for a in adapters], options),
+            rows_per_unit=options.rows_per_unit,
+            limit=options.limit,
+        )
+        job = describe_job(adapters, source, options)
+        plan = BulkPlan(request, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
+    except InputError as error:
+        return error
+    logger = get_run_logger()
+    logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(source), plan.begun.num_done)
+    for failure in source.failures:
+        logger.warning("left out: %s: %s", failure.path, failure.reason)
+    return plan
+
+
+@task(name="label units", cache_policy=NO_CACHE)
+def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
+    """Label what is missing; returns the receipts and the seconds of labelling, or why the job cannot go on."""
+    receipts: list[Receipt] = []
+    if not plan.begun.todo:
+        get_run_logger().info("nothing left to do")
+        return receipts, 0.0
+    progress = _Progress(plan)
+    try:
+        for receipt in _in_process(plan, progress) if plan.in_process else _on_ray(plan, progress):
+            receipts.append(receipt)
+            progress.show(receipts)
+            if receipt.fatal:
+                return LorafleetError(f"stopped: {receipt.failure}; make room and start again, {_units(plan, receipts)} are kept")
+    except LorafleetError as error:
+        return error
+    return receipts, progress.seconds
+
+
+@task(name="finish", cache_policy=NO_CACHE)
+def finish_job(
+    plan: BulkPlan, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
+) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
+    """Write the summary beside the output, and show it in the UI."""
+    summary, failures = finish(plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds)
+    rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
+    lines = [f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {summary.failures} failures", ""]
+    for name, counts in summary.labels.items():
+        most = ", ".join(f"{label} {count:,}" for label, count in list(counts.items())[:10])
+        lines.append(f"- `{name}`: {most}; {summary.null_labels.get(name, 0):,} without a label")
+    create_markdown_artifact("\n".join(lines), key="bulk-summary", description=f"Bulk job {summary.job}")
+    return summary, failures
+
+
+def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
+    from pipeline.unit_worker import UnitWorker
+    from tasks.fleet import local_cpus
+
+    compute = plan.request.compute
+    threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))
+    get_run_logger().info("labelling %d rows in this process, %d threads", plan.rows_todo, threads)
+    worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
+    progress.begin()
+    for unit in plan.begun.todo:
+        yield worker.label(unit)
+
+
+def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
+    compute = plan.request.compute
+    shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
+    fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray Data has the core complain of how it makes its own actors
+    fleet.start()
+    try:
+        fleet.ready()
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.target_max_block_size = _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
+        most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
+        threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
+        get_run_logger().info("labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus)
+        units = ray.data.from_items(
+            [{"unit": unit.model_dump_json()} for unit in plan.begun.todo], override_num_blocks=len(plan.begun.todo)
+        )
+        receipts = units.map_batches(
+            UnitActor,
+            fn_constructor_args=(plan.worker_spec(threads=threads, use_gpu=gpus > 0),),
+            batch_size=1,
+            num_cpus=fleet.cpus_per_worker,
+            num_gpus=gpus,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+        )
+        progress.begin()
+        for row in receipts.iter_rows():
+            yield Receipt.model_validate_json(row["receipt"])
+    finally:
+        fleet.stop()
+
+
+class UnitActor:
+    """What Ray Data's pool is made of: one kernel, one unit at a time."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        from pipeline.unit_worker import UnitWorker
+
+        self._worker = UnitWorker(spec)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """One unit in, its receipt out, both as JSON."""
+        return {"receipt": [self._worker.label(Unit.model_validate_json(text)).model_dump_json() for text in batch["unit"]]}
+
+
+class _Progress:
+    """Rows done, rows/s and time left: to the log, the board and a progress artifact."""
+
+    def __init__(self, plan: BulkPlan) -> None:
+        self._plan = plan
+        self._rows = {unit.number: unit.num_rows for unit in plan.begun.todo}
+        self._started = time.monotonic()
+        self._logged = self._shown = 0.0
+        self._artifact: UUID | None = None
+        self._logger: Any = get_run_logger()
+
+    def begin(self) -> None:
+        """From here on it counts: workers are about to label."""
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of labelling, so far."""
+        return time.monotonic() - self._started
+
+    def show(self, receipts: Sequence[Receipt]) -> None:
+        """After each unit."""
+        done, total = sum(self._rows[receipt.unit] for receipt in receipts), self._plan.rows_todo
+        rate = done / max(self.seconds, 1e-9)
+        left = (total - done) / rate
+        facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(left)} left"
+        BOARD.show("classify", f"{100 * done / total:.0f} %", facts)
+        if receipts[-1].failure:
+            self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
+        now = time.monotonic()
+        if not self._logged or now - self._logged >= _LOG_SECONDS or done == total:
+            self._logger.info("%s%s", "first estimate: " if not self._logged and done < total else "", facts)
+            self._logged = now
+        if now - self._shown >= _ARTIFACT_SECONDS or done == total:
+            self._shown = now
+            try:
+                self._show_artifact(100 * done / total, facts)
+            except Exception as error:  # noqa: BLE001 - a server that is away for a moment must not cost a job
+                self._logger.warning("no progress artifact: %s", error)
+
+    def _show_artifact(self, done: float, facts: str) -> None:
+        if self._artifact is None:
+            made = create_progress_artifact(progress=done, key="classify", description=facts)
+            assert isinstance(made, UUID)
+            self._artifact = made
+        else:
+            update_progress_artifact(artifact_id=self._artifact, progress=done, description=facts)
+
+
+def _extent(source: BulkInput) -> tuple[int, int, int]:
+    return source.num_rows, len(source.files), len(source.units)
+
+
+def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
+    done = plan.begun.num_done + sum(not receipt.failure for receipt in receipts)
+    return f"{done} of {len(plan.source.units)} units"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
