@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, BulkAdapter, BulkJob, Receipt, footer, read_receipt
@@ -75,6 +76,7 @@ class UnitWorker:
 
     def label(self, unit: Unit) -> Receipt:
         """Label a unit, unless it is there; a fault of its file is told by the receipt, and leaves the other units alone."""
+        torch.set_num_threads(self.spec.threads)  # torch keeps the number per thread, and Ray calls from another one
         if self.place.exists(unit.output):
             return read_receipt(self.place, unit)
         attempts = f"{ATTEMPTS}/{unit.number:05d}"
