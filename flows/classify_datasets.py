@@ -41,7 +41,10 @@ def classify_datasets(request: BulkRequest) -> State[Any]:
     if isinstance(labelled, LorafleetError):
         return _stopped(labelled)
     receipts, busy_seconds = labelled
-    summary, failures = finish_job(plan, receipts, seconds=time.monotonic() - started, busy_seconds=busy_seconds)
+    finished = finish_job(plan, receipts, seconds=time.monotonic() - started, busy_seconds=busy_seconds)
+    if isinstance(finished, LorafleetError):
+        return _stopped(finished)
+    summary, failures = finished
     outcome = BulkOutcome(summary, failures, None)
     if failures:
         return Failed(message=f"{len(failures)} failures; see _failures.parquet", data=outcome)

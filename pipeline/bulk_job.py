@@ -21,11 +21,12 @@ from pipeline.adapter_ref import FoundAdapter, threshold_for
 from pipeline.errors import InputError
 from pipeline.records import Record
 from pipeline.records import Unit as Share
-from pipeline.storage import Place, open_file
+from pipeline.storage import FILE_MARK, TEMPORARY, Place, open_file, store_errors, written_folder
 from pipeline.units import BulkInput, InputFile, Unit, UnitFailure
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 FOOTER_KEY = b"lorafleet"
+_NEXT = "_next-"
 SMALL_ROWS = 20_000
 """Up to here Ray's start costs more than a second core gains."""
 GRACE_SECONDS = 60.0
@@ -198,32 +199,38 @@ def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
 
 
 def check_places(source: str, output: Place) -> None:
-    """Raises: InputError: the output would become part of the input, or a file is in its place."""
-    if not output.local:
-        return
-    root, given = Path(output.root), Path(source.split("*")[0].split("?")[0].split("[")[0]).resolve()
-    if given.is_dir() and (root == given or given in root.parents):
-        raise InputError(f"output {root} lies inside the input {given}: the next job would classify it too; choose a folder elsewhere")
-    if root.exists() and not root.is_dir():
-        raise InputError(f"output {root} is a file; name a folder")
+    """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
+    given, folder = Place(source), written_folder(source)
+    if not given.fs.isfile(given.root) and folder.holds(output):
+        raise InputError(f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere")
+    if output.holds(given):
+        raise InputError(f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere")
+    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
+        raise InputError(f"output {output} is a file; name a folder")
 
 
 def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool) -> Begun:
     """Take up the job where it was left, or begin it.
 
-    Raises: InputError: the folder holds another job's output, or files that are no job's.
+    Raises: InputError: the folder holds another job's output, or files that are no job's, or cannot be written to.
     """
-    place = output
+    place, following = output, Place(output.url(_next_folder(job)))
     names = output.names()
-    if overwrite and (SUCCESS in names or PLAN in names):
-        place = Place(output.url(_next_folder(job)))
-        names = place.names()
+    if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
+        _replace(output, following, units)
+        names = output.names()
+    elif overwrite and any(name in (SUCCESS, PLAN) or name.startswith(_NEXT) for name in names):
+        place, names = following, following.names()
     elif PLAN in names:
-        _check_same(output, job)
-    elif names:
-        raise InputError(f"output {output}: holds {', '.join(names[:3])}, and no plan of a job; choose an empty folder, or a new one")
+        if _files_were_mended(output, job):
+            names.remove(PLAN)  # to be written anew
+    elif foreign := [name for name in names if not name.endswith(TEMPORARY)]:
+        raise InputError(f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one")
     if PLAN not in names:
-        place.write(PLAN, job.model_dump_json(indent=1).encode())
+        try:
+            place.write(PLAN, job.model_dump_json(indent=1).encode())
+        except store_errors() as error:
+            raise InputError(f"output {output}: cannot be written to: {error}") from None
     for name in names:
         if name.startswith(f"{ATTEMPTS}/"):
             place.remove(name)  # each start has its own three attempts
@@ -234,9 +241,10 @@ def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool
 
 def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
     """Delete unfinished output that nobody writes to any more."""
-    for name, written in place.temporaries(mark=job.fingerprint):
-        if time.time() - written >= older_than:
-            place.remove(name)
+    for mark in (job.fingerprint, FILE_MARK):
+        for name, written in place.temporaries(mark=mark):
+            if time.time() - written >= older_than:
+                place.remove(name)
 
 
 def finish(
@@ -268,18 +276,19 @@ def finish(
         rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
     )
     place.write(JOB, summary.model_dump_json(indent=1).encode())
-    if failures:
-        place.write(FAILURES, _failures_table(failures))
-        return summary, failures
-    sweep(place, job, older_than=0)  # all is there, so whatever is still written is written twice
+    sweep(place, job, older_than=0)  # all is there or has failed, so whatever is still written is written twice, or by nobody
     for name in place.names(under=ATTEMPTS):
         place.remove(name)
     if place.local:
         shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
+    if failures:
+        place.write(FAILURES, _failures_table(failures))
+        place.remove(SUCCESS)  # of an earlier start, whose output has been taken away since
+        return summary, failures
     place.remove(FAILURES)
     place.write(SUCCESS, b"")
     if place.root != output.root:
-        _replace(output, place)
+        _replace(output, place, source.units)
     return summary, failures
 
 
@@ -299,27 +308,37 @@ def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
         "input_file": unit.path,
         "first_row": unit.first_row_of_file,
         "adapters": [adapter.model_dump() for adapter in job.adapters],
-        "receipt": receipt.model_dump(),
+        "receipt": receipt.model_dump(exclude={"seconds"}),  # the same unit gives the same bytes
     }
     return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
 
 
 def _next_folder(job: BulkJob) -> str:
-    return f"_next-{job.fingerprint}"
+    return f"{_NEXT}{job.fingerprint}"
 
 
-def _check_same(output: Place, job: BulkJob) -> None:
+def _files_were_mended(output: Place, job: BulkJob) -> bool:
+    """Whether input files that could not be read then can be now.
+
+    Raises: InputError: something else is not as it was.
+    """
     try:
         there = json.loads(output.read(PLAN))
-        BulkJob.model_validate(there)
+        before = BulkJob.model_validate(there)
     except (ValueError, ValidationError):
         raise InputError(f"output {output}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
+    broken = {file.path for file in before.files if file.num_rows is None}
+    if job.options.limit is None and before != job and [f.path for f in before.files] == [f.path for f in job.files]:
+        mended = [now if now.path in broken else then for then, now in zip(before.files, job.files, strict=True)]
+        if BulkJob.model_validate(there | {"files": [file.model_dump() for file in mended]}) == job:
+            return True
     differences = _differences(there, json.loads(job.model_dump_json()))
     if differences:
         raise InputError(
             f"output {output}: holds another job's output ({'; '.join(differences[:3])}); "
             "choose another folder, or --overwrite to replace it"
         )
+    return False
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
@@ -333,7 +352,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = 
         elif key == "files":
             found.append(_different_files(one or [], two))
         elif key == "adapters":
-            found.append(f"adapters: then {_named(one or [])}, now {_named(two)}")
+            found += _different_adapters(one or [], two)
         else:
             found.append(f"{name}: then {one}, now {two}")
     return found
@@ -344,11 +363,23 @@ def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) ->
     for what, paths in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())):
         if paths:
             return f"input: {min(paths)} is {what} ({len(old)} files then, {len(new)} now)"
-    return f"input: {min(path for path in new if new[path] != old[path])} has changed since"
+    path = min(path for path in new if new[path] != old[path])
+    if {**new[path], "num_rows": None} == {**old[path], "num_rows": None}:
+        return (
+            f"input: {path} could {'not be read then, and can be now' if old[path]['num_rows'] is None else 'be read then, and cannot now'}"
+        )
+    return f"input: {path} has changed since"
+
+
+def _different_adapters(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:
+    if [a["name"] for a in there] != [a["name"] for a in here]:
+        return [f"adapters: then {_named(there)}, now {_named(here)}"]
+    pairs = zip(there, here, strict=True)
+    return [difference for one, two in pairs for difference in _differences(one, two, f"adapter {two['name']}: ")]
 
 
 def _named(adapters: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{a['name']} {a['sha256'][:8]}" + (f" from {a['threshold']:g}" if a["threshold"] else "") for a in adapters)
+    return ", ".join(f"{a['name']} {a['sha256'][:8]}" for a in adapters)
 
 
 def _failure(unit: Unit, reason: str | None) -> UnitFailure:
@@ -371,18 +402,22 @@ def _added(counts: Any) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _replace(output: Place, new: Place) -> None:
-    """Put a finished job in the place of the old one. Cut short, it is done again by the next start, which finds all of it finished."""
+def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
+    """Put a finished job in the place of the old one. Cut short, it is ended by the next start, because ``_SUCCESS`` moves last."""
     folder = new.root.removeprefix(output.root).strip("/")
-    names = new.names()
-    old = [name for name in output.names() if not name.startswith(f"{folder}/")]
-    output.remove(SUCCESS)
+    names = set(new.names())
     last = (PLAN, JOB, SUCCESS)  # in this order: with the last one the new job is in place
-    for name in set(names) - set(last):
+    ours = {*(unit.output for unit in units), *(() if PLAN in names else last)}
+    if PLAN in names:  # first of all the old job: it must not take the new one's units for its own
+        output.remove(SUCCESS)
+        output.remove(PLAN)
+    for name in names - set(last):
         output.move(f"{folder}/{name}", name)
-    for name in set(old) - set(names):
-        output.remove(name)
+    for name in set(output.names()) - ours:
+        if not name.startswith(f"{folder}/"):
+            output.remove(name)
     for name in last:
-        output.move(f"{folder}/{name}", name)
+        if name in names:
+            output.move(f"{folder}/{name}", name)
     if output.local:
         shutil.rmtree(new.root)

@@ -31,7 +31,7 @@ from pipeline.encoder import (
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what the second-level cache holds between two layers
 _LAYER = re.compile(r"(.*\.)?(\d+)\.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from typing import Any, BinaryIO, cast
 
 from pipeline.errors import InputError
 
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
+"""What the names of unfinished local files end with."""
+FILE_MARK = "file"
+"""Of the temporaries of small files."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class StoredFile:
     """Bytes."""
     version: str
     """The etag of an object, the time of change of a local file: another one means other content."""
+    below: str
+    """Its path below what was written out of the folder's or the glob's name; the file's own name, if that was given."""
 
 
 class Place:
@@ -66,7 +72,7 @@ class Place:
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a small file in one step."""
-        with self.replaced(name, mark="file") as path:
+        with self.replaced(name, mark=FILE_MARK) as path:
             path.write_bytes(content)
 
     @contextmanager
@@ -88,15 +94,16 @@ class Place:
             return
         final = Path(self.path(name))
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{mark}.{secrets.token_hex(6)}{_TEMPORARY}")
+        temporary = final.with_name(f".{final.name}.{mark}.{secrets.token_hex(6)}{TEMPORARY}")
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        except FileNotFoundError:
-            if not final.exists():  # else another attempt was faster, and whoever ended the job swept this one away
-                raise
+            try:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(final)
+            except FileNotFoundError:
+                if not final.exists():  # else another attempt was faster, and whoever ended the job swept this one away
+                    raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -105,7 +112,7 @@ class Place:
         if not self.local:
             return []  # an upload that was cut short leaves nothing that can be seen
         found = []
-        for path in Path(self.root).rglob(f".*.{mark}.*{_TEMPORARY}"):
+        for path in Path(self.root).rglob(f".*.{mark}.*{TEMPORARY}"):
             try:
                 found.append((str(path.relative_to(self.root)), path.stat().st_mtime))
             except FileNotFoundError:
@@ -127,6 +134,10 @@ class Place:
         else:
             self.fs.mv(self.path(name), self.path(to))
 
+    def holds(self, other: Place) -> bool:
+        """Whether the other is this one, or lies inside."""
+        return bool(self.fs == other.fs) and f"{other.root}/".startswith(f"{self.root}/")
+
 
 def find_files(pattern: str) -> list[StoredFile]:
     """The Parquet files of a file's, a folder's or a glob's name, sorted by path; names that begin with ``_`` or ``.`` are left out.
@@ -135,24 +146,40 @@ def find_files(pattern: str) -> list[StoredFile]:
     """
     fs, path = _file_system(pattern)
     try:
-        if any(sign in path for sign in "*?["):
-            details = fs.glob(path, detail=True)
-        elif fs.isfile(path):
+        if fs.isfile(path):
             details = {path: fs.info(path)}
+        elif _first_wildcard(path) is not None:
+            details = fs.glob(path, detail=True)
         else:
             details = {p: info for p, info in fs.find(path, detail=True).items() if p.endswith((".parquet", ".pq"))}
-    except OSError as error:
+    except store_errors() as error:
         raise InputError(f"input {pattern}: cannot be read: {error}") from None
-    start = path.rstrip("/") + "/"
-    files = [
-        _stored(fs, name, info)
-        for name, info in sorted(details.items())
-        if info["type"] == "file" and not _is_hidden(name.removeprefix(start) if name.startswith(start) else Path(name).name)
-    ]
-    if not files:
-        there = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
+    start = written_folder(pattern).root + "/"
+    files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in sorted(details.items()) if info["type"] == "file"]
+    seen = [file for file in files if not any(part.startswith(("_", ".")) for part in file.below.split("/"))]
+    if not seen:
+        there = (
+            "no Parquet file in it (names that begin with _ or . are left out)" if files or fs.exists(path) else "no such file or folder"
+        )
         raise InputError(f"input {pattern}: {there}; expected a Parquet file, a folder of them, or a glob")
-    return files
+    return seen
+
+
+def written_folder(pattern: str) -> Place:
+    """The folder as far as it is written out: a glob's up to the first wildcard; the one that a file lies in."""
+    place = Place(pattern)
+    first = _first_wildcard(place.root)
+    if place.fs.isfile(place.root):
+        place.root = place.root.rpartition("/")[0]
+    elif first is not None:
+        place.root = place.root[:first].rpartition("/")[0]
+    return place
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What the world outside makes file systems raise; S3's client has errors of its own for a lost network and missing keys."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError)
 
 
 def open_file(path: str) -> tuple[BinaryIO, Any]:
@@ -177,11 +204,11 @@ def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in relative.split("/"))
+def _first_wildcard(path: str) -> int | None:
+    return min((path.index(sign) for sign in "*?[" if sign in path), default=None)
 
 
-def _stored(fs: Any, name: str, info: dict[str, Any]) -> StoredFile:
+def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFile:
     version = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("LastModified") or ""
     path = name if _is_local(fs) else str(fs.unstrip_protocol(name))
-    return StoredFile(path, int(info["size"]), str(version))
+    return StoredFile(path, int(info["size"]), str(version), below)

@@ -12,8 +12,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +27,10 @@ from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, BulkAdapter, BulkJob, Receipt, footer, read_receipt
 from pipeline.classifier import Answers, load_classifier
 from pipeline.encoder import Tokens
-from pipeline.errors import LorafleetError
+from pipeline.errors import AdapterError, DataError, LorafleetError
 from pipeline.records import Record
-from pipeline.storage import Place, open_file
-from pipeline.units import Unit
+from pipeline.storage import Place, open_file, store_errors
+from pipeline.units import Unit, text_type
 
 MAX_ATTEMPTS = 3
 _BLOCK_ROWS = 16_384
@@ -59,11 +60,17 @@ class UnitWorker:
     """Holds the encoder and the adapters, and labels one unit after the other."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        """Load the adapters; raises what ``load_classifier`` raises."""
+        """Load the adapters.
+
+        Raises: AdapterError: they are not the job's any more, and what ``load_classifier`` raises.
+        """
         self.spec = spec
         self.job = spec.job
         self.place = Place(spec.output)
         adapters = find_adapters(spec.refs, offline=spec.offline)
+        for planned, found in zip(self.job.adapters, adapters, strict=True):
+            if (planned.name, planned.sha256) != (found.name, found.sha256):
+                raise AdapterError(f"adapter {planned.name}: has changed since the job was planned; start it again")
         self.classifier = load_classifier(
             adapters,
             encoder=spec.encoder,
@@ -77,6 +84,19 @@ class UnitWorker:
     def label(self, unit: Unit) -> Receipt:
         """Label a unit, unless it is there; a fault of its file is told by the receipt, and leaves the other units alone."""
         torch.set_num_threads(self.spec.threads)  # torch keeps the number per thread, and Ray calls from another one
+        try:
+            return self._attempt(unit)
+        except store_errors() as error:
+            fatal = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return Receipt(unit=unit.number, failure=_first_line(error), fatal=fatal)
+        except (pa.ArrowException, LorafleetError, UnicodeDecodeError) as error:
+            return Receipt(unit=unit.number, failure=_first_line(error))
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class for it on the CPU
+                raise
+            return Receipt(unit=unit.number, failure="out of memory; a smaller --rows-per-unit needs less")
+
+    def _attempt(self, unit: Unit) -> Receipt:
         if self.place.exists(unit.output):
             return read_receipt(self.place, unit)
         attempts = f"{ATTEMPTS}/{unit.number:05d}"
@@ -84,16 +104,12 @@ class UnitWorker:
         if len(before) >= MAX_ATTEMPTS:
             return Receipt(unit=unit.number, failure=f"killed the worker {len(before)} times")
         attempt = f"{attempts}-{secrets.token_hex(6)}"
+        self.place.write(attempt, b"")
         try:
-            self.place.write(attempt, b"")
-            receipt = self._label(unit)
-        except OSError as error:
-            receipt = Receipt(unit=unit.number, failure=_first_line(error), fatal=error.errno in (errno.ENOSPC, errno.EDQUOT))
-        except (pa.ArrowException, LorafleetError, UnicodeDecodeError) as error:
-            receipt = Receipt(unit=unit.number, failure=_first_line(error))
-        with suppress(OSError):
-            self.place.remove(attempt)  # what remains was left by a worker that was killed
-        return receipt
+            return self._label(unit)
+        finally:
+            with suppress(*store_errors()):
+                self.place.remove(attempt)  # what remains was left by a worker that was killed
 
     def _label(self, unit: Unit) -> Receipt:
         started = time.perf_counter()
@@ -101,6 +117,7 @@ class UnitWorker:
         source, _ = open_file(unit.path)
         with closing(source), self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
             parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
+            _check_unchanged(parquet, unit, self.spec.columns, text_column=self.job.options.text_column)
             with closing(_Output(path, self._schema(parquet), _codecs(parquet, self.job.options.text_column))) as output:
                 memory = _Memory(len(self.columns))
                 for block in _ahead(self._blocks(parquet, unit, memory)):
@@ -114,7 +131,7 @@ class UnitWorker:
         """Rows with their new texts tokenised; runs ahead of the computation."""
         options = self.job.options
         columns = [*self.spec.columns, *({options.text_column} - set(self.spec.columns))]
-        random = np.random.default_rng([0, unit.number])
+        random = np.random.default_rng(crc32(unit.output.encode()))
         position, end = 0, unit.first_row + unit.num_rows
         for batch in parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=list(unit.row_groups), columns=columns):
             start = position
@@ -289,7 +306,7 @@ class _Output:
     """A Parquet file that grows by row groups of a good size, whatever the size of what is added."""
 
     def __init__(self, path: Path, schema: pa.Schema, codecs: dict[str, str]) -> None:
-        compression = {name: codecs.get(name.split(".")[0], codecs["*"]) for name in _leaves(schema)}
+        compression = {name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(schema)}
         self._writer = pq.ParquetWriter(path, schema, compression=compression)
         self._schema = schema
         self._waiting: list[pa.Table] = []
@@ -341,8 +358,22 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
     finally:
         stopped.set()
         while maker.is_alive():
-            with suppress(Exception):
-                queue.get(timeout=0.05)
+            with suppress(Empty):
+                queue.get_nowait()  # it may wait for room
+            maker.join(0.05)
+
+
+def _check_unchanged(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], *, text_column: str) -> None:
+    """The file may be read long after it was planned.
+
+    Raises: DataError: it lacks rows or columns by now, or its texts are none any more.
+    """
+    there = parquet.metadata
+    rows = sum(there.row_group(group).num_rows for group in unit.row_groups if group < there.num_row_groups)
+    schema = parquet.schema_arrow
+    complete = rows >= unit.first_row + unit.num_rows and {*columns, text_column} <= set(schema.names)
+    if not complete or not text_type(schema.field(text_column).type):
+        raise DataError(f"{unit.path}: has changed since the job was planned; start it again, into another folder")
 
 
 def _joined(known: Answers, more: Answers) -> Answers:
@@ -356,12 +387,16 @@ def _counted(values: pa.Array) -> Counter[str]:
 
 
 def _codecs(parquet: pq.ParquetFile, text_column: str) -> dict[str, str]:
-    """Compression by top-level column of the input; ``*`` for new columns, as the texts are."""
+    """Compression by column and by top-level column of the input; ``*`` for new columns, as the texts are."""
     if not parquet.num_row_groups:
         return {"*": "SNAPPY"}
     group = parquet.metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
-    codecs = {column.path_in_schema.split(".")[0]: column.compression.replace("UNCOMPRESSED", "NONE") for column in columns}
+    codecs: dict[str, str] = {}
+    for column in columns:
+        path, codec = column.path_in_schema, column.compression.replace("UNCOMPRESSED", "NONE")
+        codecs.setdefault(path.split(".")[0], codec)
+        codecs[path] = codec
     return codecs | {"*": codecs.get(text_column, "SNAPPY")}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -25,6 +27,8 @@ class InputFile(Record):
     size: int
     version: str
     """Its etag, or the time of its last change."""
+    num_rows: int | None
+    """None where its footer cannot be read: it has no units then, and those of later files have other numbers."""
 
 
 class Unit(Record):
@@ -97,10 +101,13 @@ def plan_input(
     if not good:
         raise DataError(f"input {pattern}: none of its {len(stored)} files can be read; {stored[0].path}: {failures[0].reason}")
     kept = _check_columns(good, text_column=text_column, columns=columns, new_columns=new_columns)
-    units = _cut(pattern, good, rows_per_unit=rows_per_unit, limit=limit)
+    units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
     if not units:
         raise DataError(f"input {pattern}: no rows in its {len(stored)} files; there is nothing to classify")
-    files = tuple(InputFile(path=file.path, size=file.size, version=file.version) for file in stored)
+    files = tuple(
+        InputFile(path=file.path, size=file.size, version=file.version, num_rows=footer.num_rows if isinstance(footer, _Footer) else None)
+        for file, footer in zip(stored, footers, strict=True)
+    )
     return BulkInput(files, units, failures, kept)
 
 
@@ -116,6 +123,10 @@ class _Footer:
     schema: pa.Schema
     row_groups: tuple[int, ...]
     """Rows of each."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_groups)
 
 
 def _read_footer(file: StoredFile) -> _Footer | str:
@@ -136,6 +147,10 @@ def _check_columns(
     good: Sequence[tuple[StoredFile, _Footer]], *, text_column: str, columns: Sequence[str] | None, new_columns: Sequence[str]
 ) -> tuple[str, ...]:
     first, schema = good[0][0], good[0][1].schema
+    for file, footer in good:
+        twice = sorted({name for name in footer.schema.names if footer.schema.names.count(name) > 1})
+        if twice:
+            raise DataError(f"{file.path}: {', '.join(twice)} is the name of more than one column; rename them")
     for name in (text_column, *(columns or ())):
         if name not in schema.names:
             raise DataError(f"{first.path}: no column {name!r}; its columns are {', '.join(schema.names)}; see --text-column and --columns")
@@ -163,11 +178,14 @@ def _check_columns(
     return kept
 
 
-def _cut(pattern: str, good: Sequence[tuple[StoredFile, _Footer]], *, rows_per_unit: int, limit: int | None) -> tuple[Unit, ...]:
+def _cut(
+    stored: Sequence[StoredFile], good: Sequence[tuple[StoredFile, _Footer]], *, rows_per_unit: int, limit: int | None
+) -> tuple[Unit, ...]:
     units: list[Unit] = []
     left = limit
+    stems = _stems(stored)
     for file, footer in good:
-        for row_groups, first_row, num_rows, first_of_file in _ranges(footer.row_groups, rows_per_unit):
+        for index, (row_groups, first_row, num_rows, first_of_file) in enumerate(_ranges(footer.row_groups, rows_per_unit)):
             take = num_rows if left is None else min(num_rows, left)
             if take <= 0:
                 return tuple(units)
@@ -176,7 +194,7 @@ def _cut(pattern: str, good: Sequence[tuple[StoredFile, _Footer]], *, rows_per_u
                 Unit(
                     number=len(units),
                     path=file.path,
-                    output=_output_name(pattern, file.path, len(units)),
+                    output=f"{stems[file.path]}-{index:05d}.parquet",
                     row_groups=row_groups,
                     first_row=first_row,
                     num_rows=take,
@@ -207,8 +225,15 @@ def _ranges(row_groups: Sequence[int], rows_per_unit: int) -> list[tuple[tuple[i
     return ranges
 
 
-def _output_name(pattern: str, path: str, number: int) -> str:
-    """Partition folders (``key=value``) of the input are kept, so that the output can be read as the input was."""
-    pure = PurePosixPath(path)
-    partitions = [part for part in pure.parent.parts if "=" in part and part not in PurePosixPath(pattern).parts]
-    return "/".join([*partitions, f"{pure.stem}-{number:05d}.parquet"])
+def _stems(files: Sequence[StoredFile]) -> dict[str, str]:
+    """What the output files of each input file begin with. It depends on that file alone, so that one that is mended later shifts no other.
+
+    Partition folders (``key=value``) are kept, so that the output can be read as the input was; other folders are not, and where two
+    files would meet, each gets a part of its path's hash.
+    """
+    stems: dict[str, str] = {}
+    for file in files:
+        pure = PurePosixPath(file.below)
+        stems[file.path] = "/".join([*(part for part in pure.parent.parts if "=" in part), pure.stem])
+    times = Counter(stems.values())
+    return {path: stem if times[stem] == 1 else f"{stem}-{sha256(path.encode()).hexdigest()[:8]}" for path, stem in stems.items()}

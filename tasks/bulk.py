@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline.adapter_ref import find_adapters
+from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import (
     SMALL_ROWS,
     Begun,
@@ -29,7 +30,7 @@ from pipeline.bulk_job import (
 )
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError
-from pipeline.storage import Place
+from pipeline.storage import Place, store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
 from tasks.board import BOARD
 from tasks.fleet import Fleet
@@ -47,8 +48,10 @@ _BLOCK_BYTES = 1024**2
 class BulkPlan:
     """A bulk job that can start."""
 
-    def __init__(self, request: BulkRequest, source: BulkInput, job: BulkJob, output: Place, begun: Begun) -> None:
-        self.request, self.source, self.job, self.output, self.begun = request, source, job, output, begun
+    def __init__(
+        self, request: BulkRequest, adapters: Sequence[FoundAdapter], source: BulkInput, job: BulkJob, output: Place, begun: Begun
+    ) -> None:
+        self.request, self.adapters, self.source, self.job, self.output, self.begun = request, adapters, source, job, output, begun
 
     @property
     def rows_todo(self) -> int:
@@ -63,14 +66,15 @@ class BulkPlan:
         return where == "process" or (where == "auto" and small)
 
     def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
-        """What a worker is told."""
+        """What a worker is told, wherever it runs: its working folder may be another one."""
         from pipeline.unit_worker import WorkerSpec
 
+        encoder = self.request.encoder
         return WorkerSpec(
             job=self.job,
-            refs=self.request.adapters,
+            refs=tuple(_ref_for_worker(*pair) for pair in zip(self.request.adapters, self.adapters, strict=True)),
             output=self.begun.place.url(""),
-            encoder=self.request.encoder,
+            encoder=str(Path(encoder).resolve()) if encoder is not None and Path(encoder).is_dir() else encoder,
             threads=threads,
             use_gpu=use_gpu,
             offline=self.request.offline,
@@ -98,7 +102,7 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
             limit=options.limit,
         )
         job = describe_job(adapters, source, options)
-        plan = BulkPlan(request, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
+        plan = BulkPlan(request, adapters, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
     except InputError as error:
         return error
     logger = get_run_logger()
@@ -130,9 +134,12 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
 @task(name="finish", cache_policy=NO_CACHE)
 def finish_job(
     plan: BulkPlan, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
-) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
-    """Write the summary beside the output, and show it in the UI."""
-    summary, failures = finish(plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds)
+) -> tuple[BulkSummary, tuple[UnitFailure, ...]] | LorafleetError:
+    """Write the summary beside the output, and show it in the UI; returns why it cannot be written."""
+    try:
+        summary, failures = finish(plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds)
+    except store_errors() as error:
+        return LorafleetError(f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept")
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
     lines = [f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {summary.failures} failures", ""]
     for name, counts in summary.labels.items():
@@ -164,6 +171,7 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     try:
         fleet.ready()
         import ray.data
+        from ray.exceptions import RayError, RayTaskError
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
@@ -184,8 +192,14 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
         )
         progress.begin()
-        for row in receipts.iter_rows():
-            yield Receipt.model_validate_json(row["receipt"])
+        try:
+            for row in receipts.iter_rows():
+                yield Receipt.model_validate_json(row["receipt"])
+        except RayTaskError:
+            raise  # a fault of ours
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LorafleetError(f"Ray stopped: {reason}; start again, what was finished is kept") from error
     finally:
         fleet.stop()
 
@@ -250,6 +264,11 @@ class _Progress:
             self._artifact = made
         else:
             update_progress_artifact(artifact_id=self._artifact, progress=done, description=facts)
+
+
+def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
+    """What lies on the Hub every machine fetches for itself."""
+    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"
 
 
 def _extent(source: BulkInput) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import tomli_w
 from builders import toy_texts
 
 LORAFLEET = (sys.executable, "-m", "flows.cli")
+PLANTED = Path(__file__).parent / "planted"
+"""On PYTHONPATH it slows a bulk job down, and plants its faults."""
 _MARK = "LORAFLEET_TEST_MARK"
 _TOPICS = ("sea", "kitchen", "garden")
 
@@ -188,3 +190,19 @@ def epochs_done(runs: Path) -> dict[str, int]:
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="np") as file:
             done[path.parent.name] = len(json.loads(file.metadata()["state"])["epochs"])
     return done
+
+
+def write_bulk_input(folder: Path, *, num_files: int, rows: int, group: int, changes: Mapping[int, str | None] | None = None) -> Path:
+    """Parquet files ``part-N`` of toy texts in row groups of a size, ids counted over all; ``changes`` replaces the texts of some ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_files):
+        ids = range(number * rows, (number + 1) * rows)
+        texts = [(changes or {}).get(id, text) for id, text in zip(ids, toy_texts(rows, seed=100 + number)[0], strict=True)]
+        pq.write_table(pa.table({"id": ids, "text": texts}), folder / f"part-{number}.parquet", row_group_size=group)
+    return folder
+
+
+def bulk_rows(folder: Path) -> pa.Table:
+    """All rows of a bulk job's output, in the order of its units."""
+    units = sorted(folder.glob("*-*.parquet"), key=lambda path: path.stem.rpartition("-")[2])
+    return pa.concat_tables(pq.read_table(path) for path in units)

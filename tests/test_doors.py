@@ -16,8 +16,8 @@ TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path
 DOORS = {
     "peft": {"pipeline/adapter.py"},
     "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py"},
-    "prefect": {"flows/train_adapters.py", "tasks/stages.py"},
-    "ray": {"tasks/fleet.py"},
+    "prefect": {"flows/classify_datasets.py", "flows/train_adapters.py", "tasks/bulk.py", "tasks/stages.py"},
+    "ray": {"tasks/bulk.py", "tasks/fleet.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MACHINE_PATH = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|root|tmp|work|mnt|opt|var|usr|data)/|[A-Z]:\\)")

@@ -1,0 +1,100 @@
+"""A bulk job of the pipeline alone: no command line, no Prefect, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from builders import calibration, give_effect, load_encoder
+
+from pipeline.adapter import Adapter, save_adapter
+from pipeline.adapter_ref import find_adapters
+from pipeline.bulk_job import Begun, BulkJob, BulkOptions, BulkSummary, Receipt, begin, describe_job, finish, new_columns
+from pipeline.config import AdapterConfig
+from pipeline.run_folder import TaskFolder
+from pipeline.storage import Place
+from pipeline.unit_worker import UnitWorker, WorkerSpec
+from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
+
+LABELS = ("sea", "kitchen", "garden")
+
+
+def save_bulk_adapter(
+    folder: Path, encoder_folder: Path, *, labels: Sequence[str] = LABELS, seed: int = 1, calibrated: bool = True
+) -> Path:
+    """An adapter on disk that has an effect, named as its folder."""
+    adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(), labels), seed=seed)
+    save_adapter(adapter, TaskFolder(folder), meta={"task": folder.name})
+    if calibrated:
+        TaskFolder(folder).calibration.write_text(calibration().model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def write_table(path: Path, columns: pa.Table | dict[str, Any], **options: Any) -> Path:
+    """A Parquet file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path, **options)
+    return path
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """A job that has begun."""
+
+    output: Place
+    source: BulkInput
+    job: BulkJob
+    begun: Begun
+    spec: WorkerSpec
+
+    def label(self, units: Sequence[Unit] | None = None) -> list[Receipt]:
+        """Label these units, or what is left to do."""
+        worker = UnitWorker(self.spec)
+        return [worker.label(unit) for unit in (self.begun.todo if units is None else units)]
+
+    def finish(self, receipts: Sequence[Receipt]) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
+        """Write the summary."""
+        return finish(self.output, self.begun, self.job, self.source, receipts, seconds=2.0, busy_seconds=1.0)
+
+    def run(self) -> BulkSummary:
+        """All of it."""
+        return self.finish(self.label())[0]
+
+
+def start(
+    source: Path | str, output: Path, adapters: Sequence[Path | str], encoder: Path, *, overwrite: bool = False, **options: Any
+) -> Bulk:
+    """What ``lorafleet classify`` does before the first unit."""
+    refs = tuple(map(str, adapters))
+    found = find_adapters(refs, offline=True)
+    given = BulkOptions(**options)
+    planned = plan_input(
+        str(source),
+        text_column=given.text_column,
+        columns=given.columns,
+        new_columns=new_columns([adapter.name for adapter in found], given),
+        rows_per_unit=given.rows_per_unit,
+        limit=given.limit,
+    )
+    job, place = describe_job(found, planned, given), Place(str(output))
+    begun = begin(place, job, planned.units, overwrite=overwrite)
+    spec = WorkerSpec(
+        job=job,
+        refs=refs,
+        output=begun.place.url(""),
+        encoder=str(encoder),
+        threads=1,
+        use_gpu=False,
+        offline=True,
+        columns=planned.columns,
+    )
+    return Bulk(place, planned, job, begun, spec)
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,187 @@
+"""References to adapters: what each form finds, and what is said where it finds nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import COMMIT, calibration, save_tiny_encoder
+from bulk import LABELS, save_bulk_adapter
+
+from pipeline.adapter_ref import FoundAdapter, find_adapters, threshold_for
+from pipeline.errors import AdapterError, InputError
+from pipeline.run_folder import adapter_sha256
+
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture
+def run(encoder_folder: Folders, tmp_path: Path) -> Path:
+    """A run folder with two adapters."""
+    for seed, name in enumerate(("Topics", "Pairs")):
+        save_bulk_adapter(tmp_path / "run" / name, encoder_folder("bert"), seed=seed)
+    return tmp_path / "run"
+
+
+def find(*refs: Path | str) -> tuple[FoundAdapter, ...]:
+    return find_adapters([str(ref) for ref in refs], offline=True)
+
+
+def test_an_adapters_folder_tells_all_that_is_known_of_it(run: Path) -> None:
+    (adapter,) = find(run / "Topics")
+    meta = json.loads((run / "Topics" / "meta.json").read_text())
+    assert (adapter.name, adapter.folder.root, adapter.label_names) == ("Topics", run / "Topics", LABELS)
+    assert adapter.sha256 == adapter_sha256(run / "Topics")
+    assert (adapter.encoder.revision, adapter.encoder.pooling, adapter.encoder.max_tokens) == (meta["encoder"]["revision"], "mean", 24)
+    assert len(adapter.adapted_modules) == 8
+    assert adapter.calibration == calibration()
+
+
+def test_a_task_of_a_run_is_named_behind_the_folder(run: Path) -> None:
+    (adapter,) = find(f"{run}#Pairs")
+    assert (adapter.name, adapter.folder.root) == ("Pairs", run / "Pairs")
+
+
+def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
+    with pytest.raises(AdapterError, match=r"choose one of its adapters, as \S+/run#Pairs \(Pairs, Topics\)"):
+        find(run)
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors in \S+/run/Nothing; there is Pairs, Topics"):
+        find(f"{run}#Nothing")
+
+
+def test_a_run_with_one_adapter_is_that_adapter(run: Path) -> None:
+    shutil.rmtree(run / "Pairs")
+    assert [adapter.name for adapter in find(run)] == ["Topics"]
+
+
+def test_a_folder_without_adapter_and_no_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="there is no adapter in it"):
+        find(tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME\[@REVISION\]#TASK"
+    ):
+        find(tmp_path / "gone")
+
+
+def test_a_name_before_the_reference_is_the_adapters_name(run: Path) -> None:
+    assert [adapter.name for adapter in find(f"mine={run}#Pairs", f"v1.2={run}/Topics")] == ["mine", "v1.2"]
+
+
+def test_two_adapters_of_one_name_are_refused_until_one_is_named(run: Path) -> None:
+    with pytest.raises(AdapterError, match=r"two adapters are called Topics.*--adapter NAME=REF"):
+        find(run / "Topics", f"{run}#Topics")
+    assert [adapter.name for adapter in find(run / "Topics", f"other={run}#Topics")] == ["Topics", "other"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("meta.json", "{"),
+        ("meta.json", "[]"),
+        ("meta.json", "{}"),
+        ("meta.json", '{"encoder": {"name": "x", "revision": null}, "pooling": "sum", "max_tokens": 8, "adapted_modules": []}'),
+        ("labels.json", "nothing"),
+        ("labels.json", None),
+        ("meta.json", None),
+    ],
+)
+def test_a_damaged_description_is_told_by_its_folder(file: str, content: str | None, run: Path) -> None:
+    if content is None:
+        (run / "Topics" / file).unlink()
+    else:
+        (run / "Topics" / file).write_text(content)
+    with pytest.raises(AdapterError, match=r"run/Topics: meta\.json or labels\.json is missing or damaged"):
+        find(run / "Topics")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '"sea"'])
+def test_labels_that_are_no_list_of_names_are_refused(content: str, run: Path) -> None:
+    (run / "Topics" / "labels.json").write_text(content)
+    with pytest.raises(AdapterError, match=r"labels\.json: expected a list of label names"):
+        find(run / "Topics")
+
+
+def test_a_damaged_calibration_and_a_missing_head_are_told_by_their_file(run: Path) -> None:
+    (run / "Topics" / "calibration.json").write_text("{")
+    with pytest.raises(AdapterError, match=r"Topics/calibration\.json"):
+        find(run / "Topics")
+    (run / "Pairs" / "head.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"Pairs/head\.safetensors"):
+        find(run / "Pairs")
+
+
+def test_other_label_names_have_another_hash_and_the_same_ones_the_same(encoder_folder: Folders, run: Path, tmp_path: Path) -> None:
+    topics, pairs = find(run / "Topics", run / "Pairs")
+    turned = save_bulk_adapter(tmp_path / "Turned", encoder_folder("bert"), labels=LABELS[::-1])
+    assert topics.labels_sha256 == pairs.labels_sha256 != find(turned)[0].labels_sha256
+
+
+def test_adapters_of_different_encoders_are_refused_with_both_revisions(run: Path, tmp_path: Path) -> None:
+    other = save_bulk_adapter(tmp_path / "Other", save_tiny_encoder(tmp_path / "encoder", "bert", seed=5))
+    one, two = (find(folder)[0].encoder.revision for folder in (run / "Topics", other))
+    with pytest.raises(AdapterError, match=f"adapters Topics and Other were trained on encoders of revision {one} and {two}"):
+        find(run / "Topics", other)
+
+
+def test_adapters_trained_at_other_lengths_are_refused(run: Path) -> None:
+    meta = run / "Pairs" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"max_tokens": 12}))
+    with pytest.raises(AdapterError, match="Topics and Pairs were trained on encoders of max_tokens 24 and 12"):
+        find(run / "Topics", run / "Pairs")
+
+
+# The Hub
+
+
+@pytest.fixture
+def published(hub_cache: Path, run: Path) -> Path:
+    """``someone/adapters`` in the local cache, as a download of one of its adapters leaves it."""
+    repository = hub_cache / "models--someone--adapters"
+    shutil.copytree(run / "Topics", repository / "snapshots" / COMMIT / "Topics")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    return repository
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_an_adapter_of_the_hub_is_found_in_the_cache(revision: str, published: Path, run: Path) -> None:
+    (adapter,) = find(f"mine=hf:someone/adapters{revision}#Topics")
+    assert (adapter.name, adapter.folder.root) == ("mine", published / "snapshots" / COMMIT / "Topics")
+    assert adapter.sha256 == find(run / "Topics")[0].sha256
+
+
+def test_what_the_cache_lacks_is_told(published: Path) -> None:
+    with pytest.raises(AdapterError, match=r"hf:someone/adapters#Nothing: no adapter_model\.safetensors in .*; there is Topics"):
+        find("hf:someone/adapters#Nothing")
+    with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
+        find("hf:someone/adapters@v2#Topics")
+    with pytest.raises(AdapterError, match="say which of the repository's adapters: hf:someone/adapters#TASK"):
+        find("hf:someone/adapters")
+
+
+# The threshold of an accuracy
+
+
+def test_the_threshold_is_the_lowest_of_the_table_that_reaches_the_accuracy(run: Path) -> None:
+    (adapter,) = find(run / "Topics")
+    accuracies = {row.threshold: row.accuracy for row in calibration().coverage}
+    assert accuracies[0.7] == 0.939
+    assert threshold_for(adapter, 0.939) == 0.7
+    assert threshold_for(adapter, 0.94) == 0.8
+    assert threshold_for(adapter, 0.1) == 0.0
+
+
+def test_an_accuracy_that_no_threshold_reaches_is_refused_with_the_best(run: Path) -> None:
+    with pytest.raises(InputError, match=r"Topics: no threshold of its coverage table reaches 0\.999; the best is 0\.980"):
+        threshold_for(find(run / "Topics")[0], 0.999)
+
+
+def test_an_adapter_without_calibration_promises_no_accuracy(run: Path) -> None:
+    (run / "Topics" / "calibration.json").unlink()
+    (adapter,) = find(run / "Topics")
+    assert adapter.calibration is None
+    with pytest.raises(InputError, match=r"Topics: no calibration\.json, so --target-accuracy cannot be met; use --min-score"):
+        threshold_for(adapter, 0.5)

