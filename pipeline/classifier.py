@@ -111,7 +111,9 @@ def load_classifier(
     torch.set_num_threads(threads)
     runtime = choose_runtime(TrainConfig(), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
-    return Classifier(adapters, Encoder(files, config, runtime), top_k=top_k)
+    loaded = Encoder(files, config, runtime)
+    _fuse_gelu(loaded.model)
+    return Classifier(adapters, loaded, top_k=top_k)
 
 
 def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool) -> tuple[EncoderFiles, EncoderConfig]:
@@ -145,6 +147,17 @@ def _encoder_config(adapter: FoundAdapter, encoder: str | None) -> EncoderConfig
     if (trained.revision or "").startswith("sha256:"):
         raise EncoderError(f"adapter {adapter.name}: trained on {trained.name}, files of {trained.revision}; say where they lie: --encoder")
     return EncoderConfig(name=trained.name, revision=trained.revision, **values)
+
+
+def _fuse_gelu(model: nn.Module) -> None:
+    """Where layers are named as BERT's are, let the product of the first MLP layer end in its GELU."""
+    from transformers.activations import GELUActivation
+
+    for module in model.modules():
+        dense, activation = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
+        if isinstance(dense, FrozenLinear) and isinstance(activation, GELUActivation):
+            module.dense = FrozenLinear(dense, gelu=True)
+            module.intermediate_act_fn = nn.Identity()
 
 
 class _Merged:

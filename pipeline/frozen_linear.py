@@ -19,10 +19,16 @@ class FrozenLinear(nn.Linear):
     With avx512-bf16 its bits are those of ``nn.Linear``. What it gives: CHANGELOG, Experiments.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """Take over the weight and the bias of ``linear``, which must not require a gradient."""
+    def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
+        """Take over the weight and the bias of ``linear``, which must not require a gradient.
+
+        Args:
+            linear: The layer.
+            gelu: Apply GELU to the product while it is in the cache; only for inference.
+        """
         assert not linear.weight.requires_grad
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self._gelu = gelu
         self.weight, self.bias = linear.weight, linear.bias
         self._packed: dict[bool, tuple[int, Tensor]] = {}
 
@@ -34,11 +40,15 @@ class FrozenLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """``x W' + b`` for contiguous (rows, in); not differentiable."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, "none", [], "")
+        activation: tuple[str, list[float], str] = (
+            ("gelu", [], "none") if self._gelu else ("none", [], "")
+        )  # "none": the exact GELU, no approximation
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, *activation)
         return y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """``grad W`` for the gradient (rows, out) of the output."""
+        assert not self._gelu
         y: Tensor = torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._pack(transposed=True), None, "none", [], "")
         return y
 

@@ -204,5 +204,4 @@ def write_bulk_input(folder: Path, *, num_files: int, rows: int, group: int, cha
 
 def bulk_rows(folder: Path) -> pa.Table:
     """All rows of a bulk job's output, in the order of its units."""
-    units = sorted(folder.glob("*-*.parquet"), key=lambda path: path.stem.rpartition("-")[2])
-    return pa.concat_tables(pq.read_table(path) for path in units)
+    return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("*-*.parquet")))

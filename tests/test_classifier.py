@@ -14,8 +14,8 @@ from torch import nn
 from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.classifier import Answers, Classifier, find_encoder_of, load_classifier
-from pipeline.config import AdapterConfig
-from pipeline.encoder import Encoder, known_package, tokenise
+from pipeline.config import AdapterConfig, TrainConfig
+from pipeline.encoder import Encoder, choose_runtime, known_package, tokenise
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.run_folder import TaskFolder
 
@@ -161,3 +161,18 @@ def test_a_module_list_of_heads_is_not_taken_for_the_layers(encoder_folder: Fold
     for folder, answers in zip(folders, together, strict=True):
         (alone,) = classify(found(folder), encoder_folder("bert"))
         assert answers.scores.tobytes() == alone.scores.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+    """Packed weights, own attention, fused GELU, merged adapters: what the bulk job runs where the processor multiplies bfloat16."""
+    adapters = found(saved(tmp_path / "A", encoder_folder(family)))
+    if choose_runtime(TrainConfig(), threads=1, use_gpu=False).dtype != "bfloat16":
+        pytest.skip("this processor does not multiply bfloat16")
+    classifier = load_classifier(adapters, encoder=str(encoder_folder(family)), threads=1, use_gpu=False, offline=True)
+    (answers,) = classifier.classify(classifier.tokenise(TEXTS))
+    scores = expected_scores(adapters[0], encoder_folder(family), TEXTS)
+    np.testing.assert_allclose(answers.scores, scores.max(axis=1), atol=0.04)
+    clear = np.diff(np.sort(scores, axis=1)[:, -2:])[:, 0] > 0.1
+    assert clear.any()
+    np.testing.assert_array_equal(answers.labels[clear], scores.argmax(axis=1)[clear])

@@ -181,7 +181,7 @@ def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quaranti
     bad = {*range(GROUP, 2 * GROUP), *range(4 * GROUP, 5 * GROUP)}
     assert bulk_rows(output).column("id").to_pylist() == [id for id in range(6 * GROUP) if id not in bad]
     names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*"))
-    units = [f"part-{unit // 3}-{unit:05d}.parquet" for unit in (0, 2, 3, 5)]
+    units = [f"part-{unit // 3}-{unit % 3:05d}.parquet" for unit in (0, 2, 3, 5)]
     assert names == ["_failures.parquet", "_job.json", "_plan.json", *units]
 
 

@@ -74,6 +74,13 @@ def test_a_gradient_that_is_a_view_with_gaps_is_used_as_its_values_say() -> None
     assert_same(gradients[0], gradients[1])
 
 
+def test_gelu_can_be_part_of_the_product() -> None:
+    linear, x = plain(48, 80), torch.randn(9, 48, dtype=torch.bfloat16)
+    layer = packed(linear)
+    with torch.inference_mode():
+        assert_same(FrozenLinear(layer, gelu=True)(x), nn.functional.gelu(linear(x)))
+
+
 @pytest.mark.parametrize(("field", "value"), [("device", "cuda"), ("dtype", "float32"), ("compiled", True)])
 def test_only_an_eager_bfloat16_encoder_on_a_cpu_is_packed(field: str, value: object) -> None:
     model = nn.Sequential(plain(8, 8))
