@@ -44,6 +44,7 @@ class Lake:
         """Name -> content of all that can be seen."""
         self.fs.invalidate_cache()
         found = self.fs.find(f"lake/{folder}")
+        found = [path for path in found if "/_attempts/" not in path]  # they come and go
         return {path.removeprefix(f"lake/{folder}/"): self.fs.cat_file(path) for path in found}
 
     def units(self, folder: str) -> dict[str, bytes]:
@@ -123,6 +124,7 @@ def test_a_job_on_s3_is_killed_on_ray_and_ended_by_the_next_start(lake: Lake, un
     names = [(file, f"part-{file}-{unit:05d}.parquet") for file in range(3) for unit in range(UNITS // 3)]
     units = {f"day={file}/{name}": undisturbed / name for file, name in names}
     assert sorted(objects) == sorted(["_SUCCESS", "_job.json", "_plan.json", *units])
+    assert not lake.fs.exists("lake/out/_attempts")
     for name, local in units.items():
         assert pq.ParquetFile(pa.BufferReader(objects[name])).read().equals(pq.ParquetFile(local).read())
         assert name not in seen or objects[name] == seen[name]
