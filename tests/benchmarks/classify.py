@@ -418,10 +418,16 @@ def _write(options: argparse.Namespace, table: pa.Table, labels: Sequence[str], 
 
 
 def _start_ray(cpus: int) -> None:
+    """With a core more than there are: tasks that read and write must find one while actors hold the others."""
     import ray
 
     ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False, _node_ip_address="127.0.0.1"
+        address="local",
+        num_cpus=cpus + 1,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
 
