@@ -133,6 +133,7 @@ def test_a_job_on_s3_is_killed_on_ray_and_ended_by_the_next_start(lake: Lake, un
     check_secret(lake, "out", ended_first, ended)
 
 
+@pytest.mark.faults
 def test_another_job_takes_the_place_of_one_on_s3_when_asked(lake: Lake) -> None:
     arguments = ("s3://lake/in/day=0/*.parquet", "s3://lake/twice", "--where", "process")
     assert lake.start(*arguments, PLANTED_SECONDS="0").wait().code == 0
