@@ -428,15 +428,21 @@ def _read_json(path: Path) -> Any:
         raise AdapterError(f"{path}: missing or damaged: {error}") from None
 
 
+def layer_number(path: str) -> int | None:
+    """The number of the layer that a module path lies in; none outside the stack."""
+    number = re.search(r"\.(\d+)\.", f".{path}")
+    return None if number is None else int(number[1])
+
+
 def _last_layers(paths: list[str], layers: str) -> list[str]:
     if layers == "all":
         return paths
     last = int(layers.removeprefix("last:"))
-    found = [re.search(r"\.(\d+)\.", f".{path}") for path in paths]
+    found = [layer_number(path) for path in paths]
     outside = [path for path, number in zip(paths, found, strict=True) if number is None]
     if outside:
         raise AdapterError(f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target")
-    numbers = [int(number[1]) for number in found if number is not None]
+    numbers = [number for number in found if number is not None]
     there = sorted(set(numbers))
     if last > len(there):
         raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(there)} layers")

@@ -294,8 +294,7 @@ def finish(
 
 def read_receipt(place: Place, unit: Unit) -> Receipt:
     """What the footer of a finished unit says."""
-    source, _ = open_file(place.url(unit.output))
-    with source:
+    with open_file(place.url(unit.output)) as source:
         metadata = pq.read_metadata(source).metadata or {}
     return Receipt.model_validate(json.loads(metadata[FOOTER_KEY])["receipt"])
 

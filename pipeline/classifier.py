@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter import load_adapter
+from pipeline.adapter import layer_number, load_adapter
 from pipeline.adapter_ref import FoundAdapter
 from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.encoder import (
@@ -32,21 +31,26 @@ from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what the second-level cache holds between two layers
-_LAYER = re.compile(r"(.*\.)?(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Answers:
     """What one adapter says of some texts."""
 
-    labels: npt.NDArray[np.int32]
-    """Index of the most probable label, (texts,)."""
-    scores: FloatArray
-    """Its calibrated probability, (texts,)."""
     top_labels: npt.NDArray[np.int32]
     """Indices of the most probable labels, best first, (texts, k)."""
     top_scores: FloatArray
-    """(texts, k)."""
+    """Their calibrated probabilities, (texts, k)."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Index of the most probable label, (texts,)."""
+        return self.top_labels[:, 0]
+
+    @property
+    def scores(self) -> FloatArray:
+        """Its calibrated probability, (texts,)."""
+        return self.top_scores[:, 0]
 
 
 class Classifier:
@@ -89,7 +93,7 @@ class Classifier:
         if parts:
             scores[rows] = torch.cat([p for p, _ in parts]).float().cpu().numpy()
             labels[rows] = torch.cat([p for _, p in parts]).cpu().numpy()
-        return Answers(labels[:, 0], scores[:, 0], labels, scores)
+        return Answers(labels, scores)
 
 
 def load_classifier(
@@ -171,7 +175,7 @@ class _Merged:
         self._frozen = {path: lora.base for path, lora in adapter.projections.items()}
         self.head: nn.Linear = adapter.head[1]  # type: ignore[assignment]
         self.temperature = found.calibration.temperature if found.calibration else 1.0
-        self.first_layer = min(_layer_number(path) for path in adapter.projections)
+        self.first_layer = min(layer_number(path) or 0 for path in adapter.projections)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -192,11 +196,6 @@ def _merge(base: nn.Linear, update: Tensor) -> nn.Linear:
     merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     merged.weight, merged.bias = nn.Parameter(weight, requires_grad=False), base.bias
     return FrozenLinear(merged) if isinstance(base, FrozenLinear) else merged
-
-
-def _layer_number(path: str) -> int:
-    numbered = _LAYER.match(path)
-    return int(numbered[2]) if numbered else 0
 
 
 class _SharedLayers:

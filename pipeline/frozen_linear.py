@@ -40,9 +40,8 @@ class FrozenLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """``x W' + b`` for contiguous (rows, in); not differentiable."""
-        activation: tuple[str, list[float], str] = (
-            ("gelu", [], "none") if self._gelu else ("none", [], "")
-        )  # "none": the exact GELU, no approximation
+        # The second "none" asks for the exact GELU, not an approximation.
+        activation: tuple[str, list[float], str] = ("gelu", [], "none") if self._gelu else ("none", [], "")
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, *activation)
         return y
 

@@ -182,10 +182,10 @@ def store_errors() -> tuple[type[Exception], ...]:
     return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError)
 
 
-def open_file(path: str) -> tuple[BinaryIO, Any]:
-    """A file for reading, and its file system. The caller closes it."""
+def open_file(path: str) -> BinaryIO:
+    """A file for reading; the caller closes it."""
     fs, name = _file_system(path)
-    return cast(BinaryIO, fs.open(name, "rb")), fs
+    return cast(BinaryIO, fs.open(name, "rb"))
 
 
 def _file_system(url: str) -> tuple[Any, str]:

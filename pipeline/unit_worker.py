@@ -114,8 +114,7 @@ class UnitWorker:
     def _label(self, unit: Unit) -> Receipt:
         started = time.perf_counter()
         tally = _Tally([column.adapter.name for column in self.columns])
-        source, _ = open_file(unit.path)
-        with closing(source), self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
+        with closing(open_file(unit.path)) as source, self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
             parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
             _check_unchanged(parquet, unit, self.spec.columns, text_column=self.job.options.text_column)
             with closing(_Output(path, self._schema(parquet), _codecs(parquet, self.job.options.text_column))) as output:
@@ -243,7 +242,7 @@ class _AdapterColumns:
         there = ids >= 0
         safe = np.where(there, ids, 0)
         if not len(known.labels):  # a unit of nulls
-            known, safe = _NOTHING[self.top_k > 1], np.zeros_like(ids)
+            known, safe = _NOTHING, np.zeros_like(ids)
         scores = known.scores[safe]
         low = there & (scores < self.adapter.threshold) if self.adapter.threshold is not None else np.zeros(len(ids), dtype=np.bool_)
         labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
@@ -267,10 +266,7 @@ class _AdapterColumns:
         return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~there))
 
 
-_NOTHING = {
-    wide: Answers(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
-    for wide in (False, True)
-}
+_NOTHING = Answers(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
 
 
 @dataclass
@@ -377,9 +373,7 @@ def _check_unchanged(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str]
 
 
 def _joined(known: Answers, more: Answers) -> Answers:
-    return Answers(
-        *(np.concatenate([getattr(known, name), getattr(more, name)]) for name in ("labels", "scores", "top_labels", "top_scores"))
-    )
+    return Answers(np.concatenate([known.top_labels, more.top_labels]), np.concatenate([known.top_scores, more.top_scores]))
 
 
 def _counted(values: pa.Array) -> Counter[str]:

@@ -132,8 +132,7 @@ class _Footer:
 def _read_footer(file: StoredFile) -> _Footer | str:
     """The footer, or why there is none."""
     try:
-        source, _ = open_file(file.path)
-        with closing(source):
+        with closing(open_file(file.path)) as source:
             parquet = pq.ParquetFile(source)
             groups = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
             return _Footer(parquet.schema_arrow, groups)
