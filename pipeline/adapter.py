@@ -98,9 +98,9 @@ class Siblings:
             self._base = self._base or _joined([m.base for m in self.members])
             down, up = zip(*(m.factors(x.dtype) for m in self.members), strict=True)
             a = down[0] if len(down) == 1 else torch.cat(down)
-            outputs = _FrozenLinearPlusLowRank.apply(x.reshape(-1, x.shape[-1]), self._base, self._base.weight, a, *up)
+            outputs = _FrozenLinearPlusLowRank.apply(x, self._base, self._base.weight, a, *up)
             self._input = x
-            self._outputs = {m: y.unflatten(0, x.shape[:-1]) for m, y in zip(self.members, outputs, strict=True)}
+            self._outputs = dict(zip(self.members, outputs, strict=True))
         output = self._outputs.pop(member)
         if not self._outputs:
             self._input = None
@@ -116,27 +116,28 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Linear, weight: Tensor, a: Tensor, *ups: Tensor) -> tuple[Tensor, ...]:
-        low = x @ a.t()
-        y = base.product(x) if isinstance(base, FrozenLinear) else nn.functional.linear(x, weight, base.bias)
+        rows = x.reshape(-1, x.shape[-1])  # shapes change in here, where autograd makes no node of it
+        low = rows @ a.t()
+        y = base.product(rows) if isinstance(base, FrozenLinear) else nn.functional.linear(rows, weight, base.bias)
         parts = y.split([b.shape[0] for b in ups], dim=1)
         for part, part_low, b in zip(parts, low.chunk(len(ups), dim=1), ups, strict=True):
             part.addmm_(part_low, b.t())
-        ctx.base = base
-        ctx.save_for_backward(x, weight, a, low, *ups)
-        return parts
+        ctx.base, ctx.shape = base, x.shape
+        ctx.save_for_backward(rows, weight, a, low, *ups)
+        return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, low, *ups = ctx.saved_tensors
-        lows = low.chunk(len(ups), dim=1)
-        grad_low = _side_by_side([grad @ b for grad, b in zip(grads, ups, strict=True)])
+        rows, weight, a, low, *ups = ctx.saved_tensors
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_low = _side_by_side([grad @ b for grad, b in zip(flat, ups, strict=True)])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad = _side_by_side(grads)
+            grad = _side_by_side(flat)
             product = ctx.base.input_gradient(grad) if isinstance(ctx.base, FrozenLinear) else grad @ weight
-            grad_x = product.addmm_(grad_low, a)
-        grad_ups = [(part_low.t() @ grad).t() for part_low, grad in zip(lows, grads, strict=True)]
-        return grad_x, None, None, (x.t() @ grad_low).t(), *grad_ups
+            grad_x = product.addmm_(grad_low, a).view(ctx.shape)
+        grad_ups = [(part_low.t() @ grad).t() for part_low, grad in zip(low.chunk(len(ups), dim=1), flat, strict=True)]
+        return grad_x, None, None, grad_low.t() @ rows, *grad_ups
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:

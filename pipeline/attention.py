@@ -67,7 +67,7 @@ class _Attention(torch.autograd.Function):
         mean = (grads[0] * output).sum(dim=-1).transpose(1, 2).reshape(-1, tokens, 1)
         grad = grads[0].transpose(1, 2).reshape(-1, tokens, width)
         grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
-        grad_scores = torch.bmm(grad, value.transpose(1, 2)).sub_(mean).mul_(probabilities)
+        grad_scores = torch.bmm(grad, value.transpose(1, 2)).sub_(_spread(mean)).mul_(probabilities)
         grad_query = torch.bmm(grad_scores, key).mul_(ctx.scaling)
         grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
         return *(g.view(-1, ctx.heads, tokens, width) for g in (grad_query, grad_key, grad_value)), None, None
@@ -79,8 +79,13 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: in
     sums = powers.sum(dim=-1, keepdim=True)
     low, high = torch.aminmax(sums)
     if low > _SMALLEST_SUM and high < _LARGEST_SUM:
-        return powers.div_(sums)
+        return powers.div_(_spread(sums))
     return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1)  # too large or too small for powers that are not shifted
+
+
+def _spread(column: Tensor) -> Tensor:
+    """(n, tokens, 1) -> (n, tokens, tokens), written out: arithmetic on whole arrays is vectorised, on short broadcast rows it is not."""
+    return column.expand(-1, -1, column.shape[1]).contiguous()
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:

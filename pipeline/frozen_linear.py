@@ -34,9 +34,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out); differentiable in ``x``."""
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Product.apply(flat, self) if torch.is_grad_enabled() and x.requires_grad else self.product(flat)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y: Tensor = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
+        return y
 
     def product(self, x: Tensor) -> Tensor:
         """``x W' + b`` for contiguous (rows, in); not differentiable."""
