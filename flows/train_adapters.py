@@ -20,7 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.collect import write_config
 from pipeline.config import RunConfig
-from pipeline.errors import InputError, LorafleetError
+from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.job import JobSpec
 from pipeline.preflight import Plan, PlannedTask
 from pipeline.records import Failure, TaskResult
@@ -138,7 +138,7 @@ def _wait(future: PrefectFuture[Any]) -> Any:
 
 
 def _reason(error: Any) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     return text if isinstance(error, LorafleetError) else f"{type(error).__name__}: {text}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import AdapterConfig
 from pipeline.encoder import Batch, Encoder, FloatArray, Tokens
-from pipeline.errors import AdapterError
+from pipeline.errors import AdapterError, first_line
 from pipeline.frozen_linear import FrozenLinear
 from pipeline.records import AdapterRef, EncoderRef
 from pipeline.run_folder import TaskFolder, adapter_sha256, write_atomically
@@ -65,22 +65,34 @@ class LoraLinear(nn.Module):
         initial = torch.randn(rank, base.in_features, generator=generator) * math.sqrt(2 / base.in_features)
         self.lora_A = nn.Parameter(initial.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.working_copy: tuple[Tensor, Tensor] | None = None
-        """``lora_A`` and ``scaling * lora_B`` in the base's dtype, kept by the training loop while an epoch lasts."""
+        self.working_copy: Factors | None = None
+        """Kept by the training loop while an epoch lasts."""
         self.siblings = Siblings([self])
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in the base's dtype."""
         return self.siblings.output(self, x)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``lora_A`` and ``scaling * lora_B``."""
-        return self.working_copy or (self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype))
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """What the layer computes with."""
+        return self.working_copy or Factors(self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype))
 
     @property
     def update(self) -> Tensor:
         """The matrix that merging adds to the weight, float32 (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A LoRA pair in its base's dtype."""
+
+    down: Tensor
+    """``lora_A``, (rank, in)."""
+    up: Tensor
+    """``scaling * lora_B``, (out, rank)."""
+    gradients: tuple[Tensor, Tensor] | None = None
+    """Where theirs are added at once; left out, autograd collects them."""
 
 
 class Siblings:
@@ -96,9 +108,9 @@ class Siblings:
         """(…, in) -> (…, out) of one member; the others' wait until they are asked for with the same tensor."""
         if self._input is not x or member not in self._outputs:
             self._base = self._base or _joined([m.base for m in self.members])
-            down, up = zip(*(m.factors(x.dtype) for m in self.members), strict=True)
-            a = down[0] if len(down) == 1 else torch.cat(down)
-            outputs = _FrozenLinearPlusLowRank.apply(x, self._base, self._base.weight, a, *up)
+            factors = [m.factors(x.dtype) for m in self.members]
+            tensors = [*(f.down for f in factors), *(f.up for f in factors)]
+            outputs = _FrozenLinearPlusLowRank.apply(x, self._base, self._base.weight, [f.gradients for f in factors], *tensors)
             self._input = x
             self._outputs = dict(zip(self.members, outputs, strict=True))
         output = self._outputs.pop(member)
@@ -110,19 +122,23 @@ class Siblings:
 class _FrozenLinearPlusLowRank(torch.autograd.Function):
     """``y = x W' + bias``, cut into one part per update, to each of which ``(x A') B'`` is added; no gradient to ``W`` and its bias.
 
-    ``A`` is (updates * rank, in), each ``B`` (out of its part, rank). Written out because autograd's own graph allocates and adds the
-    updates as tensors of their own, twice: see CHANGELOG, Experiments, for what it gives.
+    Each ``A`` is (rank, in), each ``B`` (out of its part, rank); all ``A`` come first. Written out because autograd's own graph allocates
+    and adds the updates as tensors of their own, twice: see CHANGELOG, Experiments, for what it gives.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, weight: Tensor, a: Tensor, *ups: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, base: nn.Linear, weight: Tensor, gradients: Sequence[tuple[Tensor, Tensor] | None], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        downs, ups = factors[: len(gradients)], factors[len(gradients) :]
+        a = downs[0] if len(downs) == 1 else torch.cat(downs)
         rows = x.reshape(-1, x.shape[-1])  # shapes change in here, where autograd makes no node of it
         low = rows @ a.t()
         y = base.product(rows) if isinstance(base, FrozenLinear) else nn.functional.linear(rows, weight, base.bias)
         parts = y.split([b.shape[0] for b in ups], dim=1)
         for part, part_low, b in zip(parts, low.chunk(len(ups), dim=1), ups, strict=True):
             part.addmm_(part_low, b.t())
-        ctx.base, ctx.shape = base, x.shape
+        ctx.base, ctx.shape, ctx.gradients = base, x.shape, gradients
         ctx.save_for_backward(rows, weight, a, low, *ups)
         return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
 
@@ -136,8 +152,14 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
             grad = _side_by_side(flat)
             product = ctx.base.input_gradient(grad) if isinstance(ctx.base, FrozenLinear) else grad @ weight
             grad_x = product.addmm_(grad_low, a).view(ctx.shape)
+        grad_downs = (grad_low.t() @ rows).chunk(len(ups))
         grad_ups = [(part_low.t() @ grad).t() for part_low, grad in zip(low.chunk(len(ups), dim=1), flat, strict=True)]
-        return grad_x, None, None, grad_low.t() @ rows, *grad_ups
+        if all(ctx.gradients):
+            for (to_down, to_up), down, up in zip(ctx.gradients, grad_downs, grad_ups, strict=True):
+                to_down.add_(down)
+                to_up.add_(up)
+            return grad_x, None, None, None, *(None for _ in (*grad_downs, *grad_ups))
+        return grad_x, None, None, None, *grad_downs, *grad_ups
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -319,7 +341,7 @@ def load_adapter(folder: TaskFolder, encoder: Encoder) -> Adapter:
         config = AdapterConfig(rank=meta["rank"], alpha=meta["alpha"], dropout=meta["dropout"], target=tuple(meta["adapted_modules"]))
         state, head = load_file(folder.adapter_weights), load_file(folder.head)
     except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
-        raise AdapterError(f"{folder.root}: the adapter's files are missing or damaged: {str(error).splitlines()[0]}") from None
+        raise AdapterError(f"{folder.root}: the adapter's files are missing or damaged: {first_line(error)}") from None
     here = {"revision": encoder.ref.revision, "pooling": encoder.config.pooling}
     for what, value in trained_on.items():
         if value != here[what]:
@@ -345,7 +367,7 @@ def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
         try:
             found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - torch raises whatever the damage leads it to
-            raise AdapterError(f"{path}: missing or damaged: {str(error).splitlines()[0]}") from None
+            raise AdapterError(f"{path}: missing or damaged: {first_line(error)}") from None
         if found.keys() != state.keys() or not all(torch.equal(found[name], state[name]) for name in state):
             raise AdapterError(f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it")
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import EncoderConfig
-from pipeline.errors import AdapterError, DataError, InputError
+from pipeline.errors import AdapterError, DataError, InputError, first_line
 from pipeline.records import Calibration
 from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
 
@@ -100,8 +100,7 @@ def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
     except LocalEntryNotFoundError:
         raise AdapterError(f"adapter {ref[0]}: not in the local cache, and the Hub cannot be reached") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AdapterError(f"adapter {ref[0]}: cannot be fetched from the Hub: {reason}") from None
+        raise AdapterError(f"adapter {ref[0]}: cannot be fetched from the Hub: {first_line(error)}") from None
     return _pick(Path(root), ref["task"], ref[0])
 
 
@@ -114,7 +113,7 @@ def _describe(folder: TaskFolder) -> FoundAdapter:
         )
         modules = tuple(str(path) for path in meta["adapted_modules"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise AdapterError(f"{folder.root}: meta.json or labels.json is missing or damaged: {str(error).splitlines()[0]}") from None
+        raise AdapterError(f"{folder.root}: meta.json or labels.json is missing or damaged: {first_line(error)}") from None
     if not isinstance(labels, list) or not labels:
         raise AdapterError(f"{folder.labels}: expected a list of label names")
     try:

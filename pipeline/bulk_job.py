@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from pipeline.units import BulkInput, InputFile, Unit, UnitFailure
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 FOOTER_KEY = b"lorafleet"
 _NEXT = "_next-"
+_OUTPUT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet|_failures\.parquet|(_attempts|_next-[0-9a-f]+)/.*")
 SMALL_ROWS = 20_000
 """Up to here Ray's start costs more than a second core gains."""
 GRACE_SECONDS = 60.0
@@ -152,6 +154,12 @@ class BulkCompute(Record):
     ray_address: str | None = None
     """An existing Ray cluster; left out, a local Ray is started and stopped."""
 
+    @model_validator(mode="after")
+    def _one_place(self) -> BulkCompute:
+        if self.where == "process" and self.ray_address is not None:
+            raise ValueError("--where process and --ray-address name two places; choose one")
+        return self
+
 
 class BulkRequest(Record):
     """What ``lorafleet classify`` is asked for."""
@@ -231,9 +239,6 @@ def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool
             place.write(PLAN, job.model_dump_json(indent=1).encode())
         except store_errors() as error:
             raise InputError(f"output {output}: cannot be written to: {error}") from None
-    for name in names:
-        if name.startswith(f"{ATTEMPTS}/"):
-            place.remove(name)  # each start has its own three attempts
     sweep(place, job, older_than=GRACE_SECONDS)
     done = {unit.output for unit in units} & set(names)
     return Begun(place, tuple(unit for unit in units if unit.output not in done), len(done))
@@ -245,6 +250,15 @@ def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
         for name, written in place.temporaries(mark=mark):
             if time.time() - written >= older_than:
                 place.remove(name)
+
+
+def forget_attempts(place: Place) -> None:
+    """Let every unit be tried three times again.
+
+    A unit that kills the process which runs the whole job leaves its attempts to the next start, and is quarantined by the fourth.
+    """
+    for name in place.names(under=ATTEMPTS):
+        place.remove(name)
 
 
 def finish(
@@ -277,8 +291,7 @@ def finish(
     )
     place.write(JOB, summary.model_dump_json(indent=1).encode())
     sweep(place, job, older_than=0)  # all is there or has failed, so whatever is still written is written twice, or by nobody
-    for name in place.names(under=ATTEMPTS):
-        place.remove(name)
+    forget_attempts(place)
     if place.local:
         shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
     if failures:
@@ -413,7 +426,7 @@ def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
     for name in names - set(last):
         output.move(f"{folder}/{name}", name)
     for name in set(output.names()) - ours:
-        if not name.startswith(f"{folder}/"):
+        if _OUTPUT_NAME.fullmatch(name) and not name.startswith(f"{folder}/"):  # what others have put there stays
             output.remove(name)
     for name in last:
         if name in names:

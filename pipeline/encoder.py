@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline import attention
 from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.errors import EncoderError
+from pipeline.errors import EncoderError, first_line
 from pipeline.frozen_linear import pack_linears
 from pipeline.records import EncoderRef, Runtime
 
@@ -261,7 +261,7 @@ def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except Exception as error:
-        raise EncoderError(f"encoder {config.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise EncoderError(f"encoder {config.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(f"encoder {config.name}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     return tokenizer
@@ -283,13 +283,13 @@ def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise EncoderError(f"encoder {config.name}: {path.name} is damaged: {_first_line(error)}") from None
+            raise EncoderError(f"encoder {config.name}: {path.name} is damaged: {first_line(error)}") from None
     architecture = _architecture(files.folder, config)
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModel.from_config(architecture, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise EncoderError(f"encoder {config.name}: its config.json describes no model: {_first_line(error)}") from error
+        raise EncoderError(f"encoder {config.name}: its config.json describes no model: {first_line(error)}") from error
     _check_shapes(model, weights, config)
     return model
 
@@ -330,7 +330,7 @@ def _load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
             **options,
         )
     except Exception as error:
-        raise EncoderError(f"encoder {config.name}: cannot be loaded: {_first_line(error)}") from error
+        raise EncoderError(f"encoder {config.name}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
     if missing:  # transformers fills them with random numbers
         raise EncoderError(f"encoder {config.name}: its weights lack {', '.join(missing[:3])} ({len(missing)} in all)")
@@ -349,7 +349,7 @@ def _architecture(folder: Path, config: EncoderConfig) -> Any:
         if "trust_remote_code" in str(error):
             remedy = "set encoder.revision and encoder.trust_remote_code = true if you trust it"
             raise EncoderError(f"encoder {config.name}: needs Python code that comes with it; {remedy}") from error
-        raise EncoderError(f"encoder {config.name}: its config.json cannot be used: {_first_line(error)}") from error
+        raise EncoderError(f"encoder {config.name}: its config.json cannot be used: {first_line(error)}") from error
     limit = getattr(architecture, "max_position_embeddings", None)
     if limit is not None and architecture.model_type in _POSITIONS_AFTER_PADDING:
         limit -= architecture.pad_token_id + 1
@@ -426,7 +426,7 @@ def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
         where = "not in the local cache, and offline" if offline else "not in the local cache, and the Hub cannot be reached"
         raise EncoderError(f"encoder {config.name}: {where}; set encoder.name to a folder, or download it once while online") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise EncoderError(f"encoder {config.name}: cannot be fetched from the Hub: {_first_line(error)}") from None
+        raise EncoderError(f"encoder {config.name}: cannot be fetched from the Hub: {first_line(error)}") from None
     return EncoderFiles(EncoderRef(name=config.name, public_name=config.name, revision=folder.name), folder)
 
 
@@ -458,7 +458,3 @@ def _cpuinfo(field: str) -> list[str]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     line = re.search(rf"^{field}\s*:(.*)$", text, flags=re.MULTILINE)
     return line.group(1).split() if line else []
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -50,3 +50,8 @@ class ResumeError(LorafleetError):
 
 class VerificationError(LorafleetError):
     """A saved adapter that, loaded again, is not the one that was trained."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a message of ours quotes of another's, at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.adapter import Adapter, HeadStart
+from pipeline.adapter import Adapter, Factors, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, Tokens
 from pipeline.errors import LorafleetError, ResumeError
@@ -285,20 +285,15 @@ class _WorkingCopy:
         self.weights, self.weights_grad = weights.detach()[:length], weights.grad[:length]
         dtype = self.loras[0].base.weight.dtype
         self.copy, self.grad = (torch.zeros(length, dtype=dtype, device=weights.device) for _ in range(2))
-        self.parts: list[Tensor] = []
-        for parameter, values, grad in zip(adapter.lora_parameters, *self._split(adapter), strict=True):
-            part = values.view_as(parameter).requires_grad_()
-            part.grad = grad.view_as(parameter)
-            self.parts.append(part)
-
-    def _split(self, adapter: Adapter) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        lengths = [p.numel() for p in adapter.lora_parameters]
-        return self.copy.split(lengths), self.grad.split(lengths)
+        values, grads = (_cut(vector, like=adapter.lora_parameters) for vector in (self.copy, self.grad))
+        self.factors = [
+            Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1])) for i in range(0, len(values), 2)
+        ]
 
     def attach(self) -> None:
         """Let the LoRA layers compute with the copy."""
-        for index, lora in enumerate(self.loras):
-            lora.working_copy = self.parts[2 * index], self.parts[2 * index + 1]
+        for lora, factors in zip(self.loras, self.factors, strict=True):
+            lora.working_copy = factors
 
     def detach(self) -> None:
         """Let them compute with their own parameters again."""
@@ -314,6 +309,11 @@ class _WorkingCopy:
     def collect_gradients(self) -> None:
         """Give the copy's gradients to the weights."""
         torch.mul(self.grad, self.scales, out=self.weights_grad)
+
+
+def _cut(vector: Tensor, *, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
 class Checkpoint:

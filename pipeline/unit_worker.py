@@ -27,7 +27,7 @@ from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, BulkAdapter, BulkJob, Receipt, footer, read_receipt
 from pipeline.classifier import Answers, load_classifier
 from pipeline.encoder import Tokens
-from pipeline.errors import AdapterError, DataError, LorafleetError
+from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
 from pipeline.records import Record
 from pipeline.storage import Place, open_file, store_errors
 from pipeline.units import Unit, text_type
@@ -88,9 +88,9 @@ class UnitWorker:
             return self._attempt(unit)
         except store_errors() as error:
             fatal = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return Receipt(unit=unit.number, failure=_first_line(error), fatal=fatal)
+            return Receipt(unit=unit.number, failure=first_line(error), fatal=fatal)
         except (pa.ArrowException, LorafleetError, UnicodeDecodeError) as error:
-            return Receipt(unit=unit.number, failure=_first_line(error))
+            return Receipt(unit=unit.number, failure=first_line(error))
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class for it on the CPU
                 raise
@@ -400,7 +400,3 @@ def _leaves(schema: pa.Schema) -> list[str]:
     pq.ParquetWriter(sink, schema).close()
     parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
     return [parquet.column(i).path for i in range(len(parquet))]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.records import Record
 from pipeline.storage import StoredFile, find_files, open_file
 
@@ -139,7 +139,7 @@ def _read_footer(file: StoredFile) -> _Footer | str:
     except (pa.ArrowException, OSError) as error:
         if file.size == 0:
             return "the file is empty (0 bytes)"
-        return f"not a whole Parquet file: {str(error).strip().splitlines()[0]}"
+        return f"not a whole Parquet file: {first_line(error)}"
 
 
 def _check_columns(

@@ -1,4 +1,4 @@
-"""What every MTEB task is doing right now: a live table on a terminal, nothing in a log (the lines are there)."""
+"""What every MTEB task, or the bulk job, is doing right now: a live table on a terminal, nothing in a log (the lines are there)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+
+_BAR_WIDTH = 20
 
 
 class Board:
-    """One line per MTEB task, written by the threads that wait for the workers."""
+    """One line per MTEB task, written by the threads that wait for the workers; a bulk job has one line."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, tuple[str, str]] = {}
+        self._lines: dict[str, tuple[str, float | None, str]] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
 
-    def show(self, name: str, stage: str, detail: str = "") -> None:
-        """Replace the line of an MTEB task."""
+    def show(self, name: str, stage: str, detail: str = "", *, percent: float | None = None) -> None:
+        """Replace the line of that name; with a percentage it has a bar."""
         with self._lock:
-            self._lines[name] = (stage, detail)
+            self._lines[name] = (stage, percent, detail)
 
     def __rich__(self) -> Table:
-        grid = Table("MTEB task", "stage", f"{time.monotonic() - self._started:.0f} s", box=None, pad_edge=False)
+        grid = Table("", "", "", f"{time.monotonic() - self._started:.0f} s", box=None, pad_edge=False)
         with self._lock:
-            for name, (stage, detail) in self._lines.items():
-                grid.add_row(name, stage, detail)
+            for name, (stage, percent, detail) in self._lines.items():
+                grid.add_row(name, stage, "" if percent is None else ProgressBar(completed=percent, width=_BAR_WIDTH), detail)
         return grid
 
     @contextmanager

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
@@ -26,6 +25,7 @@ from pipeline.bulk_job import (
     check_places,
     describe_job,
     finish,
+    forget_attempts,
     new_columns,
 )
 from pipeline.config import ComputeConfig
@@ -34,13 +34,13 @@ from pipeline.storage import Place, store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
 from tasks.board import BOARD
 from tasks.fleet import Fleet
+from tasks.progress import ProgressArtifact
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.unit_worker import WorkerSpec
 
-_ARTIFACT_SECONDS = 2.0
 _LOG_SECONDS = 15.0
 _BLOCK_BYTES = 1024**2
 
@@ -164,6 +164,7 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
 def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     compute = plan.request.compute
+    forget_attempts(plan.begun.place)  # a start of Ray makes its three attempts itself, whatever ended the last one
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
     fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray Data has the core complain of how it makes its own actors
@@ -224,8 +225,8 @@ class _Progress:
         self._plan = plan
         self._rows = {unit.number: unit.num_rows for unit in plan.begun.todo}
         self._started = time.monotonic()
-        self._logged = self._shown = 0.0
-        self._artifact: UUID | None = None
+        self._logged = 0.0
+        self._artifact = ProgressArtifact("classify")
         self._logger: Any = get_run_logger()
 
     def begin(self) -> None:
@@ -243,27 +244,14 @@ class _Progress:
         rate = done / max(self.seconds, 1e-9)
         left = (total - done) / rate
         facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(left)} left"
-        BOARD.show("classify", f"{100 * done / total:.0f} %", facts)
+        BOARD.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
         if receipts[-1].failure:
             self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
         now = time.monotonic()
         if not self._logged or now - self._logged >= _LOG_SECONDS or done == total:
             self._logger.info("%s%s", "first estimate: " if not self._logged and done < total else "", facts)
             self._logged = now
-        if now - self._shown >= _ARTIFACT_SECONDS or done == total:
-            self._shown = now
-            try:
-                self._show_artifact(100 * done / total, facts)
-            except Exception as error:  # noqa: BLE001 - a server that is away for a moment must not cost a job
-                self._logger.warning("no progress artifact: %s", error)
-
-    def _show_artifact(self, done: float, facts: str) -> None:
-        if self._artifact is None:
-            made = create_progress_artifact(progress=done, key="classify", description=facts)
-            assert isinstance(made, UUID)
-            self._artifact = made
-        else:
-            update_progress_artifact(artifact_id=self._artifact, progress=done, description=facts)
+        self._artifact.show(100 * done / total, facts)
 
 
 def _ref_for_worker(ref: str, found: FoundAdapter) -> str:

@@ -113,7 +113,8 @@ class Fleet:
         if fit < 1:
             raise ConfigError(
                 f"a worker asks for {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs, but Ray has "
-                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower compute.cpus_per_worker or compute.gpus_per_worker"
+                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower its share: "
+                "compute.cpus_per_worker, compute.gpus_per_worker (of classify: --cpus, --gpus)"
             )
         return fit if self.config.workers == "auto" else min(fit, self.config.workers)
 
@@ -184,7 +185,7 @@ class Fleet:
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
             if self.config.ray_address is not None and isinstance(error, OSError | ValueError | RuntimeError):
-                where = f"compute.ray_address = {self.config.ray_address!r}"
+                where = f"Ray address {self.config.ray_address!r}"
                 self._fault = ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
 
 

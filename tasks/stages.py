@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline import collect as files
@@ -24,9 +22,9 @@ from pipeline.results import SCORE_HEADINGS, percent, score_table
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
+from tasks.progress import ProgressArtifact
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
-_ARTIFACT_SECONDS = 3.0
 
 
 def _died(_task: Any, _run: Any, state: Any) -> bool:
@@ -163,8 +161,7 @@ class _ProgressReport:
     def __init__(self, name: str, logger: Logger) -> None:
         self._name = name
         self._logger = logger
-        self._artifact: UUID | None = None
-        self._last = 0.0
+        self._artifact = ProgressArtifact(_artifact_key(name))
 
     def __call__(self, event: EpochRow | Progress) -> None:
         if isinstance(event, EpochRow):
@@ -181,21 +178,9 @@ class _ProgressReport:
             return
         facts = f"epoch {event.epoch}/{event.max_epochs}, step {event.step}/{event.num_steps}"
         facts += f", loss {event.train_loss:.4f}, {event.texts_per_second:.0f} texts/s"
-        BOARD.show(self._name, "train", facts)
-        if time.monotonic() - self._last >= _ARTIFACT_SECONDS:
-            self._last = time.monotonic()
-            try:
-                self._show(100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps), facts)
-            except Exception as error:  # noqa: BLE001 - a server that is away for a moment must not cost a training
-                self._logger.warning("%s: no progress artifact: %s", self._name, error)
-
-    def _show(self, done: float, facts: str) -> None:
-        if self._artifact is None:
-            made = create_progress_artifact(progress=done, key=_artifact_key(self._name), description=f"{self._name}: {facts}")
-            assert isinstance(made, UUID)
-            self._artifact = made
-        else:
-            update_progress_artifact(artifact_id=self._artifact, progress=done, description=f"{self._name}: {facts}")
+        done = 100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps)
+        BOARD.show(self._name, "train", facts, percent=done)
+        self._artifact.show(done, f"{self._name}: {facts}")
 
 
 def _artifact_key(name: str) -> str:

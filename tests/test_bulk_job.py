@@ -25,6 +25,7 @@ from pipeline.bulk_job import (
     BulkOptions,
     BulkSummary,
     check_places,
+    forget_attempts,
     new_columns,
 )
 from pipeline.errors import InputError
@@ -302,6 +303,17 @@ def test_the_same_job_is_done_anew_on_request(setting: Setting) -> None:
     assert files_below(setting.output) == FINISHED
 
 
+def test_what_others_have_put_beside_the_output_stays(setting: Setting) -> None:
+    setting.start().run()
+    (setting.output / "notes.txt").write_text("ours")
+    (setting.output / "report").mkdir()
+    (setting.output / "report" / "table.parquet").write_text("theirs")
+    setting.start(overwrite=True, rows_per_unit=30).run()
+    kept = {"notes.txt", "report/table.parquet"}
+    assert kept <= set(files_below(setting.output))
+    assert setting.ids() == list(range(60))
+
+
 # Six units, then plan, summary and success.
 @pytest.mark.parametrize(("moves", "overwrite"), [(0, False), (3, True), (6, False), (7, True), (7, False), (8, False)])
 def test_a_replacement_that_was_cut_short_is_ended_by_the_next_start(
@@ -361,11 +373,17 @@ def test_a_start_that_was_killed_while_it_wrote_its_plan_is_no_hindrance(setting
     assert files_below(setting.output) == FINISHED
 
 
-def test_each_start_has_its_own_three_attempts(setting: Setting) -> None:
+def test_attempts_outlive_a_start_until_they_are_forgotten(setting: Setting) -> None:
     bulk = setting.start()
     for attempt in "xyz":
         bulk.output.write(f"{ATTEMPTS}/00000-{attempt}", b"")
+    assert setting.start().run().failures == 1  # which forgets them
     assert setting.start().run().failures == 0
+    bulk = setting.start(overwrite=True)
+    for attempt in "xyz":
+        bulk.begun.place.write(f"{ATTEMPTS}/00000-{attempt}", b"")
+    forget_attempts(bulk.begun.place)
+    assert setting.start(overwrite=True).run().failures == 0
 
 
 # Options

@@ -186,6 +186,18 @@ def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quaranti
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_unit_that_kills_the_whole_process_is_left_out_by_the_fourth_start(bench: Bench) -> None:
+    write_bulk_input(bench.cwd / "deadly", num_files=1, rows=3 * GROUP, group=GROUP, changes={GROUP + 3: "poison"})
+    codes = []
+    for _ in range(5):
+        ended = bench.start("deadly-out", "--where", "process", source="deadly").wait()
+        codes.append(ended.code)
+    assert codes == [-signal.SIGKILL] * 3 + [1, -signal.SIGKILL]  # the one after it tries again
+    assert (bench.cwd / "deadly-out" / "part-0-00002.parquet").exists()
+
+
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [("flows.cli",), ("raylet/raylet",), ("gcs_server",), ("gcs_server", "raylet/raylet")])
 def test_a_job_on_a_ray_of_its_own_goes_on_where_it_was_killed(victim: tuple[str, ...], bench: Bench, undisturbed: Path) -> None:
