@@ -31,6 +31,8 @@ from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what the second-level cache holds between two layers
+CLOSE_CALL = 0.02
+"""Where the two best labels lie less far apart, float32 decides. What bfloat16 gets wrong, and what this costs: CHANGELOG, Experiments."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,22 @@ class Answers:
 
 
 class Classifier:
-    """Several adapters, merged into private copies of the projections of one encoder."""
+    """Several adapters over the same texts, in the fastest dtype; where that cannot tell two labels apart, float32 decides."""
 
-    def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder, *, top_k: int = 1) -> None:
-        """Raises: AdapterError: an adapter's files are damaged, or it was trained on another encoder."""
+    def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder, *, referee: Encoder | None = None, top_k: int = 1) -> None:
+        """Load the adapters.
+
+        Args:
+            adapters: Trained on the encoder.
+            encoder: Changed in place.
+            referee: The same one in float32, asked again about close calls; none where ``encoder`` is it.
+            top_k: Labels per text.
+        Raises: AdapterError: an adapter's files are damaged, or it was trained on another encoder.
+        """
         self.encoder = encoder
         self.top_k = top_k
-        self._merged = [_Merged(found, encoder) for found in adapters]
-        self._layers = _SharedLayers(encoder.model, [merged.first_layer for merged in self._merged])
+        self._fast = _Engine(adapters, encoder)
+        self._referee = None if referee is None else _Engine(adapters, referee)
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
         """Once for all adapters."""
@@ -70,30 +80,51 @@ class Classifier:
     @torch.inference_mode()
     def classify(self, tokens: Tokens) -> list[Answers]:
         """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone."""
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._merged]
+        width = max(2, self.top_k)  # the second label says how close a call is
+        answers = self._fast.answers(tokens, np.arange(len(tokens)), width=width)
+        if self._referee is not None:
+            for index, answer in enumerate(answers):
+                close = np.flatnonzero(answer.top_scores[:, 0] - answer.top_scores[:, 1] < CLOSE_CALL)
+                (exact,) = self._referee.answers(tokens, close, width=width, only=index)
+                answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
+        return [Answers(answer.top_labels[:, : self.top_k], answer.top_scores[:, : self.top_k]) for answer in answers]
+
+
+class _Engine:
+    """One encoder with several adapters merged into private copies of its projections."""
+
+    def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._merged = [_Merged(found, encoder) for found in adapters]
+        self._layers = _SharedLayers(encoder.model, [merged.first_layer for merged in self._merged])
+
+    def answers(self, tokens: Tokens, which: npt.NDArray[np.int64], *, width: int, only: int | None = None) -> list[Answers]:
+        """Of all adapters, or of one, about some of the texts."""
+        asked = self._merged if only is None else [self._merged[only]]
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in asked]
         order = []
-        for rows in batches_by_budget(tokens.lengths, tokens_per_batch=_TOKENS_PER_BATCH[self.encoder.device.type]):
+        for rows in batches_by_budget(tokens.lengths[which], tokens_per_batch=_TOKENS_PER_BATCH[self._encoder.device.type]):
             order.append(rows)
-            batch = self.encoder.batch(tokens, rows)
-            for part, (scores, labels) in zip(parts, self._answer(batch), strict=True):
-                part.append((scores, labels))
+            batch = self._encoder.batch(tokens, which[rows])
+            self._layers.forget()
+            for part, merged in zip(parts, asked, strict=True):
+                part.append(self._answer(batch, merged, width))
         rows = np.concatenate(order) if order else np.empty(0, dtype=np.int64)
-        return [self._in_order(part, rows, merged) for part, merged in zip(parts, self._merged, strict=True)]
+        return [_in_order(part, rows, min(width, merged.head.out_features)) for part, merged in zip(parts, asked, strict=True)]
 
-    def _answer(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        self._layers.forget()
-        for merged in self._merged:
-            with merged.attached(), self._layers.shared_below(merged.first_layer):
-                logits = merged.head(self.encoder.pooled(batch)) / merged.temperature
-            yield torch.softmax(logits, dim=1).topk(min(self.top_k, logits.shape[1]), dim=1)
+    def _answer(self, batch: Batch, merged: _Merged, width: int) -> tuple[Tensor, Tensor]:
+        with merged.attached(), self._layers.shared_below(merged.first_layer):
+            logits = merged.head(self._encoder.pooled(batch)) / merged.temperature
+        scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
+        return scores, labels
 
-    def _in_order(self, parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], merged: _Merged) -> Answers:
-        width = min(self.top_k, merged.head.out_features)
-        scores, labels = np.empty((len(rows), width), dtype=np.float32), np.empty((len(rows), width), dtype=np.int32)
-        if parts:
-            scores[rows] = torch.cat([p for p, _ in parts]).float().cpu().numpy()
-            labels[rows] = torch.cat([p for _, p in parts]).cpu().numpy()
-        return Answers(labels, scores)
+
+def _in_order(parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], width: int) -> Answers:
+    scores, labels = np.empty((len(rows), width), dtype=np.float32), np.empty((len(rows), width), dtype=np.int32)
+    if parts:
+        scores[rows] = torch.cat([p for p, _ in parts]).float().cpu().numpy()
+        labels[rows] = torch.cat([p for _, p in parts]).cpu().numpy()
+    return Answers(labels, scores)
 
 
 def load_classifier(
@@ -117,7 +148,9 @@ def load_classifier(
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
     loaded = Encoder(files, config, runtime)
     _fuse_gelu(loaded.model)
-    return Classifier(adapters, loaded, top_k=top_k)
+    exact = choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
+    referee = Encoder(files, config, exact) if runtime.dtype != exact.dtype else None
+    return Classifier(adapters, loaded, referee=referee, top_k=top_k)
 
 
 def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool) -> tuple[EncoderFiles, EncoderConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.records import Runtime
+
+# Every length of text asks for primitives of its own: an epoch's are some 1,100, and oneDNN, which reads this when first used, keeps 1,024.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 _ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, because the layout may change the last bits
 

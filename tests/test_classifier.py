@@ -176,3 +176,22 @@ def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(family: str
     clear = np.diff(np.sort(scores, axis=1)[:, -2:])[:, 0] > 0.1
     assert clear.any()
     np.testing.assert_array_equal(answers.labels[clear], scores.argmax(axis=1)[clear])
+
+
+def test_close_calls_are_decided_by_float32_and_no_others(encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2))
+    rough, exact = load_encoder(encoder_folder("bert")), load_encoder(encoder_folder("bert"))
+    pooled = rough.pooled
+    rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
+    for close, source in ((0.0, Classifier(adapters, rough)), (1.1, Classifier(adapters, exact))):
+        monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", close)
+        both = Classifier(adapters, rough, referee=exact)
+        for one, other in zip(both.classify(both.tokenise(TEXTS)), source.classify(source.tokenise(TEXTS)), strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+    (answers, _), (far, _) = (c.classify(c.tokenise(TEXTS)) for c in (Classifier(adapters, exact), Classifier(adapters, rough)))
+    gaps = np.diff(-Classifier(adapters, rough, top_k=2).classify(both.tokenise(TEXTS))[0].top_scores, axis=1)[:, 0]
+    middle = float(np.median(gaps))
+    monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", middle)
+    mixed = Classifier(adapters, rough, referee=exact).classify(both.tokenise(TEXTS))[0]
+    np.testing.assert_allclose(mixed.scores, np.where(gaps < middle, answers.scores, far.scores), atol=1e-6)
+    assert not np.allclose(answers.scores, far.scores, atol=1e-3)

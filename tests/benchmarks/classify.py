@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,24 @@ def make_data(name: str, options: argparse.Namespace) -> None:
         texts = _texts(options.mirror, "ImdbClassification", "test")
         texts = [texts[i] for i in random.permutation(len(texts))[: options.imdb_rows]]
     else:
-        texts = list(_mixed(_texts(options.mirror, "Banking77Classification", "train"), options.rows, random))
+        texts = mixed_texts(options.mirror, options.rows, random)
         if name == "duplicates":
             for row in np.flatnonzero(random.random(len(texts)) < 0.3)[1:]:
                 texts[row] = texts[random.integers(row)]
     for rows in (None, options.rival_rows):
         table = pa.table({"id": np.arange(len(texts[:rows])), "text": texts[:rows]})
         pq.write_table(table, options.folder / f"{name}-{rows or 'all'}.parquet", row_group_size=10_000)
+
+
+def mixed_texts(mirror: str, rows: int, random: np.random.Generator) -> list[str]:
+    """The beginning of one of Banking77's texts and the end of another: as long as they are, and hardly one twice."""
+    texts = _texts(mirror, "Banking77Classification", "train")
+    mixed = []
+    for _ in range(rows):
+        one, two = (texts[i].split() for i in random.integers(len(texts), size=2))
+        cut = int(random.integers(1, len(one) + 1))
+        mixed.append(" ".join([*one[:cut], *two[len(two) * cut // len(one) :]]))
+    return mixed
 
 
 def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -435,14 +446,6 @@ def _start_ray(cpus: int) -> None:
 def _texts(mirror: str, task: str, split: str) -> list[str]:
     texts: list[str] = pq.read_table(Path(mirror) / task / f"{split}.parquet").column("text").to_pylist()
     return texts
-
-
-def _mixed(texts: Sequence[str], rows: int, random: np.random.Generator) -> Iterator[str]:
-    """The beginning of one text and the end of another: as long as they are, and hardly one twice."""
-    for _ in range(rows):
-        one, two = (texts[i].split() for i in random.integers(len(texts), size=2))
-        cut = int(random.integers(1, len(one) + 1))
-        yield " ".join([*one[:cut], *two[len(two) * cut // len(one) :]])
 
 
 def _facts(rows: int, begun: float, started: float) -> dict[str, Any]:
