@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from pipeline.bulk_job import BulkRequest, BulkSummary
+from pipeline.bulk_records import BulkRequest, BulkSummary
 from pipeline.errors import InputError, LorafleetError
 from pipeline.units import UnitFailure
 from tasks.bulk import finish_job, label_units, plan_job

@@ -20,7 +20,7 @@ from pipeline.errors import InputError, LorafleetError
 if TYPE_CHECKING:
     from flows.classify_datasets import BulkOutcome
     from flows.train_adapters import RunOutcome
-    from pipeline.bulk_job import BulkRequest, BulkSummary
+    from pipeline.bulk_records import BulkRequest, BulkSummary
     from pipeline.config import RunConfig
     from pipeline.results import ScoreTable
     from tasks.embedded import PrefectServer
@@ -190,7 +190,7 @@ def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
 def _bulk_request(given: dict[str, Any]) -> BulkRequest:
     from pydantic import ValidationError
 
-    from pipeline.bulk_job import BulkCompute, BulkOptions, BulkRequest
+    from pipeline.bulk_records import BulkCompute, BulkOptions, BulkRequest
 
     columns = given.pop("columns")
     given["columns"] = None if columns is None else tuple(columns.split(","))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -12,122 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from pipeline.adapter_ref import FoundAdapter, threshold_for
+from pipeline.bulk_records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
 from pipeline.errors import InputError
-from pipeline.records import Record
-from pipeline.records import Unit as Share
 from pipeline.storage import FILE_MARK, TEMPORARY, Place, open_file, store_errors, written_folder
-from pipeline.units import BulkInput, InputFile, Unit, UnitFailure
+from pipeline.units import BulkInput, Unit, UnitFailure
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 FOOTER_KEY = b"lorafleet"
 _NEXT = "_next-"
 _OUTPUT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet|_failures\.parquet|(_attempts|_next-[0-9a-f]+)/.*")
-SMALL_ROWS = 20_000
-"""Up to here Ray's start costs more than a second core gains."""
 GRACE_SECONDS = 60.0
 """An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
-
-
-class BulkOptions(Record):
-    """What is asked of a bulk job, besides input, output and adapters."""
-
-    text_column: str = "text"
-    """The column that is classified."""
-    columns: tuple[str, ...] | None = None
-    """Input columns to keep; all where left out."""
-    min_score: Share | None = None
-    """Below this probability the label is null."""
-    target_accuracy: Share | None = None
-    """The threshold is taken from each adapter's coverage table so that what keeps its label is right this often."""
-    top_k: int = Field(default=1, ge=1)
-    """With more than one, a column ``<name>_top_k`` lists the most probable labels."""
-    rows_per_unit: int = Field(default=200_000, ge=1)
-    """What is done, or done again, as a whole."""
-    limit: int | None = Field(default=None, ge=1)
-    """The first rows only."""
-    sample: float | None = Field(default=None, gt=0, lt=1)
-    """A random share of the rows, the same in every run."""
-
-    @model_validator(mode="after")
-    def _one_threshold(self) -> BulkOptions:
-        if self.min_score is not None and self.target_accuracy is not None:
-            raise ValueError("--min-score and --target-accuracy both set a threshold; choose one")
-        return self
-
-
-class BulkAdapter(Record):
-    """One adapter of a bulk job."""
-
-    name: str
-    sha256: str
-    encoder_revision: str
-    labels_sha256: str
-    threshold: Share | None
-    """Below it a label is null."""
-
-
-class BulkJob(Record):
-    """What a bulk job is. Another value of any field is another job."""
-
-    lorafleet_version: str
-    files: tuple[InputFile, ...]
-    adapters: tuple[BulkAdapter, ...]
-    options: BulkOptions
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal jobs."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
-
-
-class Receipt(Record):
-    """What came of a unit. Lies in the footer of its output, too."""
-
-    unit: int
-    rows: int = 0
-    null_labels: dict[str, int] = Field(default_factory=dict)
-    """Adapter -> rows without a label."""
-    reasons: dict[str, int] = Field(default_factory=dict)
-    """Why, over all adapters."""
-    truncated: int = 0
-    duplicates: int = 0
-    """Rows whose text occurs earlier in the unit."""
-    labels: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Adapter -> label -> rows."""
-    seconds: float = 0.0
-    failure: str | None = None
-    fatal: bool = False
-    """The whole job cannot go on: a full disk."""
-
-
-class BulkSummary(Record):
-    """``_job.json``."""
-
-    job: str
-    """Fingerprint."""
-    lorafleet_version: str
-    rows_in: int
-    rows_out: int
-    null_labels: dict[str, int]
-    reasons: dict[str, int]
-    truncated: int
-    duplicates: int
-    labels: dict[str, dict[str, int]]
-    units: int
-    units_done_before: int
-    """By an earlier start of the same job."""
-    failures: int
-    seconds: float
-    """Of this start, preparations included."""
-    rows_per_second: float | None
-    """Rows labelled by this start / seconds of labelling; none where nothing was left to do."""
 
 
 @dataclass(frozen=True)
@@ -138,44 +39,6 @@ class Begun:
     """Where units go: the output folder, or one inside it that will replace it."""
     todo: tuple[Unit, ...]
     num_done: int
-
-
-class BulkCompute(Record):
-    """Where a bulk job runs."""
-
-    where: Literal["auto", "process", "ray"] = "auto"
-    """``auto``: in this process up to ``SMALL_ROWS`` rows, because Ray takes longer to start than they take to label."""
-    cpus: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """CPU share of one Ray actor, and its torch threads; ``auto``: one (in this process: all)."""
-    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """GPU share of one actor; ``auto``: one where there are any."""
-    concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Actors at most; the pool grows to it while there is work. ``auto``: as many as fit."""
-    ray_address: str | None = None
-    """An existing Ray cluster; left out, a local Ray is started and stopped."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> BulkCompute:
-        if self.where == "process" and self.ray_address is not None:
-            raise ValueError("--where process and --ray-address name two places; choose one")
-        return self
-
-
-class BulkRequest(Record):
-    """What ``lorafleet classify`` is asked for."""
-
-    source: str
-    """A Parquet file, a folder, a glob, or an fsspec URL of one."""
-    output: str
-    """A folder, or an fsspec URL of one."""
-    adapters: tuple[str, ...]
-    """``[NAME=]REF`` each."""
-    options: BulkOptions = BulkOptions()
-    compute: BulkCompute = BulkCompute()
-    encoder: str | None = None
-    """Where the encoder lies, if not under the name that the adapters give."""
-    offline: bool = False
-    overwrite: bool = False
 
 
 def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:

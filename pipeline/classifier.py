@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -203,9 +203,9 @@ class _Merged:
     def __init__(self, found: FoundAdapter, encoder: Encoder) -> None:
         adapter = load_adapter(found.folder, encoder)
         adapter.detach()
-        self._model = encoder.model
-        self._linears = {path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}
-        self._frozen = {path: lora.base for path, lora in adapter.projections.items()}
+        self._switches = [
+            _Switch(*_place(encoder.model, path), _merge(lora.base, lora.update), lora.base) for path, lora in adapter.projections.items()
+        ]
         self.head: nn.Linear = adapter.head[1]  # type: ignore[assignment]
         self.temperature = found.calibration.temperature if found.calibration else 1.0
         self.first_layer = min(layer_number(path) or 0 for path in adapter.projections)
@@ -214,14 +214,26 @@ class _Merged:
     def attached(self) -> Iterator[None]:
         """While open, the encoder runs with this adapter's projections."""
         try:
-            self._put(self._linears)
+            for switch in self._switches:
+                switch.children[switch.name] = switch.merged
             yield
         finally:
-            self._put(self._frozen)
+            for switch in self._switches:
+                switch.children[switch.name] = switch.frozen
 
-    def _put(self, linears: dict[str, nn.Linear]) -> None:
-        for path, linear in linears.items():
-            self._model.set_submodule(path, linear)
+
+class _Switch(NamedTuple):
+    """A projection's place in the encoder, and what may stand there. Every batch switches all of them for every adapter."""
+
+    children: dict[str, nn.Module | None]
+    name: str
+    merged: nn.Linear
+    frozen: nn.Linear
+
+
+def _place(model: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent)._modules, name
 
 
 def _merge(base: nn.Linear, update: Tensor) -> nn.Linear:
@@ -232,20 +244,24 @@ def _merge(base: nn.Linear, update: Tensor) -> nn.Linear:
 
 
 class _SharedLayers:
-    """Lets adapters that leave the lower layers alone compute those once per batch.
+    """Lets adapters compute once per batch what none of them changes: the embeddings, and the layers below the first adapted one.
 
-    The layers' ``forward`` is wrapped: the first adapter that starts at layer ``n`` leaves the output of layer ``n - 1`` here, and for
-    the next ones the layers below ``n`` answer with it.
+    Their ``forward`` is wrapped: the first adapter that starts at layer ``n`` leaves the output of layer ``n - 1`` here, and for the next
+    ones the layers below ``n`` answer with it. What comes before layer 0 is shared by all.
     """
 
     def __init__(self, model: nn.Module, first_layers: Sequence[int]) -> None:
         self._kept: dict[int, Any] = {}
         self._start = 0
+        self._open = False
         counts = {first: list(first_layers).count(first) for first in first_layers}
         self._worth = {first for first, count in counts.items() if first > 0 and count > 1}
         if self._worth:
             for number, layer in enumerate(_layers(model)[: max(self._worth)]):
                 layer.forward = self._wrapped(number, layer.forward)
+        embeddings = getattr(model, "embeddings", None)
+        if len(first_layers) > 1 and isinstance(embeddings, nn.Module):
+            embeddings.forward = self._kept_by_all(embeddings.forward)
 
     def forget(self) -> None:
         """Before another batch."""
@@ -254,11 +270,21 @@ class _SharedLayers:
     @contextmanager
     def shared_below(self, first_layer: int) -> Iterator[None]:
         """While open, layers below ``first_layer`` compute only if nobody has before."""
-        self._start = first_layer if first_layer in self._worth else 0
+        self._start, self._open = first_layer if first_layer in self._worth else 0, True
         try:
             yield
         finally:
-            self._start = 0
+            self._start, self._open = 0, False
+
+    def _kept_by_all(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def shared(*arguments: Any, **options: Any) -> Any:
+            if not self._open:
+                return forward(*arguments, **options)
+            if 0 not in self._kept:
+                self._kept[0] = forward(*arguments, **options)
+            return self._kept[0]
+
+        return shared
 
     def _wrapped(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def shared(*arguments: Any, **options: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.catalogue import hash_order, load_mteb_task
+from pipeline.catalogue import load_mteb_task
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
+from pipeline.packages import hash_order
 from pipeline.records import MtebTask
 
 Labels = NDArray[np.int64]

@@ -15,7 +15,10 @@ from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, Tas
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 
 # The sources whose change can change a weight or a score; a report's layout cannot.
-_SOURCES = ("catalogue", "dataset", "encoder", "attention", "frozen_linear", "adapter", "training", "evaluation", "scores", "job")
+_SOURCES = (
+    *("catalogue", "packages", "dataset", "encoder", "attention", "frozen_linear"),
+    *("lora", "adapter", "training", "evaluation", "scores", "job"),
+)
 
 
 class RunManifest(Record):

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.adapter import Adapter, Factors, HeadStart
+from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, Tokens
 from pipeline.errors import LorafleetError, ResumeError
+from pipeline.lora import Factors
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import write_atomically
 

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.bulk_job import ATTEMPTS, BulkAdapter, BulkJob, Receipt, footer, read_receipt
+from pipeline.bulk_job import ATTEMPTS, footer, read_receipt
+from pipeline.bulk_records import BulkAdapter, BulkJob, Receipt
 from pipeline.classifier import Answers, load_classifier
 from pipeline.encoder import Tokens
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line

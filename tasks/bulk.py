@@ -14,20 +14,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.bulk_job import (
-    SMALL_ROWS,
-    Begun,
-    BulkJob,
-    BulkRequest,
-    BulkSummary,
-    Receipt,
-    begin,
-    check_places,
-    describe_job,
-    finish,
-    forget_attempts,
-    new_columns,
-)
+from pipeline.bulk_job import Begun, begin, check_places, describe_job, finish, forget_attempts, new_columns
+from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage import Place, store_errors

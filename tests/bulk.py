@@ -13,7 +13,8 @@ from builders import calibration, give_effect, load_encoder
 
 from pipeline.adapter import Adapter, save_adapter
 from pipeline.adapter_ref import find_adapters
-from pipeline.bulk_job import Begun, BulkJob, BulkOptions, BulkSummary, Receipt, begin, describe_job, finish, new_columns
+from pipeline.bulk_job import Begun, begin, describe_job, finish, new_columns
+from pipeline.bulk_records import BulkJob, BulkOptions, BulkSummary, Receipt
 from pipeline.config import AdapterConfig
 from pipeline.run_folder import TaskFolder
 from pipeline.storage import Place

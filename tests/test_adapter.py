@@ -28,10 +28,11 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter import Adapter, HeadStart, LoraLinear, load_adapter, projection_paths, save_adapter
+from pipeline.adapter import Adapter, HeadStart, load_adapter, projection_paths, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import AdapterError
+from pipeline.lora import LoraLinear
 from pipeline.model_card import usage_snippet
 from pipeline.records import EncoderRef
 from pipeline.run_folder import TaskFolder, adapter_sha256

@@ -14,20 +14,8 @@ from builders import toy_texts
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 from pydantic import ValidationError
 
-from pipeline.bulk_job import (
-    ATTEMPTS,
-    FAILURES,
-    FOOTER_KEY,
-    GRACE_SECONDS,
-    JOB,
-    PLAN,
-    SUCCESS,
-    BulkOptions,
-    BulkSummary,
-    check_places,
-    forget_attempts,
-    new_columns,
-)
+from pipeline.bulk_job import ATTEMPTS, FAILURES, FOOTER_KEY, GRACE_SECONDS, JOB, PLAN, SUCCESS, check_places, forget_attempts, new_columns
+from pipeline.bulk_records import BulkOptions, BulkSummary
 from pipeline.errors import InputError
 from pipeline.storage import Place
 

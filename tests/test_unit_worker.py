@@ -25,7 +25,8 @@ from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_tabl
 
 from pipeline.adapter import load_adapter
 from pipeline.adapter_ref import find_adapters
-from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, PLAN, Receipt, read_receipt
+from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
+from pipeline.bulk_records import Receipt
 from pipeline.errors import AdapterError
 from pipeline.run_folder import TaskFolder
 from pipeline.unit_worker import UnitWorker

@@ -326,21 +326,22 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
 
 def _job(options: argparse.Namespace, *, names: int, threads: int) -> tuple[Any, Any]:
     from pipeline.adapter_ref import find_adapters
-    from pipeline.bulk_job import BulkOptions, begin, describe_job, new_columns
+    from pipeline.bulk_job import begin, describe_job, new_columns
+    from pipeline.bulk_records import BulkOptions
     from pipeline.storage import Place
     from pipeline.unit_worker import WorkerSpec
     from pipeline.units import plan_input
 
     one = options.shared or options.adapter
     refs = (options.adapter,) if names == 1 and options.child not in ("eight_alone",) else tuple(f"A{i}={one}" for i in range(names))
-    settings = BulkOptions(rows_per_unit=10_000)
+    settings = BulkOptions(rows_per_unit=10_000) if options.child == "ours_ray" else BulkOptions()
     adapters = find_adapters(refs, offline=True)
     source = plan_input(
         str(options.input),
         text_column="text",
         columns=None,
         new_columns=new_columns([a.name for a in adapters], settings),
-        rows_per_unit=10_000,
+        rows_per_unit=settings.rows_per_unit,
         limit=None,
     )
     place = Place(str(options.output))

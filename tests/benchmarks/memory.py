@@ -64,7 +64,8 @@ def make_input(folder: Path, *, rows: int, files: int, mirror: str) -> int:
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Label all units in this process."""
     from pipeline.adapter_ref import find_adapters
-    from pipeline.bulk_job import BulkOptions, begin, describe_job, new_columns
+    from pipeline.bulk_job import begin, describe_job, new_columns
+    from pipeline.bulk_records import BulkOptions
     from pipeline.storage import Place
     from pipeline.unit_worker import UnitWorker, WorkerSpec
     from pipeline.units import plan_input
