@@ -208,7 +208,7 @@ def run_ray_data(options: argparse.Namespace, started: float) -> dict[str, Any]:
             return batch | {"label": label.numpy(), "score": scores.numpy(), "loaded": np.full(len(label), self.loaded)}
 
     actors = ray.data.ActorPoolStrategy(size=options.threads)
-    rows = ray.data.read_parquet(options.input, override_num_blocks=4 * options.threads)
+    rows = ray.data.read_parquet(options.input).repartition(4 * options.threads)  # else one row group is one actor's
     rows.map_batches(Model, batch_size=BATCH, num_cpus=1, compute=actors).write_parquet(str(options.output))
     ended = time.time()
     written = pq.read_table(options.output)
