@@ -192,7 +192,7 @@ def _encoder_config(adapter: FoundAdapter, encoder: str | None) -> EncoderConfig
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc use freed arrays again, instead of asking the system for every batch's anew: of long texts that was a third of the time."""
+    """Have glibc use freed arrays again instead of asking the system for each anew: of long texts that was a third of the time."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MALLOPT_MMAP, _LARGEST_ARRAY)
