@@ -34,7 +34,7 @@ from pipeline.storage import Place, open_file, store_errors
 from pipeline.units import Unit, text_type
 
 MAX_ATTEMPTS = 3
-_BLOCK_ROWS = 16_384
+_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 64 * 1024**2  # four blocks may be in memory at a time
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 64 * 1024**2
 _READ_BUFFER_BYTES = 1024**2
 _NULL, _EMPTY = -1, -2
@@ -133,7 +133,8 @@ class UnitWorker:
         columns = [*self.spec.columns, *({options.text_column} - set(self.spec.columns))]
         random = np.random.default_rng(crc32(unit.output.encode()))
         position, end = 0, unit.first_row + unit.num_rows
-        for batch in parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=list(unit.row_groups), columns=columns):
+        size = _block_rows(parquet, unit, columns)
+        for batch in parquet.iter_batches(batch_size=size, row_groups=list(unit.row_groups), columns=columns):
             start = position
             position += len(batch)
             if position <= unit.first_row:
@@ -327,6 +328,15 @@ class _Output:
         if self._waiting:
             self._writer.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._rows, self._bytes = [], 0, 0
+
+
+def _block_rows(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str]) -> int:
+    """Rows to read at once, fewer where they are wide. It depends on the file alone, so the same unit gives the same batches."""
+    groups = [parquet.metadata.row_group(index) for index in unit.row_groups]
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    rows = sum(group.num_rows for group in groups)
+    return max(1, min(_BLOCK_ROWS, rows * _BLOCK_BYTES // max(size, 1)))
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

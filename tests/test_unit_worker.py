@@ -128,6 +128,21 @@ def test_equal_texts_are_computed_once_and_answered_alike(begun: Callable[..., B
     assert len(answers) == 5
 
 
+def test_wide_rows_are_read_a_few_at_a_time(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.unit_worker._BLOCK_BYTES", 2**20)
+    random = np.random.default_rng(0)
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS[:50])]
+    bulk = begun({"text": texts, "payload": [random.bytes(2**17) for _ in texts]}, write={"use_dictionary": False})
+    worker = UnitWorker(bulk.spec)
+    blocks: list[int] = []
+    tokenise = worker.classifier.tokenise
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: blocks.append(len(texts)) or tokenise(texts))
+    worker.label(bulk.begun.todo[0])
+    assert max(blocks) <= 8
+    assert sum(blocks) == 50
+    assert rows_of(bulk).column("text").to_pylist() == texts
+
+
 def test_a_label_below_the_threshold_is_null_and_keeps_its_score(begun: Callable[..., Bulk]) -> None:
     free = labelled(begun({"text": TEXTS}, out="free"))
     scores = free.column("T_score").to_numpy()
