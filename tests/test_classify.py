@@ -252,6 +252,7 @@ REFUSALS = {
     "no actor": Refusal(["good", "out", "--concurrency", "0"], "--concurrency: "),
     "a share that is no number": Refusal(["good", "out", "--cpus", "many"], "--cpus: "),
     "both thresholds": Refusal(["good", "out", "--min-score", "0.5", "--target-accuracy", "0.9"], "both set a threshold; choose one"),
+    "two places": Refusal(["good", "out", "--where", "process", "--ray-address", "127.0.0.1:1"], "name two places; choose one"),
     "a place that is not there": Refusal(["good", "out", "--where", "elsewhere"], "'elsewhere' is not one of"),
     "an option that is none": Refusal(["good", "out", "--nope"], "--nope"),
     "a cluster that does not answer": Refusal(["good", "begun", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers there"),

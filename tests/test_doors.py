@@ -16,7 +16,7 @@ TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path
 DOORS = {
     "peft": {"pipeline/adapter.py"},
     "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py"},
-    "prefect": {"flows/classify_datasets.py", "flows/train_adapters.py", "tasks/bulk.py", "tasks/stages.py"},
+    "prefect": {"flows/classify_datasets.py", "flows/train_adapters.py", "tasks/bulk.py", "tasks/progress.py", "tasks/stages.py"},
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
