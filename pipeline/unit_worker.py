@@ -34,8 +34,8 @@ from pipeline.storage import Place, open_file, store_errors
 from pipeline.units import Unit, text_type
 
 MAX_ATTEMPTS = 3
-_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 64 * 1024**2  # four blocks may be in memory at a time
-_GROUP_ROWS, _GROUP_BYTES = 65_536, 64 * 1024**2
+_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # four blocks may be in memory at a time
+_GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2
 _READ_BUFFER_BYTES = 1024**2
 _NULL, _EMPTY = -1, -2
 
