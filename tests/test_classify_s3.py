@@ -102,6 +102,7 @@ def check_secret(lake: Lake, folder: str, *all_ended: Ended) -> None:
     assert not any(SECRET.encode() in content for content in lake.objects(folder).values())
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_job_on_s3_is_killed_on_ray_and_ended_by_the_next_start(lake: Lake, undisturbed: Path) -> None:
     killed = lake.start("s3://lake/in", "s3://lake/out", "--where", "ray")
