@@ -17,18 +17,16 @@ test: $(VENV)/.ready-dev  ## every check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
 	$(BIN)/pytest -m faults --timeout 1800
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: EXTRAS := quickstart
+$(VENV)/.ready-dev: EXTRAS := quickstart,dev
+$(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
-	touch $@
-
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -31,7 +31,6 @@ class FoundAdapter:
     encoder: EncoderConfig
     """Public name, revision, pooling and length it was trained with."""
     label_names: tuple[str, ...]
-    adapted_modules: tuple[str, ...]
     calibration: Calibration | None
     """None where the adapter came without one: its probabilities are then as the head gives them."""
 
@@ -111,7 +110,6 @@ def _describe(folder: TaskFolder) -> FoundAdapter:
         encoder = EncoderConfig(
             name=meta["encoder"]["name"], revision=meta["encoder"]["revision"], pooling=meta["pooling"], max_tokens=meta["max_tokens"]
         )
-        modules = tuple(str(path) for path in meta["adapted_modules"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise AdapterError(f"{folder.root}: meta.json or labels.json is missing or damaged: {first_line(error)}") from None
     if not isinstance(labels, list) or not labels:
@@ -121,7 +119,7 @@ def _describe(folder: TaskFolder) -> FoundAdapter:
     except DataError as error:
         raise AdapterError(str(error)) from None
     sha256 = adapter_sha256(folder.root)
-    return FoundAdapter(meta.get("task", folder.root.name), folder, sha256, encoder, tuple(map(str, labels)), modules, calibration)
+    return FoundAdapter(meta.get("task", folder.root.name), folder, sha256, encoder, tuple(map(str, labels)), calibration)
 
 
 def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:

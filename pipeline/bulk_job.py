@@ -26,7 +26,7 @@ from pipeline.units import BulkInput, Unit, UnitFailure
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 FOOTER_KEY = b"lorafleet"
 _NEXT = "_next-"
-_OUTPUT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet|_failures\.parquet|(_attempts|_next-[0-9a-f]+)/.*")
+_OUTPUT_NAME = re.compile(rf"(.*/)?.+-\d{{5,}}\.parquet|{re.escape(FAILURES)}|({ATTEMPTS}|{_NEXT}[0-9a-f]+)/.*")
 GRACE_SECONDS = 60.0
 """An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
 
@@ -120,6 +120,9 @@ def forget_attempts(place: Place) -> None:
 
     A unit that kills the process which runs the whole job leaves its attempts to the next start, and is quarantined by the fourth.
     """
+    if place.local:
+        shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
+        return
     for name in place.names(under=ATTEMPTS):
         place.remove(name)
 
@@ -155,8 +158,6 @@ def finish(
     place.write(JOB, summary.model_dump_json(indent=1).encode())
     sweep(place, job, older_than=0)  # all is there or has failed, so whatever is still written is written twice, or by nobody
     forget_attempts(place)
-    if place.local:
-        shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
     if failures:
         place.write(FAILURES, _failures_table(failures))
         place.remove(SUCCESS)  # of an earlier start, whose output has been taken away since

@@ -37,6 +37,7 @@ CLOSE_CALL = 0.03
 """Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # of malloc.h
 _LARGEST_ARRAY = 1024**3
+_OUTSIDE = -1  # of every layer, as the embeddings are
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class _Merged:
         ]
         self.head: nn.Linear = adapter.head[1]  # type: ignore[assignment]
         self.temperature = found.calibration.temperature if found.calibration else 1.0
-        self.first_layer = min(layer_number(path) or 0 for path in adapter.projections)
+        numbers = [layer_number(path) for path in adapter.projections]
+        self.first_layer = min(_OUTSIDE if number is None else number for number in numbers)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -260,21 +262,20 @@ class _SharedLayers:
     """Lets adapters compute once per batch what none of them changes: the embeddings, and the layers below the first adapted one.
 
     Their ``forward`` is wrapped: the first adapter that starts at layer ``n`` leaves the output of layer ``n - 1`` here, and for the next
-    ones the layers below ``n`` answer with it. What comes before layer 0 is shared by all.
+    ones the layers below ``n`` answer with it. Embeddings are shared by all that adapt layers only.
     """
 
     def __init__(self, model: nn.Module, first_layers: Sequence[int]) -> None:
         self._kept: dict[int, Any] = {}
-        self._start = 0
-        self._open = False
-        counts = {first: list(first_layers).count(first) for first in first_layers}
-        self._worth = {first for first, count in counts.items() if first > 0 and count > 1}
+        self._first = _OUTSIDE
+        in_layers = [first for first in first_layers if first != _OUTSIDE]
+        self._worth = {first for first in in_layers if first > 0 and in_layers.count(first) > 1}
         if self._worth:
             for number, layer in enumerate(_layers(model)[: max(self._worth)]):
-                layer.forward = self._wrapped(number, layer.forward)
+                layer.forward = self._shared_layer(number, layer.forward)
         embeddings = getattr(model, "embeddings", None)
-        if len(first_layers) > 1 and isinstance(embeddings, nn.Module):
-            embeddings.forward = self._kept_by_all(embeddings.forward)
+        if len(in_layers) > 1 and isinstance(embeddings, nn.Module):
+            embeddings.forward = self._shared_embeddings(embeddings.forward)
 
     def forget(self) -> None:
         """Before another batch."""
@@ -282,16 +283,16 @@ class _SharedLayers:
 
     @contextmanager
     def shared_below(self, first_layer: int) -> Iterator[None]:
-        """While open, layers below ``first_layer`` compute only if nobody has before."""
-        self._start, self._open = first_layer if first_layer in self._worth else 0, True
+        """While open, what lies below ``first_layer`` computes only if nobody has before."""
+        self._first = first_layer
         try:
             yield
         finally:
-            self._start, self._open = 0, False
+            self._first = _OUTSIDE
 
-    def _kept_by_all(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _shared_embeddings(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def shared(*arguments: Any, **options: Any) -> Any:
-            if not self._open:
+            if self._first == _OUTSIDE:
                 return forward(*arguments, **options)
             if 0 not in self._kept:
                 self._kept[0] = forward(*arguments, **options)
@@ -299,13 +300,15 @@ class _SharedLayers:
 
         return shared
 
-    def _wrapped(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _shared_layer(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def shared(*arguments: Any, **options: Any) -> Any:
-            if number < self._start and self._start in self._kept:
-                return self._kept[self._start]
+            if number >= self._first or self._first not in self._worth:
+                return forward(*arguments, **options)
+            if self._first in self._kept:
+                return self._kept[self._first]
             output = forward(*arguments, **options)
-            if number + 1 == self._start:
-                self._kept[self._start] = output
+            if number + 1 == self._first:
+                self._kept[self._first] = output
             return output
 
         return shared

@@ -42,14 +42,14 @@ class FrozenLinear(nn.Linear):
         return y
 
     def product(self, x: Tensor) -> Tensor:
-        """``x W' + b`` for contiguous (rows, in); not differentiable."""
+        """``x W' + b``, contiguous (…, in) -> (…, out); not differentiable."""
         # The second "none" asks for the exact GELU, not an approximation.
         activation: tuple[str, list[float], str] = ("gelu", [], "none") if self._gelu else ("none", [], "")
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, *activation)
         return y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """``grad W`` for the gradient (rows, out) of the output."""
+        """``grad W``, (…, out) -> (…, in): the gradient of the input from that of the output."""
         assert not self._gelu
         y: Tensor = torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._pack(transposed=True), None, "none", [], "")
         return y

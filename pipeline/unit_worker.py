@@ -98,14 +98,17 @@ class UnitWorker:
             return Receipt(unit=unit.number, failure="out of memory; a smaller --rows-per-unit needs less")
 
     def _attempt(self, unit: Unit) -> Receipt:
-        if self.place.exists(unit.output):
-            return read_receipt(self.place, unit)
         attempts = f"{ATTEMPTS}/{unit.number:05d}"
-        before = [name for name in self.place.names(under=ATTEMPTS) if name.startswith(f"{attempts}-")]
-        if len(before) >= MAX_ATTEMPTS:
-            return Receipt(unit=unit.number, failure=f"killed the worker {len(before)} times")
         attempt = f"{attempts}-{secrets.token_hex(6)}"
-        self.place.write(attempt, b"")
+        try:
+            if self.place.exists(unit.output):
+                return read_receipt(self.place, unit)
+            before = [name for name in self.place.names(under=ATTEMPTS) if name.startswith(f"{attempts}-")]
+            if len(before) >= MAX_ATTEMPTS:
+                return Receipt(unit=unit.number, failure=f"killed the worker {len(before)} times")
+            self.place.write(attempt, b"")
+        except store_errors() as error:  # not this unit's fault: no other one could be written either
+            return Receipt(unit=unit.number, failure=f"output {self.place}: {first_line(error)}", fatal=True)
         try:
             return self._label(unit)
         finally:

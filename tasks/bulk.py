@@ -6,20 +6,18 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.bulk_job import Begun, begin, check_places, describe_job, finish, forget_attempts, new_columns
-from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest, BulkSummary, Receipt
+from pipeline.bulk_job import finish, forget_attempts
+from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError
-from pipeline.storage import Place, store_errors
-from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
+from pipeline.storage import store_errors
+from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
 from tasks.fleet import Fleet
 from tasks.progress import ProgressArtifact
@@ -27,75 +25,25 @@ from tasks.progress import ProgressArtifact
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.bulk_plan import BulkPlan
     from pipeline.unit_worker import WorkerSpec
 
 _LOG_SECONDS = 15.0
 _BLOCK_BYTES = 1024**2
 
 
-class BulkPlan:
-    """A bulk job that can start."""
-
-    def __init__(
-        self, request: BulkRequest, adapters: Sequence[FoundAdapter], source: BulkInput, job: BulkJob, output: Place, begun: Begun
-    ) -> None:
-        self.request, self.adapters, self.source, self.job, self.output, self.begun = request, adapters, source, job, output, begun
-
-    @property
-    def rows_todo(self) -> int:
-        """Rows without output yet."""
-        return sum(unit.num_rows for unit in self.begun.todo)
-
-    @property
-    def in_process(self) -> bool:
-        """Whether the units run in this process."""
-        where = self.request.compute.where
-        small = self.rows_todo <= SMALL_ROWS and self.request.compute.ray_address is None
-        return where == "process" or (where == "auto" and small)
-
-    def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
-        """What a worker is told, wherever it runs: its working folder may be another one."""
-        from pipeline.unit_worker import WorkerSpec
-
-        encoder = self.request.encoder
-        return WorkerSpec(
-            job=self.job,
-            refs=tuple(_ref_for_worker(*pair) for pair in zip(self.request.adapters, self.adapters, strict=True)),
-            output=self.begun.place.url(""),
-            encoder=str(Path(encoder).resolve()) if encoder is not None and Path(encoder).is_dir() else encoder,
-            threads=threads,
-            use_gpu=use_gpu,
-            offline=self.request.offline,
-            columns=self.source.columns,
-        )
-
-
 @task(name="plan", cache_policy=NO_CACHE)
 def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     """Check input, adapters, encoder and output before anything starts; returns what is wrong, as ``check_inputs`` does."""
-    from pipeline.classifier import find_encoder_of
+    from pipeline.bulk_plan import plan_bulk
 
     try:
-        output = Place(request.output)
-        check_places(request.source, output)
-        adapters = find_adapters(request.adapters, offline=request.offline)
-        find_encoder_of(adapters[0], request.encoder, offline=request.offline)
-        options = request.options
-        source = plan_input(
-            request.source,
-            text_column=options.text_column,
-            columns=options.columns,
-            new_columns=new_columns([a.name for a in adapters], options),
-            rows_per_unit=options.rows_per_unit,
-            limit=options.limit,
-        )
-        job = describe_job(adapters, source, options)
-        plan = BulkPlan(request, adapters, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
+        plan = plan_bulk(request)
     except InputError as error:
         return error
     logger = get_run_logger()
-    logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(source), plan.begun.num_done)
-    for failure in source.failures:
+    logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(plan.source), plan.begun.num_done)
+    for failure in plan.source.failures:
         logger.warning("left out: %s: %s", failure.path, failure.reason)
     return plan
 
@@ -113,7 +61,7 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
             receipts.append(receipt)
             progress.show(receipts)
             if receipt.fatal:
-                return LorafleetError(f"stopped: {receipt.failure}; make room and start again, {_units(plan, receipts)} are kept")
+                return LorafleetError(f"stopped: {receipt.failure}; start again when that is mended, {_units(plan, receipts)} are kept")
     except LorafleetError as error:
         return error
     return receipts, progress.seconds
@@ -240,11 +188,6 @@ class _Progress:
             self._logger.info("%s%s", "first estimate: " if not self._logged and done < total else "", facts)
             self._logged = now
         self._artifact.show(100 * done / total, facts)
-
-
-def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
-    """What lies on the Hub every machine fetches for itself."""
-    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"
 
 
 def _extent(source: BulkInput) -> tuple[int, int, int]:

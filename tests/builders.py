@@ -338,13 +338,15 @@ def tiny_architecture(family: str) -> Any:
     raise AssertionError(family)
 
 
-def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0) -> Path:
-    """A random encoder of a real architecture with its tokenizer, as a folder that transformers loads."""
+def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: int) -> Path:
+    """A random encoder of a real architecture with its tokenizer, as a folder that transformers loads; ``changes`` are of its config."""
     import torch
     from transformers import AutoModel
 
     torch.manual_seed(seed)
-    model = AutoModel.from_config(tiny_architecture(family))
+    architecture = tiny_architecture(family)
+    architecture.update(changes)
+    model = AutoModel.from_config(architecture)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zeros hide a bias that is forgotten

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 from builders import calibration, give_effect, load_encoder
 
 from pipeline.adapter import Adapter, save_adapter
-from pipeline.adapter_ref import find_adapters
-from pipeline.bulk_job import Begun, begin, describe_job, finish, new_columns
-from pipeline.bulk_records import BulkJob, BulkOptions, BulkSummary, Receipt
+from pipeline.bulk_job import Begun, finish
+from pipeline.bulk_plan import plan_bulk
+from pipeline.bulk_records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
 from pipeline.config import AdapterConfig
 from pipeline.run_folder import TaskFolder
 from pipeline.storage import Place
 from pipeline.unit_worker import UnitWorker, WorkerSpec
-from pipeline.units import BulkInput, Unit, UnitFailure, plan_input
+from pipeline.units import BulkInput, Unit, UnitFailure
 
 LABELS = ("sea", "kitchen", "garden")
 
@@ -70,30 +70,17 @@ def start(
     source: Path | str, output: Path, adapters: Sequence[Path | str], encoder: Path, *, overwrite: bool = False, **options: Any
 ) -> Bulk:
     """What ``lorafleet classify`` does before the first unit."""
-    refs = tuple(map(str, adapters))
-    found = find_adapters(refs, offline=True)
-    given = BulkOptions(**options)
-    planned = plan_input(
-        str(source),
-        text_column=given.text_column,
-        columns=given.columns,
-        new_columns=new_columns([adapter.name for adapter in found], given),
-        rows_per_unit=given.rows_per_unit,
-        limit=given.limit,
-    )
-    job, place = describe_job(found, planned, given), Place(str(output))
-    begun = begin(place, job, planned.units, overwrite=overwrite)
-    spec = WorkerSpec(
-        job=job,
-        refs=refs,
-        output=begun.place.url(""),
+    request = BulkRequest(
+        source=str(source),
+        output=str(output),
+        adapters=tuple(map(str, adapters)),
+        options=BulkOptions(**options),
         encoder=str(encoder),
-        threads=1,
-        use_gpu=False,
         offline=True,
-        columns=planned.columns,
+        overwrite=overwrite,
     )
-    return Bulk(place, planned, job, begun, spec)
+    plan = plan_bulk(request)
+    return Bulk(plan.output, plan.source, plan.job, plan.begun, plan.worker_spec(threads=1, use_gpu=False))
 
 
 def files_below(folder: Path) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, give_effect, load_encoder
+from builders import FAMILIES, give_effect, load_encoder, save_tiny_encoder
 from torch import nn
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
@@ -30,10 +31,10 @@ TEXTS = [
 ]
 
 
-def saved(folder: Path, encoder_folder: Path, *, layers: str = "all", num_classes: int = 3, seed: int = 1) -> Path:
+def saved(folder: Path, encoder_folder: Path, *, num_classes: int = 3, seed: int = 1, **config: Any) -> Path:
     """An adapter on disk that has an effect."""
     encoder = load_encoder(encoder_folder)
-    adapter = Adapter(encoder, AdapterConfig(layers=layers), [f"class {i}" for i in range(num_classes)], seed=seed)
+    adapter = Adapter(encoder, AdapterConfig(**config), [f"class {i}" for i in range(num_classes)], seed=seed)
     save_adapter(give_effect(adapter, seed=seed), TaskFolder(folder), meta={"task": folder.name})
     return folder
 
@@ -93,6 +94,16 @@ def test_layers_that_no_adapter_changes_are_computed_once_per_batch(
     classifier = Classifier(found(*folders), encoder)
     classifier.classify(classifier.tokenise(TEXTS))
     assert (calls.count(0), calls.count(1)) == (times, 3)
+
+
+def test_embeddings_that_an_adapter_changes_are_its_own(tmp_path: Path) -> None:
+    encoder_folder = save_tiny_encoder(tmp_path / "encoder", "deberta-v2", embedding_size=16)
+    targets = ["embeddings.embed_proj", "encoder.layer.0.attention.self.query_proj"]
+    folders = [saved(tmp_path / f"T{i}", encoder_folder, target=tuple(targets[i % 2 :]), seed=i) for i in range(4)]
+    together = classify(found(*folders), encoder_folder)
+    for folder, answers in zip(folders, together, strict=True):
+        (alone,) = classify(found(folder), encoder_folder)
+        assert answers.scores.tobytes() == alone.scores.tobytes()
 
 
 def test_the_encoder_is_the_frozen_one_again_after_every_call(encoder_folder: Folders, tmp_path: Path) -> None:

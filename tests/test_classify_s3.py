@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Lake:
     fs: Any
     environment: dict[str, str]
     options: tuple[str, ...]
+    server: subprocess.Popen[bytes]
 
     def start(self, *arguments: str, **environment: str) -> Command:
         """``lorafleet classify``."""
@@ -52,11 +55,11 @@ class Lake:
         return {name: content for name, content in self.objects(folder).items() if not name.startswith("_")}
 
 
-@pytest.fixture(scope="module")
-def lake(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lake]:
+@contextmanager
+def serve_lake(cwd: Path, finished_run: FinishedRun, prefect_api: str) -> Iterator[Lake]:
+    """A server of its own, with three files of 80 rows."""
     import s3fs
 
-    cwd = tmp_path_factory.mktemp("s3")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,9 +84,15 @@ def lake(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.T
     keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
     environment = keys | {"AWS_ENDPOINT_URL": address, "PREFECT_API_URL": prefect_api}
     encoder = load_config(str(finished_run.config)).encoder.name
-    yield Lake(cwd, fs, environment, ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--offline"))
+    yield Lake(cwd, fs, environment, ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--offline"), server)
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="module")
+def lake(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lake]:
+    with serve_lake(tmp_path_factory.mktemp("s3"), finished_run, prefect_api) as lake:
+        yield lake
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +154,22 @@ def test_another_job_takes_the_place_of_one_on_s3_when_asked(lake: Lake) -> None
     assert sorted(lake.objects("twice")) == sorted(["_SUCCESS", "_job.json", "_plan.json", *after])
     assert len(after) == 4
     check_secret(lake, "twice", ended)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("where", ["process", "ray"])
+def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
+    where: str, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
+) -> None:
+    with serve_lake(tmp_path, finished_run, prefect_api) as lake:
+        job = lake.start("s3://lake/in", "s3://lake/out", "--where", where, AWS_MAX_ATTEMPTS="2")
+        job.wait_until(lambda: len(lake.units("out")) >= 2)
+        lake.server.kill()
+        ended = job.wait(seconds=120)
+    assert ended.code == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert re.search(r"error: stopped: output s3://lake/out: .*; start again when that is mended, \d+ of 12 units are kept", ended.err)
+    assert SECRET not in ended.out + ended.err
 
 
 @pytest.mark.parametrize(

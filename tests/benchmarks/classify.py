@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.adapter_ref import FoundAdapter
+    from pipeline.bulk_plan import BulkPlan
     from pipeline.encoder import Tokens
 
 SLOW = ("pipeline", "sentence_transformers", "ray_data", "openvino", "onnx_int8", "eight", "eight_alone")
@@ -118,14 +119,14 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     return ARMS[arm](options, started)
 
 
-def run_ours(options: argparse.Namespace, started: float, *, names: int = 1, alone: bool = True) -> dict[str, Any]:
+def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str] = ()) -> dict[str, Any]:
     """The unit worker over all units, in this process."""
     from pipeline.unit_worker import UnitWorker
 
-    spec, units = _job(options, names=names, threads=options.threads)
-    worker = UnitWorker(spec)
+    job = plan(options.input, options.output, refs or [options.adapter])
+    worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=False))
     begun = time.perf_counter()
-    rows = sum(worker.label(unit).rows for unit in units)
+    rows = sum(worker.label(unit).rows for unit in job.begun.todo)
     return _facts(rows, begun, started)
 
 
@@ -136,7 +137,8 @@ def run_ours_ray(options: argparse.Namespace, started: float) -> dict[str, Any]:
 
     from tasks.bulk import UnitActor
 
-    spec, units = _job(options, names=1, threads=1)
+    job = plan(options.input, options.output, [options.adapter], rows_per_unit=10_000)
+    spec, units = job.worker_spec(threads=1, use_gpu=False), job.begun.todo
     _start_ray(options.threads)
     items = ray.data.from_items([{"unit": unit.model_dump_json()} for unit in units], override_num_blocks=len(units))
     pool = ray.data.ActorPoolStrategy(size=options.threads)
@@ -290,8 +292,8 @@ ARMS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
     "openvino": run_openvino,
     "onnx_int8": run_onnx_int8,
     "tokenise": run_tokenise,
-    "eight": lambda options, started: run_ours(options, started, names=8),
-    "eight_alone": run_ours,
+    "eight": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=8)),
+    "eight_alone": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=1)),
     "roof": run_roof,
 }
 
@@ -324,33 +326,17 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
     return "\n".join(lines)
 
 
-def _job(options: argparse.Namespace, *, names: int, threads: int) -> tuple[Any, Any]:
-    from pipeline.adapter_ref import find_adapters
-    from pipeline.bulk_job import begin, describe_job, new_columns
-    from pipeline.bulk_records import BulkOptions
-    from pipeline.storage import Place
-    from pipeline.unit_worker import WorkerSpec
-    from pipeline.units import plan_input
+def plan(source: Path, output: Path, adapters: Sequence[str], **options: Any) -> BulkPlan:
+    """A bulk job with the defaults of ``lorafleet classify``."""
+    from pipeline.bulk_plan import plan_bulk
+    from pipeline.bulk_records import BulkOptions, BulkRequest
 
-    one = options.shared or options.adapter
-    refs = (options.adapter,) if names == 1 and options.child not in ("eight_alone",) else tuple(f"A{i}={one}" for i in range(names))
-    settings = BulkOptions(rows_per_unit=10_000) if options.child == "ours_ray" else BulkOptions()
-    adapters = find_adapters(refs, offline=True)
-    source = plan_input(
-        str(options.input),
-        text_column="text",
-        columns=None,
-        new_columns=new_columns([a.name for a in adapters], settings),
-        rows_per_unit=settings.rows_per_unit,
-        limit=None,
-    )
-    place = Place(str(options.output))
-    job = describe_job(adapters, source, settings)
-    begun = begin(place, job, source.units, overwrite=False)
-    spec = WorkerSpec(
-        job=job, refs=refs, output=str(options.output), encoder=None, threads=threads, use_gpu=False, offline=True, columns=source.columns
-    )
-    return spec, begun.todo
+    request = BulkRequest(source=str(source), output=str(output), adapters=tuple(adapters), options=BulkOptions(**options), offline=True)
+    return plan_bulk(request)
+
+
+def _same_adapter(options: argparse.Namespace, *, times: int) -> list[str]:
+    return [f"A{number}={options.shared or options.adapter}" for number in range(times)]
 
 
 def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any]:

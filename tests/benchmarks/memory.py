@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from classify import mixed_texts
+from classify import mixed_texts, plan
 
 ROW_BYTES, GROUP_ROWS = 32_768, 2_000
 
@@ -63,27 +63,11 @@ def make_input(folder: Path, *, rows: int, files: int, mirror: str) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Label all units in this process."""
-    from pipeline.adapter_ref import find_adapters
-    from pipeline.bulk_job import begin, describe_job, new_columns
-    from pipeline.bulk_records import BulkOptions
-    from pipeline.storage import Place
-    from pipeline.unit_worker import UnitWorker, WorkerSpec
-    from pipeline.units import plan_input
+    from pipeline.unit_worker import UnitWorker
 
-    adapters, settings, output = find_adapters([options.adapter], offline=True), BulkOptions(), str(options.child / "out")
-    source = plan_input(
-        str(options.child / "in"),
-        text_column=settings.text_column,
-        columns=None,
-        new_columns=new_columns([a.name for a in adapters], settings),
-        rows_per_unit=settings.rows_per_unit,
-        limit=None,
-    )
-    job = describe_job(adapters, source, settings)
-    begun = begin(Place(output), job, source.units, overwrite=False)
-    places = {"output": output, "encoder": None, "columns": source.columns, "offline": True}
-    worker = UnitWorker(WorkerSpec(job=job, refs=(options.adapter,), threads=options.threads, use_gpu=False, **places))
-    receipts = [worker.label(unit) for unit in begun.todo]
+    job = plan(options.child / "in", options.child / "out", [options.adapter])
+    worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=False))
+    receipts = [worker.label(unit) for unit in job.begun.todo]
     assert not any(receipt.failure for receipt in receipts), receipts
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return {"rows": sum(r.rows for r in receipts), "seconds": sum(r.seconds for r in receipts), "peak": peak}

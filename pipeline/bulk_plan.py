@@ -1,0 +1,79 @@
+"""A bulk job that can start: input, adapters, encoder and output are checked, and what a worker is told is fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.bulk_job import Begun, begin, check_places, describe_job, new_columns
+from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest
+from pipeline.classifier import find_encoder_of
+from pipeline.storage import Place
+from pipeline.unit_worker import WorkerSpec
+from pipeline.units import BulkInput, plan_input
+
+
+@dataclass(frozen=True)
+class BulkPlan:
+    """What is to be done."""
+
+    request: BulkRequest
+    adapters: Sequence[FoundAdapter]
+    source: BulkInput
+    job: BulkJob
+    output: Place
+    begun: Begun
+
+    @property
+    def rows_todo(self) -> int:
+        """Rows without output yet."""
+        return sum(unit.num_rows for unit in self.begun.todo)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the units run in the process that has planned them, rather than on Ray."""
+        where = self.request.compute.where
+        small = self.rows_todo <= SMALL_ROWS and self.request.compute.ray_address is None
+        return where == "process" or (where == "auto" and small)
+
+    def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
+        """What a worker is told, wherever it runs: its working folder may be another one."""
+        encoder = self.request.encoder
+        return WorkerSpec(
+            job=self.job,
+            refs=tuple(_ref_for_worker(*pair) for pair in zip(self.request.adapters, self.adapters, strict=True)),
+            output=self.begun.place.url(""),
+            encoder=str(Path(encoder).resolve()) if encoder is not None and Path(encoder).is_dir() else encoder,
+            threads=threads,
+            use_gpu=use_gpu,
+            offline=self.request.offline,
+            columns=self.source.columns,
+        )
+
+
+def plan_bulk(request: BulkRequest) -> BulkPlan:
+    """Check all that can be checked before the first unit, and take the job up where it was left.
+
+    Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
+    """
+    output, options = Place(request.output), request.options
+    check_places(request.source, output)
+    adapters = find_adapters(request.adapters, offline=request.offline)
+    find_encoder_of(adapters[0], request.encoder, offline=request.offline)
+    source = plan_input(
+        request.source,
+        text_column=options.text_column,
+        columns=options.columns,
+        new_columns=new_columns([adapter.name for adapter in adapters], options),
+        rows_per_unit=options.rows_per_unit,
+        limit=options.limit,
+    )
+    job = describe_job(adapters, source, options)
+    return BulkPlan(request, adapters, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
+
+
+def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
+    """What lies on the Hub every machine fetches for itself."""
+    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"
