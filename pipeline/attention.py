@@ -53,49 +53,39 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         texts, heads, tokens, width = query.shape
         query, key, value = (t.reshape(texts * heads, tokens, width) for t in (query * scaling, key, value))
-        weights, sums = _weights(query, key, mask, heads=heads)
-        if sums is not None and tokens <= width:
-            weights, sums = weights.div_(_spread(sums, tokens)), None
-        output = torch.bmm(weights, value)
-        if sums is not None:  # of a long text the output has fewer numbers than the weights
-            output.div_(_spread(sums, width))
-        output = output.view(texts, heads, tokens, width).transpose(1, 2).contiguous()
-        ctx.save_for_backward(query, key, value, weights, sums, output)
+        probabilities = _probabilities(query, key, mask, heads=heads)
+        output = torch.bmm(probabilities, value).view(texts, heads, tokens, width).transpose(1, 2).contiguous()
+        ctx.save_for_backward(query, key, value, probabilities, output)
         ctx.heads, ctx.scaling = heads, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, weights, sums, output = ctx.saved_tensors
+        query, key, value, probabilities, output = ctx.saved_tensors
         _, tokens, width = query.shape
         # Of softmax: p * (g - sum(p * g)); summed over the output's width, which is the same number (Dao et al. 2022, arXiv:2205.14135).
         mean = (grads[0] * output).sum(dim=-1).transpose(1, 2).reshape(-1, tokens, 1)
         grad = grads[0].transpose(1, 2).reshape(-1, tokens, width)
-        if sums is not None:
-            mean, grad = mean / sums, grad / _spread(sums, width)
-        grad_value = torch.bmm(weights.transpose(1, 2), grad)
-        grad_scores = torch.bmm(grad, value.transpose(1, 2)).sub_(_spread(mean, tokens)).mul_(weights)
+        grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
+        grad_scores = torch.bmm(grad, value.transpose(1, 2)).sub_(_spread(mean)).mul_(probabilities)
         grad_query = torch.bmm(grad_scores, key).mul_(ctx.scaling)
         grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
         return *(g.view(-1, ctx.heads, tokens, width) for g in (grad_query, grad_key, grad_value)), None, None
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> tuple[Tensor, Tensor | None]:
-    """(texts * heads, tokens, tokens) and the sums of its rows, by which they are still to be divided; none where they sum to 1 already.
-
-    A row that is masked whole is spread evenly, as softmax does.
-    """
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:
+    """(texts * heads, tokens, tokens), rows that sum to 1. A row that is masked whole is spread evenly, as softmax does."""
     powers = _scores(query, key, mask, heads=heads).exp_()
     sums = powers.sum(dim=-1, keepdim=True)
     low, high = torch.aminmax(sums)
     if low > _SMALLEST_SUM and high < _LARGEST_SUM:
-        return powers, sums
-    return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1), None  # too large or too small for powers that are not shifted
+        return powers.div_(_spread(sums))
+    return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1)  # too large or too small for powers that are not shifted
 
 
-def _spread(column: Tensor, width: int) -> Tensor:
-    """(n, tokens, 1) -> (n, tokens, width), written out: arithmetic on whole arrays is vectorised, on short broadcast rows it is not."""
-    return column.expand(-1, -1, width).contiguous()
+def _spread(column: Tensor) -> Tensor:
+    """(n, tokens, 1) -> (n, tokens, tokens), written out: arithmetic on whole arrays is vectorised, on short broadcast rows it is not."""
+    return column.expand(-1, -1, column.shape[1]).contiguous()
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:

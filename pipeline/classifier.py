@@ -32,7 +32,8 @@ from pipeline.encoder import (
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear
 
-_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what the second-level cache holds between two layers
+_TOKENS_PER_THREAD = 1024  # what a core's second-level cache holds between two layers
+_TOKENS_PER_GPU_BATCH = 65_536
 CLOSE_CALL = 0.03
 """Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # of malloc.h
@@ -100,6 +101,8 @@ class _Engine:
 
     def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder) -> None:
         self._encoder = encoder
+        runtime = encoder.runtime
+        self._tokens_per_batch = _TOKENS_PER_GPU_BATCH if runtime.device == "cuda" else _TOKENS_PER_THREAD * runtime.threads
         self._merged = [_Merged(found, encoder) for found in adapters]
         self._layers = _SharedLayers(encoder.model, [merged.first_layer for merged in self._merged])
 
@@ -108,7 +111,7 @@ class _Engine:
         asked = self._merged if only is None else [self._merged[only]]
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in asked]
         order = []
-        for rows in batches_by_budget(tokens.lengths[which], tokens_per_batch=_TOKENS_PER_BATCH[self._encoder.device.type]):
+        for rows in batches_by_budget(tokens.lengths[which], tokens_per_batch=self._tokens_per_batch):
             order.append(rows)
             batch = self._encoder.batch(tokens, which[rows])
             self._layers.forget()
@@ -153,9 +156,11 @@ def load_classifier(
     runtime = choose_runtime(TrainConfig(), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
     loaded = Encoder(files, config, runtime)
-    _fuse_gelu(loaded.model)
     exact = choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
     referee = Encoder(files, config, exact) if runtime.dtype != exact.dtype else None
+    for made in (loaded, referee):
+        if made is not None:
+            _fuse_gelu(made.model)
     return Classifier(adapters, loaded, referee=referee, top_k=top_k)
 
 

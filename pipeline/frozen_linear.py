@@ -20,7 +20,7 @@ _ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, beca
 class FrozenLinear(nn.Linear):
     """``y = x W' + b`` on oneDNN's packed layout of ``W``; the weight may be changed in place, and is then packed again.
 
-    With avx512-bf16 its bits are those of ``nn.Linear``. What it gives: CHANGELOG, Experiments.
+    In bfloat16 with avx512-bf16 its bits are those of ``nn.Linear``. What it gives: CHANGELOG, Experiments.
     """
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
@@ -75,13 +75,15 @@ class _Product(torch.autograd.Function):
 
 
 def pack_linears(model: nn.Module, runtime: Runtime) -> None:
-    """Replace the frozen model's linear layers, in place, where that is faster: bfloat16 on an x86 processor that multiplies it.
+    """Replace the frozen model's linear layers, in place, where that is faster: on x86 processors.
 
     A compiled model keeps its own, because the compiler does not look into packed weights.
     """
-    if runtime.device != "cpu" or runtime.dtype != "bfloat16" or runtime.compiled or platform.machine() not in ("x86_64", "AMD64"):
+    if runtime.device != "cpu" or runtime.compiled or platform.machine() not in ("x86_64", "AMD64"):
         return
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not torch.backends.mkldnn.is_available():
+        return
+    if runtime.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
