@@ -20,7 +20,7 @@ test: $(VENV)/.ready-dev  ## every check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
-	$(BIN)/pytest -m faults --timeout 1800
+	$(BIN)/pytest -n 2 --dist loadfile -m faults --timeout 1800
 
 $(VENV)/.ready: EXTRAS := quickstart
 $(VENV)/.ready-dev: EXTRAS := quickstart,dev

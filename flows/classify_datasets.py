@@ -22,6 +22,8 @@ class BulkOutcome:
 
     summary: BulkSummary | None
     """None where it did not get to its end."""
+    place: str
+    """Where its output is: a folder inside the one asked for, as long as an overwriting job has failures."""
     failures: tuple[UnitFailure, ...]
     error: LorafleetError | None
 
@@ -45,11 +47,12 @@ def classify_datasets(request: BulkRequest) -> State[Any]:
     if isinstance(finished, LorafleetError):
         return _stopped(finished)
     summary, failures = finished
-    outcome = BulkOutcome(summary, failures, None)
+    place = (plan.begun.place if failures else plan.output).url("")
+    outcome = BulkOutcome(summary, place, failures, None)
     if failures:
         return Failed(message=f"{len(failures)} failures; see _failures.parquet", data=outcome)
     return Completed(message=f"{summary.rows_out} rows", data=outcome)
 
 
 def _stopped(error: LorafleetError) -> State[Any]:
-    return Failed(message=str(error), data=BulkOutcome(None, (), error))
+    return Failed(message=str(error), data=BulkOutcome(None, "", (), error))

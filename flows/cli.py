@@ -58,7 +58,7 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     outcome = _run(config, runs, force=force)
     _print_outcome(outcome, as_json=as_json)
     if outcome.folder is None:
-        sys.exit(2)
+        sys.exit(2 if all(failure.user_fault for failure in outcome.failures) else 1)
     if not as_json:
         click.echo(f"run: {outcome.folder.root}")
     sys.exit(1 if outcome.failures else 0)
@@ -102,8 +102,10 @@ def classify(as_json: bool, **given: Any) -> None:
     for failure in outcome.failures:
         where = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
         click.echo(f"failed: {where}: {failure.reason}", err=True)
+    if outcome.failures and given["overwrite"]:
+        click.echo(f"the old output of {given['output']} is left as it was, because of the failures", err=True)
     if not as_json:
-        click.echo(f"output: {given['output']}")
+        click.echo(f"output: {outcome.place}")
     sys.exit(1 if outcome.failures else 0)
 
 
@@ -270,9 +272,14 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
+    unpublished = [failure for failure in outcome.failures if failure.stage == "publish"]  # known after all files were written
+    for failure in unpublished:
+        click.echo(f"failed: publish: {failure.reason}", err=True)
     if as_json:
         if outcome.folder is not None:
-            click.echo(outcome.folder.results.read_text(encoding="utf-8"))
+            summary = json.loads(outcome.folder.results.read_text(encoding="utf-8"))
+            summary["failures"] += [failure.model_dump() for failure in unpublished]
+            click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
         else:
             click.echo(json.dumps({"failures": [f.model_dump() for f in outcome.failures]}))
         return

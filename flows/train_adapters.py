@@ -58,10 +58,9 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks))
     try:
-        with hold_store(store, run_id):
-            fleet.start()
+        with hold_store(store, run_id), fleet:  # who holds the store may still have workers that write to it
             plan = stages.check_inputs(config, fleet.runtime(config.train))
-            if isinstance(plan, InputError):
+            if isinstance(plan, LorafleetError):
                 raise plan
             folder = RunFolder(store / run_id)
             write_config(plan.config, folder)
@@ -72,11 +71,9 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
             if config.publish.to is not None and results:
                 failures += _publish(folder, config.publish.to)
             return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
-    except InputError as error:
+    except LorafleetError as error:
         get_run_logger().error("%s", error)
-        return Failed(message="the input is wrong", data=RunOutcome(run_id, None, (), (_input_failure(error),)))
-    finally:
-        fleet.stop()
+        return Failed(message=first_line(error), data=RunOutcome(run_id, None, (), (_early_failure(error),)))
 
 
 def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:
@@ -107,7 +104,14 @@ class _Chain:
         self.name = planned.mteb_task.name
         compute = plan.config.compute
         spec = JobSpec(
-            config=plan.config, mteb_task=planned.mteb_task, key=planned.key, runtime=plan.runtime, run_id=run_id, runs=str(store.resolve())
+            config=plan.config,
+            mteb_task=planned.mteb_task,
+            fingerprint=planned.fingerprint,
+            encoder_revision=plan.encoder.revision,
+            key=planned.key,
+            runtime=plan.runtime,
+            run_id=run_id,
+            runs=str(store.resolve()),
         )
         self.worker = fleet.worker(spec)
         self.futures: dict[str, PrefectFuture[Any]] = {}
@@ -147,8 +151,8 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
     return sorted(results, key=lambda result: order[result.mteb_task.name])
 
 
-def _input_failure(error: InputError) -> Failure:
-    return Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=True)
+def _early_failure(error: LorafleetError) -> Failure:
+    return Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
 
 
 def _ended(outcome: RunOutcome) -> State[Any]:

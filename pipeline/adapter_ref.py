@@ -17,7 +17,7 @@ from pipeline.errors import AdapterError, DataError, InputError, first_line
 from pipeline.records import Calibration
 from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
 
-_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<ref>.+)")
+_NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
 _HUB = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
 
 
@@ -28,6 +28,8 @@ class FoundAdapter:
     name: str
     folder: TaskFolder
     sha256: str
+    described_sha256: str
+    """Of meta.json and calibration.json, which also decide what it says."""
     encoder: EncoderConfig
     """Public name, revision, pooling and length it was trained with."""
     label_names: tuple[str, ...]
@@ -63,7 +65,8 @@ def _folder(ref: str, *, offline: bool) -> TaskFolder:
     hub = _HUB.fullmatch(ref)
     if hub:
         return _hub_folder(hub, offline=offline)
-    place, _, task = ref.partition("#")
+    whole = "#" not in ref or Path(ref).is_dir()  # the sign may also be part of a folder's name
+    place, _, task = (ref, "", "") if whole else ref.rpartition("#")
     root = Path(place)
     if not root.is_dir():
         raise AdapterError(f"adapter {ref}: no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
@@ -119,7 +122,11 @@ def _describe(folder: TaskFolder) -> FoundAdapter:
     except DataError as error:
         raise AdapterError(str(error)) from None
     sha256 = adapter_sha256(folder.root)
-    return FoundAdapter(meta.get("task", folder.root.name), folder, sha256, encoder, tuple(map(str, labels)), calibration)
+    described = hashlib.sha256()
+    for path in (folder.meta, folder.calibration):
+        described.update(path.read_bytes() if path.is_file() else b"none")
+    name = meta.get("task", folder.root.name)
+    return FoundAdapter(name, folder, sha256, described.hexdigest(), encoder, tuple(map(str, labels)), calibration)
 
 
 def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:

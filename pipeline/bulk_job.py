@@ -19,14 +19,15 @@ from pydantic import ValidationError
 
 from pipeline.adapter_ref import FoundAdapter, threshold_for
 from pipeline.bulk_records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
-from pipeline.errors import InputError
+from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.storage import FILE_MARK, TEMPORARY, Place, open_file, store_errors, written_folder
 from pipeline.units import BulkInput, Unit, UnitFailure
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 FOOTER_KEY = b"lorafleet"
 _NEXT = "_next-"
-_OUTPUT_NAME = re.compile(rf"(.*/)?.+-\d{{5,}}\.parquet|{re.escape(FAILURES)}|({ATTEMPTS}|{_NEXT}[0-9a-f]+)/.*")
+_UNIT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet")
+_ANY_FINGERPRINT = "[0-9a-f]" * 16
 GRACE_SECONDS = 60.0
 """An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
 
@@ -54,6 +55,7 @@ def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: B
         BulkAdapter(
             name=found.name,
             sha256=found.sha256,
+            described_sha256=found.described_sha256,
             encoder_revision=found.encoder.revision or "",
             labels_sha256=found.labels_sha256,
             threshold=threshold(found),
@@ -90,7 +92,7 @@ def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool
     if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
         _replace(output, following, units)
         names = output.names()
-    elif overwrite and any(name in (SUCCESS, PLAN) or name.startswith(_NEXT) for name in names):
+    elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
         place, names = following, following.names()
     elif PLAN in names:
         if _files_were_mended(output, job):
@@ -109,9 +111,9 @@ def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool
 
 def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
     """Delete unfinished output that nobody writes to any more."""
-    for mark in (job.fingerprint, FILE_MARK):
+    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
         for name, written in place.temporaries(mark=mark):
-            if time.time() - written >= older_than:
+            if time.time() - written >= age:
                 place.remove(name)
 
 
@@ -138,6 +140,9 @@ def finish(
     new = {r.unit: r for r in receipts if not r.failure}
     before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
     kept = [*new.values(), *(read_receipt(place, unit) for unit in before)]
+    lost = {*(unit.output for unit in source.units if unit.number in new)} - set(place.names())
+    if lost:
+        raise LorafleetError(f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder")
     new_rows = sum(receipt.rows for receipt in new.values())
     summary = BulkSummary(
         job=job.fingerprint,
@@ -170,10 +175,17 @@ def finish(
 
 
 def read_receipt(place: Place, unit: Unit) -> Receipt:
-    """What the footer of a finished unit says."""
-    with open_file(place.url(unit.output)) as source:
-        metadata = pq.read_metadata(source).metadata or {}
-    return Receipt.model_validate(json.loads(metadata[FOOTER_KEY])["receipt"])
+    """What the footer of a finished unit says.
+
+    Raises: LorafleetError: it is damaged, or not a unit's output.
+    """
+    try:
+        with open_file(place.url(unit.output)) as source:
+            metadata = pq.read_metadata(source).metadata or {}
+        receipt = json.loads(metadata[FOOTER_KEY])["receipt"]
+        return Receipt.model_validate(receipt | {"unit": unit.number})  # numbers move when an earlier file is mended
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise LorafleetError(f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again") from None
 
 
 def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
@@ -278,6 +290,19 @@ def _added(counts: Any) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
+def _is_a_jobs(output: Place, name: str) -> bool:
+    """Whether a job wrote this file: by its name, and a Parquet file by what its footer says."""
+    if name == FAILURES or name.startswith((f"{ATTEMPTS}/", _NEXT)):
+        return True
+    if not _UNIT_NAME.fullmatch(name):
+        return False
+    try:
+        with open_file(output.url(name)) as source:
+            return FOOTER_KEY in (pq.read_metadata(source).metadata or {})
+    except pa.ArrowException:
+        return False
+
+
 def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
     """Put a finished job in the place of the old one. Cut short, it is ended by the next start, because ``_SUCCESS`` moves last."""
     folder = new.root.removeprefix(output.root).strip("/")
@@ -290,7 +315,7 @@ def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
     for name in names - set(last):
         output.move(f"{folder}/{name}", name)
     for name in set(output.names()) - ours:
-        if _OUTPUT_NAME.fullmatch(name) and not name.startswith(f"{folder}/"):  # what others have put there stays
+        if not name.startswith(f"{folder}/") and _is_a_jobs(output, name):  # what others have put there stays
             output.remove(name)
     for name in last:
         if name in names:

@@ -10,7 +10,8 @@ from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import Begun, begin, check_places, describe_job, new_columns
 from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest
 from pipeline.classifier import find_encoder_of
-from pipeline.storage import Place
+from pipeline.errors import InputError, first_line
+from pipeline.storage import Place, store_errors
 from pipeline.unit_worker import WorkerSpec
 from pipeline.units import BulkInput, plan_input
 
@@ -59,7 +60,10 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
     """
     output, options = Place(request.output), request.options
-    check_places(request.source, output)
+    try:
+        check_places(request.source, output)
+    except store_errors(ValueError, NotImplementedError) as error:
+        raise InputError(f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}") from None
     adapters = find_adapters(request.adapters, offline=request.offline)
     find_encoder_of(adapters[0], request.encoder, offline=request.offline)
     source = plan_input(
@@ -71,7 +75,11 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         limit=options.limit,
     )
     job = describe_job(adapters, source, options)
-    return BulkPlan(request, adapters, source, job, output, begin(output, job, source.units, overwrite=request.overwrite))
+    try:
+        begun = begin(output, job, source.units, overwrite=request.overwrite)
+    except store_errors() as error:
+        raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
+    return BulkPlan(request, adapters, source, job, output, begun)
 
 
 def _ref_for_worker(ref: str, found: FoundAdapter) -> str:

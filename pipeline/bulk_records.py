@@ -49,6 +49,8 @@ class BulkAdapter(Record):
     sha256: str
     encoder_revision: str
     labels_sha256: str
+    described_sha256: str
+    """Of its calibration and meta.json."""
     threshold: Share | None
     """Below it a label is null."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +35,7 @@ from pipeline.encoder import (
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear
 
-_TOKENS_PER_THREAD = 1024  # what a core's second-level cache holds between two layers
-_TOKENS_PER_GPU_BATCH = 65_536
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what a core's second-level cache holds between two layers
 CLOSE_CALL = 0.03
 """Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # of malloc.h
@@ -69,7 +71,7 @@ class Classifier:
 
         Args:
             adapters: Trained on the encoder.
-            encoder: Changed in place.
+            encoder: Left as it is.
             referee: The same one in float32, asked again about close calls; none where ``encoder`` is it.
             top_k: Labels per text.
         Raises: AdapterError: an adapter's files are damaged, or it was trained on another encoder.
@@ -83,7 +85,6 @@ class Classifier:
         """Once for all adapters."""
         return self.encoder.tokenise(texts)
 
-    @torch.inference_mode()
     def classify(self, tokens: Tokens) -> list[Answers]:
         """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone."""
         width = max(2, self.top_k)  # the second label says how close a call is
@@ -97,34 +98,68 @@ class Classifier:
 
 
 class _Engine:
-    """One encoder with several adapters merged into private copies of its projections."""
+    """One encoder with several adapters merged into private copies of its projections, a batch at a time on each core."""
 
     def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder) -> None:
         self._encoder = encoder
-        runtime = encoder.runtime
-        self._tokens_per_batch = _TOKENS_PER_GPU_BATCH if runtime.device == "cuda" else _TOKENS_PER_THREAD * runtime.threads
-        self._merged = [_Merged(found, encoder) for found in adapters]
-        self._layers = _SharedLayers(encoder.model, [merged.first_layer for merged in self._merged])
+        self._merged = [_merged(found, encoder) for found in adapters]
+        self._tokens_per_batch = _TOKENS_PER_BATCH[encoder.device.type]
+        # Cores that share a batch wait for each other after every operation.
+        count = encoder.runtime.threads if encoder.device.type == "cpu" else 1
+        self._idle: SimpleQueue[_Stream] = SimpleQueue()
+        for _ in range(count):
+            self._idle.put(_Stream(encoder, self._merged))
+        self._pool = ThreadPoolExecutor(count, "stream", torch.set_num_threads, (1,)) if count > 1 else None
 
     def answers(self, tokens: Tokens, which: npt.NDArray[np.int64], *, width: int, only: int | None = None) -> list[Answers]:
         """Of all adapters, or of one, about some of the texts."""
-        asked = self._merged if only is None else [self._merged[only]]
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in asked]
-        order = []
-        for rows in batches_by_budget(tokens.lengths[which], tokens_per_batch=self._tokens_per_batch):
-            order.append(rows)
-            batch = self._encoder.batch(tokens, which[rows])
-            self._layers.forget()
-            for part, merged in zip(parts, asked, strict=True):
-                part.append(self._answer(batch, merged, width))
-        rows = np.concatenate(order) if order else np.empty(0, dtype=np.int64)
-        return [_in_order(part, rows, min(width, merged.head.out_features)) for part, merged in zip(parts, asked, strict=True)]
+        asked = range(len(self._merged)) if only is None else [only]
 
-    def _answer(self, batch: Batch, merged: _Merged, width: int) -> tuple[Tensor, Tensor]:
-        with merged.attached(), self._layers.shared_below(merged.first_layer):
-            logits = merged.head(self._encoder.pooled(batch)) / merged.temperature
-        scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
-        return scores, labels
+        def answer(rows: npt.NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
+            stream = self._idle.get()
+            try:
+                return stream.answer(self._encoder.batch(tokens, which[rows]), asked, width)
+            finally:
+                self._idle.put(stream)
+
+        batches = list(batches_by_budget(tokens.lengths[which], tokens_per_batch=self._tokens_per_batch))
+        answered = list(map(answer, batches) if self._pool is None else self._pool.map(answer, batches))
+        rows = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
+        sizes = [self._merged[index].head.out_features for index in asked]
+        return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
+
+
+class _Stream:
+    """The encoder's modules for one thread, which switches the adapters in them; the weights are everybody's."""
+
+    def __init__(self, encoder: Encoder, adapters: Sequence[_Merged]) -> None:
+        self._encoder = copy(encoder)
+        self._encoder.model = _twin(encoder.model)
+        self._adapters = adapters
+        self._switches = [
+            [_Switch(*_place(self._encoder.model, path), linear) for path, linear in adapter.projections.items()] for adapter in adapters
+        ]
+        self._layers = _SharedLayers(self._encoder.model, [adapter.first_layer for adapter in adapters])
+
+    @torch.inference_mode()
+    def answer(self, batch: Batch, asked: Iterable[int], width: int) -> list[tuple[Tensor, Tensor]]:
+        """Best scores and labels of some adapters for a batch, (texts, width) each."""
+        self._layers.forget()
+        answers = []
+        for index in asked:
+            adapter = self._adapters[index]
+            with _switched(self._switches[index]), self._layers.shared_below(adapter.first_layer):
+                logits = adapter.head(self._encoder.pooled(batch)) / adapter.temperature
+            scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
+            answers.append((scores, labels))
+        return answers
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The same weights in a module of its own."""
+    twin = copy(module)
+    twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    return twin
 
 
 def _in_order(parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], width: int) -> Answers:
@@ -216,39 +251,49 @@ def _fuse_gelu(model: nn.Module) -> None:
             module.intermediate_act_fn = nn.Identity()
 
 
+@dataclass(frozen=True)
 class _Merged:
-    """One adapter as plain linear layers: ``W + scaling * B A`` in the encoder's dtype, and the head in float32."""
+    """One adapter as plain linear layers."""
 
-    def __init__(self, found: FoundAdapter, encoder: Encoder) -> None:
-        adapter = load_adapter(found.folder, encoder)
-        adapter.detach()
-        self._switches = [
-            _Switch(*_place(encoder.model, path), _merge(lora.base, lora.update), lora.base) for path, lora in adapter.projections.items()
-        ]
-        self.head: nn.Linear = adapter.head[1]  # type: ignore[assignment]
-        self.temperature = found.calibration.temperature if found.calibration else 1.0
-        numbers = [layer_number(path) for path in adapter.projections]
-        self.first_layer = min(_OUTSIDE if number is None else number for number in numbers)
+    projections: dict[str, nn.Linear]
+    """Module path -> ``W + scaling * B A`` in the encoder's dtype."""
+    head: nn.Linear
+    """float32."""
+    temperature: float
+    first_layer: int
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """While open, the encoder runs with this adapter's projections."""
-        try:
-            for switch in self._switches:
-                switch.children[switch.name] = switch.merged
-            yield
-        finally:
-            for switch in self._switches:
-                switch.children[switch.name] = switch.frozen
+
+def _merged(found: FoundAdapter, encoder: Encoder) -> _Merged:
+    adapter = load_adapter(found.folder, encoder)
+    adapter.detach()
+    numbers = [layer_number(path) for path in adapter.projections]
+    return _Merged(
+        projections={path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()},
+        head=adapter.head[1],  # type: ignore[arg-type]
+        temperature=found.calibration.temperature if found.calibration else 1.0,
+        first_layer=min(_OUTSIDE if number is None else number for number in numbers),
+    )
 
 
 class _Switch(NamedTuple):
-    """A projection's place in the encoder, and what may stand there. Every batch switches all of them for every adapter."""
+    """A projection's place in the encoder, and what stands there for one adapter. Every batch switches all of them for every adapter."""
 
     children: dict[str, nn.Module | None]
     name: str
     merged: nn.Linear
-    frozen: nn.Linear
+
+
+@contextmanager
+def _switched(switches: Sequence[_Switch]) -> Iterator[None]:
+    """While open, the encoder runs with an adapter's projections."""
+    frozen = [switch.children[switch.name] for switch in switches]
+    try:
+        for switch in switches:
+            switch.children[switch.name] = switch.merged
+        yield
+    finally:
+        for switch, module in zip(switches, frozen, strict=True):
+            switch.children[switch.name] = module
 
 
 def _place(model: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
@@ -260,7 +305,7 @@ def _merge(base: nn.Linear, update: Tensor) -> nn.Linear:
     weight = (base.weight.detach().float() + update.detach()).to(base.weight.dtype)
     merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     merged.weight, merged.bias = nn.Parameter(weight, requires_grad=False), base.bias
-    return FrozenLinear(merged) if isinstance(base, FrozenLinear) else merged
+    return FrozenLinear(merged, gelu=base.gelu) if isinstance(base, FrozenLinear) else merged
 
 
 class _SharedLayers:

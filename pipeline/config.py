@@ -141,7 +141,7 @@ class ComputeConfig(Record):
 class PublishConfig(Record):
     """What happens with a finished run."""
 
-    to: str | None = None
+    to: str | None = Field(default=None, pattern=r"^[^:]+$")
     """A folder; left out, nothing is published."""
 
 

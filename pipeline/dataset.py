@@ -16,6 +16,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import DataError
 from pipeline.packages import hash_order
 from pipeline.records import MtebTask
+from pipeline.scores import overlap
 
 Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
@@ -78,8 +79,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     label_names, splits = _number_labels(task.name, loaded.splits)
     whole_train, test = splits["train"], splits["test"]
     train, validation, slice_notes = _hold_out(splits, label_names, config)
-    known = set(whole_train.texts)
-    test_in_train = np.fromiter((text in known for text in test.texts), dtype=np.bool_, count=len(test.texts))
+    test_in_train = overlap([*whole_train.texts, *(validation.texts if config.refit else ())], test.texts)
     return TaskData(
         task=loaded.task,
         mteb_task=loaded.mteb_task,
@@ -95,7 +95,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
         num_empty_train=_count_empty(whole_train),
         num_empty_test=_count_empty(test),
         fingerprint=_fingerprint(label_names, splits),
-        notes=(*_notes(loaded.task, whole_train, test, label_names), *slice_notes),
+        notes=(*_notes(loaded.task, whole_train, test, label_names), *_overlap_notes(train, validation, test), *slice_notes),
     )
 
 
@@ -182,6 +182,15 @@ def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, 
     for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
         if count:
             notes.append(f"empty texts in {split}, kept: {count}")
+    return notes
+
+
+def _overlap_notes(train: _Split, validation: _Split, test: _Split) -> list[str]:
+    """Of a validation split that came with the data; a slice of ours has no text that train has."""
+    notes = []
+    for where, there in (("train", train), ("test", test)):
+        if count := int(overlap(there.texts, validation.texts).sum()):
+            notes.append(f"validation texts that are also in {where}: {count}")
     return notes
 
 

@@ -21,7 +21,7 @@ from pipeline.encoder import Encoder, FloatArray, IntArray, Tokens
 from pipeline.records import Calibration, Column, Comparison, Confusion, ScoreRow, SelectedOn
 from pipeline.training import Training
 
-VERSIONED = ("torch", "transformers", "peft", "mteb", "scikit-learn", "numpy")
+VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
 """The libraries whose versions may change a weight or a score."""
 
 _PROBE_ITERATIONS = 1000

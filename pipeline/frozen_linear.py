@@ -32,7 +32,7 @@ class FrozenLinear(nn.Linear):
         """
         assert not linear.weight.requires_grad
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self._gelu = gelu
+        self.gelu = gelu
         self.weight, self.bias = linear.weight, linear.bias
         self._packed: dict[bool, tuple[int, Tensor]] = {}
 
@@ -44,13 +44,13 @@ class FrozenLinear(nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         """``x W' + b``, contiguous (…, in) -> (…, out); not differentiable."""
         # The second "none" asks for the exact GELU, not an approximation.
-        activation: tuple[str, list[float], str] = ("gelu", [], "none") if self._gelu else ("none", [], "")
+        activation: tuple[str, list[float], str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, *activation)
         return y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """``grad W``, (…, out) -> (…, in): the gradient of the input from that of the output."""
-        assert not self._gelu
+        assert not self.gelu
         y: Tensor = torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._pack(transposed=True), None, "none", [], "")
         return y
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -20,10 +21,11 @@ from pipeline.adapter import HeadStart, save_adapter
 from pipeline.config import RunConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, find_encoder
+from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.evaluation import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult
 from pipeline.reload import check_reload
-from pipeline.run_folder import RunFolder, read_record, write_atomically
+from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training import LabelledTokens, Training, train_adapter
 
 _PROBE_TEXTS = 32
@@ -35,6 +37,10 @@ class JobSpec(Record):
     config: RunConfig
     """With the encoder's revision resolved."""
     mteb_task: MtebTask
+    fingerprint: str
+    """Of the data that the key was made from."""
+    encoder_revision: str
+    """That the key was made from."""
     key: str
     runtime: Runtime
     run_id: str
@@ -106,6 +112,8 @@ class TaskJob:
 
         Raises: VerificationError: the saved adapter, loaded in a fresh process, is not the one that was trained.
         """
+        if (finished := self._finished()) is not None:
+            return finished
         baselines = self._frozen()
         training = self._trained(lambda row: None, lambda progress: None)
         adapter = self.train(lambda row: None, lambda progress: None)
@@ -121,7 +129,7 @@ class TaskJob:
             run_id=self.spec.run_id,
             data=self.load(),
             encoder=self._encoder.ref,
-            runtime=self.runtime,
+            runtime=self._encoder.runtime,
             adapter=adapter,
             num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
             num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
@@ -141,6 +149,15 @@ class TaskJob:
         shutil.rmtree(self.work, ignore_errors=True)
         return result
 
+    def _finished(self) -> TaskResult | None:
+        """What a worker left that died between its last file and its answer."""
+        try:
+            result = read_record(self.folder.result, TaskResult)
+            is_this = result.key == self.spec.key and adapter_sha256(self.folder.root) == result.adapter.sha256
+        except (DataError, AdapterError):
+            return None
+        return result if is_this else None
+
     def _begun_with(self) -> Runtime:
         """The runtime recorded by whoever began this job; a new one's is recorded now."""
         path = self.work / "runtime.json"
@@ -150,11 +167,18 @@ class TaskJob:
 
     @cached_property
     def _data(self) -> TaskData:
-        return load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
+        data = load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
+        if data.fingerprint != self.spec.fingerprint:
+            raise DataError(f"{self.spec.mteb_task.name}: its data are not those that this run has checked; start it again")
+        return data
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(find_encoder(self.config.encoder, offline=self.config.data.offline), self.config.encoder, self.runtime)
+        files = find_encoder(self.config.encoder, offline=self.config.data.offline)
+        if files.ref.revision != self.spec.encoder_revision:
+            found = f"is {files.ref.revision} now, and was {self.spec.encoder_revision} when this run checked it"
+            raise EncoderError(f"encoder {self.config.encoder.name}: {found}; start it again")
+        return Encoder(files, self.config.encoder, self.runtime)
 
     @cached_property
     def _tokens(self) -> _Tokenised:
@@ -234,7 +258,7 @@ class _BaselinesFile:
                 facts = json.loads(file.metadata()["facts"])
                 start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
                 predictions = file.get_tensor("predictions").astype(np.int64)
-        except SafetensorError:
+            rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
+        except (SafetensorError, ValidationError):  # cut short, or written by another version
             return None
-        rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
         return Baselines(rows, facts["probe_c"], predictions, start), facts["seconds"]

@@ -81,6 +81,8 @@ def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, Tas
     found: dict[str, tuple[TaskFolder, TaskResult]] = {}
     for path in sorted(runs.glob("*/*/result.json"), key=lambda p: p.parent.parent.name):
         folder = TaskFolder(path.parent)
+        if folder.root.name.startswith(".") or not all(file.is_file() for file in folder.published()):
+            continue  # a copy that was cut short, or one that lacks something by now
         try:
             result = read_record(path, TaskResult)
             if result.key in keys and adapter_sha256(folder.root) == result.adapter.sha256:

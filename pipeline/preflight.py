@@ -15,6 +15,8 @@ from pipeline.evaluation import library_versions
 from pipeline.manifest import task_key
 from pipeline.records import EncoderRef, MtebTask, Runtime
 
+_FILES = ("train", "test")
+
 
 @dataclass(frozen=True)
 class PlannedTask:
@@ -22,6 +24,8 @@ class PlannedTask:
 
     mteb_task: MtebTask
     """With its revision resolved."""
+    fingerprint: str
+    """Of the data that was checked."""
     key: str
     num_train: int
     notes: tuple[str, ...]
@@ -72,14 +76,17 @@ def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, run
         runtime=runtime,
         versions=library_versions(),
     )
-    return PlannedTask(data.task, key, len(data.train_texts), data.notes)
+    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.notes)
 
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
-    """The config with the commit in it that the Hub's newest revision resolved to."""
+    """The config with the commit in it that the Hub's newest revision resolved to, and with paths that hold in any working folder."""
     values = config.model_dump(mode="json")
+    for part, name in ((values["data"], "mirror"), (values["publish"], "to"), *((t, n) for t in values["mteb_tasks"] for n in _FILES)):
+        if part[name] is not None:
+            part[name] = str(Path(part[name]).resolve())
     if Path(config.encoder.name).is_dir():
-        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())  # a worker may have another working directory
+        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
     elif not config.encoder.name.startswith("package:"):
         values["encoder"]["revision"] = files.ref.revision
     return RunConfig.model_validate(values)

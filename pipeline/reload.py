@@ -62,7 +62,7 @@ def _reload_elsewhere(folder: TaskFolder, encoder: Encoder, texts: list[str], *,
     }
     with tempfile.TemporaryFile("w+b") as answer:
         process = subprocess.run(
-            [sys.executable, "-m", "pipeline.reload"],
+            [sys.executable, "-P", "-m", "pipeline.reload"],
             input=json.dumps(request).encode(),
             stdout=answer,
             stderr=subprocess.PIPE,

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
+
+_SUFFIXES = (".parquet", ".pq")
+_CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
 
 TEMPORARY = ".tmp"
 """What the names of unfinished local files end with."""
@@ -148,14 +151,14 @@ def find_files(pattern: str) -> list[StoredFile]:
     try:
         if fs.isfile(path):
             details = {path: fs.info(path)}
-        elif _first_wildcard(path) is not None:
-            details = fs.glob(path, detail=True)
+        elif _is_glob(fs, path):
+            details = dict(_files(fs, fs.glob(path, detail=True)))
         else:
-            details = {p: info for p, info in fs.find(path, detail=True).items() if p.endswith((".parquet", ".pq"))}
-    except store_errors() as error:
-        raise InputError(f"input {pattern}: cannot be read: {error}") from None
+            details = {name: info for name, info in _files(fs, fs.find(path, detail=True)) if name.endswith(_SUFFIXES)}
+    except store_errors(ValueError, NotImplementedError) as error:
+        raise InputError(f"input {pattern}: cannot be read: {first_line(error)}") from None
     start = written_folder(pattern).root + "/"
-    files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in sorted(details.items()) if info["type"] == "file"]
+    files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in sorted(details.items())]
     seen = [file for file in files if not any(part.startswith(("_", ".")) for part in file.below.split("/"))]
     if not seen:
         there = (
@@ -168,18 +171,16 @@ def find_files(pattern: str) -> list[StoredFile]:
 def written_folder(pattern: str) -> Place:
     """The folder as far as it is written out: a glob's up to the first wildcard; the one that a file lies in."""
     place = Place(pattern)
-    first = _first_wildcard(place.root)
     if place.fs.isfile(place.root):
         place.root = place.root.rpartition("/")[0]
-    elif first is not None:
-        place.root = place.root[:first].rpartition("/")[0]
+    elif _is_glob(place.fs, place.root):
+        place.root = place.root[: _first_wildcard(place.root)].rpartition("/")[0]
     return place
 
 
-def store_errors() -> tuple[type[Exception], ...]:
-    """What the world outside makes file systems raise; S3's client has errors of its own for a lost network and missing keys."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError)
+def store_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the world outside makes file systems raise; the clients of S3 and the Hub have errors of their own for a lost network."""
+    return (OSError, *others, *(getattr(sys.modules[module], name) for module, name in _CLIENT_ERRORS if module in sys.modules))
 
 
 def open_file(path: str) -> BinaryIO:
@@ -202,6 +203,26 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _is_glob(fs: Any, path: str) -> bool:
+    """Brackets may also be part of a folder's name."""
+    return _first_wildcard(path) is not None and not fs.isdir(path)
+
+
+def _files(fs: Any, found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files of a listing, those of its folders, and those that links lead to."""
+    for name, listed in found.items():
+        info = fs.info(name) if listed.get("islink") else listed
+        if info["type"] == "file":
+            yield name, info
+        elif info["type"] == "directory" and not (listed.get("islink") and _leads_up(name)):
+            inside = {path: of for path, of in fs.find(name, detail=True).items() if path.endswith(_SUFFIXES) or of.get("islink")}
+            yield from _files(fs, inside)
+
+
+def _leads_up(link: str) -> bool:
+    return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
 
 
 def _first_wildcard(path: str) -> int | None:

@@ -37,6 +37,8 @@ MAX_ATTEMPTS = 3
 _BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # four blocks may be in memory at a time
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2
 _READ_BUFFER_BYTES = 1024**2
+_SAMPLE_ROWS = 64
+_CODECS = {"UNCOMPRESSED": "NONE", "UNKNOWN": "LZ4"}  # where pyarrow's reader and writer disagree; unknown to it is Hadoop's LZ4
 _NULL, _EMPTY = -1, -2
 
 
@@ -70,7 +72,8 @@ class UnitWorker:
         self.place = Place(spec.output)
         adapters = find_adapters(spec.refs, offline=spec.offline)
         for planned, found in zip(self.job.adapters, adapters, strict=True):
-            if (planned.name, planned.sha256) != (found.name, found.sha256):
+            facts = ("name", "sha256", "labels_sha256", "described_sha256")
+            if any(getattr(planned, fact) != getattr(found, fact) for fact in facts):
                 raise AdapterError(f"adapter {planned.name}: has changed since the job was planned; start it again")
         self.classifier = load_classifier(
             adapters,
@@ -336,10 +339,17 @@ class _Output:
 def _block_rows(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str]) -> int:
     """Rows to read at once, fewer where they are wide. It depends on the file alone, so the same unit gives the same batches."""
     groups = [parquet.metadata.row_group(index) for index in unit.row_groups]
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
-    rows = sum(group.num_rows for group in groups)
-    return max(1, min(_BLOCK_ROWS, rows * _BLOCK_BYTES // max(size, 1)))
+    stored = sum(_stored_bytes(group, columns) for group in groups) / max(1, sum(group.num_rows for group in groups))
+    # Dictionaries make stored rows smaller than read ones.
+    first = next(parquet.iter_batches(batch_size=_SAMPLE_ROWS, row_groups=[unit.row_groups[0]], columns=columns), None)
+    read = first.nbytes / max(1, len(first)) if first is not None else 0.0
+    return max(1, min(_BLOCK_ROWS, int(_BLOCK_BYTES / max(stored, read, 1.0))))
+
+
+def _stored_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    inside = tuple(f"{name}." for name in columns)
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns or c.path_in_schema.startswith(inside))
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -402,7 +412,7 @@ def _codecs(parquet: pq.ParquetFile, text_column: str) -> dict[str, str]:
     columns = [group.column(i) for i in range(group.num_columns)]
     codecs: dict[str, str] = {}
     for column in columns:
-        path, codec = column.path_in_schema, column.compression.replace("UNCOMPRESSED", "NONE")
+        path, codec = column.path_in_schema, _CODECS.get(column.compression, column.compression)
         codecs.setdefault(path.split(".")[0], codec)
         codecs[path] = codec
     return codecs | {"*": codecs.get(text_column, "SNAPPY")}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, first_line
 from pipeline.records import Record
-from pipeline.storage import StoredFile, find_files, open_file
+from pipeline.storage import StoredFile, find_files, open_file, store_errors
 
 _READERS = 16
 
@@ -136,7 +136,7 @@ def _read_footer(file: StoredFile) -> _Footer | str:
             parquet = pq.ParquetFile(source)
             groups = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
             return _Footer(parquet.schema_arrow, groups)
-    except (pa.ArrowException, OSError) as error:
+    except store_errors(pa.ArrowException) as error:
         if file.size == 0:
             return "the file is empty (0 bytes)"
         return f"not a whole Parquet file: {first_line(error)}"

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.bulk_job import finish, forget_attempts
 from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
-from pipeline.errors import InputError, LorafleetError
+from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.storage import store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
@@ -74,6 +74,8 @@ def finish_job(
     """Write the summary beside the output, and show it in the UI; returns why it cannot be written."""
     try:
         summary, failures = finish(plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds)
+    except LorafleetError as error:
+        return error
     except store_errors() as error:
         return LorafleetError(f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept")
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
@@ -100,12 +102,14 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
 def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     compute = plan.request.compute
-    forget_attempts(plan.begun.place)  # a start of Ray makes its three attempts itself, whatever ended the last one
+    try:
+        forget_attempts(plan.begun.place)  # a start of Ray makes its three attempts itself, whatever ended the last one
+    except store_errors() as error:
+        raise LorafleetError(f"output {plan.output}: {first_line(error)}") from error
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
     fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray Data has the core complain of how it makes its own actors
-    fleet.start()
-    try:
+    with fleet:
         fleet.ready()
         import ray.data
         from ray.exceptions import RayError, RayTaskError
@@ -137,8 +141,6 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise LorafleetError(f"Ray stopped: {reason}; start again, what was finished is kept") from error
-    finally:
-        fleet.stop()
 
 
 class UnitActor:

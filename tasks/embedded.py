@@ -52,9 +52,11 @@ class PrefectServer:
         port = _free_port()
         os.environ["PREFECT_HOME"] = str(home.resolve())
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        for name in ("no_proxy", "NO_PROXY"):  # a company's proxy knows nothing of this machine's loopback
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
         self._log = home / "server.log"
         with self._log.open("wb") as log:
-            command = [sys.executable, "-m", "tasks.embedded", str(port)]
+            command = [sys.executable, "-P", "-m", "tasks.embedded", str(port)]  # -P: the working folder may hold a tasks.py of its own
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def ready(self) -> None:

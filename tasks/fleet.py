@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from pipeline.config import ComputeConfig, TrainConfig
@@ -125,6 +126,13 @@ class Fleet:
             self._workers.append(worker)
         return worker
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """Kill the workers and stop the Ray that was started here; a cluster of others goes on."""
         if self._keeper is None:
@@ -178,7 +186,11 @@ class Fleet:
                 options["address"] = self.config.ray_address
                 _check_answers(self.config.ray_address)
             import ray
+            from ray.job_config import JobConfig
 
+            if self.config.ray_address is None:
+                # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
+                options["job_config"] = JobConfig(_client_job=True)
             if not ray.is_initialized():
                 ray.init(**options)
             self._slots.release(self.num_workers)
@@ -217,7 +229,8 @@ class FleetWorker:
                 self._pass_on(actor, on_event)
                 self._check_clock(stage, deadline, timeout_seconds)
             result = ray.get(answer)
-            self._pass_on(actor, on_event)
+            with suppress(RayError):  # who dies now has done its work
+                self._pass_on(actor, on_event)
             return result
         except RayTaskError as error:
             raise error.cause from None

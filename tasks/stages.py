@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline import collect as files
 from pipeline.config import ComputeConfig, RunConfig
-from pipeline.errors import InputError, LorafleetError
+from pipeline.errors import LorafleetError
 from pipeline.hub import publish_to_folder
 from pipeline.manifest import RunManifest, find_finished
 from pipeline.preflight import Plan, preflight
@@ -39,11 +39,11 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
-def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | InputError:
+def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | LorafleetError:
     """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback."""
     try:
         plan = preflight(config, runtime)
-    except InputError as error:
+    except LorafleetError as error:
         return error
     logger = get_run_logger()
     logger.info("encoder %s at %s, %s on %s", plan.encoder.public_name, plan.encoder.revision, runtime.dtype, runtime.processor)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import tomli_w
 from builders import toy_texts
 
-LORAFLEET = (sys.executable, "-m", "flows.cli")
+LORAFLEET = (sys.executable, "-P", "-m", "flows.cli")  # -P: as the console script, which does not look into the working folder
 PLANTED = Path(__file__).parent / "planted"
 """On PYTHONPATH it slows a bulk job down, and plants its faults."""
 _MARK = "LORAFLEET_TEST_MARK"

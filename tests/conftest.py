@@ -84,8 +84,13 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Not to be written to."""
+    """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Not to be written to.
+
+    The folder holds modules of the user's that are called as ours.
+    """
     cwd = tmp_path_factory.mktemp("finished")
+    for name in ("flows", "tasks", "pipeline"):
+        (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
     tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
     config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
     ended = run("train", "--config", config, "--runs", "runs", cwd=cwd)

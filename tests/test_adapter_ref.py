@@ -44,6 +44,13 @@ def test_a_task_of_a_run_is_named_behind_the_folder(run: Path) -> None:
     assert (adapter.name, adapter.folder.root) == ("Pairs", run / "Pairs")
 
 
+def test_folders_and_names_may_hold_signs_of_the_grammar(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "Topics", tmp_path / "c#" / "a=b")
+    assert find(folder)[0].folder.root == folder
+    assert find(f"{tmp_path / 'c#'}#a=b")[0].folder.root == folder
+    assert [(a.name, a.folder.root) for a in find(f"My task={folder}")] == [("My task", folder)]
+
+
 def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
     with pytest.raises(AdapterError, match=r"choose one of its adapters, as \S+/run#Pairs \(Pairs, Topics\)"):
         find(run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.bulk_job import ATTEMPTS, FAILURES, FOOTER_KEY, GRACE_SECONDS, JOB, PLAN, SUCCESS, check_places, forget_attempts, new_columns
 from pipeline.bulk_records import BulkOptions, BulkSummary
-from pipeline.errors import InputError
+from pipeline.errors import InputError, LorafleetError
 from pipeline.storage import Place
 
 Folders = Callable[[str], Path]
@@ -155,7 +157,7 @@ def test_another_jobs_folder_is_refused_with_the_difference(setting: Setting, tm
         ({"adapters": [save_bulk_adapter(tmp_path / "T", setting.encoder, seed=5)]}, r"adapter T: sha256: then \w{64}, now \w{64}"),
         (
             {"adapters": [save_bulk_adapter(tmp_path / "turned" / "T", setting.encoder, labels=LABELS[::-1])]},
-            r"\(adapter T: labels_sha256: then \w{64}, now \w{64}\)",
+            r"\(adapter T: labels_sha256: then \w{64}, now \w{64}; ",
         ),
     ):
         with pytest.raises(InputError, match=difference) as error:
@@ -302,6 +304,40 @@ def test_what_others_have_put_beside_the_output_stays(setting: Setting) -> None:
     assert setting.ids() == list(range(60))
 
 
+def test_parquet_of_others_stays_whatever_its_name_and_their_folders_are_refused(setting: Setting, tmp_path: Path) -> None:
+    setting.start().run()
+    kept = ["raw/train-00000-of-00002.parquet", "sales-20240101.parquet"]
+    for name in kept:
+        write_table(setting.output / name, {"x": [1]})
+    setting.start(overwrite=True, top_k=2).run()
+    assert set(kept) <= set(files_below(setting.output))
+    write_table(tmp_path / "spark" / "part-00000.parquet", {"x": [1]})
+    (tmp_path / "spark" / SUCCESS).touch()
+    with pytest.raises(InputError, match="no plan of a job"):
+        setting.start(tmp_path / "spark", overwrite=True)
+
+
+def test_an_output_that_is_gone_or_damaged_at_the_end_is_told(setting: Setting) -> None:
+    bulk = setting.start()
+    receipts = bulk.label()
+    (setting.output / UNITS[1]).unlink()
+    with pytest.raises(LorafleetError, match=rf"{UNITS[1]} is not there, though a worker has written it"):
+        bulk.finish(receipts)
+    (setting.output / UNITS[1]).write_bytes(b"PAR1 and no more")
+    with pytest.raises(LorafleetError, match=rf"{UNITS[1]} is damaged: .*; remove it and start again"):
+        setting.start().run()
+    assert not (setting.output / SUCCESS).exists()
+
+
+def test_another_calibration_is_another_job(setting: Setting, tmp_path: Path) -> None:
+    shutil.copytree(setting.adapter, tmp_path / "T")
+    setting.start(adapters=[tmp_path / "T"]).run()
+    calibration = json.loads((tmp_path / "T" / "calibration.json").read_text())
+    (tmp_path / "T" / "calibration.json").write_text(json.dumps(calibration | {"temperature": 2.5}))
+    with pytest.raises(InputError, match=r"described_sha256"):
+        setting.start(adapters=[tmp_path / "T"])
+
+
 # Six units, then plan, summary and success.
 @pytest.mark.parametrize(("moves", "overwrite"), [(0, False), (3, True), (6, False), (7, True), (7, False), (8, False)])
 def test_a_replacement_that_was_cut_short_is_ended_by_the_next_start(
@@ -344,7 +380,7 @@ def unfinished(bulk: Bulk, name: str, *, mark: str, age_seconds: float) -> str:
 
 def test_stale_temporaries_go_at_the_beginning_and_all_of_them_at_the_end(setting: Setting) -> None:
     first = setting.start()
-    for mark in (first.job.fingerprint, "file"):
+    for mark in (first.job.fingerprint, "file", "0123456789abcdef"):  # the last one is of a job that this one replaces
         unfinished(first, "old", mark=mark, age_seconds=GRACE_SECONDS + 5)
     fresh = [unfinished(first, "new", mark=mark, age_seconds=GRACE_SECONDS - 30) for mark in (first.job.fingerprint, "file")]
     second = setting.start()

@@ -82,6 +82,19 @@ def test_several_adapters_in_one_pass_say_what_each_says_alone(
         assert answers.scores.tobytes() == alone.scores.tobytes()
 
 
+def test_the_number_of_threads_changes_no_bit(encoder_folder: Folders, tmp_path: Path) -> None:
+    """Each thread has a stream of its own, with adapters switched in it while the others have theirs."""
+    folders = [saved(tmp_path / f"T{i}", encoder_folder("bert"), layers="last:1" if i else "all", seed=i) for i in range(3)]
+    texts = [f"{text} {number}" for number in range(200) for text in TEXTS]
+    answers = []
+    for threads in (1, 3):
+        encoder = load_encoder(encoder_folder("bert"))
+        encoder.runtime = encoder.runtime.model_copy(update={"threads": threads})
+        classifier = Classifier(found(*folders), encoder)
+        answers.append(classifier.classify(classifier.tokenise(texts)))
+    assert [a.scores.tobytes() for a in answers[0]] == [a.scores.tobytes() for a in answers[1]]
+
+
 @pytest.mark.parametrize(("layers", "times"), [("last:1", 1), ("all", 3)])
 def test_layers_that_no_adapter_changes_are_computed_once_per_batch(
     layers: str, times: int, encoder_folder: Folders, tmp_path: Path
@@ -127,6 +140,16 @@ def test_more_labels_than_there_are_is_all_of_them(encoder_folder: Folders, tmp_
     (answers,) = classify(found(saved(tmp_path / "A", encoder_folder("bert"), num_classes=2)), encoder_folder("bert"), top_k=5)
     assert answers.top_labels.shape == (len(TEXTS), 2)
     np.testing.assert_allclose(answers.top_scores.sum(axis=1), 1, atol=1e-5)
+
+
+def test_an_adapter_of_the_first_mlp_layer_keeps_its_gelu(encoder_folder: Folders, tmp_path: Path) -> None:
+    """Loaded as the bulk job does it, which lets GELU be part of the product."""
+    target = ("encoder.layer.0.intermediate.dense", "encoder.layer.1.attention.self.query")
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert"), target=target))
+    classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True)
+    (answers,) = classifier.classify(classifier.tokenise(TEXTS))
+    scores = expected_scores(adapters[0], encoder_folder("bert"), TEXTS)
+    np.testing.assert_allclose(answers.scores, scores.max(axis=1), atol=0.02)
 
 
 def test_another_encoder_than_the_one_trained_on_is_refused(encoder_folder: Folders, tmp_path: Path) -> None:

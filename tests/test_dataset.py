@@ -79,7 +79,15 @@ def test_a_class_without_test_texts_and_with_few_training_texts_is_reported() ->
     assert data.notes == (
         "classes that do not occur in test: cooking_query",
         "classes with fewer texts than the 8 of a few-shot draw: cooking_query 4",
+        "validation texts that are also in train: 11",
+        "validation texts that are also in test: 5",
     )
+
+
+@needs_mirror
+def test_a_refit_learns_validation_texts_so_they_count_as_overlap() -> None:
+    plain, refit = (load("MassiveIntentClassification", refit=refit) for refit in (False, True))
+    assert refit.num_overlap == plain.num_overlap + 5
 
 
 @needs_mirror

@@ -52,7 +52,14 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     adapters = {}
     for planned in plan.tasks:
         spec = JobSpec(
-            config=plan.config, mteb_task=planned.mteb_task, key=planned.key, runtime=plan.runtime, run_id="undisturbed", runs=str(runs)
+            config=plan.config,
+            mteb_task=planned.mteb_task,
+            fingerprint=planned.fingerprint,
+            encoder_revision=plan.encoder.revision,
+            key=planned.key,
+            runtime=plan.runtime,
+            run_id="undisturbed",
+            runs=str(runs),
         )
         adapters[planned.mteb_task.name] = TaskJob(spec).train(lambda row: None, lambda progress: None).sha256
     return adapters

@@ -62,7 +62,8 @@ def config(**compute: Any) -> RunConfig:
 
 def spec(name: str = "Topics") -> JobSpec:
     task = MtebTask(name=name, source="parquet", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8)
-    return JobSpec(config=config(), mteb_task=task, key="k", runtime=CPU_FLOAT32, run_id="one", runs="runs")
+    checked = {"fingerprint": "f", "encoder_revision": "e", "key": "k"}
+    return JobSpec(config=config(), mteb_task=task, runtime=CPU_FLOAT32, run_id="one", runs="runs", **checked)
 
 
 @pytest.fixture

@@ -118,6 +118,14 @@ def test_a_damaged_one_is_passed_over(file: str, damage: str, tmp_path: Path) ->
     assert find_finished(tmp_path, {KEY})[KEY][0].root == tmp_path / "20260101" / "Topics"
 
 
+def test_a_copy_that_was_cut_short_and_one_that_lacks_a_file_are_passed_over(tmp_path: Path) -> None:
+    for name in ("20260101", "20260102", "20260103"):
+        finished_run(tmp_path / name, [task_result("Topics")])
+    (tmp_path / "20260102" / "Topics" / "labels.json").unlink()
+    (tmp_path / "20260103" / "Topics").rename(tmp_path / "20260103" / ".Topics.copying")
+    assert find_finished(tmp_path, {KEY})[KEY][0].root == tmp_path / "20260101" / "Topics"
+
+
 def test_another_key_and_an_empty_store_hold_nothing(tmp_path: Path) -> None:
     assert find_finished(tmp_path / "nowhere", {KEY}) == {}
     finished_run(tmp_path / "20260101", [task_result("Topics")])

@@ -151,6 +151,34 @@ def test_a_file_is_itself_even_if_its_name_looks_like_a_glob(tmp_path: Path) -> 
     assert (file.path, file.below, file.size) == (str(tmp_path / "a[1].parquet"), "a[1].parquet", len(b"content"))
 
 
+def test_links_lead_to_what_they_name(tmp_path: Path) -> None:
+    touch(tmp_path, "blobs/1", "other/day=2/c.parquet")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").symlink_to(tmp_path / "blobs" / "1")
+    (tmp_path / "in" / "day=2").symlink_to(tmp_path / "other" / "day=2")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    assert below(tmp_path / "in") == ["a.parquet", "day=2/c.parquet"]
+    before = find_files(str(tmp_path / "in"))[0]
+    os.utime(tmp_path / "blobs" / "1", (1, 1))
+    assert find_files(str(tmp_path / "in"))[0].version != before.version
+
+
+def test_a_glob_that_matches_folders_reads_what_is_in_them(tmp_path: Path) -> None:
+    touch(tmp_path, "a.parquet/part-0.parquet", "a.parquet/_SUCCESS", "b.parquet")
+    assert below(tmp_path / "*.parquet") == ["a.parquet/part-0.parquet", "b.parquet"]
+
+
+def test_a_folder_may_have_brackets_in_its_name(tmp_path: Path) -> None:
+    touch(tmp_path, "run[1]/a.parquet", "run1/b.parquet")
+    assert below(tmp_path / "run[1]") == ["a.parquet"]
+    assert written_folder(str(tmp_path / "run[1]")).root == str(tmp_path / "run[1]")
+
+
+def test_a_glob_that_fsspec_does_not_know_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\*\*\.parquet: cannot be read: "):
+        find_files(str(tmp_path / "data**.parquet"))
+
+
 def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
     touch(tmp_path, "a.parquet")
     (before,) = find_files(str(tmp_path))

@@ -128,11 +128,15 @@ def test_equal_texts_are_computed_once_and_answered_alike(begun: Callable[..., B
     assert len(answers) == 5
 
 
-def test_wide_rows_are_read_a_few_at_a_time(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("column", "repeated"), [("payload", False), ("pay.load", False), ("payload", True)])
+def test_wide_rows_are_read_a_few_at_a_time(
+    column: str, repeated: bool, begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.unit_worker._BLOCK_BYTES", 2**20)
     random = np.random.default_rng(0)
     texts = [f"{text} {number}" for number, text in enumerate(TEXTS[:50])]
-    bulk = begun({"text": texts, "payload": [random.bytes(2**17) for _ in texts]}, write={"use_dictionary": False})
+    wide = [random.bytes(2**17)] * 50 if repeated else [random.bytes(2**17) for _ in texts]
+    bulk = begun({"text": texts, column: wide}, write={"use_dictionary": repeated})
     worker = UnitWorker(bulk.spec)
     blocks: list[int] = []
     tokenise = worker.classifier.tokenise
@@ -335,6 +339,7 @@ def test_the_footer_says_what_made_the_file_and_of_what(begun: Callable[..., Bul
             "sha256": found.sha256,
             "encoder_revision": found.encoder.revision,
             "labels_sha256": found.labels_sha256,
+            "described_sha256": found.described_sha256,
             "threshold": 0.25,
         }
     ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from bulk import write_table
 
 from pipeline.errors import DataError, InputError
+from pipeline.storage import open_file
 from pipeline.units import BulkInput, plan_input, text_type
 
 
@@ -219,6 +221,21 @@ def test_files_that_cannot_be_read_are_failures_and_the_others_are_planned(tmp_p
     assert planned.failures[0].reason == "the file is empty (0 bytes)"
     assert all(failure.reason.startswith("not a whole Parquet file: ") for failure in planned.failures[1:])
     assert [file.num_rows for file in planned.files] == [None, None, None, 50]
+
+
+def test_a_file_that_its_store_does_not_give_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(tmp_path / "a.parquet", texts(2))
+    write_table(tmp_path / "b.parquet", texts(2))
+
+    def open_or_lose(path: str) -> BinaryIO:
+        if path.endswith("b.parquet"):
+            raise EndpointConnectionError(endpoint_url="http://lake")
+        return open_file(path)
+
+    monkeypatch.setattr("pipeline.units.open_file", open_or_lose)
+    planned = plan(tmp_path)
+    assert outputs(planned) == ["a-00000.parquet"]
+    assert [failure.path for failure in planned.failures] == [str(tmp_path / "b.parquet")]
 
 
 def test_an_input_without_a_readable_file_is_refused(tmp_path: Path) -> None:
