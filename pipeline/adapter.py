@@ -134,17 +134,6 @@ class Adapter:
                     parent, leaf = _parent_of(self.encoder.model, path)
                     setattr(parent, leaf, lora)
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """While open, the encoder is the frozen one."""
-        self.detach()
-        try:
-            yield
-        finally:
-            for path, lora in self.projections.items():
-                parent, leaf = _parent_of(self.encoder.model, path)
-                setattr(parent, leaf, lora)
-
     def merge_difference(self, tokens: Tokens) -> float:
         """Largest absolute difference between the text vectors of the unmerged and the merged adapter."""
         unmerged = self.encoder.embed(tokens)

@@ -121,7 +121,7 @@ class ScoreRow(Record):
     accuracy: Unit
     macro_f1: Unit
     average_precision: Unit | None
-    """Only for two classes."""
+    """Only for two classes. From probabilities for the full-data probe and the head; from labels, as mteb has it, for few-shot columns."""
     low: Unit
     high: Unit
     """Ends of the 95 % interval of the accuracy: over the draws for few-shot, over the test texts otherwise."""
