@@ -22,8 +22,8 @@ class BulkOutcome:
 
     summary: BulkSummary | None
     """None where it did not get to its end."""
-    place: str
-    """Where its output is: a folder inside the one asked for, as long as an overwriting job has failures."""
+    aside: str | None
+    """Where its output is, if not where it was asked for: an overwriting job with failures leaves the old output in place."""
     failures: tuple[UnitFailure, ...]
     error: LorafleetError | None
 
@@ -47,12 +47,12 @@ def classify_datasets(request: BulkRequest) -> State[Any]:
     if isinstance(finished, LorafleetError):
         return _stopped(finished)
     summary, failures = finished
-    place = (plan.begun.place if failures else plan.output).url("")
-    outcome = BulkOutcome(summary, place, failures, None)
+    aside = str(plan.begun.place) if failures and plan.begun.place.root != plan.output.root else None
+    outcome = BulkOutcome(summary, aside, failures, None)
     if failures:
         return Failed(message=f"{len(failures)} failures; see _failures.parquet", data=outcome)
     return Completed(message=f"{summary.rows_out} rows", data=outcome)
 
 
 def _stopped(error: LorafleetError) -> State[Any]:
-    return Failed(message=str(error), data=BulkOutcome(None, "", (), error))
+    return Failed(message=str(error), data=BulkOutcome(None, None, (), error))

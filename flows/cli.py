@@ -102,10 +102,10 @@ def classify(as_json: bool, **given: Any) -> None:
     for failure in outcome.failures:
         where = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
         click.echo(f"failed: {where}: {failure.reason}", err=True)
-    if outcome.failures and given["overwrite"]:
-        click.echo(f"the old output of {given['output']} is left as it was, because of the failures", err=True)
+    if outcome.aside is not None:
+        click.echo(f"the old output in {given['output']} is left as it was, because of the failures", err=True)
     if not as_json:
-        click.echo(f"output: {outcome.place}")
+        click.echo(f"output: {outcome.aside or given['output']}")
     sys.exit(1 if outcome.failures else 0)
 
 

@@ -73,7 +73,7 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
             return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
     except LorafleetError as error:
         get_run_logger().error("%s", error)
-        return Failed(message=first_line(error), data=RunOutcome(run_id, None, (), (_early_failure(error),)))
+        return Failed(message="nothing was trained; see the message above", data=RunOutcome(run_id, None, (), (_early_failure(error),)))
 
 
 def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:

@@ -195,6 +195,16 @@ def test_a_corrupt_file_is_a_failure_and_when_it_is_mended_it_alone_is_done(plac
     assert (out / "_SUCCESS").exists()
     assert not (out / "_failures.parquet").exists()
 
+    (folder / "part-1.parquet").write_bytes(whole[: len(whole) // 2])
+    before = times_written(out)
+    ended = place.classify("mixed", "mixed-out", "--top-k", "2", "--overwrite")
+    assert ended.code == 1
+    assert "the old output in mixed-out is left as it was, because of the failures" in ended.err
+    (aside,) = out.glob("_next-*")
+    assert ended.out.splitlines()[-1] == f"output: {aside}"
+    assert times_written(out) == before
+    assert len(bulk_rows(aside)) == 60
+
 
 def test_a_unit_whose_data_are_damaged_is_a_failure_and_the_others_are_done(place: Place) -> None:
     """The footer is whole, so the fault shows only where the unit is read."""
