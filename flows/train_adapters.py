@@ -21,7 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pipeline.collect import write_config
 from pipeline.config import RunConfig
 from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.job import JobSpec
+from pipeline.job import job_spec
 from pipeline.preflight import Plan, PlannedTask
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
@@ -61,7 +61,7 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
         with hold_store(store, run_id), fleet:  # who holds the store may still have workers that write to it
             plan = stages.check_inputs(config, fleet.runtime(config.train))
             if isinstance(plan, LorafleetError):
-                raise plan
+                return _not_begun(run_id, plan)
             folder = RunFolder(store / run_id)
             write_config(plan.config, folder)
             reused = [] if force else stages.reuse_finished(plan, store, run_id)
@@ -71,9 +71,8 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
             if config.publish.to is not None and results:
                 failures += _publish(folder, config.publish.to)
             return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
-    except LorafleetError as error:
-        get_run_logger().error("%s", error)
-        return Failed(message="nothing was trained; see the message above", data=RunOutcome(run_id, None, (), (_early_failure(error),)))
+    except InputError as error:
+        return _not_begun(run_id, error)
 
 
 def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:
@@ -103,17 +102,7 @@ class _Chain:
     def __init__(self, planned: PlannedTask, plan: Plan, fleet: Fleet, *, store: Path, run_id: str) -> None:
         self.name = planned.mteb_task.name
         compute = plan.config.compute
-        spec = JobSpec(
-            config=plan.config,
-            mteb_task=planned.mteb_task,
-            fingerprint=planned.fingerprint,
-            encoder_revision=plan.encoder.revision,
-            key=planned.key,
-            runtime=plan.runtime,
-            run_id=run_id,
-            runs=str(store.resolve()),
-        )
-        self.worker = fleet.worker(spec)
+        self.worker = fleet.worker(job_spec(plan, planned, run_id=run_id, runs=store))
         self.futures: dict[str, PrefectFuture[Any]] = {}
         before: list[PrefectFuture[Any]] = []
         for stage in (stages.load_data, stages.evaluate_frozen, stages.train_adapter, stages.evaluate_adapter):
@@ -151,8 +140,10 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
     return sorted(results, key=lambda result: order[result.mteb_task.name])
 
 
-def _early_failure(error: LorafleetError) -> Failure:
-    return Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
+def _not_begun(run_id: str, error: LorafleetError) -> State[Any]:
+    get_run_logger().error("%s", error)
+    failure = Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
+    return Failed(message="nothing was trained; see the message above", data=RunOutcome(run_id, None, (), (failure,)))
 
 
 def _ended(outcome: RunOutcome) -> State[Any]:

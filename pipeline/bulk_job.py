@@ -140,7 +140,7 @@ def finish(
     new = {r.unit: r for r in receipts if not r.failure}
     before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
     kept = [*new.values(), *(read_receipt(place, unit) for unit in before)]
-    lost = {*(unit.output for unit in source.units if unit.number in new)} - set(place.names())
+    lost = {unit.output for unit in source.units if unit.number in new} - set(place.names())
     if lost:
         raise LorafleetError(f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder")
     new_rows = sum(receipt.rows for receipt in new.values())

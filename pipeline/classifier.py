@@ -103,7 +103,6 @@ class _Engine:
     def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder) -> None:
         self._encoder = encoder
         self._merged = [_merged(found, encoder) for found in adapters]
-        self._tokens_per_batch = _TOKENS_PER_BATCH[encoder.device.type]
         # Cores that share a batch wait for each other after every operation.
         count = encoder.runtime.threads if encoder.device.type == "cpu" else 1
         self._idle: SimpleQueue[_Stream] = SimpleQueue()
@@ -122,7 +121,7 @@ class _Engine:
             finally:
                 self._idle.put(stream)
 
-        batches = list(batches_by_budget(tokens.lengths[which], tokens_per_batch=self._tokens_per_batch))
+        batches = list(batches_by_budget(tokens.lengths[which], tokens_per_batch=_TOKENS_PER_BATCH[self._encoder.device.type]))
         answered = list(map(answer, batches) if self._pool is None else self._pool.map(answer, batches))
         rows = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
         sizes = [self._merged[index].head.out_features for index in asked]

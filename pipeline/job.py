@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progre
 from pipeline.reload import check_reload
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training import LabelledTokens, Training, train_adapter
+
+if TYPE_CHECKING:
+    from pipeline.preflight import Plan, PlannedTask
 
 _PROBE_TEXTS = 32
 
@@ -46,6 +49,20 @@ class JobSpec(Record):
     run_id: str
     runs: str
     """The run store."""
+
+
+def job_spec(plan: Plan, planned: PlannedTask, *, run_id: str, runs: Path) -> JobSpec:
+    """What the worker of one planned MTEB task is told."""
+    return JobSpec(
+        config=plan.config,
+        mteb_task=planned.mteb_task,
+        fingerprint=planned.fingerprint,
+        encoder_revision=plan.encoder.revision,
+        key=planned.key,
+        runtime=plan.runtime,
+        run_id=run_id,
+        runs=str(runs.resolve()),
+    )
 
 
 @dataclass(frozen=True)

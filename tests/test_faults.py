@@ -11,7 +11,7 @@ from commands import Command, Ended, epochs_done, write_config, write_task
 
 from pipeline.config import load_config
 from pipeline.encoder import choose_runtime
-from pipeline.job import JobSpec, TaskJob
+from pipeline.job import TaskJob, job_spec
 from pipeline.manifest import read_manifest
 from pipeline.preflight import preflight
 from pipeline.records import TaskResult
@@ -51,16 +51,7 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     runs = tmp_path_factory.mktemp("undisturbed")
     adapters = {}
     for planned in plan.tasks:
-        spec = JobSpec(
-            config=plan.config,
-            mteb_task=planned.mteb_task,
-            fingerprint=planned.fingerprint,
-            encoder_revision=plan.encoder.revision,
-            key=planned.key,
-            runtime=plan.runtime,
-            run_id="undisturbed",
-            runs=str(runs),
-        )
+        spec = job_spec(plan, planned, run_id="undisturbed", runs=runs)
         adapters[planned.mteb_task.name] = TaskJob(spec).train(lambda row: None, lambda progress: None).sha256
     return adapters
 

@@ -12,7 +12,7 @@ from commands import write_config, write_task
 from pipeline.config import load_config
 from pipeline.encoder import choose_runtime
 from pipeline.errors import DataError, EncoderError
-from pipeline.job import JobSpec, TaskJob
+from pipeline.job import JobSpec, TaskJob, job_spec
 from pipeline.preflight import preflight
 
 Folders = Callable[[str], Path]
@@ -27,16 +27,7 @@ def spec(encoder_folder: Folders, tmp_path: Path) -> JobSpec:
     )
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
     (task,) = plan.tasks
-    return JobSpec(
-        config=plan.config,
-        mteb_task=task.mteb_task,
-        fingerprint=task.fingerprint,
-        encoder_revision=plan.encoder.revision,
-        key=task.key,
-        runtime=plan.runtime,
-        run_id="one",
-        runs=str(tmp_path / "runs"),
-    )
+    return job_spec(plan, task, run_id="one", runs=tmp_path / "runs")
 
 
 def changed(spec: JobSpec, **values: Any) -> JobSpec:
