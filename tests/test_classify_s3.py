@@ -47,7 +47,8 @@ class Lake:
         """Name -> content of all that can be seen."""
         self.fs.invalidate_cache()
         found = self.fs.find(f"lake/{folder}")
-        found = [path for path in found if "/_attempts/" not in path]  # they come and go
+        # Attempts come and go, and while there is nothing else s3fs may name the folder itself.
+        found = [path for path in found if path.startswith(f"lake/{folder}/") and "/_attempts/" not in path]
         return {path.removeprefix(f"lake/{folder}/"): self.fs.cat_file(path) for path in found}
 
     def units(self, folder: str) -> dict[str, bytes]:
