@@ -33,7 +33,7 @@ from pipeline.encoder import (
     known_package,
 )
 from pipeline.errors import AdapterError, EncoderError
-from pipeline.frozen_linear import FrozenLinear
+from pipeline.frozen_linear import FrozenLinear, keep_primitives
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what a core's second-level cache holds between two layers
 CLOSE_CALL = 0.03
@@ -186,6 +186,7 @@ def load_classifier(
         AdapterError: an adapter cannot be loaded.
     """
     torch.set_num_threads(threads)
+    keep_primitives(256, per_thread=8)
     _keep_freed_memory()
     runtime = choose_runtime(TrainConfig(), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)

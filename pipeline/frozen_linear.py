@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 from pipeline.records import Runtime
 
-# Every length of text asks for primitives of its own: an epoch's are some 1,100, and oneDNN, which reads this when first used, keeps 1,024.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-
 _ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, because the layout may change the last bits
+
+
+def keep_primitives(count: int, *, per_thread: int) -> None:
+    """How many of its primitives oneDNN keeps, and each thread besides; it reads this when first used.
+
+    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each. The figures: CHANGELOG, Experiments.
+    """
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(count)
+    os.environ["LRU_CACHE_CAPACITY"] = str(per_thread)
+
+
+keep_primitives(8192, per_thread=1024)  # an epoch of training comes back to some 1,100
 
 
 class FrozenLinear(nn.Linear):
