@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import logging
 import shutil
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from flows.train_adapters import RunOutcome
     from pipeline.bulk_records import BulkRequest, BulkSummary
     from pipeline.config import RunConfig
+    from pipeline.export import Form
+    from pipeline.publish import Published
     from pipeline.results import ScoreTable
+    from pipeline.verify import Verified
     from tasks.embedded import PrefectServer
 
 _INTERRUPTED = 130
@@ -111,18 +115,77 @@ def classify(as_json: bool, **given: Any) -> None:
 
 @lorafleet.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", "target", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to publish to.")
-def publish(run: Path, target: Path) -> None:
-    """Publish a finished run to a folder, in the repository's layout.
+@click.option("--to", required=True, metavar="DIR|hf:OWNER/NAME", help="A folder, or a repository of the Hugging Face Hub.")
+@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Publish what the promotion gate lets through of a finished run: verified, in one commit.
 
-    Example: lorafleet publish runs/20261120-181500-1a2b --to published
+    Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
     """
-    from pipeline.hub import publish_to_folder
+    from pipeline.config import publish_config
+    from pipeline.publication import read_candidate
+    from pipeline.publish import publish as publish_run
 
-    if ":" in str(target):
-        raise InputError(f"--to {target}: only folders can be published to")
-    written = publish_to_folder(run, target)
-    click.echo(f"published {len(written)} files to {target}")
+    config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
+    _print_published(publish_run(run, to, config), as_json=as_json)
+
+
+@lorafleet.command()
+@click.argument("ref", metavar="REF")
+@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
+@click.option("--offline", is_flag=True, help="Never ask the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
+    """Reload published adapters in a fresh process, and compare them with what was trained.
+
+    Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
+    """
+    from pipeline.verify import verify as verify_ref
+
+    _print_verified(verify_ref(ref, encoder=encoder, offline=offline), as_json=as_json)
+
+
+@lorafleet.command()
+@click.argument("repository", metavar="hf:OWNER/NAME")
+@click.option("--to", "revision", required=True, metavar="TAG|REVISION", help="The state to go back to; a run's is tagged run-<run>.")
+@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
+@click.option("--offline", is_flag=True, help="Never ask the Hub for an encoder.")
+def rollback(repository: str, revision: str, encoder: str | None, offline: bool) -> None:
+    """Make an older state of a repository its newest one, verified first.
+
+    Example: lorafleet rollback hf:me/support-classifiers --to run-20261113-181500-9c8d
+    """
+    from pipeline.publish import rollback as roll_back
+
+    landed, verified = roll_back(repository, revision, encoder=encoder, offline=offline)
+    _print_verified(verified, as_json=False)
+    click.echo(f"{repository} is at {landed} now, with the files of {revision}")
+
+
+@lorafleet.command()
+@click.argument("ref", metavar="REF")
+@click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "--form",
+    required=True,
+    type=click.Choice(["sentence-transformers", "classifier", "transformers", "onnx"]),
+    help="The adapted encoder; encoder and head for sentence-transformers; for transformers' own pipeline (EuroBERT); for ONNX Runtime.",
+)
+@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
+@click.option("--offline", is_flag=True, help="Never ask the Hub.")
+def export(ref: str, target: Path, form: Form, encoder: str | None, offline: bool) -> None:
+    """Write one adapter, merged into its encoder, as a model that other tools load; read back and compared.
+
+    Example: lorafleet export hf:me/support-classifiers#Tickets tickets-onnx --form onnx
+    """
+    from pipeline.adapter_ref import find_adapters
+    from pipeline.export import export_adapter
+
+    (adapter,) = find_adapters([ref], offline=offline)
+    exported = export_adapter(adapter, target, form=form, encoder=encoder, offline=offline)
+    click.echo(f"exported {exported.adapter} to {target}: within {exported.largest_difference:.2g} of the adapter itself")
 
 
 @lorafleet.command()
@@ -254,6 +317,41 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 def _import_ahead() -> None:
     import pipeline.preflight  # noqa: F401
+
+
+def _print_published(published: Published, *, as_json: bool) -> None:
+    if as_json:
+        decisions = [decision.model_dump(mode="json") for decision in published.decisions]
+        facts = {"to": published.to, "revision": published.revision, "num_files": published.num_files, "decisions": decisions}
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        for decision in published.decisions:
+            click.echo(f"{decision.decision:8}{decision.mteb_task}: {decision.reason}")
+        for adapter in published.verified:
+            click.echo(_verified_line(adapter))
+        where = published.to if published.revision is None else f"{published.to}@{published.revision}"
+        promoted = len(published.verified)
+        click.echo(
+            f"published {promoted} of {len(published.decisions)} adapters, {published.num_files} files: {where}"
+            if promoted
+            else f"nothing to publish; {where} stays as it is"
+        )
+    sys.exit(1 if published.blocked else 0)
+
+
+def _print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(adapter) for adapter in verified], indent=1))
+        return
+    for adapter in verified:
+        click.echo(_verified_line(adapter))
+
+
+def _verified_line(adapter: Verified) -> str:
+    return (
+        f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
+        f"effect on the embedding {adapter.effect:.2g}"
+    )
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.collect import write_config
-from pipeline.config import RunConfig
+from pipeline.config import PublishConfig, RunConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.job import job_spec
 from pipeline.preflight import Plan, PlannedTask
@@ -69,7 +69,7 @@ def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -
             _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
             stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
             if config.publish.to is not None and results:
-                failures += _publish(folder, config.publish.to)
+                failures += _publish(folder, config.publish)
             return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
     except InputError as error:
         return _not_begun(run_id, error)
@@ -90,10 +90,12 @@ def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: P
     return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
 
 
-def _publish(folder: RunFolder, to: str) -> list[Failure]:
+def _publish(folder: RunFolder, config: PublishConfig) -> list[Failure]:
     """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
-    error = stages.publish(folder, to)
-    return [] if error is None else [Failure(mteb_task="", stage="publish", reason=str(error), user_fault=isinstance(error, InputError))]
+    published = stages.publish(folder, config)
+    if isinstance(published, LorafleetError):
+        return [Failure(mteb_task="", stage="publish", reason=str(published), user_fault=isinstance(published, InputError))]
+    return [Failure(mteb_task=decision.mteb_task, stage="gate", reason=decision.reason) for decision in published.blocked]
 
 
 class _Chain:

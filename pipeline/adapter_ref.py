@@ -18,7 +18,7 @@ from pipeline.records import Calibration
 from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
 
 _NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
-_HUB = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
+HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,25 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
 
 
 def _folder(ref: str, *, offline: bool) -> TaskFolder:
-    hub = _HUB.fullmatch(ref)
+    hub = HUB_REF.fullmatch(ref)
     if hub:
         return _hub_folder(hub, offline=offline)
-    whole = "#" not in ref or Path(ref).is_dir()  # the sign may also be part of a folder's name
-    place, _, task = (ref, "", "") if whole else ref.rpartition("#")
+    place, task = split_folder(ref)
     root = Path(place)
     if not root.is_dir():
         raise AdapterError(f"adapter {ref}: no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
     return _pick(root, task, ref)
 
 
-def _pick(root: Path, task: str, ref: str) -> TaskFolder:
+def split_folder(ref: str) -> tuple[str, str | None]:
+    """``FOLDER#TASK`` as both, or a folder alone; the sign may also be part of a folder's name."""
+    if "#" not in ref or Path(ref).is_dir():
+        return ref, None
+    place, _, task = ref.rpartition("#")
+    return place, task
+
+
+def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
     if task:
         folder = TaskFolder(root / task)
     elif TaskFolder(root).adapter_weights.is_file():

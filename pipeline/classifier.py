@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from pipeline.encoder import (
     Encoder,
     EncoderFiles,
     FloatArray,
+    IntArray,
     Tokens,
     batches_by_budget,
     choose_runtime,
@@ -41,6 +42,7 @@ CLOSE_CALL = 0.03
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # of malloc.h
 _LARGEST_ARRAY = 1024**3
 _OUTSIDE = -1  # of every layer, as the embeddings are
+_Computed = TypeVar("_Computed")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Classifier:
         """
         self.encoder = encoder
         self.top_k = top_k
+        self._num_adapters = len(adapters)
         self._fast = _Engine(adapters, encoder)
         self._referee = None if referee is None else _Engine(adapters, referee)
 
@@ -87,14 +90,29 @@ class Classifier:
 
     def classify(self, tokens: Tokens) -> list[Answers]:
         """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone."""
-        width = max(2, self.top_k)  # the second label says how close a call is
-        answers = self._fast.answers(tokens, np.arange(len(tokens)), width=width)
+        return self._answers(tokens, np.arange(len(tokens)), range(self._num_adapters), self.top_k)
+
+    def classify_with(self, index: int, tokens: Tokens, rows: IntArray, *, top_k: int) -> Answers:
+        """What one adapter says of some of the texts, in the order of ``rows``."""
+        (answers,) = self._answers(tokens, rows, [index], top_k)
+        return answers
+
+    def embed_with(self, index: int, tokens: Tokens, rows: IntArray) -> FloatArray:
+        """What the encoder makes of some of the texts with one adapter, float32 (rows, width), in the order of ``rows``.
+
+        Unit vectors where the encoder's own definition ends in them. Computed in the encoder's dtype; the referee has no part in it.
+        """
+        return self._fast.embed(tokens, rows, index)
+
+    def _answers(self, tokens: Tokens, rows: IntArray, asked: Sequence[int], top_k: int) -> list[Answers]:
+        width = max(2, top_k)  # the second label says how close a call is
+        answers = self._fast.answers(tokens, rows, asked, width=width)
         if self._referee is not None:
-            for index, answer in enumerate(answers):
+            for index, answer in zip(asked, answers, strict=True):
                 close = np.flatnonzero(answer.top_scores[:, 1] > (1 - CLOSE_CALL) * answer.top_scores[:, 0])
-                (exact,) = self._referee.answers(tokens, close, width=width, only=index)
+                (exact,) = self._referee.answers(tokens, rows[close], [index], width=width)
                 answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
-        return [Answers(answer.top_labels[:, : self.top_k], answer.top_scores[:, : self.top_k]) for answer in answers]
+        return [Answers(answer.top_labels[:, :top_k], answer.top_scores[:, :top_k]) for answer in answers]
 
 
 class _Engine:
@@ -110,22 +128,35 @@ class _Engine:
             self._idle.put(_Stream(encoder, self._merged))
         self._pool = ThreadPoolExecutor(count, "stream", torch.set_num_threads, (1,)) if count > 1 else None
 
-    def answers(self, tokens: Tokens, which: npt.NDArray[np.int64], *, width: int, only: int | None = None) -> list[Answers]:
-        """Of all adapters, or of one, about some of the texts."""
-        asked = range(len(self._merged)) if only is None else [only]
+    def answers(self, tokens: Tokens, which: IntArray, asked: Sequence[int], *, width: int) -> list[Answers]:
+        """Of some adapters about some of the texts."""
+        rows, answered = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, asked, width))
+        sizes = [self._merged[index].head.out_features for index in asked]
+        return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
 
-        def answer(rows: npt.NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
+    def embed(self, tokens: Tokens, which: IntArray, index: int) -> FloatArray:
+        """Vectors of one adapter for some of the texts, float32 (texts, width)."""
+        rows, made = self._each_batch(tokens, which, lambda stream, batch: stream.embed(batch, index).cpu())
+        vectors = np.empty((len(rows), self._encoder.hidden_size), dtype=np.float32)
+        if made:
+            vectors[rows] = torch.cat(made).numpy()
+        return vectors
+
+    def _each_batch(
+        self, tokens: Tokens, which: IntArray, compute: Callable[[_Stream, Batch], _Computed]
+    ) -> tuple[IntArray, list[_Computed]]:
+        """What each batch gives, and the places in ``which`` that its texts have, one after the other."""
+
+        def run(rows: IntArray) -> _Computed:
             stream = self._idle.get()
             try:
-                return stream.answer(self._encoder.batch(tokens, which[rows]), asked, width)
+                return compute(stream, self._encoder.batch(tokens, which[rows]))
             finally:
                 self._idle.put(stream)
 
         batches = list(batches_by_budget(tokens.lengths[which], tokens_per_batch=_TOKENS_PER_BATCH[self._encoder.device.type]))
-        answered = list(map(answer, batches) if self._pool is None else self._pool.map(answer, batches))
-        rows = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
-        sizes = [self._merged[index].head.out_features for index in asked]
-        return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
+        computed = list(map(run, batches) if self._pool is None else self._pool.map(run, batches))
+        return np.concatenate(batches) if batches else np.empty(0, dtype=np.int64), computed
 
 
 class _Stream:
@@ -147,11 +178,21 @@ class _Stream:
         answers = []
         for index in asked:
             adapter = self._adapters[index]
-            with _switched(self._switches[index]), self._layers.shared_below(adapter.first_layer):
-                logits = adapter.head(self._encoder.pooled(batch)) / adapter.temperature
+            logits = adapter.head(self._pooled(batch, index)) / adapter.temperature
             scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
             answers.append((scores, labels))
         return answers
+
+    @torch.inference_mode()
+    def embed(self, batch: Batch, index: int) -> Tensor:
+        """Vectors of one adapter for a batch, float32 (texts, width), at length 1 where the encoder's own definition says so."""
+        self._layers.forget()
+        vectors = self._pooled(batch, index)
+        return nn.functional.normalize(vectors, dim=1) if self._encoder.normalize else vectors
+
+    def _pooled(self, batch: Batch, index: int) -> Tensor:
+        with _switched(self._switches[index]), self._layers.shared_below(self._adapters[index].first_layer):
+            return self._encoder.pooled(batch)
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -170,7 +211,14 @@ def _in_order(parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], w
 
 
 def load_classifier(
-    adapters: Sequence[FoundAdapter], *, encoder: str | None, threads: int, use_gpu: bool, offline: bool, top_k: int = 1
+    adapters: Sequence[FoundAdapter],
+    *,
+    encoder: str | None,
+    threads: int,
+    use_gpu: bool,
+    offline: bool,
+    top_k: int = 1,
+    precision: Literal["auto", "float32"] = "auto",
 ) -> Classifier:
     """The kernel for some adapters, on the encoder that they were trained on.
 
@@ -181,6 +229,7 @@ def load_classifier(
         use_gpu: Where there is one.
         offline: Never ask the Hub.
         top_k: Labels per text.
+        precision: ``auto`` is bfloat16 where the hardware multiplies it natively, with float32 for close calls.
     Raises:
         EncoderError: the encoder cannot be found, or is another one than the adapters were trained on.
         AdapterError: an adapter cannot be loaded.
@@ -188,7 +237,7 @@ def load_classifier(
     torch.set_num_threads(threads)
     keep_primitives(256, per_thread=8)
     _keep_freed_memory()
-    runtime = choose_runtime(TrainConfig(), threads=threads, use_gpu=use_gpu)
+    runtime = choose_runtime(TrainConfig(precision=precision), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
     loaded = Encoder(files, config, runtime)
     exact = choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
@@ -206,7 +255,7 @@ def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool
         EncoderError: it cannot be found.
         AdapterError: what is there is another one.
     """
-    config = _encoder_config(adapter, encoder)
+    config = encoder_config_of(adapter, encoder)
     files = find_encoder(config, offline=offline)
     if files.ref.revision != adapter.encoder.revision:
         trained = f"{adapter.encoder.name} at {adapter.encoder.revision}"
@@ -214,7 +263,7 @@ def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool
     return files, config
 
 
-def _encoder_config(adapter: FoundAdapter, encoder: str | None) -> EncoderConfig:
+def encoder_config_of(adapter: FoundAdapter, encoder: str | None) -> EncoderConfig:
     """Which encoder to load: the given one, an installed package that is the one trained on, or that by its public name.
 
     Raises: EncoderError: it was trained on a folder of somebody's machine, and no other place is given.

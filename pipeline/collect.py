@@ -1,11 +1,10 @@
-"""From the results of all MTEB tasks to the files of a run: metrics, results, model card, report, manifest."""
+"""What a run writes around the work of its workers: config, reused MTEB tasks, outputs, history, manifest."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import tomli_w
 
@@ -13,14 +12,11 @@ import pipeline
 from pipeline.config import RunConfig
 from pipeline.evaluation import library_versions
 from pipeline.manifest import RunManifest, sources_sha256, write_manifest
-from pipeline.metrics_table import append_history, write_epochs, write_scores
-from pipeline.model_card import render_card
+from pipeline.metrics_table import append_history, write_epochs
+from pipeline.outputs import rewritten, write_outputs
 from pipeline.preflight import Plan
-from pipeline.records import ClassificationResults, Failure, ScoreRow, TaskResult
-from pipeline.report import render_report
-from pipeline.results import summarise
+from pipeline.records import ClassificationResults, Failure, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
-from pipeline.scores import holm
 
 
 def write_config(config: RunConfig, folder: RunFolder) -> None:
@@ -32,7 +28,7 @@ def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFol
     """Copy a finished MTEB task of another run into this one; its rows keep their times and name their origin."""
     target = folder.task(result.mteb_task.name)
     origin = result.reused_from or result.run_id
-    rows = tuple(_rewritten(row, run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
+    rows = tuple(rewritten(row, run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
     copied = TaskResult.model_validate(result.model_dump() | {"run_id": run_id, "reused_from": origin, "scores": rows})
     temporary = target.root.with_name(f".{target.root.name}.copying")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -46,18 +42,17 @@ def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
     """Write everything of a run but its manifest; returns the results with p-values corrected over the MTEB tasks."""
-    corrected = correct_over_tasks(results)
-    summary = summarise(corrected, failures, encoder=plan.encoder, run_id=run_id, created_at=datetime.now(UTC))
-    rows = [row for result in corrected for row in result.scores]
-    folder.metrics.mkdir(parents=True, exist_ok=True)
-    write_scores(rows, folder.scores)
-    write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
-    write_atomically(folder.results, summary.model_dump_json(indent=1))
-    trusted = plan.config.encoder.trust_remote_code
-    card = render_card(corrected, summary, adapted_modules=plan.adapted_modules, trust_remote_code=trusted)
-    write_atomically(folder.readme, card)
-    write_atomically(folder.report, render_report(corrected, summary))
-    return summary, corrected
+    return write_outputs(
+        results,
+        failures,
+        folder,
+        encoder=plan.encoder,
+        run_id=run_id,
+        created_at=datetime.now(UTC),
+        adapted_modules=plan.adapted_modules,
+        trust_remote_code=plan.config.encoder.trust_remote_code,
+        license=plan.config.publish.license,
+    )
 
 
 def finish_run(
@@ -86,19 +81,3 @@ def finish_run(
     )
     write_manifest(manifest, folder)
     return manifest
-
-
-def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
-    """Holm's correction of the head's p-values over the run's MTEB tasks."""
-    values = holm([result.comparison.p_value if result.comparison else None for result in results])
-    return tuple(
-        TaskResult.model_validate(
-            result.model_dump()
-            | {"scores": tuple(_rewritten(row, p_value_holm=value) if row.column == "head" else row for row in result.scores)}
-        )
-        for result, value in zip(results, values, strict=True)
-    )
-
-
-def _rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:
-    return ScoreRow.model_validate(row.model_dump() | changes)

@@ -138,11 +138,33 @@ class ComputeConfig(Record):
     """For one stage of one MTEB task."""
 
 
+class GateConfig(Record):
+    """When a newly trained adapter takes the published one's place. Both are scored on the same test texts."""
+
+    enabled: bool = True
+    """Off: every adapter of the run is published."""
+    min_gain: float = Field(default=0.0, ge=-1, le=1)
+    """Smallest gain in accuracy, which must also be beyond noise. Below 0: promote also what is, beyond noise, at most so much worse."""
+    max_regression: float = Field(default=0.0, ge=0, le=1)
+    """A loss beyond noise that is larger than this blocks; a smaller one keeps the published adapter."""
+    require_beats_probe: bool = False
+    """Block an adapter that is not above the full-data probe beyond noise."""
+    allow_label_change: bool = False
+    """Promote although the label names differ from the published ones."""
+
+
 class PublishConfig(Record):
     """What happens with a finished run."""
 
-    to: str | None = Field(default=None, pattern=r"^[^:]+$")
-    """A folder; left out, nothing is published."""
+    to: str | None = Field(default=None, pattern=r"^(hf:[^/:@#]+/[^/:@#]+|[^:]+)$")
+    """A folder, or ``hf:OWNER/NAME``; left out, nothing is published."""
+    private: bool = False
+    """Of a repository that has to be made."""
+    license: str | None = None
+    """As the Hub abbreviates it (``apache-2.0``); the card claims none where left out."""
+    token_block: str | None = None
+    """Name of a Prefect Secret block with the Hub's token; left out, it comes from the environment or the Hub's own login."""
+    gate: GateConfig = GateConfig()
 
 
 class MtebTaskConfig(Record):
@@ -221,6 +243,20 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         lines = _describe(error.errors(include_url=False))
         raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
+
+
+def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:
+    """What ``lorafleet publish`` does: what the run's config says, less what the command says otherwise.
+
+    Raises: ConfigError: an unknown key, one outside ``publish``, a value out of range.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    values["publish"] |= {"to": to} | ({"private": True} if private else {})
+    for override in overrides:
+        if not override.startswith("publish."):
+            raise ConfigError(f"--set {override}: only keys of [publish] have an effect on a finished run")
+        _apply_override(values, override)
+    return validate_config(values, "lorafleet publish").publish
 
 
 def preset_names() -> list[str]:

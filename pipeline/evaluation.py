@@ -62,6 +62,8 @@ class Baselines:
     probe_predictions: IntArray
     """Of the full-data probe on test, (num_test,)."""
     head_start: HeadStart
+    few_shot: dict[str, Any]
+    """mteb's own result of the few-shot column, by its name; empty where that was left out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class AdapterEvaluation:
     comparison: Comparison | None
     calibration: Calibration
     confusions: tuple[Confusion, ...]
+    few_shot: dict[str, Any]
+    """As in ``Baselines``."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,11 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, 
         score = _score(predictions, positive, facts, config)
         rows.append(facts.row("frozen_full_data", score, started=started, predictions=predictions))
     started = time.perf_counter()
+    own: dict[str, Any] = {}
     if "frozen_few_shot" in config.columns:
-        rows.append(facts.row("frozen_few_shot", few_shot(data.mteb_task, vectors), started=started))
-    return Baselines(tuple(rows), float(probe.C), predictions.astype(np.int64), start)
+        score, own["frozen_few_shot"] = few_shot(data.mteb_task, vectors)
+        rows.append(facts.row("frozen_few_shot", score, started=started))
+    return Baselines(tuple(rows), float(probe.C), predictions.astype(np.int64), start, own)
 
 
 def evaluate_adapter(
@@ -180,12 +186,15 @@ def evaluate_adapter(
     p_value = comparison.p_value if comparison else None
     rows.append(facts.row("head", score, started=started, predictions=predictions, p_value=p_value, **trained))  # type: ignore[arg-type]
     started = time.perf_counter()
+    own: dict[str, Any] = {}
     if "adapted_few_shot" in config.columns:
-        rows.append(facts.row("adapted_few_shot", few_shot(data.mteb_task, vectors), started=started, **trained))  # type: ignore[arg-type]
+        score, own["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
+        rows.append(facts.row("adapted_few_shot", score, started=started, **trained))  # type: ignore[arg-type]
     # A refit has learnt from the validation texts too: a temperature fitted on them would flatter itself.
     fit_on = validation if not training.refitted else None
     calibration = scores.calibrate(fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels)
-    return AdapterEvaluation(tuple(rows), comparison, calibration, scores.confusions(data.test_labels, predictions, data.label_names))
+    confusions = scores.confusions(data.test_labels, predictions, data.label_names)
+    return AdapterEvaluation(tuple(rows), comparison, calibration, confusions, own)
 
 
 def unit(vectors: FloatArray) -> FloatArray:
@@ -257,17 +266,19 @@ def _head_start(probe: Any, scale: float, num_classes: int) -> HeadStart:
     return HeadStart(weight.astype(np.float32), bias.astype(np.float32))
 
 
-def few_shot(mteb_task: Any, vectors: TextVectors) -> scores.Score:
-    """mteb's own protocol: logistic regression on ``samples_per_label`` texts, ten draws, on test."""
+def few_shot(mteb_task: Any, vectors: TextVectors) -> tuple[scores.Score, dict[str, Any]]:
+    """mteb's own protocol: logistic regression on ``samples_per_label`` texts, ten draws, on test; and its own result of it."""
     import mteb
 
     result = mteb.evaluate(
         _mteb_encoder(vectors), mteb_task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 1024}
     )
-    (entry,) = result.task_results[0].scores["test"]
+    task_result = result.task_results[0]
+    (entry,) = task_result.scores["test"]
     draws = entry["scores_per_experiment"]
     precisions = [draw["ap"] for draw in draws] if draws[0].get("ap") is not None else None
-    return scores.score_of_draws([d["accuracy"] for d in draws], [d["f1"] for d in draws], precisions)
+    score = scores.score_of_draws([d["accuracy"] for d in draws], [d["f1"] for d in draws], precisions)
+    return score, task_result.model_dump(mode="json")
 
 
 def _mteb_encoder(vectors: TextVectors) -> Any:

@@ -1,157 +1,253 @@
-"""Publish a finished run in the source document's repository layout: all of it, verified, or nothing. Reads no pickle."""
+"""The only writer to the Hugging Face Hub: one verified commit, or nothing. The token stays with huggingface_hub."""
 
 from __future__ import annotations
 
-import html
-import json
-import re
-import secrets
-import shutil
-import tomllib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ParamSpec, TypeVar
 
-from pipeline.errors import InputError, LorafleetError, VerificationError
-from pipeline.records import ClassificationResults, TaskResult
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.errors import InputError, LorafleetError, VerificationError, first_line
+from pipeline.publication import Base, files_below
+from pipeline.records import Publication
+from pipeline.run_folder import RunFolder, read_record
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Check = Callable[[Path], None]
+"""Raises what is wrong with a downloaded repository."""
 
-def publish_to_folder(run: Path, target: Path) -> list[Path]:
-    """Copy a finished run to ``target``, which then holds all of it, or what it held before.
-
-    Args:
-        run: A run folder with its manifest. MTEB tasks that failed are listed in the results, the others are published.
-        target: A folder that is new, empty, or was published before; its parents are made.
-    Returns: The published files, sorted.
-    Raises:
-        InputError: the run is not finished, or the target holds something else.
-        VerificationError: an adapter is not the one that was measured.
-        LorafleetError: a file names a local path, or the copy failed; the target is as it was.
-    """
-    source, target = RunFolder(run.resolve()), target.resolve()
-    summary = _finished(source)
-    _check_target(source, target)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(6)}.staging")
-    try:
-        for path in _layout(source, summary):
-            copy = staging / path.relative_to(source.root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        _verify(RunFolder(staging), source, summary)
-        _swap(staging, target)
-    except OSError as error:
-        raise LorafleetError(f"publishing {source.root.name} to {target} failed, and left it as it was: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return sorted(_layout(RunFolder(target), summary))
+_PATIENT_WITH = (429, 500, 502, 503, 504)
+_ATTEMPTS, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 6, 1.0, 30.0
+_NOT_OURS = (".gitattributes",)  # the Hub puts it into every new repository
+_MOVED = 412
 
 
-def _finished(run: RunFolder) -> ClassificationResults:
-    if not run.manifest.is_file():
-        there = "is not finished" if run.results.is_file() or run.config.is_file() else "is not a run folder"
-        raise InputError(
-            f"{run.root} {there}: manifest.json is missing, which is written last; "
-            "let `lorafleet train` finish, or name the folder that its last line prints"
-        )
-    missing = [path.name for path in run.published() if not path.is_file()]
-    if missing:
-        raise InputError(f"{run.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
-    summary = read_record(run.results, ClassificationResults)
-    if not summary.tasks:
-        raise InputError(f"{run.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish")
-    for entry in summary.tasks:
-        folder = run.task(entry.task)
-        missing = [path.name for path in (*folder.published(), folder.result) if not path.is_file()]
-        if missing:
-            raise InputError(f"{folder.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
-    return summary
+class MovedError(LorafleetError):
+    """Somebody else has changed the repository since it was read."""
 
 
-def _check_target(run: RunFolder, target: Path) -> None:
-    if target == run.root or target in run.root.parents or run.root in target.parents:
-        raise InputError(f"cannot publish {run.root} to {target}: one lies inside the other; choose a folder elsewhere")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"cannot publish to {target}: it is a file; name a folder")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    published = RunFolder(target)
-    if not published.results.is_file():
-        raise InputError(
-            f"cannot publish to {target}: it is not empty and holds no classification_results.json, so it was not published by lorafleet; "
-            "choose another folder"
-        )
-    expected = set(_layout(published, read_record(published.results, ClassificationResults)))
-    foreign = sorted(str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir() and path not in expected)
-    if foreign:
-        raise InputError(
-            f"cannot publish to {target}: publishing replaces the whole folder, so {', '.join(foreign[:5])}"
-            f"{f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''} would be lost; move that elsewhere, or choose another folder"
-        )
+class HubRepository:
+    """A model repository that adapters are published to."""
 
+    def __init__(self, name: str, *, private: bool = False) -> None:
+        """Ask nothing yet.
 
-def _layout(root: RunFolder, summary: ClassificationResults) -> list[Path]:
-    """Every file of the repository, below ``root``."""
-    return [*root.published(), *(path for entry in summary.tasks for path in root.task(entry.task).published())]
+        Args:
+            name: ``OWNER/NAME``.
+            private: If it has to be made.
+        """
+        from huggingface_hub import HfApi
 
+        self.name = name
+        self.private = private
+        self._api = HfApi(library_name="lorafleet")
 
-def _verify(staged: RunFolder, run: RunFolder, summary: ClassificationResults) -> None:
-    results = {entry.task: read_record(run.task(entry.task).result, TaskResult) for entry in summary.tasks}
-    for entry in summary.tasks:
-        found, measured = adapter_sha256(staged.task(entry.task).root), results[entry.task].adapter.sha256
-        if not found == measured == entry.adapter_sha256:
+    def read(self) -> Base:
+        """What ``main`` holds; JSON files only.
+
+        Raises: InputError: it was not published by lorafleet, or may not be read.
+        """
+        head = self._head()
+        if head is None:
+            return Base(None, None, None)
+        files = self._blobs(head)
+        if RunFolder(Path()).publication.name not in files:
+            foreign = sorted(set(files) - set(_NOT_OURS))
+            if foreign:
+                raise InputError(
+                    f"cannot publish to hf:{self.name}: it holds {', '.join(foreign[:5])} but no publication.json, so it was not published "
+                    "by lorafleet; choose another repository"
+                )
+            return Base(head, None, None)
+        folder = RunFolder(download(self.name, head, patterns=["*.json"]))
+        return Base(head, folder, read_record(folder.publication, Publication))
+
+    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Check) -> str:
+        """Commit to a branch of its own, check that commit, then make it ``main``'s next one; returns its id.
+
+        Only files that differ travel. Interrupted anywhere, ``main`` is as it was or has all of it, and the same call ends what is missing.
+
+        Raises:
+            MovedError: ``main`` is no longer at ``base``; nothing was changed.
+            VerificationError: what arrived is not what was sent; ``main`` is as it was.
+            LorafleetError: the Hub refused, or could not be reached; ``main`` is as it was.
+        """
+        head = base.revision or self._make()
+        old = set(base.publication.files) if base.publication else set()
+        add = {path: staged.root / path for path in files_below(staged.root)}
+        delete = sorted(old - set(publication.files))
+        message = f"Adapters of run {publication.run_id}: {', '.join(publication.adapters)}"
+        landed = self._advance(add, delete, head, branch=f"staging/{publication.run_id}", message=message, check=check)
+        self._tag(f"run-{publication.run_id}", landed)
+        return landed
+
+    def settle(self, run_id: str, revision: str) -> None:
+        """End what a publishing that was interrupted after its commit to ``main`` had left to do."""
+        self._tag(f"run-{run_id}", revision)
+        self._drop_branch(f"staging/{run_id}")
+
+    def restore(self, revision: str, check: Check) -> str:
+        """A new commit on ``main`` with the files of an older one, checked as ``land`` does; returns its id.
+
+        Raises:
+            InputError: there is no such revision.
+            LorafleetError: as ``land``.
+        """
+        head, wanted = self._head(), self._commit_of(revision)
+        if head is None or wanted is None:
+            raise InputError(f"hf:{self.name}: there is no {'repository of that name' if head is None else f'revision {revision}'}")
+        now, then = self._blobs(head), self._blobs(wanted)
+        with TemporaryDirectory(prefix="lorafleet-rollback-") as cache:
+            root = download(self.name, wanted, cache=Path(cache))
+            add = {path: root / path for path, blob in then.items() if now.get(path) != blob}
+            delete = sorted(set(now) - set(then))
+            message = f"Roll back to {revision} ({wanted[:12]})"
+            return self._advance(add, delete, head, branch=f"staging/rollback-{wanted[:12]}", message=message, check=check)
+
+    def _advance(self, add: dict[str, Path], delete: Sequence[str], head: str, *, branch: str, message: str, check: Check) -> str:
+        """Two equal commits: one on a branch, which is checked, and then one on ``main``."""
+        self._drop_branch(branch)
+        self._ask(self._api.create_branch, self.name, branch=branch, revision=head, exist_ok=True)
+        staged = self._commit(add, delete, head, branch=branch, message=message)
+        blobs = self._blobs(staged)
+        with TemporaryDirectory(prefix="lorafleet-verify-") as cache:
+            try:
+                check(download(self.name, staged, cache=Path(cache)))
+            except VerificationError as error:
+                self._drop_branch(branch)
+                raise VerificationError(f"hf:{self.name} is left as it was: {error}") from error
+        landed = head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
+        if self._blobs(landed) != blobs:
             raise VerificationError(
-                f"{entry.task}: the adapter's files have sha256 {found}, but the scores were measured with {measured} "
-                f"(classification_results.json: {entry.adapter_sha256}); train it again"
+                f"hf:{self.name}: commit {landed} has other files than {staged}, which was checked; roll back to {head}"
             )
-    names = "|".join(re.escape(form) for path in sorted(_local_paths(run, results)) for form in _written_forms(path))
-    pattern = re.compile(rf"(?<![\w.])(?:{names})(?![\w-])".encode())
-    for path in _layout(staged, summary):
-        match = pattern.search(path.read_bytes())
-        if match:
-            raise LorafleetError(
-                f"{path.relative_to(staged.root)} names the local path {match[0].decode()}, which would be published; nothing was"
-            )
+        self._drop_branch(branch)
+        return landed
 
+    def _commit(self, add: dict[str, Path], delete: Sequence[str], parent: str, *, branch: str, message: str) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.errors import HfHubHTTPError
 
-def _local_paths(run: RunFolder, results: dict[str, TaskResult]) -> set[str]:
-    """Absolute paths of this machine that the run knows: its own, and all that its config and results name."""
-    known: list[Any] = [str(run.root)]
-    if run.config.is_file():
+        def commit() -> str:
+            # The operations remember what was uploaded, so every attempt needs its own.
+            operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in add.items()]
+            operations += [CommitOperationDelete(path) for path in delete]
+            return str(self._api.create_commit(self.name, operations, commit_message=message, parent_commit=parent, revision=branch).oid)
+
         try:
-            known.append(tomllib.loads(run.config.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise InputError(f"{run.config} is damaged: {error}") from None
-    for result in results.values():
-        known += [result.mteb_task.location, result.mteb_task.test_location, result.adapter.path, result.encoder.name]
-    return {text.rstrip("/") for text in _strings(known) if Path(text).is_absolute() and text.strip("/")}
+            return self._ask(commit)
+        except LorafleetError as error:
+            cause = error.__cause__
+            if not isinstance(cause, HfHubHTTPError) or _status(cause) != _MOVED:
+                raise
+            # Our own commit, if its answer got lost: then the branch is one ahead of the parent and has this message.
+            newest = self._ask(self._api.list_repo_commits, self.name, revision=branch)[:2]
+            if [c.commit_id for c in newest[1:]] == [parent] and newest[0].title == message.splitlines()[0]:
+                return str(newest[0].commit_id)
+            raise MovedError(f"hf:{self.name}: {branch} has moved on from {parent}") from error
+
+    def _head(self) -> str | None:
+        return self._commit_of("main")
+
+    def _commit_of(self, revision: str) -> str | None:
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        def find() -> str | None:
+            try:
+                return self._api.repo_info(self.name, revision=revision).sha
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
+
+        return self._ask(find)
+
+    def _make(self) -> str:
+        self._ask(self._api.create_repo, self.name, private=self.private, exist_ok=True)
+        head = self._head()
+        assert head is not None
+        return head
+
+    def _blobs(self, revision: str) -> dict[str, str]:
+        """Path -> id of its content."""
+        from huggingface_hub.hf_api import RepoFile
+
+        def listed() -> dict[str, str]:
+            tree = self._api.list_repo_tree(self.name, recursive=True, revision=revision)
+            return {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
+
+        return self._ask(listed)
+
+    def _tag(self, tag: str, revision: str) -> None:
+        there = {ref.name: ref.target_commit for ref in self._ask(self._api.list_repo_refs, self.name).tags}
+        if tag in there and there[tag] != revision:
+            self._ask(self._api.delete_tag, self.name, tag=tag)
+        if there.get(tag) != revision:
+            self._ask(self._api.create_tag, self.name, tag=tag, revision=revision, exist_ok=True)
+
+    def _drop_branch(self, branch: str) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        with suppress(HfHubHTTPError):
+            self._api.delete_branch(self.name, branch=branch)
+
+    def _ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        return ask(f"hf:{self.name}", call, *args, **options)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
+def download(name: str, revision: str, *, cache: Path | None = None, patterns: Sequence[str] | None = None) -> Path:
+    """A repository's files at a revision; into an empty folder, or the Hub's own cache.
+
+    Raises: LorafleetError: it cannot be read.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> Path:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
+
+    return ask(f"hf:{name}", fetch)
 
 
-def _written_forms(path: str) -> set[str]:
-    """As it stands in text, in JSON and in HTML."""
-    return {path, json.dumps(path)[1:-1], html.escape(path)}
+def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Call the Hub, and again after a while where it is busy, broken or out of reach.
+
+    Raises:
+        InputError: it may not be read or written.
+        LorafleetError: it cannot be reached, or refused.
+    """
+    from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wait = _FIRST_WAIT_SECONDS
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return call(*args, **options)
+        except (HFValidationError, OfflineModeIsEnabled) as error:
+            raise InputError(f"{what}: {first_line(error)}") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, TransportError, RuntimeError) as error:
+            if type(error) is RuntimeError and not isinstance(error.__cause__, (HfHubHTTPError, OSError, TransportError)):
+                raise  # huggingface_hub's word for an upload that failed has a cause
+            status = _status(error)
+            if attempt == _ATTEMPTS or (status is not None and status not in _PATIENT_WITH):
+                kind = InputError if status in (401, 403, 404) else LorafleetError
+                raise kind(f"{what}: {first_line(error)}{_ADVICE if status in (401, 403) else ''}") from error
+            time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
+            wait *= 2
+    raise AssertionError("unreachable")
 
 
-def _swap(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:  # an interrupt, too, must not leave the place empty
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+_ADVICE = "; give a token that may write there: HF_TOKEN, `hf auth login`, or publish.token_block"
+
+
+def _status(error: BaseException) -> int | None:
+    response: Any = getattr(error, "response", None)
+    if response is None and isinstance(error.__cause__, Exception):
+        response = getattr(error.__cause__, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _retry_after(error: BaseException) -> float | None:
+    response: Any = getattr(error, "response", None)
+    value = None if response is None else response.headers.get("Retry-After")
+    return float(value) if value is not None and value.isdecimal() else None

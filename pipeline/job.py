@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from pipeline.training import LabelledTokens, Training, train_adapter
 if TYPE_CHECKING:
     from pipeline.preflight import Plan, PlannedTask
 
-_PROBE_TEXTS = 32
+_RELOADED_TEXTS = 32
 
 
 class JobSpec(Record):
@@ -137,9 +137,10 @@ class TaskJob:
         started = time.perf_counter()
         facts = self._facts()
         evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
-        probe_texts = self._data.test_texts[:_PROBE_TEXTS]
-        check_reload(training.adapter, self.folder, probe_texts, offline=self.config.data.offline)
+        reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
+        check_reload(training.adapter, self.folder, reloaded_texts, offline=self.config.data.offline)
         write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
+        write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
         result = TaskResult(
             mteb_task=self._data.task,
             key=self.spec.key,
@@ -150,7 +151,7 @@ class TaskJob:
             adapter=adapter,
             num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
             num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
-            merge_difference=training.adapter.merge_difference(self._encoder.tokenise(probe_texts)),
+            merge_difference=training.adapter.merge_difference(self._encoder.tokenise(reloaded_texts)),
             probe_c=baselines.probe_c,
             epochs=training.epochs,
             best_epoch=training.best_epoch,
@@ -223,7 +224,7 @@ class TaskJob:
                 file.write(*found)
             self._baselines, self._seconds["frozen"] = found
             rows = tuple(ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows)
-            self._baselines = Baselines(rows, self._baselines.probe_c, self._baselines.probe_predictions, self._baselines.head_start)
+            self._baselines = replace(self._baselines, rows=rows)
         return self._baselines
 
     def _trained(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> Training:
@@ -262,7 +263,7 @@ class _BaselinesFile:
             "bias": torch.from_numpy(baselines.head_start.bias),
         }
         facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
-        facts["rows"] = [row.model_dump(mode="json") for row in baselines.rows]
+        facts |= {"rows": [row.model_dump(mode="json") for row in baselines.rows], "few_shot": baselines.few_shot}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, save(tensors, metadata={"facts": json.dumps(facts)}))
 
@@ -276,6 +277,7 @@ class _BaselinesFile:
                 start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
                 predictions = file.get_tensor("predictions").astype(np.int64)
             rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
-        except (SafetensorError, ValidationError):  # cut short, or written by another version
+            baselines = Baselines(rows, facts["probe_c"], predictions, start, facts["few_shot"])
+        except (SafetensorError, ValidationError, KeyError):  # cut short, or written by another version
             return None
-        return Baselines(rows, facts["probe_c"], predictions, start), facts["seconds"]
+        return baselines, facts["seconds"]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
-from pipeline.records import EpochRow, ScoreRow
+from pipeline.records import EpochRow, GateDecision, ScoreRow
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -70,6 +70,27 @@ EPOCHS_SCHEMA = pa.schema(
 )
 """One row per MTEB task and epoch: run, MTEB task, then the fields of ``EpochRow``, in order."""
 
+GATE_SCHEMA = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("mteb_task", pa.string(), nullable=False),
+        pa.field("decision", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("published_accuracy", pa.float64()),
+        pa.field("candidate_accuracy", pa.float64()),
+        pa.field("difference", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("p_value", pa.float64()),
+        pa.field("num_texts", pa.int64()),
+        pa.field("published_sha256", pa.string()),
+        pa.field("candidate_sha256", pa.string(), nullable=False),
+        pa.field("published_revision", pa.string()),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+"""One row per MTEB task that the promotion gate looked at: the fields of ``GateDecision``, in order."""
+
 
 def write_scores(rows: Sequence[ScoreRow], path: Path) -> None:
     """Write ``scores.parquet``, replacing what is there; its folder is made if need be.
@@ -91,6 +112,11 @@ def write_epochs(run_id: str, epochs: Mapping[str, Sequence[EpochRow]], path: Pa
     """
     rows = [{"run_id": run_id, "mteb_task": name, **row.model_dump()} for name, of_task in epochs.items() for row in of_task]
     _write(pa.Table.from_pylist(rows, schema=EPOCHS_SCHEMA), path)
+
+
+def write_gate(decisions: Sequence[GateDecision], path: Path) -> None:
+    """Write ``gate.parquet``, as ``write_scores`` does."""
+    _write(pa.Table.from_pylist([decision.model_dump() for decision in decisions], schema=GATE_SCHEMA), path)
 
 
 def append_history(runs: Path, run_id: str, score_rows: Sequence[ScoreRow]) -> Path:

@@ -22,7 +22,7 @@ def render_card(
     *,
     adapted_modules: Sequence[str],
     trust_remote_code: bool = False,
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> str:
     """Write ``README.md`` of a run folder or a published repository.
 
@@ -31,7 +31,7 @@ def render_card(
         summary: What ``results.summarise`` made of them.
         adapted_modules: As in any ``meta.json`` of the run; decides which usage snippet fits.
         trust_remote_code: Whether the encoder needs code of its own.
-        license: As the Hub abbreviates it.
+        license: As the Hub abbreviates it; none is claimed where left out.
     """
     table, encoder = score_table(summary, results), summary.encoder
     example = summary.tasks[0].task if summary.tasks else ""
@@ -58,7 +58,7 @@ def render_card(
         how=HOW_IT_WAS_MADE,
         limits=_limits(results, summary),
         snippet=snippet,
-        license_text="Apache 2.0" if license == "apache-2.0" else license,
+        license=license,
     )
 
 
@@ -87,7 +87,7 @@ def usage_snippet(*, task: str, encoder: EncoderRef, adapted_modules: Sequence[s
     )
 
 
-def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license: str) -> str:
+def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license: str | None) -> str:
     datasets = sorted({r.mteb_task.location for r in results if r.mteb_task.source == "hub" and _HUB_ID.fullmatch(r.mteb_task.location)})
     data = ModelCardData(
         base_model=encoder.public_name if _is_on_hub(encoder) else None,

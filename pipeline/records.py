@@ -68,6 +68,16 @@ class MtebTask(Record):
     """Texts per label in each of mteb's few-shot draws."""
 
 
+class Probe(Record):
+    """What an adapter says of some texts, to tell on any machine whether its files still are that adapter."""
+
+    texts: tuple[str, ...]
+    logits: tuple[tuple[float, ...], ...]
+    """(texts, classes), with encoder and adapter in float32."""
+    tolerance: float
+    """Largest difference of a logit that another machine may show."""
+
+
 class AdapterRef(Record):
     """A trained adapter on disk."""
 
@@ -309,4 +319,45 @@ class ClassificationResults(Record):
     average: ResultsAverage
     failures: tuple[Failure, ...]
     run_id: str
+    created_at: datetime
+
+
+class Publication(Record):
+    """The content of ``publication.json``: what a published repository consists of."""
+
+    run_id: str
+    """The run that was published last; adapters that it did not bring stay."""
+    lorafleet_version: str
+    encoder: EncoderRef
+    adapters: dict[str, str]
+    """MTEB task -> sha256 of its adapter."""
+    files: dict[str, str]
+    """Path -> sha256 of every published file but this one."""
+
+
+Decision = Literal["promote", "keep", "block"]
+"""What becomes of a newly trained adapter: it takes the published one's place, that one stays, or it stays and somebody should look."""
+
+
+class GateDecision(Record):
+    """The published adapter of one MTEB task against the newly trained one, on the latter's test texts."""
+
+    run_id: str
+    mteb_task: str
+    decision: Decision
+    reason: str
+    published_accuracy: Unit | None
+    """None where nothing was compared: nothing was published yet, or the labels differ."""
+    candidate_accuracy: Unit | None
+    difference: float | None
+    low: float | None
+    """Ends of the 95 % interval of the difference, from a paired bootstrap over the test texts."""
+    high: float | None
+    p_value: Unit | None
+    """McNemar's exact test, two-sided."""
+    num_texts: int | None
+    published_sha256: str | None
+    candidate_sha256: str
+    published_revision: str | None
+    """Commit of the repository; none for a folder."""
     created_at: datetime

@@ -1,4 +1,4 @@
-"""The reload gate: a saved adapter, loaded again in a fresh process, must give the logits it was trained to give."""
+"""A saved adapter, loaded in a fresh process: what it then says is what anybody will get from its files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import numpy as np
 import torch
 
 from pipeline.adapter import Adapter, check_both_forms, load_adapter
-from pipeline.config import EncoderConfig
-from pipeline.encoder import Encoder, FloatArray, find_encoder
+from pipeline.config import EncoderConfig, TrainConfig
+from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import VerificationError
-from pipeline.records import Runtime
-from pipeline.run_folder import TaskFolder
+from pipeline.records import Probe, Runtime
+from pipeline.run_folder import TaskFolder, write_atomically
 
 TOLERANCE = 1e-4
 """Largest difference between a logit before saving and after loading; the same machine gives 0."""
+PROBE_TOLERANCE = 1e-3
+"""The same between two machines, both in float32."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +37,60 @@ class Reloaded:
     """Largest absolute difference that the adapter makes to a text vector."""
     label_names: tuple[str, ...]
 
+    def check(self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float) -> float:
+        """Compare with what was trained; returns the largest difference between two logits.
 
-def check_reload(adapter: Adapter, folder: TaskFolder, texts: list[str], *, offline: bool) -> None:
-    """Load the saved adapter in a fresh process and compare it with the one in memory.
+        Raises: VerificationError: label names or logits differ, or the adapter has no effect.
+        """
+        if self.label_names != tuple(label_names):
+            raise VerificationError(f"{name}: label names after reloading are not those trained with")
+        if not self.effect > 0:
+            raise VerificationError(f"{name}: the reloaded adapter has no effect on the encoder")
+        difference = float(np.abs(self.logits - logits).max()) if self.logits.shape == logits.shape else float("inf")
+        if not difference <= tolerance:
+            raise VerificationError(f"{name}: logits differ by {difference:.3g} after reloading (allowed: {tolerance:g})")
+        return difference
 
-    Raises: VerificationError: logits differ, the adapter has no effect, label names differ, or it cannot be loaded.
+
+@dataclass(frozen=True)
+class Ask:
+    """What a fresh process is asked: what an adapter says of some texts."""
+
+    folder: TaskFolder
+    runtime: Runtime
+    texts: Sequence[str]
+
+
+def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, offline: bool) -> None:
+    """Load the saved adapter in a fresh process and compare it with the one in memory; then leave the probe beside it.
+
+    The probe is what later proves, on any machine, that a copy of these files is this adapter: its float32 logits for texts of our own.
+
+    Raises: VerificationError: logits or label names differ, the adapter has no effect, or it cannot be loaded.
     """
     encoder = adapter.encoder
     expected = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts)))
-    found = _reload_elsewhere(folder, encoder, texts, offline=offline)
-    difference = float(np.abs(found.logits - expected).max()) if found.logits.shape == expected.shape else float("inf")
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"{folder.root.name}: logits differ by {difference:.3g} after reloading (allowed: {TOLERANCE:g})")
-    if not found.effect > 0:
-        raise VerificationError(f"{folder.root.name}: the reloaded adapter has no effect on the encoder")
-    if found.label_names != adapter.label_names:
-        raise VerificationError(f"{folder.root.name}: label names after reloading are not those trained with")
+    config = EncoderConfig.model_validate(encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)})
+    asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact_runtime(encoder.runtime), PROBE_TEXTS)]
+    found, probed = reload_elsewhere(asks, config, offline=offline)
+    found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE)
+    probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
+    write_atomically(folder.probe, probe.model_dump_json(indent=1))
 
 
-def _reload_elsewhere(folder: TaskFolder, encoder: Encoder, texts: list[str], *, offline: bool) -> Reloaded:
+def exact_runtime(like: Runtime) -> Runtime:
+    """float32 on the same device."""
+    return choose_runtime(TrainConfig(precision="float32"), threads=like.threads, use_gpu=like.device == "cuda")
+
+
+def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bool) -> list[Reloaded]:
+    """What a fresh process says.
+
+    Raises: VerificationError: it cannot load an adapter.
+    """
     request = {
-        "folder": str(folder.root),
-        "encoder": encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)},
-        "runtime": encoder.runtime.model_dump(),
-        "texts": texts,
+        "asks": [{"folder": str(ask.folder.root), "runtime": ask.runtime.model_dump(), "texts": list(ask.texts)} for ask in asks],
+        "encoder": encoder.model_dump(),
         "offline": offline,
     }
     with tempfile.TemporaryFile("w+b") as answer:
@@ -70,10 +103,11 @@ def _reload_elsewhere(folder: TaskFolder, encoder: Encoder, texts: list[str], *,
         )
         if process.returncode != 0:
             reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            raise VerificationError(f"{folder.root.name}: the saved adapter cannot be loaded in a fresh process: {reason[0]}")
+            names = ", ".join(dict.fromkeys(ask.folder.root.name for ask in asks))
+            raise VerificationError(f"{names}: the saved adapter cannot be loaded in a fresh process: {reason[0]}")
         answer.seek(0)
-        values: dict[str, Any] = json.loads(answer.read())
-    return Reloaded(np.array(values["logits"], dtype=np.float32), values["effect"], tuple(values["label_names"]))
+        answers: list[dict[str, Any]] = json.loads(answer.read())
+    return [Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in answers]
 
 
 def _hub_commit(encoder: Encoder) -> str | None:
@@ -81,22 +115,67 @@ def _hub_commit(encoder: Encoder) -> str | None:
     return None if local else encoder.ref.revision
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    config, runtime = EncoderConfig.model_validate(request["encoder"]), Runtime.model_validate(request["runtime"])
-    torch.set_num_threads(runtime.threads)
-    encoder = Encoder(find_encoder(config, offline=request["offline"]), config, runtime)
-    tokens = encoder.tokenise(request["texts"])
+def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    config = EncoderConfig.model_validate(request["encoder"])
+    files = find_encoder(config, offline=request["offline"])
+    encoders: dict[Runtime, Encoder] = {}
+    for ask in request["asks"]:
+        runtime = Runtime.model_validate(ask["runtime"])
+        torch.set_num_threads(runtime.threads)
+        if runtime not in encoders:
+            encoders[runtime] = Encoder(files, config, runtime)
+        yield _answer(encoders[runtime], TaskFolder(Path(ask["folder"])), ask["texts"])
+
+
+def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str, Any]:
+    tokens = encoder.tokenise(texts)
     frozen = encoder.embed(tokens)
-    folder = TaskFolder(Path(request["folder"]))
     adapter = load_adapter(folder, encoder)
     check_both_forms(adapter, folder)
     adapted = encoder.embed(tokens)
-    return {
-        "logits": adapter.logits_of_vectors(adapted).tolist(),
-        "effect": float(np.abs(adapted - frozen).max()),
-        "label_names": list(adapter.label_names),
-    }
+    logits = adapter.logits_of_vectors(adapted)
+    adapter.detach()  # the next one finds the encoder as it was
+    return {"logits": logits.tolist(), "effect": float(np.abs(adapted - frozen).max()), "label_names": list(adapter.label_names)}
+
+
+PROBE_TEXTS = (
+    "The card I ordered last week has still not arrived.",
+    "Why was I charged twice for the same transfer?",
+    "Set an alarm for half past six tomorrow morning, please.",
+    "What will the weather be like in Lisbon this weekend?",
+    "I laughed until the credits rolled; the second half is a small miracle.",
+    "Two hours of my life that nobody will give back.",
+    "If the battery had lasted a day longer I would have kept it.",
+    "good",
+    "NOT GOOD AT ALL!!!",
+    "The committee adopted the resolution by eleven votes to four.",
+    "A freshwater fish with a long snout, found in slow rivers.",
+    "To heat a liquid until it turns into vapour.",
+    "My flight was cancelled and the desk closed before anyone helped us.",
+    "Play something quiet by a pianist I have not heard yet.",
+    "Remind my sister about dinner on Friday at eight.",
+    "How do I reset the passcode on my old phone?",
+    "They won 3-1, but the score flatters them.",
+    "Shares fell 4.2 % after the quarterly report.",
+    "¿Dónde está la estación más cercana?",
+    "Das Paket kam beschädigt an, und niemand antwortet.",
+    "Le service était lent mais souriant.",
+    "今日は雨が降っています。",
+    "😀👍 best day ever",
+    "http://example.org/path?query=1#fragment",
+    "x",
+    "42",
+    "…",
+    "An instrument for measuring the pressure of the atmosphere",
+    "Could you turn down the lights in the kitchen and then lock the front door before you start the washing machine?",
+    "You people never listen, do you?",
+    "Thank you so much, this solved a problem that had kept three of us busy since the beginning of the month, and it took ten minutes.",
+    "It is neither as bad as its critics say nor as good as its makers hope, and for long stretches it is both at once: slow where it "
+    "should be quick, loud where it should be still, and then, without warning, so exact about a small disappointment that one forgives "
+    "it the rest and waits for the next such moment, which comes late, but comes.",
+)
+"""Ours, of many kinds and lengths, so that no user's text has to be published to verify an adapter."""
 
 
 if __name__ == "__main__":
-    json.dump(_answer(json.load(sys.stdin)), sys.stdout)
+    json.dump(list(_answers(json.load(sys.stdin))), sys.stdout)

@@ -64,12 +64,22 @@ class TaskFolder:
         return self.root / "calibration.json"
 
     @property
+    def probe(self) -> Path:
+        """A ``Probe`` record: what the adapter says of 32 texts."""
+        return self.root / "probe.json"
+
+    @property
+    def few_shot(self) -> Path:
+        """mteb's own results of the few-shot columns: column -> its ``TaskResult`` as JSON."""
+        return self.root / "few_shot.json"
+
+    @property
     def result(self) -> Path:
-        """A ``TaskResult`` record, written last: with it the MTEB task is finished. Not published."""
+        """A ``TaskResult`` record, written last: with it the MTEB task is finished. Published without its local paths."""
         return self.root / "result.json"
 
     def published(self) -> tuple[Path, ...]:
-        """The files that leave the run folder when it is published."""
+        """The files that leave the run folder as they are when it is published."""
         return (
             self.lora_adapter_pt,
             self.classifier_head_pt,
@@ -79,6 +89,8 @@ class TaskFolder:
             self.head,
             self.labels,
             self.calibration,
+            self.probe,
+            self.few_shot,
         )
 
 
@@ -102,6 +114,21 @@ class RunFolder:
     def results(self) -> Path:
         """A ``ClassificationResults`` record."""
         return self.root / "classification_results.json"
+
+    @property
+    def publication(self) -> Path:
+        """A ``Publication`` record; only in what was published."""
+        return self.root / "publication.json"
+
+    @property
+    def mteb_results(self) -> Path:
+        """The few-shot results as mteb's ``ResultCache`` has them; only in what was published."""
+        return self.root / "mteb_results"
+
+    @property
+    def gate(self) -> Path:
+        """One row per MTEB task that the promotion gate looked at; only where the run was published."""
+        return self.metrics / "gate.parquet"
 
     @property
     def readme(self) -> Path:
@@ -133,7 +160,7 @@ class RunFolder:
 
         Raises: ConfigError: the name is taken by a file or folder of the run itself, or is not one folder name.
         """
-        taken = {p.name.lower() for p in (self.manifest, self.config, *self.published(), self.metrics)}
+        taken = {p.name.lower() for p in (self.manifest, self.config, self.publication, *self.published(), self.metrics, self.mteb_results)}
         if name.lower() in taken or name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(f"an MTEB task cannot be called {name!r}: a run folder needs that name for itself; choose another")
         return TaskFolder(self.root / name)

@@ -34,7 +34,7 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 
 @dataclass(frozen=True)
 class Interval:
-    """Both ends of a 95 % interval, 0..1."""
+    """Both ends of a 95 % interval."""
 
     low: float
     high: float
@@ -143,6 +143,23 @@ def mcnemar(labels: Ints, first: Ints, second: Ints) -> Comparison:
     p_value = float(stats.binomtest(only_first, num_discordant, 0.5).pvalue) if num_discordant else 1.0
     # The sum over both tails of a symmetric distribution may come out a rounding error above 1.
     return Comparison(only_head=only_first, only_probe=only_second, p_value=min(p_value, 1.0))
+
+
+def paired_difference(labels: Ints, first: Ints, second: Ints, *, draws: int = 10_000, seed: int = 0) -> Interval:
+    """95 % interval of how much higher the accuracy of ``first`` is than that of ``second``, by a bootstrap over the texts.
+
+    Each draw takes texts with both their predictions, so what is common to the two does not widen the interval.
+
+    Args:
+        labels: True class of each text, int (n,), n at least 1.
+        first: Predicted class of each text, int (n,).
+        second: The same of the other classifier.
+    """
+    gain = (first == labels).astype(np.int64) - (second == labels)
+    shares = np.array([(gain > 0).mean(), (gain < 0).mean(), (gain == 0).mean()])
+    drawn = np.random.default_rng(seed).multinomial(len(labels), shares, size=draws)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / len(labels), _tails())
+    return Interval(float(low), float(high))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
 from pipeline import collect as files
-from pipeline.config import ComputeConfig, RunConfig
-from pipeline.errors import LorafleetError
-from pipeline.hub import publish_to_folder
+from pipeline.config import ComputeConfig, PublishConfig, RunConfig
+from pipeline.errors import InputError, LorafleetError
 from pipeline.manifest import RunManifest, find_finished
 from pipeline.preflight import Plan, preflight
-from pipeline.records import AdapterRef, ClassificationResults, DataSummary, EpochRow, Failure, Progress, Runtime, ScoreRow, TaskResult
+from pipeline.publish import Published
+from pipeline.publish import publish as publish_run
+from pipeline.records import (
+    AdapterRef,
+    ClassificationResults,
+    DataSummary,
+    EpochRow,
+    Failure,
+    GateDecision,
+    Progress,
+    Runtime,
+    ScoreRow,
+    TaskResult,
+)
 from pipeline.results import SCORE_HEADINGS, percent, score_table
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
@@ -136,15 +151,49 @@ def collect(
 
 
 @task(name="publish", cache_policy=NO_CACHE)
-def publish(folder: RunFolder, to: str) -> LorafleetError | None:
-    """Copy the finished run to its published layout; returns why it could not, as ``check_inputs`` does."""
+def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetError:
+    """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
+    assert config.to is not None
+    logger = get_run_logger()
     try:
-        written = publish_to_folder(folder.root, Path(to))
+        with _hub_token(config.token_block):
+            published = publish_run(folder.root, config.to, config)
     except LorafleetError as error:
-        get_run_logger().error("not published: %s", error)
+        logger.error("not published: %s", error)
         return error
-    get_run_logger().info("published %d files to %s", len(written), to)
-    return None
+    rows = [decision.model_dump(mode="json", include=_SHOWN) for decision in published.decisions]
+    create_table_artifact(table=rows, key="gate", description=f"Promotion gate of run {folder.root.name}, to {config.to}")
+    for decision in published.decisions:
+        logger.log(logging.ERROR if decision.decision == "block" else logging.INFO, "%s: %s: %s", *_said(decision))
+    logger.info("published %d adapters to %s%s", len(published.verified), config.to, f"@{published.revision}" * bool(published.revision))
+    return published
+
+
+_SHOWN = {"mteb_task", "decision", "reason", "published_accuracy", "candidate_accuracy", "difference", "p_value", "published_revision"}
+
+
+def _said(decision: GateDecision) -> tuple[str, str, str]:
+    return decision.mteb_task, decision.decision, decision.reason
+
+
+@contextmanager
+def _hub_token(block: str | None) -> Iterator[None]:
+    """While open, huggingface_hub finds the token of a Prefect Secret block where it looks for one."""
+    if block is None:
+        yield
+        return
+    try:
+        secret: Any = Secret.load(block)
+    except ValueError:
+        raise InputError(f"publish.token_block: there is no Prefect Secret block {block!r}; create it, or set HF_TOKEN") from None
+    before = os.environ.get("HF_TOKEN")
+    os.environ["HF_TOKEN"] = secret.get()
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_TOKEN")
+        if before is not None:
+            os.environ["HF_TOKEN"] = before
 
 
 @task(name="manifest", cache_policy=NO_CACHE)

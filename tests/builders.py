@@ -12,6 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
+import tomli_w
+
+from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
+from pipeline.manifest import RunManifest, write_manifest
 from pipeline.records import (
     AdapterRef,
     Calibration,
@@ -162,26 +166,48 @@ def calibration() -> Calibration:
     )
 
 
-def finished_run(root: Path, results: Sequence[TaskResult], *, failures: Sequence[Failure] = ()) -> RunFolder:
+def finished_run(
+    root: Path, results: Sequence[TaskResult], *, failures: Sequence[Failure] = (), config: RunConfig | None = None, run_id: str = RUN_ID
+) -> RunFolder:
     """A finished run folder on disk; weights and tables are a few bytes each, records are real."""
     run = RunFolder(root)
     run.metrics.mkdir(parents=True)
-    run.config.write_text(f'[data]\nmirror = "{root}/../mirror"\n', encoding="utf-8")
+    names = [MtebTaskConfig(name=name) for name in (*(r.mteb_task.name for r in results), *(f.mteb_task for f in failures))]
+    config = config or RunConfig(data=DataConfig(mirror=str(root.parent / "mirror")), mteb_tasks=tuple(names))
+    run.config.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     rewritten = []
     for result in results:
         folder = run.task(result.mteb_task.name)
         folder.root.mkdir()
         for path in folder.published():
             path.write_bytes(f"{result.mteb_task.name} {path.name}".encode())
+        folder.few_shot.write_text("{}", encoding="utf-8")
+        folder.meta.write_text(json.dumps({"adapted_modules": MINILM_MODULES}), encoding="utf-8")
         adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
         folder.labels.write_text(json.dumps(result.data.label_names), encoding="utf-8")
         rewritten.append(TaskResult.model_validate({**result.model_dump(), "adapter": adapter}))
         folder.result.write_text(rewritten[-1].model_dump_json(), encoding="utf-8")
-    summary = summarise(rewritten, failures, encoder=ENCODER, run_id=RUN_ID, created_at=WHEN)
+    encoder = results[0].encoder if results else ENCODER
+    summary = summarise(rewritten, failures, encoder=encoder, run_id=run_id, created_at=WHEN)
     run.results.write_text(summary.model_dump_json(indent=2), encoding="utf-8")
     for path in (run.readme, run.report, run.scores, run.epochs):
         path.write_bytes(hashlib.sha256(path.name.encode()).digest() if path.suffix == ".parquet" else path.name.encode())
-    run.manifest.write_text("{}", encoding="utf-8")
+    manifest = RunManifest(
+        run_id=run_id,
+        created_at=WHEN,
+        config=config,
+        encoder=encoder,
+        runtime=CPU_FLOAT32,
+        mteb_tasks=tuple(result.mteb_task for result in rewritten),
+        adapters={result.mteb_task.name: result.adapter.sha256 for result in rewritten},
+        reused={},
+        failures=tuple(failures),
+        versions={},
+        lorafleet_version="0",
+        sources_sha256="0",
+        seconds=1.0,
+    )
+    write_manifest(manifest, run)
     return run
 
 

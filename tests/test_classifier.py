@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, give_effect, load_encoder, save_tiny_encoder
+from builders import FAMILIES, give_effect, load_encoder, save_tiny_encoder, toy_texts
 from torch import nn
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
@@ -230,3 +230,28 @@ def test_close_calls_are_decided_by_float32_and_no_others(encoder_folder: Folder
     mixed = Classifier(adapters, rough, referee=exact).classify(both.tokenise(TEXTS))[0]
     np.testing.assert_allclose(mixed.scores, np.where(gaps < middle, answers.scores, far.scores), atol=1e-6)
     assert not np.allclose(answers.scores, far.scores, atol=1e-3)
+
+
+def test_one_adapter_about_some_texts_says_what_it_says_about_all(
+    encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Close calls included, which the referee finds among the texts that were asked about."""
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), num_classes=4, seed=2))
+    rough, exact = load_encoder(encoder_folder("bert")), load_encoder(encoder_folder("bert"))
+    pooled = rough.pooled
+    rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
+    monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", 0.5)
+    both = Classifier(adapters, rough, referee=exact)
+    texts = toy_texts(60)[0]
+    tokens, rows = both.tokenise(texts), np.random.default_rng(0).permutation(60)[:20]
+    unaided = Classifier(adapters, rough)
+    decided = list[bool]()
+    for index, about_all in enumerate(both.classify(tokens)):
+        some = both.classify_with(index, tokens, rows, top_k=3)
+        assert some.top_scores.shape == (20, 3)
+        np.testing.assert_allclose(some.scores, about_all.scores[rows], atol=1e-5)
+        np.testing.assert_array_equal(some.labels, about_all.labels[rows])
+        decided += (np.abs(some.scores - unaided.classify_with(index, tokens, rows, top_k=1).scores) > 1e-3).tolist()
+        alone = Classifier(adapters[index : index + 1], rough)
+        np.testing.assert_allclose(both.embed_with(index, tokens, rows), alone.embed_with(0, tokens, np.arange(60))[rows], atol=1e-5)
+    assert 0 < sum(decided) < len(decided)

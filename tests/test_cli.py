@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -217,15 +219,36 @@ def test_show_of_a_mistyped_path_is_one_message(place: str, config: Path, tmp_pa
 
 
 def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_path: Path) -> None:
-    ended = run("publish", finished_run.root, "--to", "out", cwd=tmp_path)
+    own = shutil.copytree(finished_run.root, tmp_path / "run")
+    ended = run("publish", own, "--to", "out", cwd=tmp_path)
     assert ended.code == 0, ended.err
     published = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert ended.out == f"published {len(published)} files to out\n"
-    assert {"README.md", "report.html", "classification_results.json", "Topics/lora_adapter.pt", "Pairs/head.safetensors"} <= published
-    assert not any(name.endswith(("manifest.json", "config.toml", "result.json")) for name in published)
-    for name in published:
-        assert (tmp_path / "out" / name).read_bytes() == (finished_run.root / name).read_bytes()
+    lines = ended.out.splitlines()
+    assert lines[:2] == [f"promote {task}: nothing is published under this name yet" for task in ("Topics", "Pairs")]
+    assert all(line.startswith(f"verified {task}: logits within ") for line, task in zip(lines[2:4], ("Topics", "Pairs"), strict=True))
+    assert lines[4:] == [f"published 2 of 2 adapters, {len(published)} files: out"]
+    assert {"README.md", "report.html", "publication.json", "Topics/lora_adapter.pt", "Pairs/head.safetensors"} <= published
+    assert not any(name.endswith(("manifest.json", "config.toml")) for name in published)
     assert not any(str(finished_run.cwd).encode() in (tmp_path / "out" / name).read_bytes() for name in published)
+    gate = pd.read_parquet(own / "metrics" / "gate.parquet")
+    assert list(gate.decision) == ["promote", "promote"]
+    encoder = load_config(str(finished_run.config)).encoder.name
+    verified = run("verify", "out", "--encoder", encoder, "--offline", cwd=tmp_path)
+    assert (verified.code, verified.out.splitlines()) == (0, lines[2:4])
+
+
+def test_mteb_reads_the_published_few_shot_results(finished_run: FinishedRun, tmp_path: Path) -> None:
+    from mteb.cache import ResultCache
+
+    own = shutil.copytree(finished_run.root, tmp_path / "run")
+    assert run("publish", own, "--to", "out", cwd=tmp_path).code == 0
+    results = ResultCache(cache_path=tmp_path / "out" / "mteb_results").load_results(include_remote=False)
+    found = {(model.model_name, task.task_name): task.get_score() for model in results.model_results for task in model.task_results}
+    summary = json.loads((tmp_path / "out" / "classification_results.json").read_text(encoding="utf-8"))
+    encoder = summary["encoder"]["public_name"]
+    expected = {(f"local/{encoder}", entry["task"]): entry["baseline_accuracy"] for entry in summary["tasks"]}
+    expected |= {(f"lorafleet/{encoder}-{entry['task']}", entry["task"]): entry["lora_accuracy"] for entry in summary["tasks"]}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_publish_of_what_is_no_run_is_one_message(tmp_path: Path) -> None:

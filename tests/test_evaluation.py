@@ -270,7 +270,7 @@ def frozen_few_shot(name: str) -> float:
     encoder = Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)
     task = plan_task(MtebTaskConfig(name=name), data=DataConfig(mirror=str(MIRROR)), default_epochs=1)
     data = load_data(task, config=TrainConfig(), offline=True)
-    return few_shot(data.mteb_task, TextVectors(encoder)).accuracy
+    return few_shot(data.mteb_task, TextVectors(encoder))[0].accuracy
 
 
 @needs_mirror

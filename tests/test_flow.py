@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import tomli_w
-from builders import toy_texts
+from builders import CPU_FLOAT32, toy_texts
 from commands import Command, Ended, FinishedRun, run, write_task
 
+from pipeline.adapter import load_adapter
 from pipeline.config import load_config
+from pipeline.encoder import Encoder, find_encoder
 from pipeline.manifest import RunManifest, read_manifest
 from pipeline.metrics_table import EPOCHS_SCHEMA, SCORES_SCHEMA
-from pipeline.records import Calibration, ClassificationResults, TaskResult
+from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
@@ -37,11 +40,31 @@ def scores_of(run_folder: Path) -> pd.DataFrame:
 # --- the run folder ---
 
 
+def test_the_probe_says_what_the_adapter_says_in_float32(finished_run: FinishedRun) -> None:
+    folder = RunFolder(finished_run.root).task("Topics")
+    probe = read_record(folder.probe, Probe)
+    assert len(set(probe.texts)) == len(probe.logits) == 32
+    config = manifest_of(finished_run.root).config.encoder
+    encoder = Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)
+    adapter = load_adapter(folder, encoder)
+    logits = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(probe.texts)))
+    assert np.abs(logits - np.array(probe.logits)).max() < 1e-5
+
+
+def test_mtebs_own_few_shot_results_are_kept(finished_run: FinishedRun) -> None:
+    scores = scores_of(finished_run.root).set_index(["mteb_task", "column"]).accuracy
+    for task in ("Topics", "Pairs"):
+        own = json.loads((finished_run.root / task / "few_shot.json").read_text(encoding="utf-8"))
+        assert {column: result["scores"]["test"][0]["accuracy"] for column, result in own.items()} == pytest.approx(
+            {column: scores[task, column] for column in ("frozen_few_shot", "adapted_few_shot")}
+        )
+
+
 def test_the_run_folder_holds_every_file_of_the_contract(finished_run: FinishedRun) -> None:
     of_run = {"manifest.json", "config.toml", "classification_results.json", "README.md", "report.html"}
     of_run |= {"metrics/scores.parquet", "metrics/epochs.parquet"}
     of_task = {"lora_adapter.pt", "classifier_head.pt", "meta.json", "adapter_model.safetensors", "adapter_config.json"}
-    of_task |= {"head.safetensors", "labels.json", "calibration.json", "result.json"}
+    of_task |= {"head.safetensors", "labels.json", "calibration.json", "probe.json", "few_shot.json", "result.json"}
     found = {path.relative_to(finished_run.root).as_posix() for path in finished_run.root.rglob("*") if path.is_file()}
     assert found == of_run | {f"{task}/{name}" for task in ("Topics", "Pairs") for name in of_task}
     assert list(finished_run.runs.glob(".work/*")) == []
@@ -217,7 +240,7 @@ def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: Finished
 
 
 def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
-    assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics"}
+    assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics", "mteb_results"}
 
 
 def test_a_publish_that_fails_is_exit_code_1_and_leaves_run_and_target_as_they_are(

@@ -1,19 +1,30 @@
-"""Publishing to a folder: all of a finished run or nothing, and nothing of somebody else's is lost."""
+"""What a publication consists of, and a folder that holds one: all of it or what it held before, and nothing of somebody else's is lost."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from builders import finished_run, task_result
 
+from pipeline.config import EncoderConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError, LorafleetError, VerificationError
-from pipeline.hub import publish_to_folder
-from pipeline.records import ClassificationResults, Failure, TaskResult
+from pipeline.publication import read_candidate, stage
+from pipeline.publish import PublishedFolder
+from pipeline.records import ClassificationResults, EncoderRef, Failure, MtebTask, Publication, TaskResult
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+from pipeline.verify import check_files
 
-ROOT_FILES = {"README.md", "classification_results.json", "report.html", "metrics/scores.parquet", "metrics/epochs.parquet"}
+ROOT_FILES = {
+    "README.md",
+    "classification_results.json",
+    "report.html",
+    "metrics/scores.parquet",
+    "metrics/epochs.parquet",
+    "publication.json",
+}
 TASK_FILES = {
     "lora_adapter.pt",
     "classifier_head.pt",
@@ -23,7 +34,22 @@ TASK_FILES = {
     "head.safetensors",
     "labels.json",
     "calibration.json",
+    "probe.json",
+    "few_shot.json",
+    "result.json",
 }
+
+
+def publish_to_folder(run: Path, target: Path) -> Publication:
+    """All of the run's MTEB tasks; the gate and the reload in a fresh process have tests of their own."""
+    candidate = read_candidate(run)
+    place = PublishedFolder(target.resolve(), candidate)
+    base = place.read()
+    with TemporaryDirectory() as folder:
+        staging = RunFolder(Path(folder))
+        publication = stage(candidate, list(candidate.results), base, staging)
+        place.land(staging, publication, base, lambda root: check_files(RunFolder(root), publication))
+    return publication
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,26 +70,77 @@ def test_a_published_folder_has_the_layout_of_the_source_document(run: RunFolder
     target = tmp_path / "new" / "repository"
     expected = ROOT_FILES | {f"{task}/{name}" for task in "AB" for name in TASK_FILES}
     assert set(contents(target)) == expected
-    assert published == sorted(target / name for name in expected)
+    assert set(published.files) == expected - {"publication.json"}
     assert names(target.parent) == ["repository"]
 
 
-def test_every_published_file_has_the_bytes_of_the_run(run: RunFolder, tmp_path: Path) -> None:
+def test_every_adapters_files_have_the_bytes_of_the_run(run: RunFolder, tmp_path: Path) -> None:
     publish_to_folder(run.root, tmp_path / "out")
-    of_run = contents(run.root)
-    assert all(of_run[name] == content for name, content in contents(tmp_path / "out").items())
+    for task in "AB":
+        for path in run.task(task).published():
+            assert (tmp_path / "out" / task / path.name).read_bytes() == path.read_bytes()
 
 
-def test_publishing_again_replaces_what_was_published(run: RunFolder, tmp_path: Path) -> None:
-    other = finished_run(tmp_path / "runs" / "two", [task_result("C")])
+def test_publishing_again_gives_the_same_bytes(run: RunFolder, tmp_path: Path) -> None:
     publish_to_folder(run.root, tmp_path / "out")
-    publish_to_folder(other.root, tmp_path / "out")
-    assert set(contents(tmp_path / "out")) == ROOT_FILES | {f"C/{name}" for name in TASK_FILES}
+    before = contents(tmp_path / "out")
+    publish_to_folder(run.root, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_mteb_tasks_that_are_not_in_the_run_stay(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    other = finished_run(tmp_path / "runs" / "two", [task_result("C"), task_result("A", labels=("x", "y"))], run_id="two")
+    published = publish_to_folder(other.root, tmp_path / "out")
+    after = contents(tmp_path / "out")
+    assert set(after) == ROOT_FILES | {f"{task}/{name}" for task in "ABC" for name in TASK_FILES}
+    assert all(after[name] == before[name] for name in before if name.startswith("B/"))
+    assert json.loads(after["A/labels.json"]) == ["x", "y"]
+    assert (published.run_id, list(published.adapters)) == ("two", ["A", "B", "C"])
+    summary = read_record(tmp_path / "out" / "classification_results.json", ClassificationResults)
+    assert [entry.task for entry in summary.tasks] == ["A", "B", "C"]
+    assert summary.tasks[0].num_classes == 2
+    assert all(f"| {task} |" in after["README.md"].decode() for task in "ABC")
+    check_files(RunFolder(tmp_path / "out"), published)
+
+
+def test_adapters_of_two_encoders_are_not_mixed(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    encoder = EncoderRef(name="me/other", public_name="me/other", revision="e" * 40)
+    one = finished_run(tmp_path / "runs" / "two", [task_result("A", encoder=encoder)], run_id="two")
+    with pytest.raises(InputError, match=r"B stays, and was trained on sentence-transformers/all-MiniLM-L6-v2 at .* me/other at eee"):
+        publish_to_folder(one.root, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    both = finished_run(tmp_path / "runs" / "three", [task_result(name, encoder=encoder) for name in "AB"], run_id="three")
+    assert publish_to_folder(both.root, tmp_path / "out").encoder == encoder
+
+
+def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    own = MtebTask(
+        name="A", source="parquet", location="/srv/a/train.parquet", test_location="/srv/a/test.parquet", revision="r", max_epochs=1,
+        samples_per_label=8,
+    )  # fmt: skip
+    encoder = EncoderRef(name="/srv/models/minilm", public_name="minilm", revision="sha256:" + "c" * 64)
+    run = finished_run(tmp_path / "run", [task_result("A", source=own, encoder=encoder, notes=["/srv/a/train.parquet is short"])])
+    publish_to_folder(run.root, tmp_path / "out")
+    result = read_record(tmp_path / "out" / "A" / "result.json", TaskResult)
+    assert (result.mteb_task.location, result.mteb_task.test_location) == ("…/train.parquet", "…/test.parquet")
+    assert (result.encoder.name, result.adapter.path, result.data.notes) == ("minilm", "A", ("…/train.parquet is short",))
+    assert not any(b"/srv" in content for content in contents(tmp_path / "out").values())
+
+
+def test_no_licence_is_claimed_that_nobody_gave(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "license:" not in card
+    assert "None was given by those who trained these adapters" in card
 
 
 def test_an_empty_folder_can_be_published_to(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert len(publish_to_folder(run.root, tmp_path / "out")) == len(contents(tmp_path / "out"))
+    assert len(publish_to_folder(run.root, tmp_path / "out").files) + 1 == len(contents(tmp_path / "out"))
 
 
 def test_tasks_that_failed_are_listed_and_the_others_published(tmp_path: Path) -> None:
@@ -110,7 +187,7 @@ def test_an_adapter_that_is_not_the_measured_one_stops_everything(run: RunFolder
     assert names(tmp_path) == ["out", "runs"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "A/adapter_config.json", "report.html", "metrics/scores.parquet"])
+@pytest.mark.parametrize("name", ["A/adapter_config.json", "B/calibration.json"])
 def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_path: Path, name: str) -> None:
     (run.root / name).write_text(f'{{"path": "{run.root}/A"}}', encoding="utf-8")
     with pytest.raises(LorafleetError, match=f"{name} names the local path"):
@@ -119,16 +196,16 @@ def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_p
 
 
 def test_a_path_of_the_config_is_found_in_its_json_form_too(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run", [task_result("A")])
-    run.config.write_text('[encoder]\nname = "/srv/modèles/minilm"\n', encoding="utf-8")
-    run.task("A").meta.write_text(json.dumps({"encoder": {"name": "/srv/modèles/minilm"}}), encoding="utf-8")
-    with pytest.raises(LorafleetError, match=r"A/meta\.json names the local path"):
+    config = RunConfig(encoder=EncoderConfig(name="/srv/modèles/minilm"), mteb_tasks=(MtebTaskConfig(name="A"),))
+    run = finished_run(tmp_path / "run", [task_result("A")], config=config)
+    run.task("A").adapter_config.write_text(json.dumps({"base": "/srv/modèles/minilm"}), encoding="utf-8")
+    with pytest.raises(LorafleetError, match=r"A/adapter_config\.json names the local path"):
         publish_to_folder(run.root, tmp_path / "out")
 
 
 def test_a_longer_name_that_begins_like_a_local_path_is_none(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", [task_result("A")])
-    run.readme.write_text(f"{run.root}ning, https://example.org{run.root}", encoding="utf-8")
+    run.task("A").adapter_config.write_text(f"{run.root}ning, https://example.org{run.root}", encoding="utf-8")
     assert publish_to_folder(run.root, tmp_path / "out")
 
 
@@ -150,7 +227,7 @@ def test_a_file_added_to_a_published_folder_is_not_lost(run: RunFolder, tmp_path
 
 def test_another_run_folder_is_not_a_target(run: RunFolder, tmp_path: Path) -> None:
     other = finished_run(tmp_path / "runs" / "two", [task_result("A")])
-    with pytest.raises(InputError, match="would be lost"):
+    with pytest.raises(InputError, match="was not published by lorafleet"):
         publish_to_folder(run.root, other.root)
     assert other.manifest.is_file()
 

@@ -1,0 +1,166 @@
+"""The promotion gate: a newly trained adapter against the published one, on the same test texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import scores
+from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.classifier import load_classifier
+from pipeline.config import GateConfig
+from pipeline.dataset import load_data
+from pipeline.encoder import IntArray
+from pipeline.errors import DataError
+from pipeline.publication import Base, Candidate
+from pipeline.records import Decision, GateDecision, TaskResult
+from pipeline.results import percent, points
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Two adapters on the same test texts."""
+
+    published_accuracy: float
+    candidate_accuracy: float
+    interval: scores.Interval
+    """Of the difference."""
+    p_value: float
+    num_texts: int
+
+    @property
+    def difference(self) -> float:
+        """How much higher the candidate's accuracy is."""
+        return self.candidate_accuracy - self.published_accuracy
+
+
+def judge(candidate: Candidate, base: Base, config: GateConfig, *, repository: str | None) -> list[GateDecision]:
+    """One decision per MTEB task of a run.
+
+    Args:
+        candidate: The run.
+        base: What is published.
+        config: What is promoted.
+        repository: ``OWNER/NAME`` of the Hub; none where ``base`` is a folder.
+    Raises: DataError: the test texts that the run was measured on cannot be read any more.
+    """
+    decisions = []
+    for task, result in candidate.results.items():
+        published = base.publication.adapters.get(task) if base.publication else None
+        measured: Measured | None = None
+        decision, reason = first_look(result, published, base, config)
+        if decision is None:
+            assert base.folder is not None
+            there = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
+            measured = measure(candidate, task, there)
+            decision, reason = decide(measured, config)
+        if decision == "promote" and config.require_beats_probe and not beats_probe(result):
+            decision, reason = "block", "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
+        decisions.append(
+            GateDecision(
+                run_id=candidate.summary.run_id,
+                mteb_task=task,
+                decision=decision,
+                reason=reason,
+                published_accuracy=measured.published_accuracy if measured else None,
+                candidate_accuracy=measured.candidate_accuracy if measured else None,
+                difference=measured.difference if measured else None,
+                low=measured.interval.low if measured else None,
+                high=measured.interval.high if measured else None,
+                p_value=measured.p_value if measured else None,
+                num_texts=measured.num_texts if measured else None,
+                published_sha256=published,
+                candidate_sha256=result.adapter.sha256,
+                published_revision=base.revision,
+                created_at=datetime.now(UTC),
+            )
+        )
+    return decisions
+
+
+def first_look(result: TaskResult, published: str | None, base: Base, config: GateConfig) -> tuple[Decision | None, str]:
+    """What can be said without scoring: none, if nothing."""
+    if published is None:
+        return "promote", "nothing is published under this name yet"
+    if published == result.adapter.sha256:
+        return "keep", "it is the published adapter"
+    if not config.enabled:
+        return "promote", "the gate is off (publish.gate.enabled)"
+    old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
+    if set(old) != set(new) and not config.allow_label_change:
+        lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        changes = [f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names]
+        return "block", f"its labels are not the published ones: {' and '.join(changes)}; allow it with publish.gate.allow_label_change"
+    return None, ""
+
+
+def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
+    """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise."""
+    gain, low, high = measured.difference, measured.interval.low, measured.interval.high
+    facts = (
+        f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} on the same {measured.num_texts:,} texts, "
+        f"{points(gain)} points ({points(low)} to {points(high)}, p {measured.p_value:.3g})"
+    )
+    if gain >= config.min_gain and low > min(config.min_gain, 0.0):
+        return "promote", facts
+    if gain < -config.max_regression and high < 0:
+        return "block", f"worse: {facts}"
+    return "keep", f"{'within noise' if low <= 0 <= high else 'too small a difference'}: {facts}"
+
+
+def beats_probe(result: TaskResult) -> bool:
+    """Whether the head is above the full-data probe, by McNemar's test."""
+    comparison = result.comparison
+    return comparison is not None and comparison.only_head > comparison.only_probe and comparison.p_value < SIGNIFICANT
+
+
+def measure(candidate: Candidate, task: str, published: str) -> Measured:
+    """Score both adapters on the candidate's test texts.
+
+    Raises: DataError: the data are not those of the run any more.
+    """
+    result, config = candidate.results[task], candidate.manifest.config
+    offline = config.data.offline
+    data = load_data(result.mteb_task, config=config.train, offline=offline)
+    if data.fingerprint != result.data.fingerprint:
+        raise DataError(f"{task}: its data are not those of run {candidate.summary.run_id} any more; train again before publishing")
+    (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
+    (old,) = find_adapters([published], offline=offline)
+    names = {name: index for index, name in enumerate(data.label_names)}
+    same = old.encoder.revision == new.encoder.revision
+    first, second = (_predict(adapter, data.test_texts, names, config.encoder.name if same else None, offline) for adapter in (new, old))
+    return compare(data.test_labels, first, second)
+
+
+def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measured:
+    """Two predictions of the same texts; a label that the data do not know is wrong."""
+    return Measured(
+        published_accuracy=float((published == labels).mean()),
+        candidate_accuracy=float((candidate == labels).mean()),
+        interval=scores.paired_difference(labels, candidate, published),
+        p_value=scores.mcnemar(labels, candidate, published).p_value,
+        num_texts=len(labels),
+    )
+
+
+def _predict(adapter: FoundAdapter, texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool) -> IntArray:
+    classifier = load_classifier([adapter], encoder=_local(encoder), threads=len(os.sched_getaffinity(0)), use_gpu=True, offline=offline)
+    (answers,) = classifier.classify(classifier.tokenise(texts))
+    known = np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64)
+    return known[answers.labels]
+
+
+def _local(encoder: str | None) -> str | None:
+    """Where the encoder of the run lies, if that is not a name that everybody can load."""
+    return encoder if encoder is not None and Path(encoder).is_dir() else None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,90 @@
+"""From the results of all MTEB tasks to the files that people and programs read: metrics, results, model card, report, mteb's results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from pipeline.metrics_table import write_epochs, write_scores
+from pipeline.model_card import render_card
+from pipeline.records import ClassificationResults, EncoderRef, Failure, ScoreRow, TaskResult
+from pipeline.report import render_report
+from pipeline.results import summarise
+from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
+from pipeline.scores import holm
+
+
+def write_outputs(
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    folder: RunFolder,
+    *,
+    encoder: EncoderRef,
+    run_id: str,
+    created_at: datetime,
+    adapted_modules: Sequence[str],
+    trust_remote_code: bool,
+    license: str | None,
+) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
+    """Write them; the same results give the same bytes.
+
+    Returns: What was written to ``classification_results.json``, and the results with p-values corrected over the MTEB tasks.
+    """
+    corrected = correct_over_tasks(results)
+    summary = summarise(corrected, failures, encoder=encoder, run_id=run_id, created_at=created_at)
+    folder.metrics.mkdir(parents=True, exist_ok=True)
+    write_scores([row for result in corrected for row in result.scores], folder.scores)
+    write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
+    write_atomically(folder.results, summary.model_dump_json(indent=1))
+    card = render_card(corrected, summary, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code, license=license)
+    write_atomically(folder.readme, card)
+    write_atomically(folder.report, render_report(corrected, summary))
+    return summary, corrected
+
+
+def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder) -> None:
+    """The few-shot scores as mteb's ``ResultCache(cache_path=…)`` reads them; the own head is no mteb protocol and stays out.
+
+    The frozen encoder is a model by its name and revision, the adapted one a model of its own, whose revision is the adapter's hash.
+    """
+    from mteb.cache import ResultCache
+    from mteb.models import ModelMeta
+    from mteb.results import TaskResult as MtebTaskResult
+
+    task, public_name = result.mteb_task.name, result.encoder.public_name
+    names = {
+        "frozen_few_shot": (public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)),
+        "adapted_few_shot": (f"lorafleet/{public_name.rpartition('/')[2]}-{task}", result.adapter.sha256[:40]),
+    }
+    own: dict[str, Any] = json.loads(source.few_shot.read_text(encoding="utf-8"))
+    for column, task_result in own.items():
+        name, revision = names[column]
+        meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
+        path = ResultCache(cache_path=folder.mteb_results).get_task_result_path(task, meta)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        MtebTaskResult.model_validate(task_result).to_disk(path)
+        write_atomically(path.with_name("model_meta.json"), json.dumps(meta.to_dict(), indent=1, sort_keys=True, default=str))
+
+
+def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
+    """Holm's correction of the head's p-values over the MTEB tasks."""
+    values = holm([result.comparison.p_value if result.comparison else None for result in results])
+    return tuple(
+        TaskResult.model_validate(
+            result.model_dump()
+            | {"scores": tuple(rewritten(row, p_value_holm=value) if row.column == "head" else row for row in result.scores)}
+        )
+        for result, value in zip(results, values, strict=True)
+    )
+
+
+def rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:
+    """A row with other values."""
+    return ScoreRow.model_validate(row.model_dump() | changes)
+
+
+def _commit_like(revision: str) -> str:
+    return re.sub(r"^sha256:", "", revision)[:40]

@@ -1,0 +1,212 @@
+"""What a publication consists of: a finished run laid over what is published already. Knows no Hub and no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.manifest import RunManifest, read_manifest
+from pipeline.outputs import write_mteb_results, write_outputs
+from pipeline.records import ClassificationResults, Publication, TaskResult
+from pipeline.results import without_local_paths
+from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished run that is to be published."""
+
+    folder: RunFolder
+    manifest: RunManifest
+    summary: ClassificationResults
+    results: Mapping[str, TaskResult]
+    """MTEB task -> what the run knows of it, in table order."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a target holds before publishing."""
+
+    revision: str | None
+    """Commit of a repository; none for a folder."""
+    folder: RunFolder | None
+    """What is published, at least its JSON files; none if nothing is."""
+    publication: Publication | None
+
+    def tasks(self) -> tuple[str, ...]:
+        """The MTEB tasks that are published."""
+        return tuple(self.publication.adapters) if self.publication else ()
+
+    def result(self, task: str) -> TaskResult:
+        """What is published of an MTEB task."""
+        assert self.folder is not None
+        return read_record(self.folder.task(task).result, TaskResult)
+
+
+def read_candidate(run: Path) -> Candidate:
+    """A finished run, complete.
+
+    Raises: InputError: no run folder, not finished, or something is missing from it.
+    """
+    folder = RunFolder(run.resolve())
+    if not folder.manifest.is_file():
+        there = "is not finished" if folder.results.is_file() or folder.config.is_file() else "is not a run folder"
+        raise InputError(
+            f"{folder.root} {there}: manifest.json is missing, which is written last; "
+            "let `lorafleet train` finish, or name the folder that its last line prints"
+        )
+    missing = [path.name for path in folder.published() if not path.is_file()]
+    if missing:
+        raise InputError(f"{folder.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
+    summary = read_record(folder.results, ClassificationResults)
+    if not summary.tasks:
+        raise InputError(f"{folder.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish")
+    for entry in summary.tasks:
+        task = folder.task(entry.task)
+        missing = [path.name for path in (*task.published(), task.result) if not path.is_file()]
+        if missing:
+            raise InputError(f"{task.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
+    results = {entry.task: read_record(folder.task(entry.task).result, TaskResult) for entry in summary.tasks}
+    candidate = Candidate(folder, read_manifest(folder), summary, results)
+    for entry in summary.tasks:
+        found, measured = adapter_sha256(folder.task(entry.task).root), results[entry.task].adapter.sha256
+        if not found == measured == entry.adapter_sha256:
+            raise VerificationError(
+                f"{entry.task}: the adapter's files have sha256 {found}, but the scores were measured with {measured} "
+                f"(classification_results.json: {entry.adapter_sha256}); train it again"
+            )
+    return candidate
+
+
+def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: RunFolder) -> Publication:
+    """Write what is to be published, less those files of MTEB tasks that stay and are not in ``base.folder``.
+
+    Tables, card and report list what stays and what is new; the same run over the same base gives the same bytes.
+
+    Raises:
+        InputError: what stays was trained on another encoder.
+        LorafleetError: a file names a local path.
+    """
+    stay = [task for task in base.tasks() if task not in promoted]
+    _check_encoder(candidate, stay, base)
+    results: dict[str, TaskResult] = {task: base.result(task) for task in stay}
+    for task in stay:
+        assert base.folder is not None
+        shutil.copytree(base.folder.task(task).root, staging.task(task).root)
+    for task in promoted:
+        source, target = candidate.folder.task(task), staging.task(task)
+        target.root.mkdir(parents=True)
+        for path in source.published():
+            shutil.copyfile(path, target.root / path.name)
+        results[task] = _public(candidate.results[task])
+        write_atomically(target.result, results[task].model_dump_json(indent=1))
+    ordered = [results[task] for task in dict.fromkeys([*base.tasks(), *promoted])]
+    meta = json.loads(staging.task(ordered[-1].mteb_task.name).meta.read_text(encoding="utf-8"))
+    write_outputs(
+        ordered,
+        candidate.summary.failures,
+        staging,
+        encoder=candidate.summary.encoder,
+        run_id=candidate.summary.run_id,
+        created_at=candidate.summary.created_at,
+        adapted_modules=meta["adapted_modules"],
+        trust_remote_code=candidate.manifest.config.encoder.trust_remote_code,
+        license=candidate.manifest.config.publish.license,
+    )
+    for result in ordered:
+        write_mteb_results(result, staging.task(result.mteb_task.name), staging)
+    _check_no_local_path(staging, candidate)
+    publication = Publication(
+        run_id=candidate.summary.run_id,
+        lorafleet_version=pipeline.__version__,
+        encoder=candidate.summary.encoder,
+        adapters={result.mteb_task.name: result.adapter.sha256 for result in ordered},
+        files=_files_that_stay(base, stay) | {path: file_sha256(staging.root / path) for path in files_below(staging.root)},
+    )
+    write_atomically(staging.publication, publication.model_dump_json(indent=1))
+    return publication
+
+
+def files_below(root: Path) -> list[str]:
+    """Relative paths of all files, with slashes, sorted."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
+
+
+def file_sha256(path: Path) -> str:
+    """Of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_encoder(candidate: Candidate, stay: Sequence[str], base: Base) -> None:
+    for task in stay:
+        published, new = base.result(task).encoder, candidate.summary.encoder
+        if published.revision != new.revision:
+            raise InputError(
+                f"cannot publish run {candidate.summary.run_id}: {task} stays, and was trained on {published.public_name} at "
+                f"{published.revision}, but this run's encoder is {new.public_name} at {new.revision}; "
+                "train that MTEB task too, or publish elsewhere"
+            )
+
+
+def _public(result: TaskResult) -> TaskResult:
+    """Less what only this machine understands."""
+    task, encoder = result.mteb_task, result.encoder
+    places = {"location": without_local_paths(task.location)}
+    if task.test_location is not None:
+        places["test_location"] = without_local_paths(task.test_location)
+    changed = {
+        "mteb_task": task.model_dump() | places,
+        "encoder": encoder.model_dump() | {"name": encoder.public_name},
+        "adapter": result.adapter.model_dump() | {"path": task.name},
+        "data": result.data.model_dump() | {"notes": tuple(without_local_paths(note) for note in result.data.notes)},
+    }
+    return TaskResult.model_validate(result.model_dump() | changed)
+
+
+def _files_that_stay(base: Base, stay: Sequence[str]) -> dict[str, str]:
+    if base.publication is None:
+        return {}
+    return {path: sha256 for path, sha256 in base.publication.files.items() if path.split("/")[0] in stay}
+
+
+def _check_no_local_path(staging: RunFolder, candidate: Candidate) -> None:
+    names = "|".join(re.escape(form) for path in sorted(_local_paths(candidate)) for form in _written_forms(path))
+    pattern = re.compile(rf"(?<![\w.])(?:{names})(?![\w-])".encode())
+    for path in files_below(staging.root):
+        match = pattern.search((staging.root / path).read_bytes())
+        if match:
+            raise LorafleetError(f"{path} names the local path {match[0].decode()}, which would be published; nothing was")
+
+
+def _local_paths(candidate: Candidate) -> set[str]:
+    """Absolute paths of this machine that the run knows: its own, and all that its config and results name."""
+    known: list[Any] = [str(candidate.folder.root), candidate.manifest.config.model_dump(mode="json")]
+    for result in candidate.results.values():
+        known += [result.mteb_task.location, result.mteb_task.test_location, result.adapter.path, result.encoder.name]
+    return {text.rstrip("/") for text in _strings(known) if Path(text).is_absolute() and text.strip("/")}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _written_forms(path: str) -> set[str]:
+    """As it stands in text, in JSON and in HTML."""
+    return {path, json.dumps(path)[1:-1], html.escape(path)}
