@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -206,6 +207,8 @@ def show(place: Path, as_json: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; turns errors into one message and an exit code."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     try:
         lorafleet.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:

@@ -65,6 +65,20 @@ class HubRepository:
         folder = RunFolder(download(self.name, head, patterns=["*.json"]))
         return Base(head, folder, read_record(folder.publication, Publication))
 
+    def check_access(self) -> None:
+        """Look, before hours of training, whether publishing can work at all.
+
+        Raises:
+            InputError: no token, a wrong one, or a repository that was not published by lorafleet.
+            LorafleetError: the Hub cannot be reached.
+        """
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise InputError(f"hf:{self.name}: no token to publish with{_ADVICE}")
+        self._ask(self._api.whoami)
+        self.read()
+
     def land(self, staged: RunFolder, publication: Publication, base: Base, check: Check) -> str:
         """Commit to a branch of its own, check that commit, then make it ``main``'s next one; returns its id.
 

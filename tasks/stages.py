@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from pipeline import collect as files
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig
 from pipeline.errors import InputError, LorafleetError
+from pipeline.hub import HubRepository
 from pipeline.manifest import RunManifest, find_finished
 from pipeline.preflight import Plan, preflight
 from pipeline.publish import Published
@@ -58,6 +59,7 @@ def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | LorafleetError:
     """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback."""
     try:
         plan = preflight(config, runtime)
+        _check_target(config.publish)
     except LorafleetError as error:
         return error
     logger = get_run_logger()
@@ -167,6 +169,12 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
         logger.log(logging.ERROR if decision.decision == "block" else logging.INFO, "%s: %s: %s", *_said(decision))
     logger.info("published %d adapters to %s%s", len(published.verified), config.to, f"@{published.revision}" * bool(published.revision))
     return published
+
+
+def _check_target(config: PublishConfig) -> None:
+    if config.to is not None and config.to.startswith("hf:"):
+        with _hub_token(config.token_block):
+            HubRepository(config.to.removeprefix("hf:")).check_access()
 
 
 _SHOWN = {"mteb_task", "decision", "reason", "published_accuracy", "candidate_accuracy", "difference", "p_value", "published_revision"}

@@ -357,11 +357,8 @@ def test_an_encoder_from_a_folder_is_named_without_its_path(saved: Adapter, fold
 
 
 def test_the_folder_holds_both_forms_and_nothing_else(saved: Adapter, folder: TaskFolder) -> None:
-    assert {p.name for p in folder.root.iterdir()} == {p.name for p in folder.published()} - {
-        "calibration.json",
-        "probe.json",
-        "few_shot.json",
-    }
+    later = {"calibration.json", "probe.json", "few_shot.json"}  # written when the MTEB task is finished
+    assert {p.name for p in folder.root.iterdir()} == {p.name for p in folder.published()} - later
     assert json.loads(folder.labels.read_text(encoding="utf-8")) == list(LABELS)
     head = load_file(folder.head)
     linear = saved.head[1]

@@ -15,7 +15,7 @@ PROGRAMS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path in (ROOT / "pipeline").rglob(ending))
 DOORS = {
     "peft": {"pipeline/adapter.py"},
-    "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py"},
+    "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py", "pipeline/outputs.py"},
     "prefect": {"flows/classify_datasets.py", "flows/train_adapters.py", "tasks/bulk.py", "tasks/progress.py", "tasks/stages.py"},
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
 }
