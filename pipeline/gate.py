@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pipeline.config import GateConfig
 from pipeline.dataset import load_data
 from pipeline.encoder import IntArray
 from pipeline.errors import DataError
+from pipeline.machine import local_cpus
 from pipeline.publication import Base, Candidate
 from pipeline.records import Decision, GateDecision, TaskResult
 from pipeline.results import percent, points
@@ -151,7 +151,7 @@ def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measu
 
 
 def _predict(adapter: FoundAdapter, texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool) -> IntArray:
-    classifier = load_classifier([adapter], encoder=_local(encoder), threads=len(os.sched_getaffinity(0)), use_gpu=True, offline=offline)
+    classifier = load_classifier([adapter], encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
     (answers,) = classifier.classify(classifier.tokenise(texts))
     known = np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64)
     return known[answers.labels]

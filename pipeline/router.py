@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.adapter_ref import find_adapters
 from pipeline.classifier import load_classifier
 from pipeline.encoder import FloatArray, IntArray
 from pipeline.errors import AdapterError, DataError, InputError
+from pipeline.machine import local_cpus
 
 
 class Scored(NamedTuple):
@@ -108,7 +108,7 @@ class Router:
             raise InputError(f"precision: expected auto or float32, found {precision!r}")
         adapters = find_adapters([str(ref) for ref in refs], offline=offline)
         self._classifier = load_classifier(
-            adapters, encoder=encoder, threads=threads or _cores(), use_gpu=use_gpu, offline=offline, precision=precision
+            adapters, encoder=encoder, threads=threads or local_cpus(), use_gpu=use_gpu, offline=offline, precision=precision
         )
         self._label_names = [found.label_names for found in adapters]
         self._index_of = {found.name: index for index, found in enumerate(adapters)}
@@ -211,7 +211,3 @@ def _encodable(text: str) -> bool:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,6 +16,7 @@ from pipeline.bulk_job import finish, forget_attempts
 from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
+from pipeline.machine import local_cpus
 from pipeline.storage import store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
@@ -89,7 +90,6 @@ def finish_job(
 
 def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     from pipeline.unit_worker import UnitWorker
-    from tasks.fleet import local_cpus
 
     compute = plan.request.compute
     threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))

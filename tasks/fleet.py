@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pipeline.config import ComputeConfig, TrainConfig
 from pipeline.errors import ConfigError, LorafleetError
+from pipeline.machine import local_cpus
 from pipeline.records import Runtime
 from tasks.worker import Worker
 
@@ -292,8 +293,3 @@ def _check_answers(address: str) -> None:
     parts = urlsplit(address if "://" in address else f"//{address}")
     if parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_SECONDS).close()
-
-
-def local_cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
