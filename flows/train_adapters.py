@@ -152,4 +152,5 @@ def _ended(outcome: RunOutcome) -> State[Any]:
     if not outcome.failures:
         return Completed(message=f"{len(outcome.results)} adapters", data=outcome)
     failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
-    return Failed(message=f"{len(outcome.failures)} of {len(outcome.failures) + len(outcome.results)} failed: {failed}", data=outcome)
+    names = {result.mteb_task.name for result in outcome.results} | {f.mteb_task for f in outcome.failures if f.mteb_task}
+    return Failed(message=f"{len(outcome.failures)} of {len(names)} failed: {failed}", data=outcome)

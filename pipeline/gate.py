@@ -37,8 +37,8 @@ class Measured:
 
     @property
     def difference(self) -> float:
-        """How much higher the candidate's accuracy is."""
-        return self.candidate_accuracy - self.published_accuracy
+        """How much higher the candidate's accuracy is: a number of texts over all, not a rounding error beside it."""
+        return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
 
 
 def judge(candidate: Candidate, base: Base, config: GateConfig, *, repository: str | None) -> list[GateDecision]:
@@ -61,7 +61,7 @@ def judge(candidate: Candidate, base: Base, config: GateConfig, *, repository: s
             there = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
             measured = measure(candidate, task, there)
             decision, reason = decide(measured, config)
-        if decision == "promote" and config.require_beats_probe and not beats_probe(result):
+        if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
             decision, reason = "block", "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
         decisions.append(
             GateDecision(
@@ -89,11 +89,11 @@ def first_look(result: TaskResult, published: str | None, base: Base, config: Ga
     """What can be said without scoring: none, if nothing."""
     if published is None:
         return "promote", "nothing is published under this name yet"
-    if published == result.adapter.sha256:
+    old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
+    if published == result.adapter.sha256 and old == new:  # renaming a label changes no weight
         return "keep", "it is the published adapter"
     if not config.enabled:
         return "promote", "the gate is off (publish.gate.enabled)"
-    old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
     if set(old) != set(new) and not config.allow_label_change:
         lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         changes = [f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names]
@@ -102,17 +102,22 @@ def first_look(result: TaskResult, published: str | None, base: Base, config: Ga
 
 
 def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
-    """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise."""
+    """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise.
+
+    Noise is what either the interval or McNemar's test says is noise: with four texts or so that only one of the two gets right,
+    resampling claims more than they can tell. Whether a candidate is not inferior, by a ``min_gain`` below 0, is for the interval alone.
+    """
     gain, low, high = measured.difference, measured.interval.low, measured.interval.high
     facts = (
         f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} on the same {measured.num_texts:,} texts, "
         f"{points(gain)} points ({points(low)} to {points(high)}, p {measured.p_value:.3g})"
     )
-    if gain >= config.min_gain and low > min(config.min_gain, 0.0):
+    significant = measured.p_value < SIGNIFICANT
+    if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
         return "promote", facts
-    if gain < -config.max_regression and high < 0:
+    if gain < -config.max_regression and high < 0 and significant:
         return "block", f"worse: {facts}"
-    return "keep", f"{'within noise' if low <= 0 <= high else 'too small a difference'}: {facts}"
+    return "keep", f"{'within noise' if low <= 0 <= high or not significant else 'too small a difference'}: {facts}"
 
 
 def beats_probe(result: TaskResult) -> bool:

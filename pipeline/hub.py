@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
@@ -22,7 +24,7 @@ Check = Callable[[Path], None]
 _PATIENT_WITH = (429, 500, 502, 503, 504)
 _ATTEMPTS, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 6, 1.0, 30.0
 _NOT_OURS = (".gitattributes",)  # the Hub puts it into every new repository
-_MOVED = 412
+_MISSING, _MOVED = 404, 412
 
 
 class MovedError(LorafleetError):
@@ -90,17 +92,22 @@ class HubRepository:
             LorafleetError: the Hub refused, or could not be reached; ``main`` is as it was.
         """
         head = base.revision or self._make()
-        old = set(base.publication.files) if base.publication else set()
+        old = set(base.publication.files) & set(self._blobs(head)) if base.publication else set()
         add = {path: staged.root / path for path in files_below(staged.root)}
         delete = sorted(old - set(publication.files))
         message = f"Adapters of run {publication.run_id}: {', '.join(publication.adapters)}"
-        landed = self._advance(add, delete, head, branch=f"staging/{publication.run_id}", message=message, check=check)
-        self._tag(f"run-{publication.run_id}", landed)
+        branch = f"staging/{publication.run_id}"
+        landed = self._advance(add, delete, head, branch=branch, message=message, check=check)
+        with self._after(landed):
+            self._drop_branch(branch)
+            self._tag(f"run-{publication.run_id}", landed)
         return landed
 
     def settle(self, run_id: str, revision: str) -> None:
         """End what a publishing that was interrupted after its commit to ``main`` had left to do."""
-        self._tag(f"run-{run_id}", revision)
+        tag = f"run-{run_id}"
+        if tag not in self._tags():  # one that is there names a state that was verified; main may have been changed by hand since
+            self._tag(tag, revision)
         self._drop_branch(f"staging/{run_id}")
 
     def restore(self, revision: str, check: Check) -> str:
@@ -118,11 +125,14 @@ class HubRepository:
             root = download(self.name, wanted, cache=Path(cache))
             add = {path: root / path for path, blob in then.items() if now.get(path) != blob}
             delete = sorted(set(now) - set(then))
-            message = f"Roll back to {revision} ({wanted[:12]})"
-            return self._advance(add, delete, head, branch=f"staging/rollback-{wanted[:12]}", message=message, check=check)
+            message, branch = f"Roll back to {revision} ({wanted[:12]})", f"staging/rollback-{wanted[:12]}"
+            landed = self._advance(add, delete, head, branch=branch, message=message, check=check)
+        with self._after(landed):
+            self._drop_branch(branch)
+        return landed
 
     def _advance(self, add: dict[str, Path], delete: Sequence[str], head: str, *, branch: str, message: str, check: Check) -> str:
-        """Two equal commits: one on a branch, which is checked, and then one on ``main``."""
+        """Two equal commits: one on a branch, which is checked and left to be dropped, and then one on ``main``."""
         self._drop_branch(branch)
         self._ask(self._api.create_branch, self.name, branch=branch, revision=head, exist_ok=True)
         staged = self._commit(add, delete, head, branch=branch, message=message)
@@ -133,13 +143,24 @@ class HubRepository:
             except VerificationError as error:
                 self._drop_branch(branch)
                 raise VerificationError(f"hf:{self.name} is left as it was: {error}") from error
-        landed = head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
+        try:
+            landed = head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
+        except MovedError:
+            self._drop_branch(branch)
+            raise
         if self._blobs(landed) != blobs:
             raise VerificationError(
                 f"hf:{self.name}: commit {landed} has other files than {staged}, which was checked; roll back to {head}"
             )
-        self._drop_branch(branch)
         return landed
+
+    @contextmanager
+    def _after(self, landed: str) -> Iterator[None]:
+        """While open, an error says that ``main`` has been changed all the same."""
+        try:
+            yield
+        except LorafleetError as error:
+            raise type(error)(f"main of hf:{self.name} is at {landed} now, verified, but tidying up failed; try again: {error}") from error
 
     def _commit(self, add: dict[str, Path], delete: Sequence[str], parent: str, *, branch: str, message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -149,7 +170,11 @@ class HubRepository:
             # The operations remember what was uploaded, so every attempt needs its own.
             operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in add.items()]
             operations += [CommitOperationDelete(path) for path in delete]
-            return str(self._api.create_commit(self.name, operations, commit_message=message, parent_commit=parent, revision=branch).oid)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # two small tables
+                return str(
+                    self._api.create_commit(self.name, operations, commit_message=message, parent_commit=parent, revision=branch).oid
+                )
 
         try:
             return self._ask(commit)
@@ -194,17 +219,31 @@ class HubRepository:
         return self._ask(listed)
 
     def _tag(self, tag: str, revision: str) -> None:
-        there = {ref.name: ref.target_commit for ref in self._ask(self._api.list_repo_refs, self.name).tags}
+        there = self._tags()
         if tag in there and there[tag] != revision:
-            self._ask(self._api.delete_tag, self.name, tag=tag)
+            self._delete(self._api.delete_tag, tag=tag)
         if there.get(tag) != revision:
             self._ask(self._api.create_tag, self.name, tag=tag, revision=revision, exist_ok=True)
 
+    def _tags(self) -> dict[str, str]:
+        """Tag -> commit."""
+        return {ref.name: ref.target_commit for ref in self._ask(self._api.list_repo_refs, self.name).tags}
+
     def _drop_branch(self, branch: str) -> None:
+        self._delete(self._api.delete_branch, branch=branch)
+
+    def _delete(self, delete: Callable[..., None], **what: str) -> None:
+        """Delete what may be gone already."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        with suppress(HfHubHTTPError):
-            self._api.delete_branch(self.name, branch=branch)
+        def gone() -> None:
+            try:
+                delete(self.name, **what)
+            except HfHubHTTPError as error:
+                if _status(error) != _MISSING:
+                    raise
+
+        self._ask(gone)
 
     def _ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return ask(f"hf:{self.name}", call, *args, **options)
@@ -213,12 +252,18 @@ class HubRepository:
 def download(name: str, revision: str, *, cache: Path | None = None, patterns: Sequence[str] | None = None) -> Path:
     """A repository's files at a revision; into an empty folder, or the Hub's own cache.
 
-    Raises: LorafleetError: it cannot be read.
+    Raises:
+        VerificationError: it lists a file that is not there.
+        LorafleetError: it cannot be read.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     def fetch() -> Path:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
+        try:
+            return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
+        except RemoteEntryNotFoundError as error:
+            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {_said(error)}") from error
 
     return ask(f"hf:{name}", fetch)
 
@@ -245,13 +290,19 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
             status = _status(error)
             if attempt == _ATTEMPTS or (status is not None and status not in _PATIENT_WITH):
                 kind = InputError if status in (401, 403, 404) else LorafleetError
-                raise kind(f"{what}: {first_line(error)}{_ADVICE if status in (401, 403) else ''}") from error
+                raise kind(f"{what}: {_said(error)}{_ADVICE if status in (401, 403) else ''}") from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2
     raise AssertionError("unreachable")
 
 
 _ADVICE = "; give a token that may write there: HF_TOKEN, `hf auth login`, or publish.token_block"
+
+
+def _said(error: BaseException) -> str:
+    """In one line, without what is signed in an address."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")]
+    return re.sub(r"\?[^\s'\"]*", "?…", " ".join(lines[:3]))[:300] or type(error).__name__
 
 
 def _status(error: BaseException) -> int | None:

@@ -83,7 +83,7 @@ def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
     """The config with the commit in it that the Hub's newest revision resolved to, and with paths that hold in any working folder."""
     values = config.model_dump(mode="json")
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), *((t, n) for t in values["mteb_tasks"] for n in _FILES)):
-        if part[name] is not None:
+        if part[name] is not None and not part[name].startswith("hf:"):
             part[name] = str(Path(part[name]).resolve())
     if Path(config.encoder.name).is_dir():
         values["encoder"]["name"] = str(Path(config.encoder.name).resolve())

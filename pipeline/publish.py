@@ -64,7 +64,7 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
         InputError: the run is not finished, the target holds something else or may not be written.
         VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
         LorafleetError: a file names a local path, the Hub cannot be reached, or others keep changing the repository.
-    Whatever is raised, the target is as it was.
+    Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
     """
     candidate = read_candidate(run)
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
@@ -72,16 +72,14 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
     for last in (False, True):
         base = target.read()
         decisions = judge(candidate, base, config.gate, repository=repository)
+        write_gate(decisions, candidate.folder.gate)
         try:
-            published = _land(candidate, to, target, base, decisions)
+            return _land(candidate, to, target, base, decisions)
         except MovedError as error:
             if last:
                 raise LorafleetError(
                     f"{to} was changed twice by others while this run was published; it has none of it; try again"
                 ) from error
-        else:
-            write_gate(decisions, candidate.folder.gate)
-            return published
     raise AssertionError("unreachable")
 
 

@@ -163,7 +163,7 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
     except LorafleetError as error:
         logger.error("not published: %s", error)
         return error
-    rows = [decision.model_dump(mode="json", include=_SHOWN) for decision in published.decisions]
+    rows = [decision.model_dump(mode="json", exclude={"run_id", "created_at"}) for decision in published.decisions]
     create_table_artifact(table=rows, key="gate", description=f"Promotion gate of run {folder.root.name}, to {config.to}")
     for decision in published.decisions:
         logger.log(logging.ERROR if decision.decision == "block" else logging.INFO, "%s: %s: %s", *_said(decision))
@@ -175,9 +175,6 @@ def _check_target(config: PublishConfig) -> None:
     if config.to is not None and config.to.startswith("hf:"):
         with _hub_token(config.token_block):
             HubRepository(config.to.removeprefix("hf:")).check_access()
-
-
-_SHOWN = {"mteb_task", "decision", "reason", "published_accuracy", "candidate_accuracy", "difference", "p_value", "published_revision"}
 
 
 def _said(decision: GateDecision) -> tuple[str, str, str]:

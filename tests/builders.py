@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -167,9 +168,18 @@ def calibration() -> Calibration:
 
 
 def finished_run(
-    root: Path, results: Sequence[TaskResult], *, failures: Sequence[Failure] = (), config: RunConfig | None = None, run_id: str = RUN_ID
+    root: Path,
+    results: Sequence[TaskResult],
+    *,
+    failures: Sequence[Failure] = (),
+    config: RunConfig | None = None,
+    run_id: str = RUN_ID,
+    adapters: Mapping[str, Path] | None = None,
 ) -> RunFolder:
-    """A finished run folder on disk; weights and tables are a few bytes each, records are real."""
+    """A finished run folder on disk; tables are a few bytes each, records are real.
+
+    So are weights where ``adapters`` names the folder of an MTEB task's; the others are a few bytes.
+    """
     run = RunFolder(root)
     run.metrics.mkdir(parents=True)
     names = [MtebTaskConfig(name=name) for name in (*(r.mteb_task.name for r in results), *(f.mteb_task for f in failures))]
@@ -183,6 +193,8 @@ def finished_run(
             path.write_bytes(f"{result.mteb_task.name} {path.name}".encode())
         folder.few_shot.write_text("{}", encoding="utf-8")
         folder.meta.write_text(json.dumps({"adapted_modules": MINILM_MODULES}), encoding="utf-8")
+        if adapters is not None and result.mteb_task.name in adapters:
+            shutil.copytree(adapters[result.mteb_task.name], folder.root, dirs_exist_ok=True)
         adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
         folder.labels.write_text(json.dumps(result.data.label_names), encoding="utf-8")
         rewritten.append(TaskResult.model_validate({**result.model_dump(), "adapter": adapter}))

@@ -26,7 +26,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -311,7 +311,10 @@ class HubServer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         # The whole body is read first: with bytes left unread, hanging up would reset the connection.
-        scope["state"]["body"] = await Request(scope, receive).body()
+        try:
+            scope["state"]["body"] = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return  # the client has died in the middle of its request
         fault = self._due(method, path)
         app: ASGIApp = self._routes
         if fault is not None and not fault.takes_effect:

@@ -8,10 +8,13 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import runpy
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,13 @@ import huggingface_hub.constants
 import psutil
 import pytest
 from builders import load_encoder
-from hub_server import HubServer, go_online, serve_hub
+from hub_server import CUT, HubServer, go_online, serve_hub
 
 import pipeline.hub
 import pipeline.reload
 from pipeline.adapter import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
+from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.publish import Published, publish
 from pipeline.records import AdapterRef, ClassificationResults, Probe, Publication, TaskResult
@@ -39,11 +43,15 @@ TO = f"hf:{REPO}"
 NO_GATE = PublishConfig(gate=GateConfig(enabled=False))
 LARGE = 2_000
 """Bytes from which on a file is a large file, where there are any."""
+SECRET = "hf_RecognisableSecretOfNobody"
 FOREIGN = {".gitattributes", "publication.json"}
 """Files that publication.json does not list."""
 
+BOTH = {"Topics", "Pairs"}
+STAGING = "staging/both"
+
 _WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported, and share no thread with us
-_WARM.set_forkserver_preload(["publishing", "pipeline.reload", "transformers", "mteb", "matplotlib.pyplot", "transformers.models.bert"])
+_WARM.set_forkserver_preload(["publishing", "mteb", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
 
 
 @dataclass(frozen=True)
@@ -222,8 +230,6 @@ def check_settled(hub: HubServer, tasks: set[str], run: Path, *, others: Sequenc
 
 def copy_run(run: Path, root: Path, *, tasks: Sequence[str] = ("Topics", "Pairs"), **config: Any) -> RunFolder:
     """A finished run with only these MTEB tasks, under the name of its new folder; ``config`` replaces sections of its configuration."""
-    import shutil
-
     shutil.copytree(run, root, ignore=lambda _, names: {"Topics", "Pairs"} - set(tasks) & set(names))
     folder = RunFolder(root)
     folder.gate.unlink(missing_ok=True)
@@ -280,3 +286,313 @@ def another_head(adapter: Any) -> None:
 
     with torch.no_grad():
         adapter.head[1].bias.add_(0.05)
+
+
+def traces(root: Path, secret: str) -> list[str]:
+    """Files that hold a secret, in whatever encoding of a log or a database leaves it readable."""
+    return [str(path) for path in root.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+# --- the world of these tests ---
+
+
+@dataclass(frozen=True)
+class World:
+    """Runs to publish, and what the Hub holds before and after."""
+
+    base: Path
+    """Of Topics alone, the run that is published already."""
+    both: Path
+    pairs: Path
+    encoder: Path
+    old: dict[str, bytes]
+    """What publishing ``base`` gives."""
+    new: dict[str, bytes]
+    """What publishing ``both`` on top gives: Topics stays, Pairs comes."""
+
+
+def make_world(run: Path, root: Path) -> World:
+    """From a finished run."""
+    base = copy_run(run, root / "runs" / "base", tasks=["Topics"]).root
+    both = copy_run(run, root / "runs" / "both").root
+    pairs = copy_run(run, root / "runs" / "pairs", tasks=["Pairs"]).root
+    with hub_of_our_own(root) as place:
+        place.publish(base)
+        old = place.files()
+        place.publish(both)
+        new = place.files()
+    encoder = Path(read_manifest(RunFolder(both)).config.encoder.name)
+    return World(base, both, pairs, encoder, old, new)
+
+
+def check_ends_well(place: Place, world: World, *, others: Sequence[str] = ()) -> None:
+    """With the fault gone, the same publishing ends complete."""
+    place.hub.clear_faults()
+    place.hub.before_commit = None
+    place.hub.requests = []
+    place.publish(world.both)
+    assert {path: content for path, content in place.files().items() if path not in others} == world.new
+    check_settled(place.hub, BOTH, world.both, others=others)
+
+
+def sent(hub: HubServer, *parts: str) -> list[tuple[str, str, int]]:
+    """The requests whose method and path hold all of these."""
+    return [request for request in hub.requests if all(part in f"{request[0]} {request[1]}" for part in parts)]
+
+
+# --- what can go wrong, with the base published already ---
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of the table."""
+
+    fault: str
+    ends: str
+    main: str
+    after: str = "complete"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong on the Hub or on the way there, and how publishing has to end."""
+
+    name: str
+    plant: Callable[[Place, World], None]
+    met: Callable[[Place], bool]
+    """Whether it did go wrong."""
+    ends: type[Exception] | None = None
+    """None: publishing ends well."""
+    says: str = ""
+    main: str = "new"
+    others: tuple[str, ...] = ()
+    mend: Callable[[Place, World], None] = lambda place, world: None
+
+
+def suffer(place: Place, world: World, fault: Fault) -> Outcome:
+    """Publish with a fault and without; fails if ``main`` is ever anything but old or new."""
+    fault.plant(place, world)
+    if fault.ends is None:
+        place.publish(world.both)
+        check_settled(place.hub, BOTH, world.both, others=fault.others)
+    else:
+        with pytest.raises(fault.ends, match=fault.says) as caught:
+            place.publish(world.both)
+        assert type(caught.value) is fault.ends
+        assert "\n" not in str(caught.value)
+    assert fault.met(place), "the fault has not been met"
+    fault.mend(place, world)
+    found = {path: content for path, content in place.files().items() if path not in fault.others}
+    assert found == {"old": world.old, "new": world.new}[fault.main]
+    commits = [commit.title for commit in huggingface_hub.HfApi().list_repo_commits(REPO)]
+    assert len(commits) == len(set(commits)) or fault.others, "a commit is there twice"
+    check_ends_well(place, world, others=fault.others)
+    return Outcome(fault.name, fault.ends.__name__ if fault.ends else "well", fault.main)
+
+
+def suffer_kill(place: Place, world: World, at: Callable[[int, tuple[str, str, int]], bool]) -> Outcome:
+    """The same with a publisher that dies when a request has been dealt with."""
+    place.hub.requests = trap = Trap(at, lambda: child.kill())
+    child = place.publish_elsewhere(world.both)
+    assert child.ended() is None
+    assert trap.sprung
+    place.hub.clear_faults()
+    files = place.files()
+    assert files in (world.old, world.new)
+    check_ends_well(place, world)
+    method, path, _ = trap[-1]
+    return Outcome(f"kill -9 at request {len(trap)}: {method} {path[:60]}", "killed", "old" if files == world.old else "new")
+
+
+WHERE = {
+    "the repository's state": ("GET", "/revision/main"),
+    "making the branch": ("POST", "/branch/"),
+    "dropping the branch": ("DELETE", "/branch/"),
+    "the preupload": ("POST", "/preupload/"),
+    "the large files' batch": ("POST", "/objects/batch"),
+    "a large file": ("PUT", "/storage/"),
+    "the staged commit": ("POST", f"/commit/{STAGING}"),
+    "a listing": ("GET", "/tree/"),
+    "a download": ("GET", "/resolve/"),
+    "the commit to main": ("POST", "/commit/main"),
+    "the tags": ("GET", "/refs"),
+    "the tag": ("POST", "/tag/"),
+}
+"""Method and part of the path of the requests of a publishing."""
+_ONLY_LARGE = ("the large files' batch", "a large file")
+_MUST = ("making the branch", "the staged commit", "the commit to main", "the tag")
+_AFTER_MAIN = ("the tags", "the tag")
+
+
+def _passing(kind: int | str, where: str) -> Fault:
+    method, path = WHERE[where]
+
+    def plant(place: Place, _: World) -> None:
+        if isinstance(kind, int):
+            place.hub.fail(times=2, status=kind, method=method, path_contains=path, retry_after=7 if kind == 429 else None)
+        else:
+            place.hub.cut(method=method, path_contains=path, takes_effect=kind == "cut after")
+
+    def met(place: Place) -> bool:
+        struck = sent(place.hub, f"{method} ", path)
+        in_time = kind != 429 or (bool(place.waits) and set(place.waits) <= {7, 8})  # huggingface_hub waits a second more
+        return in_time and any(status == (kind if isinstance(kind, int) else CUT) for *_, status in struck)
+
+    return Fault(f"{kind} {'at ' if isinstance(kind, int) else ''}{where}", plant, met)
+
+
+def _lasting(status: int, where: str) -> Fault:
+    method, path = WHERE[where]
+
+    def plant(place: Place, _: World) -> None:
+        place.hub.fail(times=1000, status=status, method=method, path_contains=path)
+
+    def met(place: Place) -> bool:
+        return len(sent(place.hub, f"{method} ", path)) == (6 if status == 503 else 1)
+
+    ends, main = (LorafleetError if status == 503 else InputError), ("new" if where in _AFTER_MAIN else "old")
+    says = f"{'^main of ' if main == 'new' else '^'}hf:{REPO}.*{status}"
+    return Fault(f"lasting {status} at {where}", plant, met, ends, says, main)
+
+
+def _race(times: int) -> Fault:
+    def plant(place: Place, _: World) -> None:
+        def first(repo: str, branch: str) -> None:
+            if branch == "main" and len(sent(place.hub, "/commit/main")) < times:
+                place.hub.commit(repo, {"theirs.md": b"%d" % len(sent(place.hub, "/commit/main"))})
+
+        place.hub.before_commit = first
+
+    def met(place: Place) -> bool:
+        assert place.hub.files(REPO)["theirs.md"] == b"%d" % (times - 1)
+        return [status for *_, status in sent(place.hub, "/commit/main")] == ([412, 200] if times == 1 else [412, 412])
+
+    ends = None if times == 1 else LorafleetError
+    name = f"somebody else's commit first, {'once' if times == 1 else 'twice'}"
+    return Fault(name, plant, met, ends, "was changed twice by others", "new" if times == 1 else "old", ("theirs.md",))
+
+
+def _damage(name: str, path: str, change: Callable[[bytes], bytes] | None) -> Fault:
+    """In the Hub's storage, between the staged commit and its download."""
+
+    def plant(place: Place, world: World) -> None:
+        def strike() -> None:
+            if change is None:
+                place.hub.remove(REPO, path)
+            else:
+                place.hub.tamper(REPO, path, change(world.new[path]))
+
+        place.hub.requests = Trap(lambda _, request: f"/commit/{STAGING}" in request[1], strike)
+
+    def met(place: Place) -> bool:
+        assert set(place.hub.branches(REPO)) == {"main"}
+        return isinstance(place.hub.requests, Trap) and place.hub.requests.sprung
+
+    def mend(place: Place, world: World) -> None:
+        place.hub.tamper(REPO, path, world.new[path])
+
+    says = f"^hf:{REPO} is left as it was: .*{path}"
+    return Fault(name, plant, met, VerificationError, says, "old", mend=mend)
+
+
+def flipped(content: bytes) -> bytes:
+    """With another last bit."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def reordered(labels: bytes) -> bytes:
+    """The same names in another order."""
+    return json.dumps(json.loads(labels)[::-1], indent=1).encode()
+
+
+_ALL = [
+    *(_passing(kind, where) for where in WHERE for kind in (429, 500, 503, "cut before", "cut after")),
+    *(
+        _lasting(status, where)
+        for where in ("making the branch", "the staged commit", "the commit to main", "the tag")
+        for status in (503, 403)
+    ),
+    _race(1),
+    _race(2),
+    _damage("a flipped byte in a new file", "Pairs/adapter_model.safetensors", flipped),
+    _damage("a flipped byte in a file that stays", "Topics/head.safetensors", flipped),
+    _damage("a wrong label map", "Pairs/labels.json", reordered),
+    _damage("a missing file", "Pairs/adapter_model.safetensors", None),
+    _damage("a missing label map", "Pairs/labels.json", None),
+]
+FAULTS = {fault.name: fault for fault in _ALL}
+
+
+def concerns(name: str, *, large: bool) -> bool:
+    """Whether there is anything for a fault to strike."""
+    return large or not name.endswith(_ONLY_LARGE)
+
+
+# --- a run that is not what was measured ---
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What is wrong with the run."""
+
+    name: str
+    do: Callable[[RunFolder, Path, Path], None]
+    """Called with the run, the encoder's folder, and one for what must not be written."""
+    says: str
+
+
+def suffer_harm(place: Place, world: World, harm: Harm, tmp_path: Path) -> Outcome:
+    """Publish a copy of the run with something wrong in it, and then the run."""
+    harmed = copy_run(world.both, tmp_path / "runs" / "both")
+    harm.do(harmed, world.encoder, tmp_path)
+    with pytest.raises(VerificationError, match=harm.says):
+        place.publish(harmed.root)
+    assert place.files() == world.old
+    assert set(place.hub.branches(REPO)) == {"main"}
+    check_ends_well(place, world)
+    return Outcome(harm.name, "VerificationError", "old")
+
+
+def swap_labels(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
+    """Two names have changed places."""
+    labels = json.loads(folder.task("Pairs").labels.read_text(encoding="utf-8"))
+    folder.task("Pairs").labels.write_text(json.dumps(labels[::-1], indent=1), encoding="utf-8")
+
+
+def zero(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
+    """All files fit each other, but the adapter does nothing."""
+    change_adapter(folder, "Pairs", encoder, no_effect)
+
+
+def touch_weights(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
+    """One byte."""
+    with folder.task("Pairs").adapter_weights.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+
+
+class _Bomb:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
+
+
+def plant_pickle(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
+    """As torch.save writes it, with another pickle inside."""
+    path = folder.task("Pairs").lora_adapter_pt
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, pickle.dumps(_Bomb(tmp_path / "touched")) if name.endswith("data.pkl") else content)
+
+
+_HARMS = [
+    Harm("labels swapped in the run", swap_labels, r"Pairs: labels\.json is not the list"),
+    Harm("an adapter without effect", zero, "Pairs: the reloaded adapter has no effect"),
+    Harm("weights changed in the run", touch_weights, "Pairs: the adapter's files have sha256"),
+    Harm("a pickle that acts", plant_pickle, r"Pairs.* fresh process: .*lora_adapter\.pt: missing or damaged"),
+]
+HARMS = {harm.name: harm for harm in _HARMS}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,12 +16,14 @@ import pytest
 import tomli_w
 from builders import CPU_FLOAT32, toy_texts
 from commands import Command, Ended, FinishedRun, run, write_task
+from publishing import change_adapter, copy_run
 
 from pipeline.adapter import load_adapter
-from pipeline.config import load_config
+from pipeline.config import PublishConfig, load_config
 from pipeline.encoder import Encoder, find_encoder
 from pipeline.manifest import RunManifest, read_manifest
-from pipeline.metrics_table import EPOCHS_SCHEMA, SCORES_SCHEMA
+from pipeline.metrics_table import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
+from pipeline.publish import publish
 from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record
 
@@ -241,6 +246,84 @@ def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: Finished
 
 def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
     assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics", "mteb_results"}
+
+
+def gate_artifact(api: str, run_folder: Path) -> list[dict[str, Any]]:
+    """What Prefect's UI shows of the gate's decisions about a run."""
+    question = {"artifacts": {"key": {"any_": ["gate"]}}}
+    request = urllib.request.Request(f"{api}/artifacts/filter", json.dumps(question).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        found = [artifact for artifact in json.load(answer) if f"run {run_folder.name}," in artifact["description"]]
+    (artifact,) = found
+    assert artifact["type"] == "table"
+    rows: list[dict[str, Any]] = json.loads(artifact["data"])
+    return rows
+
+
+def test_the_gates_decisions_are_an_artifact_and_rows(mixed: Mixed, prefect_api: str) -> None:
+    shown = gate_artifact(prefect_api, mixed.root)
+    assert [(row["mteb_task"], row["decision"], row["published_sha256"]) for row in shown] == [
+        ("Topics", "promote", None),
+        ("Pairs", "promote", None),
+    ]
+    assert {row["mteb_task"]: row["candidate_sha256"] for row in shown} == manifest_of(mixed.root).adapters
+    rows = pd.read_parquet(mixed.root / "metrics" / "gate.parquet")
+    assert list(rows) == GATE_SCHEMA.names
+    assert list(rows.reason) == [row["reason"] for row in shown]
+
+
+@dataclass(frozen=True)
+class Gated:
+    ended: Ended
+    root: Path
+    published: Path
+    before: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def gated(
+    finished_run: FinishedRun, prefect_api: str, encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Gated:
+    """Published are Topics with a head that is wrong about everything, and Pairs with a label of another name."""
+    cwd = tmp_path_factory.mktemp("gated")
+    earlier = copy_run(finished_run.root, cwd / "runs" / "earlier")
+    change_adapter(earlier, "Topics", encoder_folder("bert"), lambda adapter: adapter.head[1].weight.data.neg_())
+    pairs = earlier.task("Pairs")
+    for path in (pairs.labels, pairs.result):
+        path.write_text(path.read_text(encoding="utf-8").replace('"sea"', '"ocean"'), encoding="utf-8")
+    publish(earlier.root, str(cwd / "out"), PublishConfig())
+    before = {path.name: path.read_bytes() for path in (cwd / "out" / "Pairs").iterdir()}
+    arguments = ("--config", finished_run.config, "--runs", finished_run.runs, "--set", f"publish.to={cwd / 'out'}")
+    ended = run("train", *arguments, cwd=cwd, PREFECT_API_URL=prefect_api)
+    return Gated(ended, ended.run, cwd / "out", before)
+
+
+def test_a_block_is_exit_code_1_and_the_run_is_finished_all_the_same(gated: Gated, finished_run: FinishedRun) -> None:
+    assert gated.ended.code == 1
+    assert manifest_of(gated.root).adapters == manifest_of(finished_run.root).adapters
+    assert manifest_of(gated.root).failures == ()
+    assert "Pairs: block: its labels are not the published ones: without ocean and with new sea" in gated.ended.err
+    assert "1 of 2 failed: Pairs (gate: its labels are not the published ones" in " ".join(gated.ended.err.split())
+    assert "Traceback" not in gated.ended.err
+
+
+def test_a_block_of_one_adapter_does_not_keep_the_others_back(gated: Gated) -> None:
+    assert {path.name: path.read_bytes() for path in (gated.published / "Pairs").iterdir()} == gated.before
+    assert adapter_sha256(gated.published / "Topics") == manifest_of(gated.root).adapters["Topics"]
+
+
+def test_the_artifact_has_the_figures_and_both_adapters(gated: Gated, prefect_api: str) -> None:
+    topics, pairs = gate_artifact(prefect_api, gated.root)
+    rows = pd.read_parquet(gated.root / "metrics" / "gate.parquet").set_index("mteb_task")
+    assert (topics["decision"], pairs["decision"], pairs["difference"]) == ("promote", "block", None)
+    head = scores_of(gated.root).set_index(["mteb_task", "column"]).accuracy["Topics", "head"]
+    assert topics["candidate_accuracy"] == pytest.approx(head, abs=0.034)  # of 60 texts, two may be computed otherwise
+    assert 0 < topics["low"] < topics["difference"] < topics["high"] <= 1
+    assert topics["difference"] == pytest.approx(topics["candidate_accuracy"] - topics["published_accuracy"])
+    assert topics["num_texts"] == 60
+    for shown in (topics, pairs):
+        assert shown["published_sha256"] == rows.published_sha256[shown["mteb_task"]]
+        assert shown["candidate_sha256"] == manifest_of(gated.root).adapters[shown["mteb_task"]]
 
 
 def test_a_publish_that_fails_is_exit_code_1_and_leaves_run_and_target_as_they_are(
