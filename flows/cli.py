@@ -373,9 +373,9 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
-    unpublished = [failure for failure in outcome.failures if failure.stage == "publish"]  # known after all files were written
+    unpublished = [failure for failure in outcome.failures if failure.stage in ("gate", "publish")]  # known after all files were written
     for failure in unpublished:
-        click.echo(f"failed: publish: {failure.reason}", err=True)
+        click.echo(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}", err=True)
     if as_json:
         if outcome.folder is not None:
             summary = json.loads(outcome.folder.results.read_text(encoding="utf-8"))

@@ -86,10 +86,10 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
 def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: list[GateDecision]) -> Published:
     promoted = [decision.mteb_task for decision in decisions if decision.decision == "promote"]
     if not promoted:
-        assert base.publication is not None
-        if base.publication.run_id == candidate.summary.run_id and base.revision is not None:
-            target.settle(base.publication.run_id, base.revision)
-        return Published(to, tuple(decisions), (), len(base.publication.files) + 1, base.revision)
+        there = base.publication
+        if there is not None and there.run_id == candidate.summary.run_id and base.revision is not None:
+            target.settle(there.run_id, base.revision)
+        return Published(to, tuple(decisions), (), len(there.files) + 1 if there else 0, base.revision)
     config = candidate.manifest.config
     verified: list[Verified] = []
 

@@ -161,7 +161,7 @@ def test_transformers_own_pipeline_gives_our_labels_on_eurobert(
     assert result.largest_difference < 1e-4
 
 
-@pytest.mark.parametrize(("family", "pooling"), POOLINGS)
+@pytest.mark.parametrize(("family", "pooling"), [*POOLINGS[:2], *(pytest.param(*rest, marks=pytest.mark.faults) for rest in POOLINGS[2:])])
 def test_onnx_runtime_gives_our_logits_for_batches_of_any_shape(family: str, pooling: str, encoder_folder: Folders, tmp_path: Path) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder(family), pooling=pooling)
     result = exported(adapter, tmp_path / "out", "onnx", encoder_folder(family))

@@ -304,6 +304,7 @@ def test_a_block_is_exit_code_1_and_the_run_is_finished_all_the_same(gated: Gate
     assert manifest_of(gated.root).failures == ()
     assert "Pairs: block: its labels are not the published ones: without ocean and with new sea" in gated.ended.err
     assert "1 of 2 failed: Pairs (gate: its labels are not the published ones" in " ".join(gated.ended.err.split())
+    assert "failed: gate · Pairs: its labels are not the published ones" in gated.ended.err
     assert "Traceback" not in gated.ended.err
 
 

@@ -334,6 +334,13 @@ def test_beating_the_probe_is_asked_for_only_where_the_config_does(tmp_path: Pat
     assert judge(beating, Base(None, None, None), GateConfig(**config), repository=None)[0].decision == "promote"
 
 
+def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "runs" / "run", [compared(40, 26, 0.109)])
+    published = publish(run.root, str(tmp_path / "out"), PublishConfig(gate=GateConfig(require_beats_probe=True)))
+    assert ([d.decision for d in published.blocked], published.num_files) == (["block"], 0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_kept_anyway_need_not_beat_the_probe(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [compared(40, 26, 0.109)])
     (found,) = judge(read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), repository=None)
