@@ -168,6 +168,7 @@ def test_a_job_survives_the_kill_of_an_actor_of_a_node_and_of_its_driver(bench: 
     assert check_whole(bench.cwd / "killed", undisturbed)["units_done_before"] >= done
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quarantine(bench: Bench, cluster: Cluster) -> None:
     write_bulk_input(bench.cwd / "bad", num_files=2, rows=3 * GROUP, group=GROUP, changes={GROUP + 3: "poison", 4 * GROUP + 3: "flood"})

@@ -237,19 +237,5 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
     assert (verified.code, verified.out.splitlines()) == (0, lines[2:4])
 
 
-def test_mteb_reads_the_published_few_shot_results(finished_run: FinishedRun, tmp_path: Path) -> None:
-    from mteb.cache import ResultCache
-
-    own = shutil.copytree(finished_run.root, tmp_path / "run")
-    assert run("publish", own, "--to", "out", cwd=tmp_path).code == 0
-    results = ResultCache(cache_path=tmp_path / "out" / "mteb_results").load_results(include_remote=False)
-    found = {(model.model_name, task.task_name): task.get_score() for model in results.model_results for task in model.task_results}
-    summary = json.loads((tmp_path / "out" / "classification_results.json").read_text(encoding="utf-8"))
-    encoder = summary["encoder"]["public_name"]
-    expected = {(f"local/{encoder}", entry["task"]): entry["baseline_accuracy"] for entry in summary["tasks"]}
-    expected |= {(f"lorafleet/{encoder}-{entry['task']}", entry["task"]): entry["lora_accuracy"] for entry in summary["tasks"]}
-    assert found == pytest.approx(expected, abs=1e-6)
-
-
 def test_publish_of_what_is_no_run_is_one_message(tmp_path: Path) -> None:
     refused(run("publish", "nosuch", "--to", "out", cwd=tmp_path), tmp_path, "is not a run folder")

@@ -653,6 +653,7 @@ def publish_by_command(run_folder: Path, target: Path, *options: str) -> tuple[i
     return ended.exit_code, ended.stdout.splitlines()
 
 
+@pytest.mark.faults
 def test_a_first_publish_is_promoted_unseen(promoted: Promoted) -> None:
     (found,) = promoted.first.decisions
     assert (found.decision, found.reason) == ("promote", "nothing is published under this name yet")
@@ -660,6 +661,7 @@ def test_a_first_publish_is_promoted_unseen(promoted: Promoted) -> None:
     assert [verified.name for verified in promoted.first.verified] == [BANKING77]
 
 
+@pytest.mark.faults
 def test_a_planted_gain_of_two_points_is_promoted(promoted: Promoted) -> None:
     (found,) = promoted.second.decisions
     assert found == gate_of(promoted.run)
@@ -671,6 +673,7 @@ def test_a_planted_gain_of_two_points_is_promoted(promoted: Promoted) -> None:
         assert (promoted.folder / BANKING77 / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.faults
 def test_a_planted_regression_of_two_points_is_blocked(banking: Bench, promoted: Promoted) -> None:
     before, worse = contents(promoted.folder), banking.worse_by(0.02)
     planted = banking.right(banking.start) - banking.right(worse)
@@ -691,6 +694,7 @@ def test_a_planted_regression_of_two_points_is_blocked(banking: Bench, promoted:
     assert found.num_texts == 1540
 
 
+@pytest.mark.faults
 def test_a_tie_keeps_the_published_adapter_and_is_no_error(banking: Bench, promoted: Promoted) -> None:
     before, tie = contents(promoted.folder), banking.noisy(0.02)
     assert 0 < (banking.said(tie) != banking.said(banking.start)).sum() < 60
@@ -704,6 +708,7 @@ def test_a_tie_keeps_the_published_adapter_and_is_no_error(banking: Bench, promo
     assert contents(promoted.folder) == before
 
 
+@pytest.mark.faults
 def test_a_renamed_label_is_blocked_until_it_is_allowed(banking: Bench, promoted: Promoted, tmp_path: Path) -> None:
     for split in ("train", "test"):
         table = pq.read_table(banking.root / "mirror" / BANKING77 / f"{split}.parquet")

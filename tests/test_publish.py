@@ -69,7 +69,7 @@ def world(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -
     return make_world(finished_run.root, tmp_path_factory.mktemp("publish"))
 
 
-@pytest.fixture(params=[False, True], ids=["regular", "lfs"])
+@pytest.fixture(params=[pytest.param(False, id="regular", marks=pytest.mark.faults), pytest.param(True, id="lfs")])
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A Hub without a repository."""
     with hub_of_our_own(tmp_path, large=request.param) as place:
