@@ -154,6 +154,7 @@ def test_only_changed_files_travel(one: Place, world: World) -> None:
     assert len(sent(one.hub, "PUT ")) == len(put), "and each of them once, though there are two commits"
 
 
+@pytest.mark.faults
 def test_a_new_adapter_takes_the_place_of_the_published_one(one: Place, world: World, tmp_path: Path) -> None:
     changed = copy_run(world.base, tmp_path / "runs" / "changed", tasks=["Topics"])
     change_adapter(changed, "Topics", world.encoder, another_head)
@@ -162,6 +163,7 @@ def test_a_new_adapter_takes_the_place_of_the_published_one(one: Place, world: W
     assert one.files()["Topics/head.safetensors"] == changed.task("Topics").head.read_bytes() != world.old["Topics/head.safetensors"]
 
 
+@pytest.mark.faults
 def test_what_others_put_into_the_repository_stays(one: Place, world: World) -> None:
     one.hub.commit(REPO, {"notes.md": b"ours"})
     one.publish(world.both)
@@ -169,6 +171,7 @@ def test_what_others_put_into_the_repository_stays(one: Place, world: World) -> 
     assert one.hub.files(REPO)["notes.md"] == b"ours"
 
 
+@pytest.mark.faults
 def test_a_tag_stays_with_the_state_that_was_verified(one: Place, world: World) -> None:
     one.publish(world.both)
     verified = one.hub.head(REPO)
@@ -185,6 +188,7 @@ def test_a_repository_of_somebody_else_is_left_alone(empty: Place, world: World)
     assert (empty.hub.head(REPO), empty.hub.branches(REPO)) == (head, {"main": head})
 
 
+@pytest.mark.faults
 def test_what_somebody_deleted_is_not_deleted_again(one: Place, world: World, tmp_path: Path) -> None:
     changed = copy_run(world.base, tmp_path / "runs" / "changed", tasks=["Topics"])
     change_adapter(changed, "Topics", world.encoder, another_head)
@@ -216,6 +220,7 @@ def test_main_is_old_or_new_and_the_next_start_ends_it(one: Place, world: World,
 # --- faults of the run ---
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("branch", ["staging", "main"])
 def test_a_lost_answer_is_not_taken_for_somebody_elses_commit(one: Place, world: World, tmp_path: Path, branch: str) -> None:
     changed = copy_run(world.base, tmp_path / "runs" / "changed", tasks=["Topics"])
@@ -234,6 +239,7 @@ def test_a_run_that_is_not_what_was_measured_is_not_published(one: Place, world:
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.faults
 def test_the_planted_pickle_is_a_real_one(world: World, tmp_path: Path) -> None:
     harmed = copy_run(world.both, tmp_path / "both")
     plant_pickle(harmed, world.encoder, tmp_path)
@@ -254,6 +260,7 @@ def test_a_published_pickle_is_not_run_by_who_verifies_it(one: Place, world: Wor
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.faults
 def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -272,6 +279,7 @@ def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Pa
     assert one.files() == world.new
 
 
+@pytest.mark.faults
 def test_another_encoder_does_not_mix_with_what_is_published(one: Place, world: World, tmp_path: Path) -> None:
     other = copy_run(world.pairs, tmp_path / "runs" / "pairs", tasks=["Pairs"])
     for path in (other.manifest, other.results, other.task("Pairs").result):
@@ -329,6 +337,7 @@ def test_two_publishers_at_once_both_land(place: Place, world: World, tmp_path: 
     assert place.files()["Topics/head.safetensors"] == changed.task("Topics").head.read_bytes()
 
 
+@pytest.mark.faults
 def test_two_publishers_of_a_new_repository_both_land(empty: Place, world: World) -> None:
     barrier = threading.Barrier(2)
 
@@ -375,6 +384,7 @@ def test_an_older_state_comes_back(empty: Place, world: World) -> None:
     assert empty.files() == world.old
 
 
+@pytest.mark.faults
 def test_a_damaged_state_does_not_come_back(one: Place, world: World) -> None:
     old = one.hub.head(REPO)
     head = one.hub.commit(REPO, dict(world.new))
@@ -384,6 +394,7 @@ def test_a_damaged_state_does_not_come_back(one: Place, world: World) -> None:
     assert one.hub.branches(REPO) == {"main": head}
 
 
+@pytest.mark.faults
 def test_what_is_not_there_cannot_come_back(one: Place, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("rollback", TO, "--to", "run-never", "--encoder", str(world.encoder)) == 2
     assert "there is no revision run-never" in capsys.readouterr().err
@@ -433,6 +444,7 @@ def test_a_token_is_nowhere_and_no_local_path_is_published(finished_run: Finishe
         assert SECRET not in ended.out + ended.err
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("status", [401, 403, 500])
 def test_a_refusal_does_not_repeat_the_token(world: World, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     with hub_of_our_own(tmp_path, token=SECRET) as place:

