@@ -8,12 +8,13 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.bulk_records import BulkRequest, BulkSummary
 from pipeline.errors import InputError, LorafleetError
 from pipeline.units import UnitFailure
 from tasks.bulk import finish_job, label_units, plan_job
+from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ def classify_datasets(request: BulkRequest) -> State[Any]:
     Args:
         request: Input, output, adapters and how.
     """
+    try:
+        with interrupted_if_cancelled():
+            return _run(request)
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
+
+
+def _run(request: BulkRequest) -> State[Any]:
     started = time.monotonic()
     plan = plan_job(request)
     if isinstance(plan, InputError):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.export import Form
     from pipeline.publish import Published
     from pipeline.results import ScoreTable
+    from pipeline.retention import Pruned
     from pipeline.verify import Verified
     from tasks.embedded import PrefectServer
 
@@ -60,7 +61,7 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     if dry_run:
         _print_plan(config, as_json=as_json)
         return
-    outcome = _run(config, runs, force=force)
+    outcome = _run(config, source, overrides, runs, force=force)
     _print_outcome(outcome, as_json=as_json)
     if outcome.folder is None:
         sys.exit(2 if all(failure.user_fault for failure in outcome.failures) else 1)
@@ -130,7 +131,9 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], as_js
     from pipeline.publish import publish as publish_run
 
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
-    _print_published(publish_run(run, to, config), as_json=as_json)
+    published = publish_run(run, to, config)
+    _print_published(published, as_json=as_json)
+    sys.exit(1 if published.blocked else 0)
 
 
 @lorafleet.command()
@@ -205,6 +208,95 @@ def show(place: Path, as_json: bool) -> None:
         _show_history(place, as_json=as_json)
 
 
+@lorafleet.command()
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="The run store; need not be there yet.")
+@click.option("--ray-address", metavar="ADDRESS", help="An existing Ray cluster; that of RAY_ADDRESS where left out.")
+@click.option("--start", "start_ray", is_flag=True, help="Where no cluster is named, start a local Ray and stop it again.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -> None:
+    """Check what a run needs of this machine and the servers it uses, and say what to do about each fault.
+
+    Exit code 0 where runs will work, warnings or not; 1 where something is broken.
+
+    Example: lorafleet doctor --runs runs
+    """
+    from flows.doctor import examine, report
+
+    if "://" in runs:
+        raise InputError(f"--runs {runs}: the run store must be a local or mounted folder")
+    checks = examine(Path(runs), ray_address=ray_address, start_ray=start_ray)
+    click.echo(report(checks, as_json=as_json))
+    sys.exit(1 if any(check.status == "fault" for check in checks) else 0)
+
+
+@lorafleet.command()
+@click.argument("runs", metavar="RUNS", type=click.Path(path_type=Path))
+@click.option(
+    "--keep", type=click.IntRange(min=0), default=10, show_default=True, metavar="N", help="Newest runs of each MTEB task to keep."
+)
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    metavar="DAYS",
+    help="Delete only what is older; of what was never finished, also only what is older than 7 days.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the same, and delete nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Delete old run folders and abandoned checkpoints of a run store.
+
+    What was published stays, and so does the last good run of each MTEB task; the history over runs is not touched.
+
+    Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
+    """
+    from pipeline.retention import Policy
+    from pipeline.retention import prune as prune_store
+
+    pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
+    _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
+    sys.exit(1 if pruned.failures else 0)
+
+
+@lorafleet.command()
+@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Deployments; where left out, our deploy/prefect.yaml.")
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Only this deployment of the file; may be repeated.")
+@click.option("--interval", type=float, metavar="SECONDS", help="Every so many seconds, instead of the file's schedule.")
+@click.option("--cron", metavar="EXPR", help="By a cron expression, instead of the file's schedule.")
+@click.option("--timezone", metavar="TZ", help="Of --cron or --interval, such as Europe/Berlin; UTC where left out.")
+@click.option("--notify", metavar="TYPE/NAME", help="Tell this Prefect notification block of failed runs, such as slack-webhook/team.")
+def deploy(
+    file: Path | None, names: tuple[str, ...], interval: float | None, cron: str | None, timezone: str | None, notify: str | None
+) -> None:
+    """Register schedules with the Prefect server of PREFECT_API_URL (of lorafleet up, where unset); runs start in this folder.
+
+    Example: lorafleet deploy --name weekly --cron "0 6 * * 1" --timezone Europe/Berlin --notify slack-webhook/team
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from flows.deploying import FILE
+    from flows.deploying import deploy as register
+    from flows.deployment_file import schedule_of
+
+    schedule = schedule_of(interval=interval, cron=cron, timezone=timezone)
+    for deployed in register(file or FILE, names=names, schedule=schedule, notify=notify):
+        click.echo(deployed)
+
+
+@lorafleet.command()
+@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The run store.")
+@click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65_532), help="Of the Prefect UI; three more follow it.")
+@click.option("--no-ray", is_flag=True, help="Start no Ray: each run starts its own, or joins that of RAY_ADDRESS.")
+def up(runs: Path, port: int, no_ray: bool) -> None:
+    """Run a Prefect server, a worker for scheduled runs, Ray and the reports on this machine, until Ctrl-C.
+
+    Example: lorafleet up --runs runs --port 4200
+    """
+    from flows.up import up as start
+
+    start(runs, port=port, with_ray=not no_ray, say=click.echo)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; turns errors into one message and an exit code."""
     if not sys.stderr.isatty():
@@ -222,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
+def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, *, force: bool) -> RunOutcome:
     """Run the flow with what it needs around it: the configured Prefect server, or an embedded one."""
     from pipeline.run_store import hold_store
     from tasks.embedded import PrefectServer
@@ -238,7 +330,10 @@ def _run(config: RunConfig, runs: str, *, force: bool) -> RunOutcome:
     plan_tasks(config)  # an unknown name fails here, before anything else is waited for
     from flows.train_adapters import train_adapters
 
-    result: RunOutcome = _run_flow(server, lambda: train_adapters(config, runs=runs, force=force, return_state=True))
+    def run() -> Any:
+        return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
+
+    result: RunOutcome = _run_flow(server, run)
     return result
 
 
@@ -246,9 +341,12 @@ def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
     from tasks.board import BOARD
 
     server.ready()
-    logging.getLogger("prefect.task_runs").addFilter(_says_something)
+    for runs in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(runs).addFilter(_says_something)
     with BOARD.live():
         state = flow()
+    if state.is_cancelled():
+        raise KeyboardInterrupt
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise outcome
@@ -314,8 +412,9 @@ def _print_summary(summary: BulkSummary) -> None:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    """Prefect ends every stage with a line of its own; the stage's says what came of it."""
-    return not record.getMessage().startswith("Finished in state Completed")
+    """Prefect ends every run with a line of its own; what came of a stage is said by the stage, and of the flow by the command."""
+    end = "Finished in state" if record.name == "prefect.flow_runs" else "Finished in state Completed"
+    return not record.getMessage().startswith(end)
 
 
 def _import_ahead() -> None:
@@ -339,7 +438,6 @@ def _print_published(published: Published, *, as_json: bool) -> None:
             if promoted
             else f"nothing to publish; {where} stays as it is"
         )
-    sys.exit(1 if published.blocked else 0)
 
 
 def _print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
@@ -355,6 +453,23 @@ def _verified_line(adapter: Verified) -> str:
         f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
         f"effect on the embedding {adapter.effect:.2g}"
     )
+
+
+def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
+    from pipeline.checkup import readable_bytes
+
+    if as_json:
+        verdicts = [dataclasses.asdict(verdict) | {"path": str(verdict.path)} for verdict in pruned.verdicts]
+        facts = {"dry_run": dry_run, "freed_bytes": pruned.freed_bytes, "failures": pruned.failures, "verdicts": verdicts}
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for verdict in pruned.verdicts:
+        word, size = "delete" if verdict.goes else "keep", readable_bytes(verdict.num_bytes)
+        click.echo(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
+    for failure in pruned.failures:
+        click.echo(f"failed: {failure}", err=True)
+    gone, size = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures), readable_bytes(pruned.freed_bytes)
+    click.echo(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
@@ -424,22 +539,26 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeline.history import changed_test_data
     from pipeline.metrics_table import read_history
     from pipeline.results import percent
 
     rows = read_history(runs)
     if not rows:
         raise InputError(f"{runs}: neither a run folder nor a run store with finished runs in it")
+    changed = changed_test_data(rows)
     if as_json:
-        click.echo(json.dumps([row.model_dump(mode="json") for row in rows]))
+        facts = [row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows]
+        click.echo(json.dumps(facts))
         return
     by_run: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
     columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
-    grid = Table("MTEB task", "run", *columns, box=None, pad_edge=False)
+    grid = Table("MTEB task", "run", *columns, "", box=None, pad_edge=False)
     for (mteb_task, run_id), scores in sorted(by_run.items()):
-        grid.add_row(mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns))
+        note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
+        grid.add_row(mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
 
 

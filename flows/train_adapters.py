@@ -15,18 +15,20 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.collect import write_config
-from pipeline.config import PublishConfig, RunConfig
+from pipeline.config import PublishConfig, RunConfig, load_config, narrowed
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.job import job_spec
+from pipeline.metrics_table import read_gate
 from pipeline.preflight import Plan, PlannedTask
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
 from pipeline.run_store import hold_store
 from tasks import stages
+from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 from tasks.fleet import Fleet
 
 
@@ -46,33 +48,54 @@ _THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=256)  # t
 
 
 @flow(name="train-adapters", task_runner=_THREADS)  # type: ignore[arg-type]
-def train_adapters(config: RunConfig, runs: str = "runs", force: bool = False) -> State[Any]:
-    """Train, evaluate and collect; ends failed, with the table, if an MTEB task failed.
+def train_adapters(
+    config: str = "quickstart",
+    overrides: list[str] | None = None,
+    mteb_tasks: list[str] | None = None,
+    runs: str = "runs",
+    force: bool = False,
+    publish: bool = True,
+) -> State[Any]:
+    """Train, evaluate, collect and publish; ends failed, with the table, if an MTEB task failed.
 
     Args:
-        config: The whole configuration.
+        config: A preset (quickstart, minilm6, mteb8) or a TOML file on the machine that runs the flow; read anew by each run.
+        overrides: Keys of the config to override, each as KEY=VALUE, such as train.seed=7.
+        mteb_tasks: Only these of the config's MTEB tasks; all of them where left empty.
         runs: The run store, a folder.
         force: Train again what an earlier run has finished for the same inputs.
+        publish: Publish what the gate promotes, where the config says to which place (publish.to).
     """
-    started, store = time.monotonic(), Path(runs)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks))
     try:
-        with hold_store(store, run_id), fleet:  # who holds the store may still have workers that write to it
-            plan = stages.check_inputs(config, fleet.runtime(config.train))
-            if isinstance(plan, LorafleetError):
-                return _not_begun(run_id, plan)
-            folder = RunFolder(store / run_id)
-            write_config(plan.config, folder)
-            reused = [] if force else stages.reuse_finished(plan, store, run_id)
-            trained, failures = _fan_out(plan, reused, fleet, store=store, run_id=run_id)
-            _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
-            stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
-            if config.publish.to is not None and results:
-                failures += _publish(folder, config.publish)
-            return _ended(RunOutcome(run_id, folder, results, tuple(failures)))
+        values = narrowed(load_config(config, overrides=tuple(overrides or ())), mteb_tasks=mteb_tasks, publish=publish)
+        with interrupted_if_cancelled(), hold_store(Path(runs), run_id):
+            return _run(values, Path(runs), run_id, force=force)
+    except RunCancelledError as error:
+        return Cancelled(message=str(error))
     except InputError as error:
         return _not_begun(run_id, error)
+
+
+def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
+    started = time.monotonic()
+    with Fleet(config.compute, num_tasks=len(config.mteb_tasks)) as fleet:
+        plan = stages.check_inputs(config, fleet.runtime(config.train), store)
+        if isinstance(plan, LorafleetError):
+            return _not_begun(run_id, plan)
+        if not force and (unchanged := stages.find_unchanged(plan, store)) is not None:
+            return _unchanged(unchanged, plan.config.publish)
+        folder = RunFolder(store / run_id)
+        write_config(plan.config, folder)
+        reused = [] if force else stages.reuse_finished(plan, store, run_id)
+        trained, failures = _fan_out(plan, reused, fleet, store=store, run_id=run_id)
+        _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
+        stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
+        if plan.config.publish.to is not None and results:
+            failures += _publish(folder, plan.config.publish)
+        num_trained = sum(result.reused_from is None for result in results)
+        message = f"{num_trained} adapters trained, {len(results) - num_trained} unchanged"
+        return _ended(RunOutcome(run_id, folder, results, tuple(failures)), message)
 
 
 def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:
@@ -142,15 +165,25 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
     return sorted(results, key=lambda result: order[result.mteb_task.name])
 
 
+def _unchanged(folder: RunFolder, config: PublishConfig) -> State[Any]:
+    """Nothing to train; a publication that did not come to its end is tried again."""
+    run_id = folder.root.name
+    settled = folder.gate.is_file() and all(decision.to == config.to for decision in read_gate(folder.gate))
+    failures = _publish(folder, config) if config.to is not None and not settled else []
+    message = f"nothing to do: data and config are those of run {run_id}"
+    get_run_logger().info(message)
+    return _ended(RunOutcome(run_id, folder, (), tuple(failures)), message)
+
+
 def _not_begun(run_id: str, error: LorafleetError) -> State[Any]:
     get_run_logger().error("%s", error)
     failure = Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
-    return Failed(message="nothing was trained; see the message above", data=RunOutcome(run_id, None, (), (failure,)))
+    return Failed(message=f"nothing was trained: preflight: {error}", data=RunOutcome(run_id, None, (), (failure,)))
 
 
-def _ended(outcome: RunOutcome) -> State[Any]:
+def _ended(outcome: RunOutcome, message: str) -> State[Any]:
     if not outcome.failures:
-        return Completed(message=f"{len(outcome.results)} adapters", data=outcome)
+        return Completed(message=message, data=outcome)
     failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
     names = {result.mteb_task.name for result in outcome.results} | {f.mteb_task for f in outcome.failures if f.mteb_task}
     return Failed(message=f"{len(outcome.failures)} of {len(names)} failed: {failed}", data=outcome)

@@ -99,6 +99,25 @@ class Adapter:
             linear.weight.copy_(torch.from_numpy(start.weight))
             linear.bias.copy_(torch.from_numpy(start.bias))
 
+    def start_from(self, folder: TaskFolder) -> None:
+        """Take over a saved adapter's pairs, and its head's rows for the labels that both have; rows of other labels stay as they are.
+
+        Raises: AdapterError: files missing or damaged, or of another shape.
+        """
+        names = _read_json(folder.labels)
+        try:
+            state, head = load_file(folder.adapter_weights), load_file(folder.head)
+            _copy_exactly(state, dict(_peft_names(self.projections)))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterError(f"{folder.root}: cannot be started from: {first_line(error)}") from None
+        linear = self.head[1]
+        assert isinstance(linear, nn.Linear)
+        with torch.no_grad():
+            for row, name in enumerate(self.label_names):
+                if name in names:
+                    linear.weight[row] = head["weight"][names.index(name)]
+                    linear.bias[row] = head["bias"][names.index(name)]
+
     def logits(self, batch: Batch) -> Tensor:
         """float32 (texts, classes); differentiable, with dropout where the head is in training mode."""
         logits: Tensor = self.head(self.encoder.pooled(batch))

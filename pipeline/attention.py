@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = "lorafleet"
+INFERENCE = "lorafleet-inference"
+"""The same without a backward pass: what needs no gradient may divide the output by the sums, which is narrower than the weights."""
+_FUSED_FROM = 32  # tokens, on a CPU with matrix tiles: from there on PyTorch's fused kernel is the faster one
 _SMALLEST_SUM, _LARGEST_SUM = 1e-30, 1e30
 
 
@@ -20,8 +23,15 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    for name, attend in ((NAME, _attend), (INFERENCE, _attend_forward)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, eager_mask)
+
+
+def for_inference(model: Any) -> None:
+    """Let a model that attends by ``NAME`` do so without a backward pass from here on."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(INFERENCE)
 
 
 def _attend(
@@ -44,6 +54,28 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: Tensor = _Attention.apply(query, key, value, attention_mask, scaling)
     return output, None
+
+
+def _attend_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """As ``_attend``, not differentiable."""
+    texts, heads, tokens, width = query.shape
+    if heads > key.shape[1]:
+        key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
+    scaling = width**-0.5 if scaling is None else scaling
+    if query.dtype == torch.bfloat16 and tokens >= _FUSED_FROM and torch.cpu._is_amx_tile_supported():
+        fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return fused.transpose(1, 2), None
+    query, key, value = (t.reshape(texts * heads, tokens, width) for t in (query * scaling, key, value))
+    powers = _scores(query, key, attention_mask, heads=heads).exp_()
+    sums = powers.sum(dim=-1, keepdim=True)
+    low, high = torch.aminmax(sums)
+    if low > _SMALLEST_SUM and high < _LARGEST_SUM:
+        output = torch.bmm(powers, value).div_(sums)
+    else:
+        output = torch.bmm(torch.softmax(_scores(query, key, attention_mask, heads=heads), dim=-1), value)
+    return output.view(texts, heads, tokens, width).transpose(1, 2), None
 
 
 class _Attention(torch.autograd.Function):

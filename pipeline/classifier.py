@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline import attention
 from pipeline.adapter import layer_number, load_adapter
 from pipeline.adapter_ref import FoundAdapter
 from pipeline.config import EncoderConfig, TrainConfig
@@ -245,6 +246,7 @@ def load_classifier(
     for made in (loaded, referee):
         if made is not None:
             _fuse_gelu(made.model)
+            attention.for_inference(made.model)
     return Classifier(adapters, loaded, referee=referee, top_k=top_k)
 
 

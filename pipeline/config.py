@@ -70,6 +70,8 @@ class TrainConfig(Record):
     """Share of train held out where a data set has no validation split."""
     early_stopping_split: Literal["validation", "test"] = "validation"
     """``test`` reproduces publications that select on test; every row then says so."""
+    warm_start: str | None = Field(default=None, pattern=r"^(hf:[^/:@#]+/[^/:@#]+|[^:]+)$")
+    """What was published (a folder, or ``hf:OWNER/NAME``): start from its adapter of the same name; from scratch if left out."""
     refit: bool = False
     """Train once more, on train and validation together, for the number of epochs that was best."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
@@ -129,7 +131,7 @@ class ComputeConfig(Record):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """``auto``: one where Ray sees a GPU, none otherwise. A fraction packs several workers on one."""
     ray_address: str | None = None
-    """An existing Ray cluster (``auto`` or ``host:port``); left out, a local Ray is started and stopped."""
+    """An existing Ray cluster (``auto`` or ``host:port``); left out, that of ``RAY_ADDRESS``, else a local Ray, started and stopped."""
     retries: int = Field(default=2, ge=0, le=10)
     """New workers for an MTEB task whose worker died."""
     retry_delay_seconds: float = Field(default=5.0, ge=0)
@@ -243,6 +245,22 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         lines = _describe(error.errors(include_url=False))
         raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
+
+
+def narrowed(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:
+    """The same run over some of its MTEB tasks only (none named: all), and without its publication.
+
+    Raises: ConfigError: the config has no such MTEB task.
+    """
+    there = {t.name: t for t in config.mteb_tasks}
+    if unknown := [name for name in mteb_tasks or () if name not in there]:
+        raise ConfigError(f"mteb_tasks: {', '.join(unknown)} is not in the config; it has {', '.join(there)}")
+    values = config.model_dump(mode="json")
+    if mteb_tasks:
+        values["mteb_tasks"] = [t for t in values["mteb_tasks"] if t["name"] in mteb_tasks]
+    if not publish:
+        values["publish"]["to"] = None
+    return RunConfig.model_validate(values)
 
 
 def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:

@@ -50,6 +50,8 @@ class TaskData:
     num_empty_test: int
     fingerprint: str
     """sha256 over label names, texts and labels of all splits as they were read: the same for every seed."""
+    test_fingerprint: str
+    """sha256 over the texts and labels of test, in whatever order: a label that is new in train does not change it."""
     notes: tuple[str, ...]
     """What is lawful but thin, one sentence each."""
 
@@ -95,6 +97,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
         num_empty_train=_count_empty(whole_train),
         num_empty_test=_count_empty(test),
         fingerprint=_fingerprint(label_names, splits),
+        test_fingerprint=_test_fingerprint(loaded.splits["test"]),
         notes=(*_notes(loaded.task, whole_train, test, label_names), *_overlap_notes(train, validation, test), *slice_notes),
     )
 
@@ -208,4 +211,13 @@ def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str
         digest.update(b"".join(encoded))
     for split in splits.values():
         digest.update(split.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _test_fingerprint(test: Any) -> str:
+    # By the labels' own values, not by their positions: those move with every label that train gains or loses.
+    rows = sorted(zip(test["text"].to_pylist(), map(str, test["label"].to_pylist()), strict=True))
+    digest = hashlib.sha256()
+    for part in (part.encode() for row in rows for part in row):
+        digest.update(len(part).to_bytes(8, "little") + part)  # so that no text can pose as two
     return digest.hexdigest()

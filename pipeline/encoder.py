@@ -120,6 +120,11 @@ def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtim
     )
 
 
+def exact_runtime(*, threads: int, use_gpu: bool) -> Runtime:
+    """Everything in float32: what decides where the fast dtype cannot, and what two machines can compare."""
+    return choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
+
+
 class Encoder:
     """A frozen encoder with its tokenizer. Holds the weights; adapters are attached to ``model`` in place."""
 

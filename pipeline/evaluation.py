@@ -130,6 +130,7 @@ class RowFacts:
             versions=json.dumps(library_versions(), sort_keys=True),
             created_at=datetime.now(UTC),
             p_value=p_value,
+            test_sha256=data.test_fingerprint,
         )
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.machine import local_cpus
 from pipeline.publication import Base, Candidate
 from pipeline.records import Decision, GateDecision, TaskResult
-from pipeline.results import percent, points
+from pipeline.results import label_changes, percent, points
 
 SIGNIFICANT = 0.05
 
@@ -41,13 +41,14 @@ class Measured:
         return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
 
 
-def judge(candidate: Candidate, base: Base, config: GateConfig, *, repository: str | None) -> list[GateDecision]:
+def judge(candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None) -> list[GateDecision]:
     """One decision per MTEB task of a run.
 
     Args:
         candidate: The run.
         base: What is published.
         config: What is promoted.
+        to: What is published to, as the decision names it.
         repository: ``OWNER/NAME`` of the Hub; none where ``base`` is a folder.
     Raises: DataError: the test texts that the run was measured on cannot be read any more.
     """
@@ -67,6 +68,7 @@ def judge(candidate: Candidate, base: Base, config: GateConfig, *, repository: s
             GateDecision(
                 run_id=candidate.summary.run_id,
                 mteb_task=task,
+                to=to,
                 decision=decision,
                 reason=reason,
                 published_accuracy=measured.published_accuracy if measured else None,
@@ -94,10 +96,8 @@ def first_look(result: TaskResult, published: str | None, base: Base, config: Ga
         return "keep", "it is the published adapter"
     if not config.enabled:
         return "promote", "the gate is off (publish.gate.enabled)"
-    if set(old) != set(new) and not config.allow_label_change:
-        lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-        changes = [f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names]
-        return "block", f"its labels are not the published ones: {' and '.join(changes)}; allow it with publish.gate.allow_label_change"
+    if (changes := label_changes(old, new)) and not config.allow_label_change:
+        return "block", f"its labels are not the published ones: {changes}; allow it with publish.gate.allow_label_change"
     return None, ""
 
 
@@ -139,8 +139,11 @@ def measure(candidate: Candidate, task: str, published: str) -> Measured:
     (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
     (old,) = find_adapters([published], offline=offline)
     names = {name: index for index, name in enumerate(data.label_names)}
-    same = old.encoder.revision == new.encoder.revision
-    first, second = (_predict(adapter, data.test_texts, names, config.encoder.name if same else None, offline) for adapter in (new, old))
+    if all(getattr(new.encoder, what) == getattr(old.encoder, what) for what in ("revision", "pooling", "max_tokens")):
+        first, second = _predict([new, old], data.test_texts, names, config.encoder.name, offline)
+    else:
+        (first,) = _predict([new], data.test_texts, names, config.encoder.name, offline)
+        (second,) = _predict([old], data.test_texts, names, None, offline)
     return compare(data.test_labels, first, second)
 
 
@@ -155,17 +158,16 @@ def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measu
     )
 
 
-def _predict(adapter: FoundAdapter, texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool) -> IntArray:
-    classifier = load_classifier([adapter], encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
-    (answers,) = classifier.classify(classifier.tokenise(texts))
-    known = np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64)
-    return known[answers.labels]
+def _predict(
+    adapters: Sequence[FoundAdapter], texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool
+) -> list[IntArray]:
+    """Of adapters over one encoder: class numbers of the data, -1 where the data do not know the label."""
+    classifier = load_classifier(adapters, encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
+    known = [np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters]
+    answered = classifier.classify(classifier.tokenise(texts))
+    return [numbers[answers.labels] for numbers, answers in zip(known, answered, strict=True)]
 
 
 def _local(encoder: str | None) -> str | None:
     """Where the encoder of the run lies, if that is not a name that everybody can load."""
     return encoder if encoder is not None and Path(encoder).is_dir() else None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

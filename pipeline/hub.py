@@ -249,6 +249,13 @@ class HubRepository:
         return ask(f"hf:{self.name}", call, *args, **options)
 
 
+def repository_url(name: str, revision: str) -> str:
+    """Where a person looks at a revision of a repository."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}/tree/{revision}"
+
+
 def download(name: str, revision: str, *, cache: Path | None = None, patterns: Sequence[str] | None = None) -> Path:
     """A repository's files at a revision; into an empty folder, or the Hub's own cache.
 

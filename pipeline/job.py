@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -18,20 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from pipeline.adapter import HeadStart, save_adapter
+from pipeline.adapter_ref import find_adapters
 from pipeline.config import RunConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, find_encoder
 from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.evaluation import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
-from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult
+from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult, WarmStart
 from pipeline.reload import check_reload
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training import LabelledTokens, Training, train_adapter
 
 if TYPE_CHECKING:
     from pipeline.preflight import Plan, PlannedTask
 
 _RELOADED_TEXTS = 32
+_LOG = logging.getLogger(__name__)
 
 
 class JobSpec(Record):
@@ -44,6 +47,8 @@ class JobSpec(Record):
     """Of the data that the key was made from."""
     encoder_revision: str
     """That the key was made from."""
+    warm_start: AdapterRef | None = None
+    """To go on from; ``path`` is a reference as ``find_adapters`` takes it."""
     key: str
     runtime: Runtime
     run_id: str
@@ -58,6 +63,7 @@ def job_spec(plan: Plan, planned: PlannedTask, *, run_id: str, runs: Path) -> Jo
         mteb_task=planned.mteb_task,
         fingerprint=planned.fingerprint,
         encoder_revision=plan.encoder.revision,
+        warm_start=planned.warm_start,
         key=planned.key,
         runtime=plan.runtime,
         run_id=run_id,
@@ -105,6 +111,9 @@ class TaskJob:
             num_truncated_test=int(tokens.test.tokens.truncated.sum()),
             fingerprint=data.fingerprint,
             notes=data.notes,
+            label_counts=tuple(np.bincount(data.train_labels, minlength=len(data.label_names)).tolist()),
+            token_quantiles=tuple(np.quantile(tokens.train.tokens.lengths, (0.1, 0.5, 0.9), method="inverted_cdf").tolist()),
+            test_fingerprint=data.test_fingerprint,
         )
 
     def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
@@ -139,6 +148,7 @@ class TaskJob:
         evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
         reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
         check_reload(training.adapter, self.folder, reloaded_texts, offline=self.config.data.offline)
+        _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
         write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
         write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
         result = TaskResult(
@@ -157,6 +167,9 @@ class TaskJob:
             best_epoch=training.best_epoch,
             selected_on=training.selected_on,
             refitted=training.refitted,
+            warm_start=WarmStart(sha256=self.spec.warm_start.sha256, validation_accuracy=training.start_score)
+            if self.spec.warm_start
+            else None,
             scores=(*baselines.rows, *evaluation.rows),
             comparison=evaluation.comparison,
             calibration=evaluation.calibration,
@@ -222,16 +235,25 @@ class TaskJob:
                 baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit)
                 found = baselines, time.perf_counter() - started
                 file.write(*found)
+                _LOG.info("frozen encoder measured in %.1f s, probe with C = %g", found[1], baselines.probe_c)
+            else:
+                _LOG.info("frozen encoder was measured before, in %.1f s", found[1])
             self._baselines, self._seconds["frozen"] = found
             rows = tuple(ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows)
             self._baselines = replace(self._baselines, rows=rows)
         return self._baselines
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.work / "checkpoint.safetensors"
 
     def _trained(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> Training:
         if self._training is None:
             baselines, train = self._frozen(), self.config.train
             started = time.perf_counter()
             tokens = self._tokens
+            if self._checkpoint.exists():
+                _LOG.info("going on from the last finished epoch")
             selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
             self._training = train_adapter(
                 tokens.train,
@@ -242,12 +264,22 @@ class TaskJob:
                 train_config=train,
                 max_epochs=self.spec.mteb_task.max_epochs,
                 head_start=baselines.head_start if train.head_init == "probe" else None,
-                checkpoint=self.work / "checkpoint.safetensors",
+                warm_start=self._warm_start(),
+                checkpoint=self._checkpoint,
                 on_epoch=on_epoch,
                 on_progress=on_progress,
             )
             self._seconds["train"] = max(time.perf_counter() - started, sum(row.seconds for row in self._training.epochs))
         return self._training
+
+    def _warm_start(self) -> TaskFolder | None:
+        start = self.spec.warm_start
+        if start is None:
+            return None
+        (found,) = find_adapters([start.path], offline=self.config.data.offline)
+        if found.sha256 != start.sha256:
+            raise AdapterError(f"{start.path} is another adapter now than when this run checked it; start it again")
+        return found.folder
 
 
 class _BaselinesFile:

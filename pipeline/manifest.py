@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ def task_key(
     """Hash of all that an MTEB task's weights and scores depend on; equal keys need no second training.
 
     The number of threads is left out: it depends on how many MTEB tasks share the machine, and what it may change in the last bits
-    is no reason to train again. A training that was begun goes on with its own number.
+    is no reason to train again. A training that was begun goes on with its own number. So is what a warm start goes on from: each
+    publication changes it, and data that have not changed are no reason to train again.
     """
     parts: dict[str, Any] = {
         "data": fingerprint,
@@ -64,7 +67,7 @@ def task_key(
         "encoder": encoder.revision,
         "encoder_config": config.encoder.model_dump(exclude={"name", "revision"}),
         "adapter": config.adapter.model_dump(mode="json"),
-        "train": config.train.model_dump(exclude={"max_epochs"}),
+        "train": config.train.model_dump(exclude={"max_epochs", "warm_start"}) | {"warm_start": config.train.warm_start is not None},
         "evaluate": config.evaluate.model_dump(mode="json"),
         "runtime": runtime.model_dump(exclude={"threads"}),
         "sources": sources_sha256(),
@@ -90,6 +93,54 @@ def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, Tas
         except (DataError, AdapterError):
             continue
     return found
+
+
+def finished_runs(runs: Path) -> Iterator[tuple[RunFolder, RunManifest]]:
+    """The finished runs of a store, newest first; those whose manifest cannot be read are passed over."""
+    for path in sorted(runs.glob("*/manifest.json"), key=lambda p: p.parent.name, reverse=True):
+        with suppress(DataError):
+            yield RunFolder(path.parent), read_manifest(RunFolder(path.parent))
+
+
+def find_unchanged(runs: Path, keys: Mapping[str, str]) -> RunFolder | None:
+    """The newest run that holds any of these MTEB tasks, if it holds exactly them, all finished, for these very inputs.
+
+    Args:
+        runs: The run store.
+        keys: MTEB task -> ``task_key``.
+    """
+    for folder, manifest in finished_runs(runs):
+        names = {t.name for t in manifest.mteb_tasks} | {failure.mteb_task for failure in manifest.failures}
+        if names.isdisjoint(keys):
+            continue
+        same = names == set(keys) and not manifest.failures and all(_is_whole(folder.task(name), key) for name, key in keys.items())
+        return folder if same else None
+    return None
+
+
+def latest_results(runs: Path, names: Collection[str]) -> dict[str, TaskResult]:
+    """MTEB task -> what the newest finished run that has it knows of it."""
+    found: dict[str, TaskResult] = {}
+    for folder, manifest in finished_runs(runs):
+        for name in {t.name for t in manifest.mteb_tasks} & set(names) - set(found):
+            with suppress(DataError):
+                found[name] = read_record(folder.task(name).result, TaskResult)
+        if len(found) == len(names):
+            break
+    return found
+
+
+def _is_whole(folder: TaskFolder, key: str) -> bool:
+    """Whether an MTEB task lies there, finished for that key, with the adapter that was measured."""
+    try:
+        result = read_record(folder.result, TaskResult)
+        return (
+            result.key == key
+            and all(file.is_file() for file in folder.published())
+            and adapter_sha256(folder.root) == result.adapter.sha256
+        )
+    except (DataError, AdapterError):
+        return False
 
 
 def write_manifest(manifest: RunManifest, folder: RunFolder) -> None:

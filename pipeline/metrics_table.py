@@ -11,12 +11,15 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
-from pipeline.records import EpochRow, GateDecision, ScoreRow
+from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, ScoreRow
+
+R = TypeVar("R", bound=Record)
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -49,6 +52,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("p_value", pa.float64()),
         pa.field("p_value_holm", pa.float64()),
         pa.field("reused_from", pa.string()),
+        pa.field("test_sha256", pa.string()),
     ]
 )
 """One row per MTEB task and column of the score table: the fields of ``ScoreRow``, in order."""
@@ -70,10 +74,37 @@ EPOCHS_SCHEMA = pa.schema(
 )
 """One row per MTEB task and epoch: run, MTEB task, then the fields of ``EpochRow``, in order."""
 
+MTEB_TASKS_SCHEMA = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("mteb_task", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("num_train", pa.int64(), nullable=False),
+        pa.field("num_validation", pa.int64(), nullable=False),
+        pa.field("num_test", pa.int64(), nullable=False),
+        pa.field("num_classes", pa.int64(), nullable=False),
+        # Not a map: pandas and Polars have no such type, and give a list of pairs without names.
+        pa.field("label_shares", pa.list_(pa.struct({"label": pa.string(), "share": pa.float64()})), nullable=False),
+        pa.field("tokens_p10", pa.int64()),
+        pa.field("tokens_p50", pa.int64()),
+        pa.field("tokens_p90", pa.int64()),
+        pa.field("num_truncated_train", pa.int64(), nullable=False),
+        pa.field("num_overlap", pa.int64(), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("test_sha256", pa.string()),
+        pa.field("worker_seconds", pa.float64(), nullable=False),
+        pa.field("gpu_seconds", pa.float64(), nullable=False),
+        pa.field("peak_memory_bytes", pa.int64(), nullable=False),
+        pa.field("reused_from", pa.string()),
+    ]
+)
+"""One row per MTEB task, its data and what it cost: the fields of ``MtebTaskRow``, in order."""
+
 GATE_SCHEMA = pa.schema(
     [
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("mteb_task", pa.string(), nullable=False),
+        pa.field("to", pa.string(), nullable=False),
         pa.field("decision", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("published_accuracy", pa.float64()),
@@ -114,6 +145,12 @@ def write_epochs(run_id: str, epochs: Mapping[str, Sequence[EpochRow]], path: Pa
     _write(pa.Table.from_pylist(rows, schema=EPOCHS_SCHEMA), path)
 
 
+def write_mteb_tasks(rows: Sequence[MtebTaskRow], path: Path) -> None:
+    """Write ``mteb_tasks.parquet``, as ``write_scores`` does."""
+    assert all(row.created_at.tzinfo is not None for row in rows), "created_at without a time zone"
+    _write(pa.Table.from_pylist([row.model_dump() for row in rows], schema=MTEB_TASKS_SCHEMA), path)
+
+
 def write_gate(decisions: Sequence[GateDecision], path: Path) -> None:
     """Write ``gate.parquet``, as ``write_scores`` does."""
     _write(pa.Table.from_pylist([decision.model_dump() for decision in decisions], schema=GATE_SCHEMA), path)
@@ -126,8 +163,16 @@ def append_history(runs: Path, run_id: str, score_rows: Sequence[ScoreRow]) -> P
     Raises: LorafleetError: the file cannot be written.
     """
     assert all(row.run_id == run_id for row in score_rows), f"a row of another run than {run_id}"
-    path = _history(runs) / f"scores-{run_id}.parquet"
+    path = scores_of_run(runs, run_id)
     write_scores(score_rows, path)
+    return path
+
+
+def append_mteb_tasks(runs: Path, run_id: str, rows: Sequence[MtebTaskRow]) -> Path:
+    """The same for ``<runs>/mteb_tasks/``; the file is ``mteb_tasks-<run_id>.parquet``."""
+    assert all(row.run_id == run_id for row in rows), f"a row of another run than {run_id}"
+    path = mteb_tasks_of_run(runs, run_id)
+    write_mteb_tasks(rows, path)
     return path
 
 
@@ -136,21 +181,17 @@ def read_scores(path: Path) -> list[ScoreRow]:
 
     Raises: DataError: the file is missing or damaged, lacks columns, or holds values that no score can have.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: expected a scores file, found none; name a run folder that lorafleet train has finished")
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            missing = [name for name in SCORES_SCHEMA.names if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{path}: lacks the columns {', '.join(missing)}; it was not written by this version of lorafleet, move it away"
-                )
-            table = file.read(columns=SCORES_SCHEMA.names)
-        # Another tool may have rewritten the file with its own kinds of string and timestamp.
-        rows = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA).to_pylist()
-        return [ScoreRow.model_validate(row) for row in rows]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: damaged or not a scores file: {error}; move it away or restore it") from None
+    return _read(path, SCORES_SCHEMA, ScoreRow, "scores")
+
+
+def read_mteb_tasks(path: Path) -> list[MtebTaskRow]:
+    """Read ``mteb_tasks.parquet``, as ``read_scores`` does."""
+    return _read(path, MTEB_TASKS_SCHEMA, MtebTaskRow, "mteb_tasks")
+
+
+def read_gate(path: Path) -> list[GateDecision]:
+    """Read ``gate.parquet``, as ``read_scores`` does."""
+    return _read(path, GATE_SCHEMA, GateDecision, "gate")
 
 
 def read_history(runs: Path) -> list[ScoreRow]:
@@ -158,12 +199,45 @@ def read_history(runs: Path) -> list[ScoreRow]:
 
     Raises: DataError: a file is damaged or lacks columns; the message names it.
     """
-    rows = [row for path in sorted(_history(runs).glob("scores-*.parquet")) for row in read_scores(path)]
+    rows = [row for run_id in runs_in_history(runs) for row in read_scores(scores_of_run(runs, run_id))]
     return sorted(rows, key=lambda row: row.created_at)
 
 
-def _history(runs: Path) -> Path:
-    return runs / "metrics"
+def runs_in_history(runs: Path) -> list[str]:
+    """The ids of the runs that the history holds, oldest first: an id begins with the time at which its run began."""
+    return sorted(path.stem.removeprefix("scores-") for path in (runs / "metrics").glob("scores-*.parquet"))
+
+
+def scores_of_run(runs: Path, run_id: str) -> Path:
+    """The scores of a run in the history."""
+    return runs / "metrics" / f"scores-{run_id}.parquet"
+
+
+def mteb_tasks_of_run(runs: Path, run_id: str) -> Path:
+    """What a run's data and work were, in the history; runs of older versions have no such file."""
+    return runs / "mteb_tasks" / f"mteb_tasks-{run_id}.parquet"
+
+
+def _read(path: Path, schema: pa.Schema, record_type: type[R], what: str) -> list[R]:
+    if not path.is_file():
+        raise DataError(f"{path}: expected a {what} file, found none; name a run folder that lorafleet train has finished")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            there = set(file.schema_arrow.names)
+            missing = [field.name for field in schema if field.name not in there and not field.nullable]
+            if missing:
+                raise DataError(
+                    f"{path}: lacks the columns {', '.join(missing)}; it was not written by this version of lorafleet, move it away"
+                )
+            table = file.read(columns=[name for name in schema.names if name in there])
+        for field in schema:
+            if field.name not in there:  # an earlier version did not know it yet
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        # Another tool may have rewritten the file with its own kinds of string and timestamp.
+        rows = table.select(schema.names).cast(schema).to_pylist()
+        return [record_type.model_validate(row) for row in rows]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged or not a {what} file: {error}; move it away or restore it") from None
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.adapter import projection_paths
+from pipeline.adapter_ref import find_adapters
 from pipeline.catalogue import plan_tasks
 from pipeline.config import RunConfig
 from pipeline.dataset import load_data
 from pipeline.encoder import EncoderFiles, empty_model, find_encoder, load_tokenizer
-from pipeline.errors import DataError, InputError
+from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.evaluation import library_versions
 from pipeline.manifest import task_key
-from pipeline.records import EncoderRef, MtebTask, Runtime
+from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
 
 _FILES = ("train", "test")
 
@@ -28,6 +31,8 @@ class PlannedTask:
     """Of the data that was checked."""
     key: str
     num_train: int
+    label_names: tuple[str, ...]
+    warm_start: AdapterRef | None
     notes: tuple[str, ...]
 
 
@@ -57,7 +62,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     tasks, faults = [], []
     for mteb_task in plan_tasks(config):
         try:
-            tasks.append(_check_task(pinned, mteb_task, files.ref, runtime))
+            tasks.append(_check_task(pinned, mteb_task, files.ref, runtime, paths))
         except InputError as error:
             faults.append(str(error))
     if faults:
@@ -66,7 +71,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
 
 
-def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime) -> PlannedTask:
+def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime, paths: Sequence[str]) -> PlannedTask:
     data = load_data(mteb_task, config=config.train, offline=config.data.offline)
     key = task_key(
         config,
@@ -76,13 +81,45 @@ def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, run
         runtime=runtime,
         versions=library_versions(),
     )
-    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.notes)
+    start = _find_warm_start(config, mteb_task.name, encoder, paths)
+    notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
+    found = start if isinstance(start, AdapterRef) else None
+    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, found, notes)
+
+
+def _find_warm_start(config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]) -> AdapterRef | str | None:
+    """The adapter that is to be gone on from, or why it cannot; none where none is asked for."""
+    if config.train.warm_start is None:
+        return None
+    ref = f"{config.train.warm_start}#{name}"
+    try:
+        (adapter,) = find_adapters([ref], offline=config.data.offline)
+    except AdapterError as error:
+        return f"nothing to start from: {error}"
+    meta = json.loads(adapter.folder.meta.read_text(encoding="utf-8"))
+    expected = {
+        "rank": config.adapter.rank,
+        "alpha": config.adapter.alpha,
+        "adapted_modules": list(paths),
+        "pooling": config.encoder.pooling,
+    }
+    other = [what for what, value in expected.items() if meta.get(what) != value]
+    if adapter.encoder.revision != encoder.revision:
+        other.append("encoder revision")
+    if other:
+        return f"{ref} has another {' and another '.join(other)}"
+    return AdapterRef(path=ref, sha256=adapter.sha256, encoder_revision=encoder.revision)
 
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
     """The config with the commit in it that the Hub's newest revision resolved to, and with paths that hold in any working folder."""
     values = config.model_dump(mode="json")
-    for part, name in ((values["data"], "mirror"), (values["publish"], "to"), *((t, n) for t in values["mteb_tasks"] for n in _FILES)):
+    for part, name in (
+        (values["data"], "mirror"),
+        (values["publish"], "to"),
+        (values["train"], "warm_start"),
+        *((t, n) for t in values["mteb_tasks"] for n in _FILES),
+    ):
         if part[name] is not None and not part[name].startswith("hf:"):
             part[name] = str(Path(part[name]).resolve())
     if Path(config.encoder.name).is_dir():

@@ -13,7 +13,7 @@ from typing import Protocol
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.gate import judge
-from pipeline.hub import HubRepository, MovedError
+from pipeline.hub import HubRepository, MovedError, repository_url
 from pipeline.metrics_table import write_gate
 from pipeline.publication import Base, Candidate, files_below, read_candidate, stage
 from pipeline.records import GateDecision, Publication
@@ -33,6 +33,13 @@ class Published:
     """That are published now."""
     revision: str | None
     """Commit of the repository; none for a folder."""
+
+    @property
+    def url(self) -> str:
+        """Where it can be looked at."""
+        if self.revision is None:
+            return Path(self.to).resolve().as_uri()
+        return repository_url(self.to.removeprefix("hf:"), self.revision)
 
     @property
     def blocked(self) -> tuple[GateDecision, ...]:
@@ -71,10 +78,11 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
     target: Target = HubRepository(repository, private=config.private) if repository else PublishedFolder(Path(to).resolve(), candidate)
     for last in (False, True):
         base = target.read()
-        decisions = judge(candidate, base, config.gate, repository=repository)
-        write_gate(decisions, candidate.folder.gate)
+        decisions = judge(candidate, base, config.gate, to=to, repository=repository)
         try:
-            return _land(candidate, to, target, base, decisions)
+            published = _land(candidate, to, target, base, decisions)
+            write_gate(decisions, candidate.folder.gate)  # what was decided holds now: a run with it needs no second publishing
+            return published
         except MovedError as error:
             if last:
                 raise LorafleetError(

@@ -120,6 +120,14 @@ class Progress(Record):
     """Of this epoch so far."""
 
 
+class LogLine(Record):
+    """A line of a worker's log, on its way to the flow run's."""
+
+    level: int
+    """As Python's ``logging`` numbers it."""
+    text: str
+
+
 class ScoreRow(Record):
     """One column of the score table for one MTEB task, with all that is needed to make it again."""
 
@@ -162,6 +170,8 @@ class ScoreRow(Record):
     """The same, corrected over the run's MTEB tasks."""
     reused_from: str | None = None
     """The run that computed this row, if not this one."""
+    test_sha256: str | None = None
+    """Of the test texts and labels as they were read: scores with different ones are of different exams. None in rows of older versions."""
 
 
 class CoverageRow(Record):
@@ -223,6 +233,53 @@ class DataSummary(Record):
     """sha256 over the texts and labels of all splits, in order."""
     notes: tuple[str, ...]
     """What is lawful but thin: classes too small for a validation slice, labels that test lacks, …"""
+    label_counts: tuple[int, ...] = ()
+    """Training texts per label, in the order of ``label_names``; empty in results of older versions, like the two below."""
+    token_quantiles: tuple[int, ...] = ()
+    """Tokens per training text, cut at ``max_tokens``: the 10th, 50th and 90th percentile, each the length of some text."""
+    test_fingerprint: str | None = None
+    """As ``ScoreRow.test_sha256``."""
+
+
+class LabelShare(Record):
+    """How frequent a label is."""
+
+    label: str
+    share: Unit
+    """Of the training texts."""
+
+
+class MtebTaskRow(Record):
+    """What one MTEB task's data and work were in one run: one row of ``mteb_tasks.parquet``."""
+
+    run_id: str
+    mteb_task: str
+    created_at: datetime
+    """When the run collected it, also where it was taken over from an earlier run."""
+    num_train: int
+    """Less the validation slice."""
+    num_validation: int
+    num_test: int
+    num_classes: int
+    label_shares: tuple[LabelShare, ...]
+    """Of train; empty where an older version read the data."""
+    tokens_p10: int | None
+    """Percentiles of the tokens per training text, cut at ``max_tokens``."""
+    tokens_p50: int | None
+    tokens_p90: int | None
+    num_truncated_train: int
+    """Texts of train and validation cut at ``max_tokens``."""
+    num_overlap: int
+    fingerprint: str
+    """sha256 over the texts and labels of all splits."""
+    test_sha256: str | None
+    worker_seconds: float
+    """Time in which this run's worker computed; 0 where the MTEB task was taken over from an earlier run."""
+    gpu_seconds: float
+    """``worker_seconds`` times the worker's share of a GPU."""
+    peak_memory_bytes: int
+    """Of the training, whichever run it was part of."""
+    reused_from: str | None
 
 
 class Comparison(Record):
@@ -233,6 +290,16 @@ class Comparison(Record):
     only_probe: int
     p_value: Unit
     """McNemar's exact test, two-sided."""
+
+
+class WarmStart(Record):
+    """The published adapter that a training went on from."""
+
+    sha256: str
+    validation_accuracy: Unit | None
+    """Of its head on this run's validation texts, before the first epoch; none where there are none.
+
+    It may have been trained on a few of them: most, but not all of a slice stays the same while the data grow."""
 
 
 class TaskResult(Record):
@@ -256,6 +323,8 @@ class TaskResult(Record):
     best_epoch: int
     selected_on: SelectedOn
     refitted: bool
+    warm_start: WarmStart | None = None
+    """None for a training from scratch."""
     scores: tuple[ScoreRow, ...]
     comparison: Comparison | None
     """None where one of the two columns was switched off."""
@@ -344,6 +413,8 @@ class GateDecision(Record):
 
     run_id: str
     mteb_task: str
+    to: str
+    """The folder or repository that was published to."""
     decision: Decision
     reason: str
     published_accuracy: Unit | None

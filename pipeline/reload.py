@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from pipeline.adapter import Adapter, check_both_forms, load_adapter
-from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
+from pipeline.config import EncoderConfig
+from pipeline.encoder import Encoder, FloatArray, exact_runtime, find_encoder
 from pipeline.errors import VerificationError
 from pipeline.records import Probe, Runtime
 from pipeline.run_folder import TaskFolder, write_atomically
@@ -71,16 +71,12 @@ def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, 
     encoder = adapter.encoder
     expected = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts)))
     config = EncoderConfig.model_validate(encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)})
-    asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact_runtime(encoder.runtime), PROBE_TEXTS)]
+    exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
+    asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
     found, probed = reload_elsewhere(asks, config, offline=offline)
     found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE)
     probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
-
-
-def exact_runtime(like: Runtime) -> Runtime:
-    """float32 on the same device."""
-    return choose_runtime(TrainConfig(precision="float32"), threads=like.threads, use_gpu=like.device == "cuda")
 
 
 def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bool) -> list[Reloaded]:

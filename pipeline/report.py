@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.page import ADAPTED, FROZEN, INK, OPEN_UP_TO, PAGE_WIDTH, PAPER, STYLE, duration, inline_svg, render_page, shorten
 from pipeline.records import ClassificationResults, EpochRow, ReliabilityBin, TaskResult
 from pipeline.results import (
     HOW_IT_WAS_MADE,
@@ -25,49 +21,14 @@ from pipeline.results import (
     ScoreTable,
     data_source,
     percent,
+    said_of_warm_start,
     score_row,
     score_table,
     utc,
     without_local_paths,
 )
 
-_PAGE_WIDTH = 1180
 _PANELS_WIDTH = 780
-_OPEN_UP_TO = 12
-"""With more MTEB tasks, their details start folded."""
-
-# Figures are drawn in these colours and then coloured by the page's style sheet, light or dark.
-_INK, _FAINT, _FROZEN, _ADAPTED, _PAPER = "#000001", "#000002", "#000003", "#000004", "#000005"
-_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _FROZEN: "--frozen", _ADAPTED: "--adapted", _PAPER: "--paper"}
-_STYLE = {
-    "axes.edgecolor": _FAINT,
-    "axes.facecolor": "none",
-    "axes.labelcolor": _INK,
-    "axes.labelsize": 11,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "figure.dpi": 72,  # one unit of the figure is one pixel of the page
-    "figure.facecolor": "none",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 11,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.4,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # the browser's fonts know scripts that matplotlib's do not
-    "svg.hashsalt": "lorafleet",
-    "text.color": _INK,
-    "text.parse_math": False,  # a $ in a name is a $
-    "xtick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "xtick.labelsize": 10,
-    "ytick.color": _FAINT,
-    "ytick.labelcolor": _INK,
-    "ytick.labelsize": 10,
-}
 
 
 @dataclass(frozen=True)
@@ -94,11 +55,8 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
     table = score_table(summary, results)
     by_name = {result.mteb_task.name: result for result in results}
     tasks = [_view(by_name[line.task], line, number) for number, line in enumerate(table.lines) if line.task in by_name]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         summary=summary,
         created_at=utc(summary.created_at),
         runtimes=_runtimes(results),
@@ -109,9 +67,9 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
         average=table.average_cells() if len(table.lines) > 1 else (),
         bars=_bars(table) if table.lines else Markup(),
         tasks=tasks,
-        unfold=len(tasks) <= _OPEN_UP_TO,
+        unfold=len(tasks) <= OPEN_UP_TO,
         how=HOW_IT_WAS_MADE,
-        busy=_duration(sum(result.busy_seconds for result in results if result.reused_from is None)),
+        busy=duration(sum(result.busy_seconds for result in results if result.reused_from is None)),
     )
 
 
@@ -126,7 +84,7 @@ def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
         anchor=f"task-{number + 1}",
         panels=_panels(result),
         source=data_source(result.mteb_task),
-        notes=tuple(without_local_paths(note) for note in result.data.notes),
+        notes=(*(without_local_paths(note) for note in result.data.notes), *([said_of_warm_start(result)] if result.warm_start else [])),
         head_without_overlap=percent(None if head is None else head.accuracy_without_overlap),
         metrics=", ".join(parts),
     )
@@ -145,37 +103,37 @@ def _runtimes(results: Sequence[TaskResult]) -> list[str]:
 
 def _bars(table: ScoreTable) -> Markup:
     """Frozen against adapted, once per protocol; a tick for the majority class."""
-    lines, row_height = table.lines, 44 if len(table.lines) <= _OPEN_UP_TO else 30
+    lines, row_height = table.lines, 44 if len(table.lines) <= OPEN_UP_TO else 30
     height, left = 92 + row_height * len(lines), 285
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_PAGE_WIDTH / 72, height / 72))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PAGE_WIDTH / 72, height / 72))
         pairs = (
             ("mteb few-shot", [(line.few_shot, line.lora_few_shot) for line in lines]),
             ("all training texts: probe against own head", [(line.probe, line.head) for line in lines]),
         )
-        width = (_PAGE_WIDTH - left - 60) / 2
+        width = (PAGE_WIDTH - left - 60) / 2
         for column, (title, scores) in enumerate(pairs):
-            box = ((left + column * (width + 30)) / _PAGE_WIDTH, 34 / height, width / _PAGE_WIDTH, (height - 92) / height)
+            box = ((left + column * (width + 30)) / PAGE_WIDTH, 34 / height, width / PAGE_WIDTH, (height - 92) / height)
             axes = figure.add_axes(box)
             _draw_pairs(axes, scores, [line.majority for line in lines])
             axes.set_title(title, pad=6)
-            axes.set_yticks(range(len(lines)), labels=[_shorten(line.task) for line in lines] if column == 0 else [""] * len(lines))
+            axes.set_yticks(range(len(lines)), labels=[shorten(line.task) for line in lines] if column == 0 else [""] * len(lines))
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(
             handles,
             names,
             loc="upper left",
-            bbox_to_anchor=(left / _PAGE_WIDTH, 1),
+            bbox_to_anchor=(left / PAGE_WIDTH, 1),
             ncols=3,
             fontsize=11,
             borderaxespad=0,
             handlelength=1.4,
         )
-        return _inline_svg(figure, "Accuracy in per cent per MTEB task, frozen encoder against adapted encoder")
+        return inline_svg(figure, "Accuracy in per cent per MTEB task, frozen encoder against adapted encoder")
 
 
 def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | None]], majority: Sequence[Accuracy | None]) -> None:
-    for side, (colour, name) in enumerate(((_FROZEN, "frozen encoder"), (_ADAPTED, "with the adapter"))):
+    for side, (colour, name) in enumerate(((FROZEN, "frozen encoder"), (ADAPTED, "with the adapter"))):
         shown = [(row, pair[side]) for row, pair in enumerate(scores)]
         places = [row + (side - 0.5) * 0.36 for row, score in shown if score]
         known = [score for _, score in shown if score]
@@ -183,7 +141,7 @@ def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | N
         below = [100 * max(s.accuracy - s.low, 0) if s.low is not None else 0 for s in known]
         above = [100 * max(s.high - s.accuracy, 0) if s.high is not None else 0 for s in known]
         axes.errorbar(
-            [100 * s.accuracy for s in known], places, xerr=[below, above], fmt="none", color=_INK, ecolor=_INK, elinewidth=1.1, capsize=2.5
+            [100 * s.accuracy for s in known], places, xerr=[below, above], fmt="none", color=INK, ecolor=INK, elinewidth=1.1, capsize=2.5
         )
         for place, score, end in zip(places, known, above, strict=True):
             text = axes.text(100 * score.accuracy + end + 1, place, percent(score.accuracy), va="center", fontsize=9)
@@ -191,7 +149,7 @@ def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | N
     ticks = [(row, 100 * score.accuracy) for row, score in enumerate(majority) if score]
     label = "majority class"
     for row, place in ticks:
-        axes.vlines(place, row - 0.44, row + 0.44, color=_INK, linestyle=(0, (2, 1.5)), linewidth=1.2, label=label)
+        axes.vlines(place, row - 0.44, row + 0.44, color=INK, linestyle=(0, (2, 1.5)), linewidth=1.2, label=label)
         label = "_"
     axes.set(xlim=(0, 106), ylim=(len(scores) - 0.5, -0.5), xticks=range(0, 101, 20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
@@ -203,14 +161,14 @@ def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | N
 def _panels(result: TaskResult) -> Markup:
     """Loss, accuracy and reliability of one MTEB task, side by side."""
     height = 220
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_PANELS_WIDTH / 72, height / 72))
         loss, accuracy, reliability = figure.subplots(1, 3)
         figure.subplots_adjust(left=56 / _PANELS_WIDTH, right=1 - 8 / _PANELS_WIDTH, bottom=46 / height, top=1 - 28 / height, wspace=0.32)
         searched = [row for row in result.epochs if row.validation_accuracy is not None]
         refit = [row for row in result.epochs if row.validation_accuracy is None]
         for rows, style in ((searched, "-"), (refit, "--" if searched else "-")):
-            loss.plot([row.epoch for row in rows], [row.train_loss for row in rows], style, color=_ADAPTED, marker="o", markersize=4)
+            loss.plot([row.epoch for row in rows], [row.train_loss for row in rows], style, color=ADAPTED, marker="o", markersize=4)
         loss.set(title="training loss" + (" (dashed: refit)" if searched and refit else ""), xlabel="epoch")
         _draw_accuracy(accuracy, searched, result)
         for axes in (loss, accuracy):
@@ -220,20 +178,20 @@ def _panels(result: TaskResult) -> Markup:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.grid(axis="y")
         _draw_reliability(reliability, result.calibration.reliability)
-        return _inline_svg(figure, f"{result.mteb_task.name}: training loss and accuracy per epoch, reliability of the confidences")
+        return inline_svg(figure, f"{result.mteb_task.name}: training loss and accuracy per epoch, reliability of the confidences")
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> None:
     axes.set(title=f"accuracy on {'test' if result.selected_on == 'test' else 'validation'}, per cent", xlabel="epoch")
     if not rows:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_INK)
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=INK)
         axes.set_yticks([])
         return
     epochs, scores = [row.epoch for row in rows], [100 * (row.validation_accuracy or 0.0) for row in rows]
-    axes.plot(epochs, scores, color=_ADAPTED, marker="o", markersize=4, markerfacecolor=_PAPER)
+    axes.plot(epochs, scores, color=ADAPTED, marker="o", markersize=4, markerfacecolor=PAPER)
     for epoch, score in zip(epochs, scores, strict=True):
         if epoch == result.best_epoch:
-            axes.plot([epoch], [score], color=_ADAPTED, marker="o", markersize=7)
+            axes.plot([epoch], [score], color=ADAPTED, marker="o", markersize=7)
             last = len(epochs) > 1 and epoch == epochs[-1]
             axes.annotate(f"{score:.1f}", (epoch, score), xytext=(0, 7), textcoords="offset points", ha="right" if last else "center")
     low, high = min(scores), max(scores)
@@ -242,40 +200,13 @@ def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> 
 
 
 def _draw_reliability(axes: Axes, bins: Sequence[ReliabilityBin]) -> None:
-    axes.plot([0, 100], [0, 100], color=_INK, linewidth=0.8, linestyle=(0, (3, 2)))
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
     total = sum(b.num_texts for b in bins) or 1
     shown = [b for b in bins if b.num_texts]
-    axes.plot([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], color=_ADAPTED, linewidth=1)
+    axes.plot([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], color=ADAPTED, linewidth=1)
     sizes = [12 + 160 * b.num_texts / total for b in shown]
-    axes.scatter([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], s=sizes, color=_ADAPTED, linewidth=0)
+    axes.scatter([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], s=sizes, color=ADAPTED, linewidth=0)
     axes.set(title="accuracy at confidence, test", xlabel="confidence, per cent", xlim=(0, 103), ylim=(0, 103))
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.grid()
-
-
-def _inline_svg(figure: Figure, description: str) -> Markup:
-    """The figure as an element of the page: no ids to collide, colours from the style sheet, scaled to its place."""
-    file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # only measured here; the browser draws it
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub("|".join(_VARIABLES), lambda match: f"var({_VARIABLES[match[0]]})", svg)
-    width, height = 72 * figure.get_figwidth(), 72 * figure.get_figheight()
-    head = f'<svg role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width:g} {height:g}" style="max-width: {width:g}px"'
-    return Markup(head + re.sub(r"^<svg[^>]*", "", svg, count=1).strip())
-
-
-def _shorten(name: str, most: int = 44) -> str:
-    """The same name, or its two ends."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -226,6 +226,38 @@ def utc(when: datetime) -> str:
     return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
+def label_changes(old: Sequence[str], new: Sequence[str]) -> str:
+    """``without 'x' and with new 'y'``; empty where both have the same labels, in whatever order."""
+    lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    return " and ".join(f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names)
+
+
+def head_change(result: TaskResult, before: TaskResult | None) -> str:
+    """How far the own head's accuracy is from that of an earlier run, in points; in words where the two cannot be compared."""
+    if before is None:
+        return "first run"
+    if before.key == result.key:
+        return "unchanged"
+    now, then = score_row(result, "head"), score_row(before, "head")
+    assert now is not None
+    assert then is not None
+    if result.data.test_fingerprint != before.data.test_fingerprint:
+        return f"test data changed (run {before.run_id}: {percent(then.accuracy)})"
+    return f"{points(now.accuracy - then.accuracy)} (run {before.run_id})"
+
+
+def said_of_warm_start(result: TaskResult) -> str:
+    """What going on from a published adapter gave, on validation."""
+    start = result.warm_start
+    assert start is not None
+    fact = f"started from published adapter {start.sha256[:12]}"
+    best = max((row.validation_accuracy for row in result.epochs if row.validation_accuracy is not None), default=None)
+    if start.validation_accuracy is None or best is None:
+        return fact
+    gain = points(best - start.validation_accuracy)
+    return f"{fact}: validation {percent(start.validation_accuracy)} before, {percent(best)} after training ({gain})"
+
+
 def data_source(mteb_task: MtebTask) -> str:
     """Where the texts came from and at which revision, without the folder that a mirror or a file lies in."""
     place = {
@@ -245,6 +277,10 @@ def without_local_paths(text: str) -> str:
 _LOCAL_PATH = re.compile(
     r"""(?<![\w.:/-])(?:file://)?(?:[A-Za-z]:\\(?:[^\s\\'":;,()]+\\)*|/(?:[^\s/'":;,()]+/)+)(?P<name>[^\s/\\'":;,()]*)"""
 )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _entry(result: TaskResult) -> ResultsEntry:

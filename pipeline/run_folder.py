@@ -142,7 +142,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """Folder of the two tables below."""
+        """Folder of the tables."""
         return self.root / "metrics"
 
     @property
@@ -154,6 +154,11 @@ class RunFolder:
     def epochs(self) -> Path:
         """One row per MTEB task and epoch."""
         return self.metrics / "epochs.parquet"
+
+    @property
+    def mteb_tasks(self) -> Path:
+        """One row per MTEB task: its data and what it cost. Says how frequent each label is, so it is not published."""
+        return self.metrics / "mteb_tasks.parquet"
 
     def task(self, name: str) -> TaskFolder:
         """The folder of one MTEB task.

@@ -25,7 +25,7 @@ from pipeline.encoder import Encoder, IntArray, Tokens
 from pipeline.errors import LorafleetError, ResumeError
 from pipeline.lora import Factors
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
-from pipeline.run_folder import write_atomically
+from pipeline.run_folder import TaskFolder, write_atomically
 
 _BATCHES_PER_BUCKET = 256
 _STEPS_PER_REPORT = 20
@@ -54,6 +54,8 @@ class Training:
     best_epoch: int
     selected_on: SelectedOn
     refitted: bool
+    start_score: float | None
+    """Accuracy on ``selection`` before the first epoch of a warm start."""
 
 
 def train_adapter(
@@ -66,6 +68,7 @@ def train_adapter(
     train_config: TrainConfig,
     max_epochs: int,
     head_start: HeadStart | None = None,
+    warm_start: TaskFolder | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -84,6 +87,7 @@ def train_adapter(
         train_config: The loop's hyperparameters.
         max_epochs: Upper limit, and length of the learning-rate schedule.
         head_start: Initial weights of the head; random where left out.
+        warm_start: A saved adapter to go on from; its head knows better than ``head_start`` wherever it knows the label.
         checkpoint: File that is rewritten after every epoch.
         on_epoch: Called after every epoch.
         on_progress: Called after every few steps.
@@ -103,11 +107,13 @@ def train_adapter(
         adapter = Adapter(encoder, adapter_config, label_names, seed=train_config.seed)
         if head_start is not None:
             adapter.start_head(head_start)
+        if warm_start is not None:
+            adapter.start_from(warm_start)
         file = Checkpoint(path, conditions) if path else None
         return _Loop(adapter, data, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
     loop = fresh_loop(train, checkpoint)
-    loop.run(selection, on_epoch)
+    loop.run(selection, on_epoch, score_start=warm_start is not None)
     state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
     refit = train_config.refit and selection is not None
     if refit:
@@ -118,7 +124,7 @@ def train_adapter(
         rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
     loop.adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit)
+    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score)
 
 
 @dataclass
@@ -130,6 +136,7 @@ class _State:
     best_score: float = -1.0
     steps: int = 0
     finished: bool = False
+    start_score: float | None = None
 
 
 class _Loop:
@@ -163,9 +170,11 @@ class _Loop:
         self.logits = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
 
-    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
+    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, score_start: bool = False) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place."""
         self._resume()
+        if score_start and selection is not None and not self.state.epochs:
+            self.state.start_score = accuracy(self.adapter, selection)
         while not self.state.finished:
             epoch = len(self.state.epochs) + 1
             row = self._epoch(epoch)
@@ -328,7 +337,7 @@ class Checkpoint:
         """Replace the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         described = {"epochs": [row.model_dump() for row in state.epochs], "best_epoch": state.best_epoch}
-        described |= {"best_score": state.best_score, "steps": state.steps, "finished": state.finished}
+        described |= {"best_score": state.best_score, "steps": state.steps, "finished": state.finished, "start_score": state.start_score}
         metadata = {"state": json.dumps(described), "conditions": json.dumps(self.conditions, sort_keys=True)}
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
         write_atomically(self.path, content)
@@ -430,6 +439,7 @@ def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encode
     parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
     settings = {f"{part}.{key}": value for part, record in parts.items() for key, value in record.model_dump(mode="json").items()}
     del settings["train.max_epochs"]  # a default for others; what counts here is this training's own number
+    del settings["train.warm_start"]  # what was begun holds all weights, whatever has been published since
     return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from pipeline.adapter_ref import HUB_REF, FoundAdapter, find_adapters, split_folder
 from pipeline.classifier import encoder_config_of
-from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.encoder import choose_runtime
+from pipeline.config import EncoderConfig
+from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
 from pipeline.machine import local_cpus
 from pipeline.publication import file_sha256
@@ -77,7 +77,7 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
         raise AdapterError(f"{root}: there is no adapter in it; expected a run, a published folder, or an adapter's folder")
     found = [_find(folder, task) for task in (tasks if tasks is not None else there)]
     probes = [read_record(adapter.folder.probe, Probe) for adapter in found]
-    runtime = choose_runtime(TrainConfig(precision="float32"), threads=local_cpus(), use_gpu=False)
+    runtime = exact_runtime(threads=local_cpus(), use_gpu=False)
     asks = [Ask(adapter.folder, runtime, probe.texts) for adapter, probe in zip(found, probes, strict=True)]
     config = encoder if isinstance(encoder, EncoderConfig) else encoder_config_of(found[0], encoder)
     verified = []

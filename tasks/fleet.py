@@ -43,6 +43,8 @@ class Fleet:
 
     def __init__(self, config: ComputeConfig, *, num_tasks: int) -> None:
         self.config = config
+        self.address = config.ray_address or os.environ.get("RAY_ADDRESS") or None
+        """Of an existing cluster: as configured, or as Ray's own variable names it (a job submitted to a cluster has it set)."""
         self._num_tasks = num_tasks
         self._started = threading.Event()
         self._stopping = threading.Event()
@@ -58,7 +60,7 @@ class Fleet:
         """CPU share of one worker: as configured, or an equal share of this machine, at least one."""
         if self.config.cpus_per_worker != "auto":
             return self.config.cpus_per_worker
-        if self.config.ray_address is not None:
+        if self.address is not None:
             return 1.0
         return float(max(1, local_cpus() // self._num_tasks))
 
@@ -82,7 +84,7 @@ class Fleet:
         from pipeline.encoder import choose_runtime
 
         threads = max(1, int(self.cpus_per_worker))
-        if self.config.ray_address is None:
+        if self.address is None:
             return choose_runtime(train, threads=threads, use_gpu=self.config.gpus_per_worker != 0)
         import ray
 
@@ -176,7 +178,7 @@ class Fleet:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-            if self.config.ray_address is None:
+            if self.address is None:
                 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_LOST_SECONDS))  # read by the import of Ray
                 # Says whether Ray may be more than this machine. If so it listens on all interfaces, whatever address it is given.
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -184,12 +186,12 @@ class Fleet:
                 options |= {"address": "local", "num_cpus": max(local_cpus(), int(self.cpus_per_worker))}
                 options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
             else:
-                options["address"] = self.config.ray_address
-                _check_answers(self.config.ray_address)
+                options["address"] = self.address
+                _check_answers(self.address)
             import ray
             from ray.job_config import JobConfig
 
-            if self.config.ray_address is None:
+            if self.address is None:
                 # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
                 options["job_config"] = JobConfig(_client_job=True)
             if not ray.is_initialized():
@@ -197,8 +199,8 @@ class Fleet:
             self._slots.release(self.num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
-            if self.config.ray_address is not None and isinstance(error, OSError | ValueError | RuntimeError):
-                where = f"Ray address {self.config.ray_address!r}"
+            if self.address is not None and isinstance(error, OSError | ValueError | RuntimeError):
+                where = f"Ray address {self.address!r}"
                 self._fault = ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
@@ -18,7 +18,8 @@ from pipeline import collect as files
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig
 from pipeline.errors import InputError, LorafleetError
 from pipeline.hub import HubRepository
-from pipeline.manifest import RunManifest, find_finished
+from pipeline.manifest import RunManifest, find_finished, latest_results
+from pipeline.manifest import find_unchanged as find_unchanged_run
 from pipeline.preflight import Plan, preflight
 from pipeline.publish import Published
 from pipeline.publish import publish as publish_run
@@ -29,18 +30,20 @@ from pipeline.records import (
     EpochRow,
     Failure,
     GateDecision,
+    LogLine,
     Progress,
     Runtime,
     ScoreRow,
     TaskResult,
 )
-from pipeline.results import SCORE_HEADINGS, percent, score_table
+from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent, said_of_warm_start, score_table
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
 from tasks.progress import ProgressArtifact
 
-Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+REPORTS_URL = "LORAFLEET_REPORTS_URL"
+"""Variable of the environment: the address under which the run store is served, if it is."""
 
 
 def _died(_task: Any, _run: Any, state: Any) -> bool:
@@ -55,8 +58,11 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
-def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | LorafleetError:
-    """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback."""
+def check_inputs(config: RunConfig, runtime: Runtime, runs: Path) -> Plan | LorafleetError:
+    """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback.
+
+    Labels that are new or have vanished since the newest run of an MTEB task are named.
+    """
     try:
         plan = preflight(config, runtime)
         _check_target(config.publish)
@@ -64,11 +70,21 @@ def check_inputs(config: RunConfig, runtime: Runtime) -> Plan | LorafleetError:
         return error
     logger = get_run_logger()
     logger.info("encoder %s at %s, %s on %s", plan.encoder.public_name, plan.encoder.revision, runtime.dtype, runtime.processor)
+    before = latest_results(runs, [planned.mteb_task.name for planned in plan.tasks])
     for planned in plan.tasks:
-        logger.info("%s: %d training texts, revision %s", planned.mteb_task.name, planned.num_train, planned.mteb_task.revision)
+        name = planned.mteb_task.name
+        logger.info("%s: %d training texts, revision %s", name, planned.num_train, planned.mteb_task.revision)
         for note in planned.notes:
-            logger.warning("%s: %s", planned.mteb_task.name, note)
+            logger.warning("%s: %s", name, note)
+        if name in before and (changes := label_changes(before[name].data.label_names, planned.label_names)):
+            logger.warning("%s: its labels are not those of run %s: %s", name, before[name].run_id, changes)
     return plan
+
+
+@task(name="find unchanged", cache_policy=NO_CACHE)
+def find_unchanged(plan: Plan, runs: Path) -> RunFolder | None:
+    """The newest run, if it was made from these very inputs."""
+    return find_unchanged_run(runs, {planned.mteb_task.name: planned.key for planned in plan.tasks})
 
 
 @task(name="reuse", cache_policy=NO_CACHE)
@@ -89,7 +105,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
 def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSummary:
     """A worker reads and tokenises its data and loads the encoder."""
     BOARD.show(name, "load data")
-    summary: DataSummary = worker.call("load", timeout_seconds=timeout_seconds)
+    summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
     get_run_logger().info(
         "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
         name,
@@ -108,7 +124,7 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
 def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ScoreRow, ...]:
     """A worker measures the frozen encoder."""
     BOARD.show(name, "frozen baselines")
-    rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", timeout_seconds=timeout_seconds)
+    rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
     get_run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
     return rows
 
@@ -117,7 +133,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
 def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
     """A worker trains its adapter; epochs go to the log, steps to a progress artifact."""
     BOARD.show(name, "train")
-    adapter: AdapterRef = worker.call("train", on_event=_ProgressReport(name, get_run_logger()), timeout_seconds=timeout_seconds)
+    adapter: AdapterRef = worker.call("train", on_event=_Report(name), timeout_seconds=timeout_seconds)
     return adapter
 
 
@@ -125,7 +141,7 @@ def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> Ada
 def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> TaskResult:
     """A worker evaluates its adapter and reloads it in a fresh process."""
     BOARD.show(name, "evaluate")
-    result: TaskResult = worker.call("finish", timeout_seconds=timeout_seconds)
+    result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
     BOARD.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
     get_run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
@@ -135,6 +151,8 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
         result.best_epoch,
         result.busy_seconds,
     )
+    if result.warm_start is not None:
+        get_run_logger().info("%s: %s", name, said_of_warm_start(result))
     return result
 
 
@@ -143,13 +161,24 @@ def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
     """Write metrics, results, card and report; show the score table in the UI."""
+    before = latest_results(folder.root.parent, [result.mteb_task.name for result in results])  # this run has no manifest yet
     summary, corrected = files.collect(plan, results, failures, run_id=run_id, folder=folder)
     table = score_table(summary, corrected)
     rows = [{h: cell.text for h, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)} for line in table.lines]
+    for row, result in zip(rows, corrected, strict=True):
+        row["Own head, since the run before"] = head_change(result, before.get(result.mteb_task.name))
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
     facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
+    facts += [f"- {result.mteb_task.name}: {said_of_warm_start(result)}" for result in corrected if result.warm_start]
     create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
+    create_link_artifact(_report_url(folder), key="report", link_text=f"report of run {run_id}")
     return summary, corrected
+
+
+def _report_url(folder: RunFolder) -> str:
+    """Where the report can be read: at the address under which the run store is served, else as a file."""
+    served = os.environ.get(REPORTS_URL)
+    return f"{served.rstrip('/')}/{folder.root.name}/{folder.report.name}" if served else folder.report.resolve().as_uri()
 
 
 @task(name="publish", cache_policy=NO_CACHE)
@@ -163,11 +192,12 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
     except LorafleetError as error:
         logger.error("not published: %s", error)
         return error
-    rows = [decision.model_dump(mode="json", exclude={"run_id", "created_at"}) for decision in published.decisions]
+    rows = [decision.model_dump(mode="json", exclude={"run_id", "to", "created_at"}) for decision in published.decisions]
     create_table_artifact(table=rows, key="gate", description=f"Promotion gate of run {folder.root.name}, to {config.to}")
     for decision in published.decisions:
         logger.log(logging.ERROR if decision.decision == "block" else logging.INFO, "%s: %s: %s", *_said(decision))
     logger.info("published %d adapters to %s%s", len(published.verified), config.to, f"@{published.revision}" * bool(published.revision))
+    create_link_artifact(published.url, key="published", link_text=f"what is published after run {folder.root.name}")
     return published
 
 
@@ -209,15 +239,18 @@ def finish_run(
     return files.finish_run(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
 
 
-class _ProgressReport:
+class _Report:
     """Turns a worker's events into log lines and a progress artifact."""
 
-    def __init__(self, name: str, logger: Logger) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._logger = logger
+        self._logger = get_run_logger()
         self._artifact = ProgressArtifact(_artifact_key(name))
 
-    def __call__(self, event: EpochRow | Progress) -> None:
+    def __call__(self, event: EpochRow | Progress | LogLine) -> None:
+        if isinstance(event, LogLine):
+            self._logger.log(event.level, "%s: %s", self._name, event.text)
+            return
         if isinstance(event, EpochRow):
             score = "-" if event.validation_accuracy is None else percent(event.validation_accuracy)
             self._logger.info(

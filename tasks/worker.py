@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, ScoreRow, TaskResult
+from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, ScoreRow, TaskResult
 
 if TYPE_CHECKING:
     from pipeline.job import JobSpec, TaskJob
+
+
+_MOST_LINES = 200
+_LONGEST_LINE = 300
 
 
 class Worker:
@@ -20,8 +26,11 @@ class Worker:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._spec = spec
         self._job: TaskJob | None = None
-        self._events: list[EpochRow | Progress] = []
+        self._events: list[EpochRow | Progress | LogLine] = []
         self._lock = threading.Lock()
+        logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Lines(self._report))
 
     def load(self) -> DataSummary:
         """Read the data, load the encoder."""
@@ -39,8 +48,8 @@ class Worker:
         """Evaluate, pass the reload gate, write the result."""
         return self._ready().finish()
 
-    def events(self) -> list[EpochRow | Progress]:
-        """What was reported since the last call: every epoch, and the latest progress."""
+    def events(self) -> list[EpochRow | Progress | LogLine]:
+        """What was reported since the last call: every epoch and line of the log, and the latest progress."""
         with self._lock:
             events, self._events = self._events, []
         return events
@@ -65,3 +74,19 @@ class Worker:
         # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
         torch.set_num_threads(self._job.runtime.threads)
         return self._job
+
+
+class _Lines(logging.Handler):
+    """Hands the log on, a bounded number of bounded lines."""
+
+    def __init__(self, report: Callable[[LogLine], None]) -> None:
+        super().__init__()
+        self._hand_on = report
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count += 1
+        if self._count <= _MOST_LINES:
+            self._hand_on(LogLine(level=record.levelno, text=record.getMessage()[:_LONGEST_LINE]))
+        elif self._count == _MOST_LINES + 1:
+            self._hand_on(LogLine(level=logging.WARNING, text=f"more than {_MOST_LINES} lines; the rest is left out"))

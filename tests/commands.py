@@ -68,7 +68,7 @@ class FinishedRun:
 class Command:
     """A running command; a mark in its environment finds every process that it started, and theirs."""
 
-    def __init__(self, *arguments: str | Path, cwd: Path, **environment: str) -> None:
+    def __init__(self, *arguments: str | Path, cwd: Path, program: Sequence[str] = LORAFLEET, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
         self._started = time.monotonic()
         self._known: set[psutil.Process] = set()
@@ -76,7 +76,7 @@ class Command:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [*LORAFLEET, *map(str, arguments)],
+                [*program, *map(str, arguments)],
                 cwd=cwd,
                 env=inherited | environment | {_MARK: self._mark},
                 stdin=subprocess.DEVNULL,
@@ -146,6 +146,15 @@ def _line(process: psutil.Process) -> str:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return " ".join(process.cmdline())[:200].strip()
     return ""
+
+
+def eventually(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
+    """The first true value of the condition; fails when time is over."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
+    return value
 
 
 def run(*arguments: str | Path, cwd: Path, seconds: float = 280, **environment: str) -> Ended:

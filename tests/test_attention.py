@@ -11,7 +11,7 @@ import torch
 from builders import CPU_FLOAT32
 from torch import Tensor
 
-from pipeline.attention import _attend
+from pipeline.attention import _attend, _attend_forward, for_inference
 from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, find_encoder
 
@@ -28,6 +28,10 @@ def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
 
 def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     return _attend(None, query, key, value, mask, scaling=scaling)[0]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return _attend_forward(None, query, key, value, mask, scaling=scaling)[0]
 
 
 def inputs(*, tokens: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +62,19 @@ def test_result_and_gradients_are_those_of_a_plain_formulation(tokens: int, mask
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 65])
+def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: bool, dtype: torch.dtype) -> None:
+    """In bfloat16 also that of the fused kernel, where the processor has matrix tiles."""
+    arguments, mask = [a.to(dtype) for a in inputs(tokens=tokens)], padding(tokens).to(dtype) if masked else None
+    expected = plain(*(a.float() for a in arguments), None if mask is None else mask.float(), 0.35)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(
+        forward(*arguments, mask, 0.35).float(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=tolerance
+    )
+
+
 @pytest.mark.parametrize("scaling", [60.0, -60.0])
 def test_scores_too_large_for_powers_are_no_matter(scaling: float) -> None:
     arguments = inputs(tokens=7)
@@ -65,19 +82,24 @@ def test_scores_too_large_for_powers_are_no_matter(scaling: float) -> None:
     for found, expected in zip(*(result_and_gradients(attend, shifted, None, scaling) for attend in (ours, plain)), strict=True):
         assert found.isfinite().all()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(forward(*shifted, None, scaling), plain(*shifted, None, scaling), rtol=1e-3, atol=1e-4)
 
 
 def test_a_row_that_is_masked_whole_gives_no_nan() -> None:
     mask = padding(6)
     mask[1] = torch.finfo(torch.float32).min
     query, key, value = inputs(tokens=6)
-    torch.testing.assert_close(ours(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-5)
+    for attend in (ours, forward):
+        torch.testing.assert_close(attend(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_keys_that_several_heads_share_are_shared() -> None:
     query, key, value = inputs(tokens=5, groups=2)
     full_key, full_value = (t.repeat_interleave(2, dim=1) for t in (key, value))
-    torch.testing.assert_close(ours(query, key, value, None, 0.3), plain(query, full_key, full_value, None, 0.3), rtol=1e-4, atol=1e-5)
+    for attend in (ours, forward):
+        torch.testing.assert_close(
+            attend(query, key, value, None, 0.3), plain(query, full_key, full_value, None, 0.3), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", ["bert", "eurobert", "modernbert", "distilbert", "mpnet"])
@@ -88,4 +110,7 @@ def test_an_encoder_gives_the_same_vectors_as_with_eager_attention(family: str, 
     own = Encoder(files, config, CPU_FLOAT32.model_copy(update={"attention": "lorafleet"}))
     assert own.runtime.attention == ("eager" if family == "mpnet" else "lorafleet")  # what was used is what is recorded
     tokens = eager.tokenise(TEXTS)
+    np.testing.assert_allclose(own.embed(tokens), eager.embed(tokens), atol=1e-5)
+    for_inference(own.model)
+    assert own.model.config._attn_implementation == ("eager" if family == "mpnet" else "lorafleet-inference")
     np.testing.assert_allclose(own.embed(tokens), eager.embed(tokens), atol=1e-5)

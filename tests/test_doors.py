@@ -16,7 +16,11 @@ TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path
 DOORS = {
     "peft": {"pipeline/adapter.py"},
     "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py", "pipeline/outputs.py"},
-    "prefect": {"flows/classify_datasets.py", "flows/train_adapters.py", "tasks/bulk.py", "tasks/progress.py", "tasks/stages.py"},
+    "prefect": {
+        *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
+        *("flows/deploying.py", "flows/deployment_file.py", "tasks/notifying.py"),  # schedules
+        *("tasks/bulk.py", "tasks/cancelling.py", "tasks/progress.py", "tasks/stages.py"),
+    },
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

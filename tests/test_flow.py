@@ -67,7 +67,7 @@ def test_mtebs_own_few_shot_results_are_kept(finished_run: FinishedRun) -> None:
 
 def test_the_run_folder_holds_every_file_of_the_contract(finished_run: FinishedRun) -> None:
     of_run = {"manifest.json", "config.toml", "classification_results.json", "README.md", "report.html"}
-    of_run |= {"metrics/scores.parquet", "metrics/epochs.parquet"}
+    of_run |= {"metrics/scores.parquet", "metrics/epochs.parquet", "metrics/mteb_tasks.parquet"}
     of_task = {"lora_adapter.pt", "classifier_head.pt", "meta.json", "adapter_model.safetensors", "adapter_config.json"}
     of_task |= {"head.safetensors", "labels.json", "calibration.json", "probe.json", "few_shot.json", "result.json"}
     found = {path.relative_to(finished_run.root).as_posix() for path in finished_run.root.rglob("*") if path.is_file()}
@@ -167,32 +167,12 @@ def again(finished_run: FinishedRun, prefect_api: str) -> Ended:
     return run("train", "--config", finished_run.config, "--runs", "runs", cwd=finished_run.cwd, PREFECT_API_URL=prefect_api)
 
 
-def test_a_second_run_with_the_same_inputs_trains_nothing(finished_run: FinishedRun, again: Ended) -> None:
-    root = finished_run.cwd / again.run
-    first, second = scores_of(finished_run.root), scores_of(root)
+def test_a_second_run_with_the_same_inputs_does_nothing_and_names_the_first(finished_run: FinishedRun, again: Ended) -> None:
     assert again.code == 0
-    assert manifest_of(root).adapters == manifest_of(finished_run.root).adapters
-    assert manifest_of(root).reused == dict.fromkeys(("Topics", "Pairs"), finished_run.root.name)
-    assert set(second.reused_from) == {finished_run.root.name}
-    differing = ["run_id", "reused_from"]
-    pd.testing.assert_frame_equal(first.drop(columns=differing), second.drop(columns=differing))
-    assert "epoch 1" not in again.err
-    assert again.seconds < finished_run.ended.seconds
-
-
-def test_what_was_taken_over_is_whole(finished_run: FinishedRun, again: Ended) -> None:
-    root = finished_run.cwd / again.run
-    for path in (finished_run.root / "Topics").iterdir():
-        if path.name != "result.json":
-            assert (root / "Topics" / path.name).read_bytes() == path.read_bytes()
-    assert results_of(root)["Topics"].reused_from == finished_run.root.name
-
-
-def test_the_history_holds_every_run(finished_run: FinishedRun, again: Ended) -> None:
-    history = pd.read_parquet(finished_run.runs / "metrics")
-    for root in (finished_run.root, finished_run.cwd / again.run):
-        rows = history[history.run_id == root.name].reset_index(drop=True)
-        pd.testing.assert_frame_equal(rows, scores_of(root))
+    assert again.run == finished_run.ended.run
+    assert again.out == finished_run.ended.out
+    assert f"nothing to do: data and config are those of run {finished_run.root.name}" in again.err
+    assert [path.parent.name for path in finished_run.runs.glob("*/manifest.json")] == [finished_run.root.name]
 
 
 @dataclass(frozen=True)
@@ -242,6 +222,24 @@ def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: Finished
     when = scores_of(mixed.root).groupby("mteb_task").created_at.max()
     assert when["Topics"] == scores_of(finished_run.root).groupby("mteb_task").created_at.max()["Topics"]
     assert when["Pairs"] > datetime.fromisoformat(str(before.created_at))
+
+
+def test_what_was_taken_over_is_whole_and_keeps_its_rows(mixed: Mixed, finished_run: FinishedRun) -> None:
+    for path in (finished_run.root / "Topics").iterdir():
+        if path.name != "result.json":
+            assert (mixed.root / "Topics" / path.name).read_bytes() == path.read_bytes()
+    assert results_of(mixed.root)["Topics"].reused_from == finished_run.root.name
+    first, second = (scores.query("mteb_task == 'Topics'") for scores in (scores_of(finished_run.root), scores_of(mixed.root)))
+    assert set(second.reused_from) == {finished_run.root.name}
+    differing = ["run_id", "reused_from", "p_value_holm"]
+    pd.testing.assert_frame_equal(first.drop(columns=differing), second.drop(columns=differing))
+
+
+def test_the_history_holds_every_run(mixed: Mixed, finished_run: FinishedRun) -> None:
+    history = pd.read_parquet(finished_run.runs / "metrics")
+    for root in (finished_run.root, mixed.root):
+        rows = history[history.run_id == root.name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, scores_of(root))
 
 
 def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:

@@ -327,11 +327,11 @@ def test_a_head_without_a_probe_beside_it_does_not_beat_it() -> None:
 )
 def test_beating_the_probe_is_asked_for_only_where_the_config_does(tmp_path: Path, config: dict[str, bool], expected: str) -> None:
     candidate = read_candidate(finished_run(tmp_path / "run", [compared(40, 26, 0.109)]).root)
-    (found,) = judge(candidate, Base(None, None, None), GateConfig(**config), repository=None)
+    (found,) = judge(candidate, Base(None, None, None), GateConfig(**config), to="out", repository=None)
     assert found.decision == expected
     assert ("full-data probe" in found.reason) == (expected == "block")
     beating = read_candidate(finished_run(tmp_path / "beating", [compared(40, 20, 0.0135)]).root)
-    assert judge(beating, Base(None, None, None), GateConfig(**config), repository=None)[0].decision == "promote"
+    assert judge(beating, Base(None, None, None), GateConfig(**config), to="out", repository=None)[0].decision == "promote"
 
 
 def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path
 
 def test_what_is_kept_anyway_need_not_beat_the_probe(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [compared(40, 26, 0.109)])
-    (found,) = judge(read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), repository=None)
+    (found,) = judge(read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), to="out", repository=None)
     assert found.decision == "keep"
 
 
@@ -352,7 +352,7 @@ def test_a_decision_names_the_run_and_both_adapters(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [task_result("A"), task_result("C")], run_id="run-2")
     base = base_of(published, revision="f" * 40)
     before = datetime.now(UTC)
-    first, second = judge(read_candidate(folder.root), base, GateConfig(), repository="me/fleet")
+    first, second = judge(read_candidate(folder.root), base, GateConfig(), to="hf:me/fleet", repository="me/fleet")
     assert base.publication is not None
     assert [(d.run_id, d.mteb_task, d.decision, d.published_revision) for d in (first, second)] == [
         ("run-2", "A", "block", "f" * 40),
@@ -369,6 +369,7 @@ def test_a_decision_names_the_run_and_both_adapters(tmp_path: Path) -> None:
 
 def gate_row(**changes: Any) -> GateDecision:
     row = GateDecision(
+        to="hf:me/fleet",
         run_id="run-1",
         mteb_task="Topics",
         decision="block",
@@ -537,7 +538,7 @@ def small(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def judged(candidate: Path, published: Path, **config: Any) -> GateDecision:
-    (found,) = judge(read_candidate(candidate), base_of(RunFolder(published)), GateConfig(**config), repository=None)
+    (found,) = judge(read_candidate(candidate), base_of(RunFolder(published)), GateConfig(**config), to="out", repository=None)
     return found
 
 

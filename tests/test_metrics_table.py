@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import get_args
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
@@ -15,8 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, InputError, LorafleetError
-from pipeline.metrics_table import EPOCHS_SCHEMA, SCORES_SCHEMA, append_history, read_history, read_scores, write_epochs, write_scores
-from pipeline.records import Column, EpochRow, ScoreRow
+from pipeline.metrics_table import (
+    EPOCHS_SCHEMA,
+    MTEB_TASKS_SCHEMA,
+    SCORES_SCHEMA,
+    append_history,
+    append_mteb_tasks,
+    read_history,
+    read_mteb_tasks,
+    read_scores,
+    runs_in_history,
+    write_epochs,
+    write_scores,
+)
+from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, ScoreRow
 
 NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -51,6 +64,7 @@ def score_row(run_id: str = "run-1", *, column: Column = "head", accuracy: float
         p_value=0.01 if column == "head" else None,
         p_value_holm=0.02 if column == "head" else None,
         reused_from=None if column == "head" else "run-0",
+        test_sha256="ef" if column == "head" else None,
     )
 
 
@@ -68,6 +82,30 @@ def epoch_row(epoch: int) -> EpochRow:
     )
 
 
+def mteb_task_row(run_id: str = "run-1", *, is_known: bool = True) -> MtebTaskRow:
+    return MtebTaskRow(
+        run_id=run_id,
+        mteb_task="Banking77Classification",
+        created_at=NOON,
+        num_train=3,
+        num_validation=1,
+        num_test=2,
+        num_classes=2,
+        label_shares=(LabelShare(label="lost card", share=1 / 3), LabelShare(label="top up", share=2 / 3)) if is_known else (),
+        tokens_p10=4 if is_known else None,
+        tokens_p50=9 if is_known else None,
+        tokens_p90=30 if is_known else None,
+        num_truncated_train=0,
+        num_overlap=1,
+        fingerprint="ab",
+        test_sha256="ef" if is_known else None,
+        worker_seconds=12.5,
+        gpu_seconds=0.0,
+        peak_memory_bytes=5_000_000_000,
+        reused_from=None if is_known else "run-0",
+    )
+
+
 def test_score_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     rows = [score_row(), score_row(column="majority", accuracy=1 / 3)]
     write_scores(rows, tmp_path / "metrics" / "scores.parquet")
@@ -77,10 +115,11 @@ def test_score_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_the_schemas_hold_every_field_of_the_records_in_order() -> None:
     assert SCORES_SCHEMA.names == list(ScoreRow.model_fields)
     assert EPOCHS_SCHEMA.names == ["run_id", "mteb_task", *EpochRow.model_fields]
+    assert MTEB_TASKS_SCHEMA.names == list(MtebTaskRow.model_fields)
 
 
 def test_a_column_may_be_null_exactly_where_its_field_may_be_none() -> None:
-    for schema, record in ((SCORES_SCHEMA, ScoreRow), (EPOCHS_SCHEMA, EpochRow)):
+    for schema, record in ((SCORES_SCHEMA, ScoreRow), (EPOCHS_SCHEMA, EpochRow), (MTEB_TASKS_SCHEMA, MtebTaskRow)):
         for name, field in record.model_fields.items():
             assert schema.field(name).nullable == (type(None) in get_args(field.annotation)), name
 
@@ -109,6 +148,33 @@ def test_epochs_are_written_under_their_run_and_mteb_task(tmp_path: Path) -> Non
     rows = pq.ParquetFile(path).read().to_pylist()
     assert [(r.pop("run_id"), r.pop("mteb_task")) for r in rows] == [("run-1", "A"), ("run-1", "A"), ("run-1", "B")]
     assert [EpochRow.model_validate(r) for r in rows] == [epoch_row(1), epoch_row(2), epoch_row(1)]
+
+
+def test_what_a_runs_data_and_work_were_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    rows = [mteb_task_row(), mteb_task_row(is_known=False)]
+    path = append_mteb_tasks(tmp_path, "run-1", rows)
+    assert path == tmp_path / "mteb_tasks" / "mteb_tasks-run-1.parquet"
+    assert read_mteb_tasks(path) == rows
+    with pytest.raises(AssertionError, match="another run"):
+        append_mteb_tasks(tmp_path, "run-2", rows)
+
+
+def test_label_shares_are_read_by_other_tools_as_pairs_with_names(tmp_path: Path) -> None:
+    append_mteb_tasks(tmp_path, "run-1", [mteb_task_row()])
+    found = duckdb.sql(f"SELECT s.label, s.share FROM (SELECT unnest(label_shares) AS s FROM '{tmp_path}/mteb_tasks/*.parquet')").fetchall()
+    assert found == [("lost card", 1 / 3), ("top up", 2 / 3)]
+    assert list(pd.read_parquet(tmp_path / "mteb_tasks").label_shares[0]) == [
+        {"label": "lost card", "share": 1 / 3},
+        {"label": "top up", "share": 2 / 3},
+    ]
+
+
+def test_a_file_of_before_the_test_data_had_a_hash_is_read_beside_newer_ones(tmp_path: Path) -> None:
+    path = append_history(tmp_path, "run-1", [score_row("run-1")])
+    pq.write_table(pq.ParquetFile(path).read().drop_columns(["test_sha256"]), path)
+    append_history(tmp_path, "run-2", [score_row("run-2")])
+    assert [row.test_sha256 for row in read_history(tmp_path)] == [None, "ef"]
+    assert runs_in_history(tmp_path) == ["run-1", "run-2"]
 
 
 def test_the_files_are_compressed_with_zstd(tmp_path: Path) -> None:

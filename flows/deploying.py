@@ -1,0 +1,177 @@
+"""Register the schedules of ``deploy/prefect.yaml`` with a Prefect server; starts no run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.exceptions import MissingFlowError, ObjectNotFound, PrefectHTTPStatusError
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.server.schemas import schedules as server_schedules
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.utilities.schema_tools.validation import ValidationError as ParameterError
+from prefect.utilities.schema_tools.validation import validate
+from prefect.utilities.urls import url_for
+from prefect.workers.process import ProcessWorker
+
+from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
+from pipeline.errors import InputError
+from tasks.loopback import unproxied
+from tasks.notifying import notify_of_failures
+
+FILE = Path(__file__).parents[1] / "deploy" / "prefect.yaml"
+TAG = "lorafleet"
+_SERVER_OF_UP = "http://127.0.0.1:4200/api"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A deployment as it is registered now."""
+
+    name: str
+    """``flow/deployment``."""
+    schedules: tuple[str, ...]
+    next_run: datetime | None
+    """In the schedule's time zone; none where no schedule is active."""
+    url: str
+    """Of its page in the Prefect UI."""
+
+    def __str__(self) -> str:
+        when = "; ".join(self.schedules) or "no schedule"
+        following = f"; next {self.next_run:%a %Y-%m-%d %H:%M:%S %Z}" if self.next_run else ""
+        return f"{self.name}: {when}{following}; {self.url}"
+
+
+def deploy(
+    file: Path = FILE, *, names: Sequence[str] = (), schedule: ScheduleEntry | None = None, notify: str | None = None
+) -> list[Deployed]:
+    """Register deployments, each in place of what had its name; its runs start in the folder where this is called.
+
+    Args:
+        file: In the format of Prefect's ``prefect.yaml``.
+        names: ``deployment`` or ``flow/deployment``; all of the file where empty.
+        schedule: Instead of those of the file; for one deployment.
+        notify: ``TYPE/NAME`` of a notification block that is told of failed runs.
+    Raises: InputError: no server answers, or the file, a name, a parameter or the block is wrong.
+    """
+    chosen = _chosen([(entry, _load_flow(file, entry)) for entry in read_deployments(file)], file, names)
+    if schedule is not None and len(chosen) > 1:
+        raise InputError(f"--interval, --cron: {file} has {len(chosen)} deployments; say with --name which one is meant")
+    for entry, flow in chosen:
+        _check_parameters(file, entry, flow)
+    with _server() as client:
+        if notify is not None:
+            notify_of_failures(client, notify, tag=TAG, ui=str(get_current_settings().ui_url))
+        return [_register(client, file, entry, flow, entry.schedules if schedule is None else (schedule,)) for entry, flow in chosen]
+
+
+def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
+    try:
+        return load_flow_from_entrypoint(entry.entrypoint, use_placeholder_flow=False)
+    except (MissingFlowError, ImportError, ValueError) as error:
+        raise InputError(f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}: {str(error).strip()}") from None
+
+
+def _chosen(
+    entries: list[tuple[DeploymentEntry, Flow[..., Any]]], file: Path, names: Sequence[str]
+) -> list[tuple[DeploymentEntry, Flow[..., Any]]]:
+    there = {f"{flow.name}/{entry.name}": entry.name for entry, flow in entries}
+    if unknown := [name for name in names if name not in (*there, *there.values())]:
+        raise InputError(f"--name {', '.join(unknown)}: not in {file}; it has {', '.join(there)}")
+    return [(entry, flow) for entry, flow in entries if not names or {entry.name, f"{flow.name}/{entry.name}"} & set(names)]
+
+
+def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) -> None:
+    """The server would only look at them when a run is due."""
+    schema = flow.parameters.model_dump(exclude_unset=True)
+    for parameters in (entry.parameters, *(entry.parameters | schedule.parameters for schedule in entry.schedules)):
+        if unknown := set(parameters) - set(schema["properties"]):
+            known = ", ".join(schema["properties"])
+            raise InputError(f"{file}: deployment {entry.name!r}: no parameter {', '.join(sorted(unknown))}; there are {known}")
+        try:
+            validate(parameters, schema, raise_on_error=True, ignore_required=True)
+        except ParameterError as error:
+            raise InputError(f"{file}: deployment {entry.name!r}: parameters: {error}") from None
+
+
+@contextmanager
+def _server() -> Iterator[SyncPrefectClient]:
+    """The server of ``PREFECT_API_URL``, or that of `lorafleet up`."""
+    url = os.environ.get("PREFECT_API_URL") or _SERVER_OF_UP
+    os.environ.update(unproxied())
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        if fault := client.api_healthcheck():
+            why = str(fault).splitlines()[0]
+            raise InputError(f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours")
+        yield client
+
+
+def _register(
+    client: SyncPrefectClient, file: Path, entry: DeploymentEntry, flow: Flow[..., Any], schedules: Sequence[ScheduleEntry]
+) -> Deployed:
+    _make_pool(client, entry.work_pool.name)
+    limit = entry.concurrency_limit
+    try:
+        deployment = client.create_deployment(
+            flow_id=client.create_flow_from_name(flow.name),
+            name=entry.name,
+            version=version("lorafleet"),
+            entrypoint=entry.entrypoint,
+            description=entry.description or flow.description,
+            tags=list(entry.tags),
+            parameters=entry.parameters,
+            parameter_openapi_schema=flow.parameters.model_dump(exclude_unset=True),
+            enforce_parameter_schema=True,
+            schedules=[
+                DeploymentScheduleCreate(schedule=s.prefect(), active=s.active, parameters=s.parameters, slug=s.slug) for s in schedules
+            ],
+            concurrency_limit=None if limit is None else limit.limit,
+            concurrency_options=None if limit is None else _options(limit),
+            work_pool_name=entry.work_pool.name,
+            work_queue_name=entry.work_pool.work_queue_name,
+            job_variables=entry.work_pool.job_variables,
+            paused=entry.paused,
+            pull_steps=[],
+        )
+    except PrefectHTTPStatusError as error:
+        detail = error.response.json().get("detail") or error.response.json()
+        raise InputError(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {detail}") from None
+    following = [_next_run(schedule) for schedule in schedules if schedule.active and not entry.paused]
+    return Deployed(
+        name=f"{flow.name}/{entry.name}",
+        schedules=tuple(map(str, schedules)),
+        next_run=min(filter(None, following), default=None),
+        url=str(url_for("deployment", deployment)),
+    )
+
+
+def _options(limit: LimitEntry) -> ConcurrencyOptions:
+    strategy = ConcurrencyLimitStrategy(limit.collision_strategy)
+    return ConcurrencyOptions(collision_strategy=strategy, grace_period_seconds=limit.grace_period_seconds)
+
+
+def _make_pool(client: SyncPrefectClient, name: str) -> None:
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=template))
+
+
+def _next_run(schedule: ScheduleEntry) -> datetime | None:
+    """When the server will have it run: by the server's own code."""
+    there = schedule.prefect()
+    kind = getattr(server_schedules, type(there).__name__)
+    dates: list[datetime] = asyncio.run(kind(**there.model_dump()).get_dates(1))
+    return dates[0].astimezone(ZoneInfo(schedule.timezone)) if dates else None

@@ -1,0 +1,158 @@
+"""The file that holds the schedules, in the part of Prefect's ``prefect.yaml`` format that lorafleet registers. Reads and checks only."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.utilities.templating import apply_values
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.errors import InputError
+from pipeline.records import Record
+
+_ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)  # fixed, so that registering again does not move an interval's next run
+_TOP_LEVEL = {"prefect-version", "name", "definitions", "pull", "deployments"}
+
+
+def read_deployments(file: Path) -> list[DeploymentEntry]:
+    """The deployments of a file, with ``{{ $NAME }}`` filled from the environment and ``{{ $PWD }}`` with the working folder.
+
+    Raises: InputError: the file cannot be read, or says what lorafleet does not register.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}; choose another with --file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("deployments"), list) or not values["deployments"]:
+        raise InputError(f"{file}: expected a mapping with a list of `deployments`, as in Prefect's prefect.yaml")
+    if (unknown := set(values) - _TOP_LEVEL) or values.get("pull"):
+        what = ", ".join(sorted(unknown)) or "pull"
+        raise InputError(
+            f"{file}: {what}: lorafleet registers deployments only, without build, push or pull; use `prefect deploy` for this file"
+        )
+    os.environ["PWD"] = str(Path.cwd())  # the shell's may be that of a parent process
+    try:
+        filled: Any = apply_values(values["deployments"], {}, remove_notset=False)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; put dates in quotes") from None
+    return [_entry(file, entry) for entry in filled]
+
+
+class ScheduleEntry(Record):
+    """One schedule of a deployment."""
+
+    cron: str | None = None
+    interval: float | None = Field(default=None, gt=0)
+    """Seconds, counted from the anchor date."""
+    timezone: str = "UTC"
+    anchor_date: datetime = _ANCHOR
+    day_or: bool = True
+    """Whether a cron expression's day of the month and day of the week are alternatives."""
+    active: bool = True
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    slug: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ScheduleEntry:
+        if (self.cron is None) == (self.interval is None):
+            raise ValueError("expected either cron or interval")
+        self.prefect()
+        return self
+
+    def prefect(self) -> CronSchedule | IntervalSchedule:
+        """The same for Prefect.
+
+        Raises: ValueError: no such time zone, or not a cron expression.
+        """
+        if self.cron is not None:
+            return CronSchedule(cron=self.cron, timezone=self.timezone, day_or=self.day_or)
+        assert self.interval is not None
+        return IntervalSchedule(interval=timedelta(seconds=self.interval), anchor_date=self.anchor_date, timezone=self.timezone)
+
+    def __str__(self) -> str:
+        when = f"cron {self.cron}, {self.timezone}" if self.cron is not None else f"every {_in_words(self.interval or 0)}"
+        return when if self.active else f"{when} (inactive)"
+
+
+class LimitEntry(Record):
+    """How many runs of one deployment at a time, and what becomes of another."""
+
+    limit: int = Field(ge=1)
+    collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] = "ENQUEUE"
+    grace_period_seconds: int | None = Field(default=None, ge=60, le=86400)
+
+
+class PoolEntry(Record):
+    """Where the runs of a deployment are started."""
+
+    name: str
+    work_queue_name: str | None = None
+    job_variables: dict[str, Any] = Field(default_factory=dict)
+
+
+class DeploymentEntry(Record):
+    """One deployment of the file; the part of Prefect's format that lorafleet registers."""
+
+    name: str
+    entrypoint: str
+    """``module.flow``. A path would put its folder first on ``sys.path``."""
+    description: str | None = None
+    """The flow's own where left out."""
+    tags: tuple[str, ...] = ()
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    schedules: tuple[ScheduleEntry, ...] = ()
+    concurrency_limit: LimitEntry | None = None
+    work_pool: PoolEntry
+    paused: bool = False
+
+
+def schedule_of(*, interval: float | None, cron: str | None, timezone: str | None) -> ScheduleEntry | None:
+    """The schedule that the command line asks for, if any.
+
+    Raises: InputError: two schedules, none but a time zone, or one that cannot be.
+    """
+    if interval is None and cron is None:
+        if timezone is not None:
+            raise InputError(f"--timezone {timezone}: belongs to --cron or --interval; without them the file's schedules hold")
+        return None
+    given = {"--interval": interval, "--cron": cron, "--timezone": timezone}
+    try:
+        return ScheduleEntry(cron=cron, interval=interval, timezone=timezone or "UTC")
+    except ValidationError as error:
+        said = " ".join(f"{option} {value!r}" for option, value in given.items() if value is not None)
+        raise InputError(f"{said}: {_fault(error)}") from None
+
+
+def _entry(file: Path, values: Any) -> DeploymentEntry:
+    name = values.get("name") if isinstance(values, dict) else None
+    try:
+        entry = DeploymentEntry.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{file}: deployment {name!r}: {_fault(error)}") from None
+    # Those of the job variables are filled when a run starts.
+    if "{{" in json.dumps(entry.model_dump(mode="json", exclude={"work_pool"})):
+        raise InputError(f"{file}: deployment {name!r}: a {{{{ … }}}} that is not a set variable of the environment; write out its value")
+    if ":" in entry.entrypoint:
+        raise InputError(f"{file}: deployment {name!r}: entrypoint {entry.entrypoint!r} is a path; expected module.flow")
+    return entry
+
+
+def _in_words(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds > size and seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def _fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where + ': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,37 @@
+"""Publish a finished run: what `lorafleet publish` does, as a flow of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from pipeline.config import publish_config
+from pipeline.errors import LorafleetError
+from pipeline.publication import read_candidate
+from tasks import stages
+
+
+@flow(name="publish-adapters")
+def publish_adapters(run: str, to: str, private: bool = False, overrides: list[str] | None = None) -> State[Any]:
+    """Publish what the promotion gate lets through of a finished run; ends failed if it blocks an adapter.
+
+    Args:
+        run: The run folder.
+        to: A folder, or hf:OWNER/NAME.
+        private: Make the repository private, if it has to be made.
+        overrides: Keys of the run's [publish] to override, each as KEY=VALUE, such as publish.gate.min_gain=0.002.
+    """
+    try:
+        candidate = read_candidate(Path(run))
+        config = publish_config(candidate.manifest.config, to=to, private=private, overrides=tuple(overrides or ()))
+    except LorafleetError as error:
+        return Failed(message=f"not published: {error}")
+    published = stages.publish(candidate.folder, config)
+    if isinstance(published, LorafleetError):
+        return Failed(message=f"not published: {published}")
+    blocked = ", ".join(f"{decision.mteb_task} (gate: {decision.reason})" for decision in published.blocked)
+    return Failed(message=f"blocked: {blocked}") if blocked else Completed(message=f"{len(published.verified)} adapters published")

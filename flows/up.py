@@ -1,0 +1,303 @@
+"""One machine, all on loopback: Prefect's server and worker, Ray, and the reports; supervisor keeps them running until `up` is stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from pipeline.errors import InputError, LockedError, LorafleetError
+from pipeline.machine import local_cpus
+from tasks.loopback import unproxied
+
+CONFIG = Path(__file__).parents[1] / "deploy" / "supervisord.conf"
+_WORKER = "lorafleet-up"
+_MARK = "LORAFLEET_UP_MARK"
+_START_SECONDS = 180.0
+_STOP_SECONDS = 90.0
+_STARTS_THAT_ARE_ENOUGH = 3
+_LOOK_UP_SECONDS = 0.5
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Four ports in a row, on loopback: Prefect, the reports, Ray, and Ray's client server."""
+
+    port: int
+    with_ray: bool
+
+    @property
+    def ui(self) -> str:
+        """Of the Prefect UI."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def api(self) -> str:
+        """What ``PREFECT_API_URL`` is."""
+        return f"{self.ui}/api"
+
+    @property
+    def reports(self) -> str:
+        """Of the run store's reports."""
+        return f"http://127.0.0.1:{self.port + 1}"
+
+    @property
+    def ray(self) -> str:
+        """What ``RAY_ADDRESS`` is."""
+        return f"127.0.0.1:{self.port + 2}"
+
+
+def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> None:
+    """Start everything, say where it is once all of it answers, and keep it running until SIGINT, SIGTERM or SIGHUP comes.
+
+    Args:
+        runs: The run store; what is kept from one start to the next, and all logs, are in its folder ``.up``.
+        port: Of the Prefect server; the reports have the next one, Ray the two after it.
+        with_ray: Whether to start Ray; without it each run starts its own, or joins that of ``RAY_ADDRESS``.
+        say: Takes each line for the person who started it.
+    Raises:
+        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already.
+        LorafleetError: a program does not start, or supervisor itself has ended.
+    """
+    addresses, stop = Addresses(port, with_ray), threading.Event()
+    with _hold(runs / ".up") as state, _ray_folder(with_ray) as ray_folder, _told_to_stop(stop):
+        _check_ports(addresses)
+        programs = _Programs(state, _environment(runs, state, addresses, ray_folder))
+        try:
+            if programs.wait_until(lambda: _all_answer(addresses, programs.started), stop):
+                for line in _welcome(addresses, state):
+                    say(line)
+                programs.watch(stop)
+        finally:
+            programs.stop()
+    say("stopped")
+
+
+@contextmanager
+def _hold(state: Path) -> Iterator[Path]:
+    """Make the state folder, and hold it for one `up`."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"run store {state.parent}: cannot be written: {error.strerror}; choose another with --runs") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise LockedError(f"run store {state.parent}: `lorafleet up` is there already ({holder}); stop it, or choose another") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        yield state.resolve()
+
+
+@contextmanager
+def _ray_folder(with_ray: bool) -> Iterator[Path | None]:
+    """A short path: Ray puts sockets under it, whose whole path has room for about 100 characters."""
+    if not with_ray:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="lorafleet-ray-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _told_to_stop(stop: threading.Event) -> Iterator[None]:
+    """While open, the signals that end a program set the event instead."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _check_ports(addresses: Addresses) -> None:
+    uses = ["the Prefect server", "the reports", "Ray", "Ray's client server"][: 4 if addresses.with_ray else 2]
+    for port, use in enumerate(uses, start=addresses.port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been closed is free
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise InputError(f"port {port}, for {use}, cannot be had: {error.strerror}; choose others with --port") from None
+
+
+def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path | None) -> dict[str, str]:
+    """What all programs, and the flow runs that the worker starts, find in their environment."""
+    ours = {
+        _MARK: secrets.token_hex(16),
+        "LORAFLEET_UP_PYTHON": sys.executable,
+        "LORAFLEET_UP_STATE": str(state),
+        "LORAFLEET_UP_RUNS": str(runs.resolve()),
+        "LORAFLEET_UP_PORT": str(addresses.port),
+        "LORAFLEET_UP_REPORTS_PORT": str(addresses.port + 1),
+        "LORAFLEET_UP_RAY": str(addresses.with_ray).lower(),
+        "LORAFLEET_UP_RAY_PORT": str(addresses.port + 2),
+        "LORAFLEET_UP_RAY_CLIENT_PORT": str(addresses.port + 3),
+        "LORAFLEET_UP_RAY_FOLDER": str(ray_folder),
+        "LORAFLEET_UP_CPUS": str(local_cpus()),
+        "LORAFLEET_REPORTS_URL": addresses.reports,
+        "PREFECT_HOME": str(state / "prefect"),
+        "PREFECT_API_URL": addresses.api,
+        # Deployments say `python`, and mean the one that lorafleet is installed for.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+    }
+    if addresses.with_ray:
+        ours |= {"RAY_ADDRESS": addresses.ray, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_ray_token(state))}
+    return os.environ | unproxied() | ours
+
+
+def _ray_token(state: Path) -> Path:
+    """The file with the token that Ray asks of who connects; only its owner can read it."""
+    path = state / "ray-token"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+    return path
+
+
+def _all_answer(addresses: Addresses, started: datetime) -> bool:
+    try:
+        _ask(f"{addresses.api}/health")
+        workers = json.loads(_ask(f"{addresses.api}/work_pools/lorafleet/workers/filter", content=b"{}"))
+        ports = range(addresses.port + 1, addresses.port + (3 if addresses.with_ray else 2))
+        for port in ports:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    seen = [datetime.fromisoformat(worker["last_heartbeat_time"]) for worker in workers if worker["name"] == _WORKER]
+    return any(time >= started for time in seen)
+
+
+def _ask(url: str, *, content: bytes | None = None) -> bytes:
+    request = urllib.request.Request(url, data=content, headers={"Content-Type": "application/json"})
+    with _DIRECT.open(request, timeout=5) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+def _welcome(addresses: Addresses, state: Path) -> list[str]:
+    deploy = "lorafleet deploy" if addresses.port == 4200 else f"PREFECT_API_URL={addresses.api} lorafleet deploy"
+    return [
+        f"Prefect UI: {addresses.ui}",
+        f"reports:    {addresses.reports}",
+        *([f"Ray:        {addresses.ray}, token in {state / 'ray-token'}"] if addresses.with_ray else []),
+        f"logs:       {state}",
+        f"schedules:  {deploy}",
+        f"stop:       Ctrl-C, or kill {os.getpid()}",
+    ]
+
+
+class _Programs:
+    """Supervisor and what it started."""
+
+    def __init__(self, state: Path, environment: dict[str, str]) -> None:
+        self._state, self._mark = state, environment[_MARK]
+        self._log = state / "supervisord.log"
+        self._log_before = self._log.stat().st_size if self._log.exists() else 0
+        self.started = datetime.now(UTC)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(CONFIG)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=(state / "supervisord.err").open("wb"),
+            start_new_session=True,  # Ctrl-C is for us
+            preexec_fn=_stop_with_parent,
+        )
+
+    def wait_until(self, answers: Callable[[], bool], stop: threading.Event) -> bool:
+        """Whether all programs answer, or a signal came first.
+
+        Raises: LorafleetError: one does not start.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while not answers():
+            if stop.wait(_LOOK_UP_SECONDS):
+                return False
+            self._check_supervisor()
+            log = self._log.read_bytes()[self._log_before :].decode(errors="replace") if self._log.exists() else ""
+            for name in ("prefect-server", "ray", "prefect-worker", "reports"):
+                if log.count(f"exited: {name} ") >= _STARTS_THAT_ARE_ENOUGH:
+                    raise LorafleetError(f"{name} does not start: {_last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
+            if time.monotonic() > deadline:
+                raise LorafleetError(f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}")
+        return True
+
+    def watch(self, stop: threading.Event) -> None:
+        """Wait for a signal.
+
+        Raises: LorafleetError: supervisor itself has ended.
+        """
+        while not stop.wait(_LOOK_UP_SECONDS):
+            self._check_supervisor()
+
+    def stop(self) -> None:
+        """Have supervisor stop its programs in their order; then kill what is left of them."""
+        family = self._family()
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=_STOP_SECONDS)
+        for process in family | self._family():
+            with suppress(psutil.Error):
+                process.kill()
+        self._process.wait()
+
+    def _family(self) -> set[psutil.Process]:
+        """What descends from supervisor, and what has its mark: a child whose parent has died, a process that hides its environment."""
+        family = set()
+        with suppress(psutil.Error):
+            family.update(psutil.Process(self._process.pid).children(recursive=True))
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and process.environ().get(_MARK) == self._mark:
+                    family.add(process)
+        return family
+
+    def _check_supervisor(self) -> None:
+        if self._process.poll() is not None:
+            why = _last_fault(self._state / "supervisord.err") or _last_fault(self._log)
+            raise LorafleetError(f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}")
+
+
+def _stop_with_parent() -> None:
+    """Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def _last_fault(log: Path) -> str:
+    """The last line of a log that says what went wrong, or else the last one."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
+    lines = re.findall(r"^[\w.]+(?:Error|Exception): .+", text, re.MULTILINE) or text.splitlines()
+    return lines[-1].strip()[:300] if lines else ""

@@ -1,0 +1,131 @@
+"""Prefect's API as its UI uses it, and a server and a worker of a test's own, to be killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from commands import Command, eventually
+
+POOL = "lorafleet-tests"
+
+
+class Api:
+    """A Prefect server's REST API."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def get(self, path: str) -> Any:
+        """The answer as JSON."""
+        return self._send("GET", path, None)
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The answer as JSON."""
+        return self._send("POST", path, body)
+
+    def answers(self) -> bool:
+        """Whether the server is there."""
+        try:
+            return bool(self.get("/health"))
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def newest_flow_run(self, flow: str) -> str:
+        """Id of the flow's run that was started last."""
+        (run,) = self.post("/flow_runs/filter", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC", limit=1)
+        return str(run["id"])
+
+    def state(self, flow_run: str) -> dict[str, Any]:
+        """Of a flow run: ``type``, ``name``, ``message``."""
+        state: dict[str, Any] = self.get(f"/flow_runs/{flow_run}")["state"]
+        return state
+
+    def cancel(self, flow_run: str) -> None:
+        """What the UI's button does."""
+        answer = self.post(f"/flow_runs/{flow_run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+        assert answer["status"] == "ACCEPT", answer
+
+    def task_states(self, flow_run: str) -> dict[str, str]:
+        """Name of each task run -> type of its state."""
+        runs = self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}}, limit=200)
+        return {run["name"]: run["state_type"] for run in runs}
+
+    def artifacts(self, flow_run: str) -> dict[str, Any]:
+        """Key -> what it shows."""
+        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run]}}, limit=200)
+        return {artifact["key"]: artifact["data"] for artifact in found}
+
+    def deploy(self, entrypoint: str, cwd: Path, **values: Any) -> str:
+        """Register a flow by its module, to be started in a folder by a worker of the pool; returns the deployment's id."""
+        flow = self.post("/flows/", name=entrypoint.rpartition(".")[2].replace("_", "-"))
+        steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(cwd)}}]
+        where = {"flow_id": flow["id"], "entrypoint": entrypoint, "pull_steps": steps, "work_pool_name": POOL}
+        return str(self.post("/deployments/", name=cwd.name, enforce_parameter_schema=False, **where, **values)["id"])
+
+    def start(self, deployment: str) -> str:
+        """Have it run now; returns the flow run's id."""
+        return str(self.post(f"/deployments/{deployment}/create_flow_run", state={"type": "SCHEDULED"})["id"])
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or "null")
+
+
+class Server:
+    """A Prefect server with a home of its own, on one port for all its lives."""
+
+    def __init__(self, home: Path, **settings: str) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home, self._settings = home, settings
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.api = Api(f"http://127.0.0.1:{self._port}/api")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def database(self) -> Path:
+        """The file that SQLite keeps, if it does."""
+        return self.home / "prefect.db"
+
+    def start(self, *, seconds: float = 120) -> None:
+        """Start, and wait until it answers."""
+        environment = os.environ | {"PREFECT_HOME": str(self.home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | self._settings
+        with (self.home / "server.log").open("ab") as log:
+            command = [sys.executable, "-m", "tasks.embedded", str(self._port)]
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        eventually(self.api.answers, seconds=seconds, what="the Prefect server answers")
+
+    def kill(self) -> None:
+        """``kill -9``, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def start_worker(api: Api, cwd: Path, **environment: str) -> Command:
+    """``prefect worker start``, which makes its pool and polls every second; waits until it is there."""
+    settings = {"PREFECT_API_URL": api.url, "PREFECT_HOME": str(cwd / "home"), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    program: Sequence[str] = (sys.executable, "-m", "prefect", "worker", "start")
+    worker = Command("--pool", POOL, "--type", "process", program=program, cwd=cwd, **settings, **environment)
+    worker.wait_until(lambda: _has_workers(api), seconds=60)
+    return worker
+
+
+def _has_workers(api: Api) -> bool:
+    try:
+        return any(worker["status"] == "ONLINE" for worker in api.post(f"/work_pools/{POOL}/workers/filter"))
+    except urllib.error.HTTPError:  # the pool is not there yet
+        return False

@@ -1,0 +1,339 @@
+"""Cancel a run in the UI, kill the Prefect server or its worker, lock the database: what becomes of the run, and of the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from bulk import save_bulk_adapter
+from commands import PLANTED, Command, bulk_rows, eventually, run, write_bulk_input, write_config, write_task
+from prefect_server import Api, Server, start_worker
+from trainings import Store, epochs_told, train_undisturbed, write_training
+
+from pipeline.manifest import read_manifest
+from pipeline.run_folder import RunFolder
+
+Folders = Callable[[str], Path]
+EPOCHS = 24
+GROUP = 20  # rows of a unit
+
+
+@pytest.fixture(scope="module")
+def config(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``Quick``, and ``Long`` after it."""
+    return write_training(tmp_path_factory.mktemp("recovery-data"), encoder_folder("bert"), "Long", epochs=EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return train_undisturbed(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def api(prefect_api: str) -> Api:
+    return Api(prefect_api)
+
+
+@pytest.fixture
+def store(config: Path, api: Api, tmp_path: Path) -> Store:
+    return Store(tmp_path, config, PREFECT_API_URL=api.url)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Of the test's own, to be killed."""
+    server = Server(tmp_path / "prefect")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Start a Prefect worker; it and all that it has started are killed after the test."""
+    workers: list[Command] = []
+
+    def start(api: Api, cwd: Path) -> Command:
+        workers.append(start_worker(api, cwd))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        for process in worker.family():
+            process.kill()
+        worker.sweep()
+
+
+def is_gone(command: Command, *titles: str) -> Callable[[], bool]:
+    return lambda: not command.family(*titles)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same_command_goes_on(store: Store, api: Api) -> None:
+    command = store.start_in_the_middle()
+    (finished,) = store.quick_results()
+    flow_run = api.newest_flow_run("train-adapters")
+    api.cancel(flow_run)
+    eventually(is_gone(command, "ray::Worker"), seconds=10, what="the workers are gone")
+    ended = command.wait(seconds=30)
+    assert ended.code == 130, ended.err
+    assert "interrupted; what was finished is kept" in ended.err
+    assert command.left(seconds=10) == []
+    state = api.state(flow_run)
+    assert (state["type"], state["name"]) == ("CANCELLED", "Cancelled")
+    assert "what was finished is kept" in state["message"]
+
+    again = store.start().wait()
+    assert store.origins(again) == {"Quick": finished.parent.parent.name}
+    assert epochs_told(again.err, "Long")[0] > 1
+    assert store.epochs(again, "Long") == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("where", ["process", pytest.param("ray", marks=pytest.mark.faults)])
+def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_on(
+    where: str, encoder_folder: Folders, api: Api, tmp_path: Path
+) -> None:
+    save_bulk_adapter(tmp_path / "topics", encoder_folder("bert"))
+    write_bulk_input(tmp_path / "in", num_files=2, rows=8 * GROUP, group=GROUP)
+    options = ("--where", where, "--cpus", "1", "--rows-per-unit", str(GROUP), "--encoder", encoder_folder("bert"), "--offline")
+    job = ("classify", "in", "out", "--adapter", tmp_path / "topics", *options)
+    output = tmp_path / "out"
+
+    def done() -> int:
+        return len(list(output.glob("*-*.parquet")))
+
+    command = Command(*job, cwd=tmp_path, PREFECT_API_URL=api.url, PYTHONPATH=str(PLANTED), PLANTED_SECONDS="1")
+    command.wait_until(lambda: done() >= 2)
+    flow_run = api.newest_flow_run("classify-datasets")
+    api.cancel(flow_run)
+    eventually(is_gone(command, "ray::MapWorker"), seconds=10, what="the actors are gone")
+    ended = command.wait(seconds=30)
+    assert ended.code == 130, ended.err
+    assert command.left(seconds=10) == []
+    state = api.state(flow_run)
+    assert (state["type"], state["name"]) == ("CANCELLED", "Cancelled")
+    kept = done()
+    assert 2 <= kept < 16
+
+    again = run(*job, cwd=tmp_path, PREFECT_API_URL=api.url)
+    assert again.code == 0, again.err
+    assert json.loads((output / "_job.json").read_text())["units_done_before"] == kept
+    assert bulk_rows(output).column("id").to_pylist() == list(range(16 * GROUP))
+
+
+def deploy(api: Api, config: Path, cwd: Path) -> str:
+    """With one run at a time, as `lorafleet deploy` has it: one more is cancelled."""
+    limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "CANCEL_NEW"}}
+    return api.deploy("flows.train_adapters.train_adapters", cwd, parameters={"config": str(config), "runs": "runs"}, **limit)
+
+
+def ends(api: Api, flow_run: str, *, seconds: float = 120) -> tuple[str, str]:
+    """The type of the flow run's last state, and its message."""
+
+    def last() -> tuple[str, str] | None:
+        state = api.state(flow_run)
+        return (state["type"], state["message"] or "") if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+    ended: tuple[str, str] = eventually(last, seconds=seconds, what="the flow run ends")
+    return ended
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_of_a_prefect_worker_is_cancelled_within_ten_seconds_and_the_next_one_goes_on(
+    store: Store, api: Api, started: Callable[..., Command], tmp_path: Path
+) -> None:
+    worker = started(api, tmp_path)
+    deployment = deploy(api, store.config, tmp_path)
+    flow_run = api.start(deployment)
+    worker.wait_until(store.in_the_middle)
+    api.cancel(flow_run)
+    eventually(is_gone(worker, "ray::Worker"), seconds=10, what="the workers are gone")
+    assert ends(api, flow_run, seconds=30)[0] == "CANCELLED"
+    eventually(is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"), seconds=20, what="the run's processes are gone")
+    assert worker.process.poll() is None
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_goes_on(
+    store: Store, api: Api, started: Callable[..., Command], tmp_path: Path
+) -> None:
+    worker = started(api, tmp_path)
+    deployment = deploy(api, store.config, tmp_path)
+    flow_run = api.start(deployment)
+    worker.wait_until(store.in_the_middle)
+    worker.kill("prefect.engine")
+    assert ends(api, flow_run, seconds=30)[0] == "CRASHED"
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_without_the_prefect_worker_that_started_it_and_the_next_one_is_not_blocked(
+    store: Store, undisturbed: dict[str, str], api: Api, started: Callable[..., Command], tmp_path: Path
+) -> None:
+    worker = started(api, tmp_path)
+    deployment = deploy(api, store.config, tmp_path)
+    flow_run = api.start(deployment)
+    worker.wait_until(store.in_the_middle)
+    worker.process.kill()
+    assert ends(api, flow_run) == ("COMPLETED", "2 adapters trained, 0 unchanged")
+    (manifest,) = store.runs.glob("*/manifest.json")
+    assert read_manifest(RunFolder(manifest.parent)).adapters == undisturbed
+    started(api, tmp_path)
+    kind, message = ends(api, api.start(deployment))
+    assert (kind, message.partition(":")[0]) == ("COMPLETED", "nothing to do")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_run_that_dies_together_with_its_prefect_worker_does_not_block_later_ones_for_ever(
+    store: Store, api: Api, started: Callable[..., Command], tmp_path: Path
+) -> None:
+    """Its slot is a lease of five minutes, which nobody renews any more."""
+    worker = started(api, tmp_path)
+    deployment = deploy(api, store.config, tmp_path)
+    flow_run = api.start(deployment)
+    worker.wait_until(store.in_the_middle)
+    worker.process.kill()
+    worker.kill("prefect.engine")
+    killed = time.monotonic()
+    started(api, tmp_path)
+    assert ends(api, api.start(deployment)) == ("CANCELLED", "Deployment concurrency limit reached.")
+    while (end := ends(api, api.start(deployment)))[0] == "CANCELLED":
+        assert time.monotonic() < killed + 360, "the slot is not free after six minutes"
+        time.sleep(15)
+    assert end == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert api.state(flow_run)["type"] == "RUNNING"  # nobody is left to say otherwise
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_survives_a_restart_of_the_prefect_server(config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path) -> None:
+    store = Store(tmp_path, config, PREFECT_API_URL=server.api.url)
+    command = store.start_in_the_middle()
+    flow_run = server.api.newest_flow_run("train-adapters")
+    server.kill()
+    time.sleep(10)
+    server.start()
+    ended = command.wait()
+    assert store.adapters(ended) == undisturbed
+    assert server.api.state(flow_run)["type"] == "COMPLETED"
+    assert {"score-table", "score-notes"} <= set(server.api.artifacts(flow_run))
+    print(server.api.task_states(flow_run), ended.err)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(400)
+def test_a_run_whose_prefect_server_never_comes_back_ends_with_one_message_and_its_work_is_kept(
+    config: Path, undisturbed: dict[str, str], server: Server, api: Api, tmp_path: Path
+) -> None:
+    store = Store(tmp_path, config, PREFECT_API_URL=server.api.url)
+    command = store.start_in_the_middle()
+    server.kill()
+    ended = command.wait(seconds=240)
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    print(ended.seconds, ended.err)
+    again = Store(tmp_path, config, PREFECT_API_URL=api.url).start().wait()
+    assert store.adapters(again) == undisturbed
+    assert "epoch" not in again.err
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_the_slot_of_a_run_outlives_a_restart_of_a_prefect_server_that_keeps_leases_in_files(
+    store: Store, started: Callable[..., Command], tmp_path: Path
+) -> None:
+    """Prefect's default keeps them in memory: it would end the run, which cannot renew its own, and never free the slot of a dead one."""
+    server = Server(tmp_path / "prefect", PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem")
+    server.start()
+    try:
+        api = server.api
+        worker = started(api, tmp_path)
+        deployment = deploy(api, store.config, tmp_path)
+        flow_run = api.start(deployment)
+        worker.wait_until(store.in_the_middle)
+        lease = api.state(flow_run)["state_details"]["deployment_concurrency_lease_id"]
+        server.kill()
+        time.sleep(10)
+        server.start()
+        api.post(f"/v2/concurrency_limits/leases/{lease}/renew", lease_duration=300)
+        assert ends(api, flow_run) == ("COMPLETED", "2 adapters trained, 0 unchanged")
+        assert ends(api, api.start(deployment))[0] == "COMPLETED"
+    finally:
+        server.kill()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_survives_a_locked_database(config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path) -> None:
+    """Locked by another process for 15 seconds, and again while the run ends."""
+    store = Store(tmp_path, config, PREFECT_API_URL=server.api.url)
+    command = store.start_in_the_middle()
+    flow_run = server.api.newest_flow_run("train-adapters")
+    with closing(sqlite3.connect(server.database, timeout=60, isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        time.sleep(15)
+        connection.execute("ROLLBACK")
+    ended = command.wait()
+    assert store.adapters(ended) == undisturbed
+    assert server.api.state(flow_run)["type"] == "COMPLETED"
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """Address of a PostgreSQL of the test's own, on loopback, that trusts whoever asks."""
+    debian = Path(os.sep, "usr", "lib", "postgresql")  # which keeps them off the PATH
+    programs = [path.parent for path in sorted(debian.glob("*/bin/initdb"))]
+    if not programs:
+        pytest.skip("no PostgreSQL server here; Debian's package postgresql has one")
+    # Not below tmp_path: the server refuses to run as root, and no other user may look into there.
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if user:
+            shutil.chown(folder, "postgres", "postgres")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        subprocess.run([programs[-1] / "initdb", "-D", "data", "-A", "trust", "-U", "prefect"], cwd=folder, check=True, **user)
+        command = [programs[-1] / "postgres", "-D", "data", "-h", "127.0.0.1", "-p", str(port), "-k", folder]
+        server = subprocess.Popen(command, cwd=folder, **user)
+        yield f"prefect@127.0.0.1:{port}/postgres"
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_with_postgresql_as_prefects_database(encoder_folder: Folders, postgres: str, tmp_path: Path) -> None:
+    tasks = [write_task(tmp_path / "data", "Topics", num_classes=3), write_task(tmp_path / "data", "Pairs", num_classes=2, seed=1)]
+    config = write_config(tmp_path / "config.toml", encoder_folder("bert"), tasks)
+    server = Server(tmp_path / "prefect", PREFECT_SERVER_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{postgres}")
+    server.start()
+    try:
+        ended = run("train", "--config", config, "--runs", "runs", cwd=tmp_path, PREFECT_API_URL=server.api.url)
+        assert ended.code == 0, ended.err
+        flow_run = server.api.newest_flow_run("train-adapters")
+        assert server.api.state(flow_run)["message"] == "2 adapters trained, 0 unchanged"
+        shown = server.api.artifacts(flow_run)
+        rows = json.loads(shown["score-table"])
+        assert [row["MTEB task"] for row in rows] == ["Topics", "Pairs", "Average"]
+        assert ended.run.name in shown["score-notes"]
+        assert not server.database.exists()
+    finally:
+        server.kill()

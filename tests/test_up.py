@@ -1,0 +1,218 @@
+"""`lorafleet up`: all of it answers, what is killed comes back, and stopping it stops exactly that."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import Command, eventually, run, write_config, write_task
+from prefect_server import Api
+
+Folders = Callable[[str], Path]
+
+
+def free_ports() -> int:
+    """The first of four that are free."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            for following in (port + 1, port + 2, port + 3):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", following))
+            return port
+
+
+class Up(Command):
+    """A running `lorafleet up`."""
+
+    def __init__(self, cwd: Path, *arguments: str) -> None:
+        self.port = free_ports()
+        self.api = Api(f"http://127.0.0.1:{self.port}/api")
+        self.reports = f"http://127.0.0.1:{self.port + 1}"
+        super().__init__("up", "--port", str(self.port), *arguments, cwd=cwd)
+
+    def told(self) -> str:
+        """What is on standard output so far."""
+        return self._out.read_text()
+
+    def wait_until_all_answer(self) -> None:
+        self.wait_until(lambda: "stop:" in self.told(), seconds=180)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    """Start `lorafleet up`; whatever a test leaves of it is killed."""
+    started: list[Up] = []
+
+    def up(*arguments: str) -> Up:
+        started.append(Up(tmp_path, *arguments))
+        return started[-1]
+
+    yield up
+    for command in started:
+        for process in command.family():
+            process.kill()
+        command.sweep()
+
+
+def get(url: str, **headers: str) -> tuple[int, bytes]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.timeout(280)
+def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start: Callable[..., Up], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "r1").mkdir(parents=True)
+    (tmp_path / "runs" / "r1" / "report.html").write_text("<p>a report</p>", encoding="utf-8")
+    up = start("--no-ray")
+    up.wait_until_all_answer()
+    assert f"Prefect UI: http://127.0.0.1:{up.port}\n" in up.told()
+    assert f"reports:    {up.reports}\n" in up.told()
+    assert b"<html" in get(f"http://127.0.0.1:{up.port}")[1]
+    assert get(f"{up.reports}/r1/report.html") == (200, b"<p>a report</p>")
+    (worker,) = up.api.post("/work_pools/lorafleet/workers/filter")
+    assert worker["status"] == "ONLINE"
+
+    again = run("up", "--no-ray", "--port", str(free_ports()), cwd=tmp_path)
+    assert (again.code, again.out, again.err.count("\n")) == (2, "", 1), again.err
+    assert "`lorafleet up` is there already" in again.err
+    elsewhere = run("up", "--no-ray", "--runs", "others", "--port", str(up.port), cwd=tmp_path)
+    assert (elsewhere.code, elsewhere.out, elsewhere.err.count("\n")) == (2, "", 1), elsewhere.err
+    assert f"port {up.port}" in elsewhere.err
+    assert "--port" in elsewhere.err
+    assert up.process.poll() is None
+
+    (server,) = up.family("server start")
+    server.kill()
+    eventually(lambda: [p for p in up.family("server start") if p != server] and up.api.answers(), seconds=60, what="the server is back")
+
+    up.process.send_signal(signal.SIGTERM)
+    ended = up.wait(seconds=60)
+    assert ended.code == 0, ended.err
+    assert ended.out.endswith("stopped\n")
+    assert up.left(seconds=1) == []
+    assert not any(answers(port) for port in range(up.port, up.port + 4))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(120)
+def test_a_program_that_does_not_start_is_named_with_its_reason(start: Callable[..., Up], tmp_path: Path) -> None:
+    (tmp_path / "runs" / ".up" / "prefect").mkdir(parents=True)
+    (tmp_path / "runs" / ".up" / "prefect" / "prefect.db").write_text("this is not a database " * 100, encoding="utf-8")
+    ended = start("--no-ray").wait(seconds=100)
+    assert (ended.code, ended.out) == (1, "")
+    assert "prefect-server does not start: " in ended.err
+    assert "not a database" in ended.err
+
+
+def test_a_run_store_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file", encoding="utf-8")
+    ended = run("up", cwd=tmp_path)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "run store runs" in ended.err
+
+
+def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> None:
+    store = tmp_path / "runs"
+    shown = {"r/report.html": "text/html", "r/a.json": "application/json", "r/README.md": "text/plain", "history.html": "text/html"}
+    hidden = ["r/adapter.safetensors", "r/config.toml", ".up/prefect.json", "r/.work/a.json", "r/head.pt"]
+    for name in (*shown, *hidden):
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_text(name, encoding="utf-8")
+    (tmp_path / "outside.json").write_text("secret", encoding="utf-8")
+    (store / "r" / "link.json").symlink_to(tmp_path / "outside.json")
+    (store / "r" / "into.json").symlink_to(store / ".up" / "prefect.json")
+    port = free_ports()
+    server = subprocess.Popen([sys.executable, "-P", "-m", "tasks.reports", str(store), str(port)], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: answers(port), seconds=30, what="the reports answer")
+        url = f"http://127.0.0.1:{port}"
+        for name in shown:
+            assert get(f"{url}/{name}?version=1") == (200, name.encode())
+        assert get(url) == (200, b"history.html")
+        away = ["r/link.json", "r/into.json", "../outside.json", "r/%2e%2e/%2e%2e/outside.json", "r", "nothing.html", "r/%00.html"]
+        for name in [*hidden, *away]:
+            assert get(f"{url}/{name}")[0] == 404, name
+        assert get(f"{url}/r/report.html", Host="evil.example")[0] == 404
+        assert get(f"{url}/r/report.html", Host=f"localhost:{port}")[0] == 200
+        assert [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN] == ["127.0.0.1"]
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_stopped(
+    start: Callable[..., Up], encoder_folder: Folders, tmp_path: Path
+) -> None:
+    up, other = start(), start("--runs", "other")
+    up.wait_until_all_answer()
+    other.wait_until_all_answer()
+    listening = [c.laddr for process in up.family() for c in connections(process) if c.status == psutil.CONN_LISTEN]
+    assert {address.port for address in listening} >= {up.port, up.port + 1, up.port + 2}
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+    task = write_task(tmp_path / "data", "Topics")
+    write_config(tmp_path / "config.toml", encoder_folder("bert"), [task], evaluate={"columns": ["frozen_full_data", "head"]})
+    text = SCHEDULE.format(name="often")
+    (tmp_path / "schedules.yaml").write_text(text, encoding="utf-8")
+    deployed = run("deploy", "--file", "schedules.yaml", cwd=tmp_path, PREFECT_API_URL=up.api.url)
+    assert deployed.code == 0, deployed.err
+    deployment = up.api.get("/deployments/name/train-adapters/often")["id"]
+
+    def done() -> list[str]:
+        runs = up.api.post("/flow_runs/filter", deployments={"id": {"any_": [deployment]}}, sort="START_TIME_ASC")
+        return [run["state"]["message"] for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
+
+    up.wait_until(lambda: up.family("ray::Worker"), seconds=120)
+    assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
+
+    up.process.send_signal(signal.SIGINT)
+    ended = up.wait(seconds=120)
+    assert ended.code == 0, ended.err
+    assert up.left(seconds=1) == []
+    assert other.process.poll() is None
+    assert other.api.answers()
+    assert answers(other.port + 2)
+
+    other.process.kill()  # it cannot even hear that
+    eventually(lambda: not other.family(), seconds=90, what="nothing is left of it")
+
+
+SCHEDULE = """
+pull: []
+deployments:
+  - name: {name}
+    entrypoint: flows.train_adapters.train_adapters
+    tags: [lorafleet]
+    parameters: {{config: config.toml, runs: runs}}
+    schedules: [{{interval: 20}}]
+    concurrency_limit: {{limit: 1, collision_strategy: CANCEL_NEW}}
+    work_pool: {{name: lorafleet, job_variables: {{command: python -P -m prefect.engine, working_dir: "{{{{ $PWD }}}}"}}}}
+"""
+
+
+def connections(process: psutil.Process) -> list[psutil._common.pconn]:
+    with contextlib.suppress(psutil.Error):
+        return process.net_connections(kind="tcp")
+    return []

@@ -1,0 +1,78 @@
+"""Trainings that are long enough to be disturbed, and what they come to if nothing does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from commands import Command, Ended, epochs_done, write_config, write_task
+
+from pipeline.config import load_config
+from pipeline.encoder import choose_runtime
+from pipeline.job import TaskJob, job_spec
+from pipeline.manifest import read_manifest
+from pipeline.preflight import preflight
+from pipeline.records import TaskResult
+from pipeline.run_folder import RunFolder, read_record
+
+
+def write_training(folder: Path, encoder: Path, *names: str, epochs: int) -> Path:
+    """A config with ``Quick``, which is finished in no time, and MTEB tasks that train for some seconds after it."""
+    tasks = [write_task(folder, "Quick", num_train=60, seed=3) | {"max_epochs": 1}]
+    tasks += [write_task(folder, name, num_train=800, seed=4 + number) | {"max_epochs": epochs} for number, name in enumerate(names)]
+    train = {"batch_size": 2, "patience": epochs, "learning_rate": 0.002}
+    return write_config(folder / "config.toml", encoder, tasks, train=train, evaluate={"columns": ["frozen_full_data", "head"]})
+
+
+def train_undisturbed(config: Path, runs: Path) -> dict[str, str]:
+    """MTEB task -> sha256 of its adapter, trained here without Prefect, without Ray and without a fault."""
+    values = load_config(str(config))
+    plan = preflight(values, choose_runtime(values.train, threads=1, use_gpu=False))
+    specs = {planned.mteb_task.name: job_spec(plan, planned, run_id="undisturbed", runs=runs) for planned in plan.tasks}
+    return {name: TaskJob(spec).train(lambda row: None, lambda progress: None).sha256 for name, spec in specs.items()}
+
+
+class Store:
+    """A run store, and ``lorafleet train`` on it, as often as it takes."""
+
+    def __init__(self, cwd: Path, config: Path, **environment: str) -> None:
+        self.cwd, self.config, self._environment = cwd, config, environment
+        self.runs = cwd / "runs"
+
+    def start(self, *arguments: str) -> Command:
+        """``lorafleet train``."""
+        return Command("train", "--config", self.config, "--runs", "runs", *arguments, cwd=self.cwd, **self._environment)
+
+    def start_in_the_middle(self) -> Command:
+        """Start, and come back once ``Quick`` is finished and each of the others is in the middle of an epoch, the first one done."""
+        command = self.start()
+        command.wait_until(self.in_the_middle)
+        return command
+
+    def in_the_middle(self) -> bool:
+        """Whether ``Quick`` is finished and each of the others has one epoch behind it."""
+        num_long = len(load_config(str(self.config)).mteb_tasks) - 1
+        done = epochs_done(self.runs)
+        return bool(self.quick_results()) and len(done) == num_long and min(done.values()) >= 1
+
+    def quick_results(self) -> list[Path]:
+        """Where the MTEB task that is finished first left its result."""
+        return list(self.runs.glob("*/Quick/result.json"))
+
+    def adapters(self, ended: Ended) -> dict[str, str]:
+        """sha256 of what the run holds."""
+        assert ended.code == 0, ended.err
+        return read_manifest(RunFolder(self.cwd / ended.run)).adapters
+
+    def origins(self, ended: Ended) -> dict[str, str]:
+        """Which MTEB tasks were taken over, and from where."""
+        return read_manifest(RunFolder(self.cwd / ended.run)).reused
+
+    def epochs(self, ended: Ended, name: str) -> list[int]:
+        """All that the training of one MTEB task consists of, in order."""
+        return [row.epoch for row in read_record(RunFolder(self.cwd / ended.run).task(name).result, TaskResult).epochs]
+
+
+def epochs_told(log: str, name: str) -> list[int]:
+    """The epochs of one MTEB task that a command told of, in order; one that it did again is there twice."""
+    return [int(number) for number in re.findall(rf"{name}: epoch (\d+):", log)]
