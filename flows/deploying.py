@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from zoneinfo import ZoneInfo
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-from prefect.exceptions import MissingFlowError, ObjectNotFound, PrefectHTTPStatusError
-from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.flows import Flow
 from prefect.server.schemas import schedules as server_schedules
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from prefect.utilities.schema_tools.validation import ValidationError as ParameterError
@@ -77,10 +78,16 @@ def deploy(
 
 
 def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
+    """By ourselves: Prefect would look into the working folder first, which may hold a tasks.py of its own."""
+    module, _, name = entry.entrypoint.rpartition(".")
+    where = f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}"
     try:
-        return load_flow_from_entrypoint(entry.entrypoint, use_placeholder_flow=False)
-    except (MissingFlowError, ImportError, ValueError) as error:
-        raise InputError(f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}: {str(error).strip()}") from None
+        flow = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{where}: cannot be imported: {error}; expected module.flow") from None
+    if not isinstance(flow, Flow):
+        raise InputError(f"{where}: {name} is not a flow of {module}; expected module.flow")
+    return flow
 
 
 def _chosen(

@@ -105,7 +105,7 @@ def test_our_file_is_registered_as_it_is_written_and_again_changes_nothing(api: 
             k: written[k] for k in ("entrypoint", "description", "tags", "parameters")
         }
         assert deployment["work_pool_name"] == "lorafleet"
-        assert deployment["job_variables"] == {"command": "python -P -m prefect.engine", "working_dir": str(project)}
+        assert deployment["job_variables"] == {"command": "python -P -m flows.scheduled", "working_dir": str(project)}
         assert deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
         assert line.endswith(f"{api.url.removesuffix('/api')}/deployments/deployment/{deployment['id']}")
@@ -323,7 +323,7 @@ def worker(api: Api, project: Path) -> Iterator[Command]:
 
 def stopped(worker: Command) -> bool:
     """Whether the process of a flow run is there; it does not go on."""
-    for process in worker.family("prefect.engine"):
+    for process in worker.family("flows.scheduled"):
         process.send_signal(signal.SIGSTOP)
         return True
     return False
@@ -350,7 +350,7 @@ def test_a_run_that_overlaps_is_cancelled_and_one_that_fails_is_told_of(
     assert api.state(first)["type"] == "RUNNING"
     assert "concurrency limit" in api.state(second)["message"]
 
-    for process in worker.family("prefect.engine"):
+    for process in worker.family("flows.scheduled"):
         process.send_signal(signal.SIGCONT)
     eventually(lambda: api.state(first)["type"] == "FAILED", seconds=60, what="the first run fails")
     message = api.state(first)["message"]

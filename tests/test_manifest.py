@@ -13,8 +13,17 @@ import pipeline
 from pipeline import manifest as manifest_module
 from pipeline.config import RunConfig, validate_config
 from pipeline.errors import DataError
-from pipeline.manifest import RunManifest, find_finished, read_manifest, sources_sha256, task_key, write_manifest
-from pipeline.records import EncoderRef, MtebTask, Runtime
+from pipeline.manifest import (
+    RunManifest,
+    find_finished,
+    find_unchanged,
+    latest_results,
+    read_manifest,
+    sources_sha256,
+    task_key,
+    write_manifest,
+)
+from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
 from pipeline.run_folder import RunFolder
 
 TASK = MtebTask(name="Topics", source="parquet", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
@@ -158,3 +167,50 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_not_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a finished run"):
         read_manifest(RunFolder(tmp_path))
+
+
+# --- nothing to do ---
+
+
+def test_the_newest_run_of_these_tasks_is_unchanged_if_it_holds_exactly_them_for_these_keys(tmp_path: Path) -> None:
+    for name, tasks in (("20260101", ["Topics", "Pairs"]), ("20260102", ["Topics", "Pairs"]), ("20260103", ["Else"])):
+        finished_run(tmp_path / name, [task_result(task) for task in tasks], run_id=name)
+    found = find_unchanged(tmp_path, {"Topics": KEY, "Pairs": KEY})
+    assert found is not None
+    assert found.root.name == "20260102"
+    assert find_unchanged(tmp_path, {"Topics": KEY}) is None  # a run of fewer tasks has another table
+    assert find_unchanged(tmp_path, {"Topics": KEY, "Pairs": "e" * 64}) is None
+    assert find_unchanged(tmp_path, {"Nobody": KEY}) is None
+
+
+def test_an_older_run_of_the_same_inputs_does_not_count_once_they_were_others(tmp_path: Path) -> None:
+    """Data that were changed and changed back: what is published by now came from the run between."""
+    finished_run(tmp_path / "20260101", [task_result("Topics")])
+    between = finished_run(tmp_path / "20260102", [task_result("Topics")])
+    path = between.task("Topics").result
+    path.write_text(path.read_text(encoding="utf-8").replace(KEY, "e" * 64), encoding="utf-8")
+    assert find_unchanged(tmp_path, {"Topics": KEY}) is None
+
+
+@pytest.mark.parametrize("file", ["labels.json", "head.safetensors", "result.json"])
+def test_a_damaged_run_is_not_unchanged(file: str, tmp_path: Path) -> None:
+    finished_run(tmp_path / "20260101", [task_result("Topics")])
+    (tmp_path / "20260101" / "Topics" / file).unlink()
+    assert find_unchanged(tmp_path, {"Topics": KEY}) is None
+
+
+def test_a_run_with_a_failure_is_not_unchanged(tmp_path: Path) -> None:
+    failure = Failure(mteb_task="Pairs", stage="train", reason="killed")
+    finished_run(tmp_path / "20260101", [task_result("Topics")], failures=[failure])
+    assert find_unchanged(tmp_path, {"Topics": KEY}) is None
+    assert find_unchanged(tmp_path, {"Topics": KEY, "Pairs": KEY}) is None
+
+
+def test_what_is_known_of_a_task_is_that_of_its_newest_finished_run(tmp_path: Path) -> None:
+    for name, tasks in (("20260101", ["Topics", "Pairs"]), ("20260102", ["Topics"]), ("20260103", ["Topics"])):
+        finished_run(tmp_path / name, [changed(task_result(task), run_id=name) for task in tasks], run_id=name)
+    (tmp_path / "20260103" / "manifest.json").unlink()
+    assert {name: result.run_id for name, result in latest_results(tmp_path, ["Topics", "Pairs", "None"]).items()} == {
+        "Topics": "20260102",
+        "Pairs": "20260101",
+    }

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
 
-from pipeline.adapter import Adapter, HeadStart
+from pipeline.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, IntArray, find_encoder
-from pipeline.errors import LorafleetError, ResumeError
+from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
+from pipeline.run_folder import TaskFolder
 from pipeline.training import LabelledTokens, Training, accuracy, epoch_batches, train_adapter
 
 Folders = Callable[[str], Path]
@@ -49,6 +50,7 @@ def train(
     label_names: tuple[str, ...] = LABELS,
     adapter_config: AdapterConfig | None = None,
     head_start: HeadStart | None = None,
+    warm_start: TaskFolder | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] = ignore,
     on_progress: Callable[[Progress], None] = ignore,
@@ -64,6 +66,7 @@ def train(
         train_config=TrainConfig(**SETTINGS | settings),
         max_epochs=max_epochs,
         head_start=head_start,
+        warm_start=warm_start,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
         on_progress=on_progress,
@@ -442,3 +445,56 @@ def test_batches_hold_texts_of_like_length_in_an_order_that_is_not_by_length(len
 def test_which_texts_meet_changes_from_epoch_to_epoch(lengths: IntArray) -> None:
     first, second = ({frozenset(b.tolist()) for b in epoch(lengths, seed=seed)} for seed in (0, 1))
     assert len(first & second) < 0.1 * len(first)
+
+
+# --- going on from a published adapter ---
+
+
+@pytest.fixture(scope="module")
+def published(undisturbed: Training, tmp_path_factory: pytest.TempPathFactory) -> TaskFolder:
+    """What the undisturbed training left."""
+    folder = TaskFolder(tmp_path_factory.mktemp("published"))
+    save_adapter(undisturbed.adapter, folder, meta={})
+    return folder
+
+
+def test_a_warm_start_begins_with_the_published_weights(published: TaskFolder, undisturbed: Training, bert: Encoder) -> None:
+    adapter = Adapter(bert, AdapterConfig(), LABELS, seed=5)
+    adapter.start_from(published)
+    assert [p.detach().tolist() for p in adapter.parameters] == [p.detach().tolist() for p in undisturbed.adapter.parameters]
+
+
+def test_the_heads_rows_follow_their_labels_and_a_new_label_keeps_its_own_start(
+    published: TaskFolder, undisturbed: Training, bert: Encoder
+) -> None:
+    names = ("garden", "desert", "sea")
+    adapter = Adapter(bert, AdapterConfig(), names)
+    fresh = adapter.head[1].weight.detach().clone()
+    adapter.start_from(published)
+    weight, before = adapter.head[1].weight.detach(), undisturbed.adapter.head[1].weight.detach()
+    assert weight[0].tolist() == before[LABELS.index("garden")].tolist()
+    assert weight[1].tolist() == fresh[1].tolist()
+    assert weight[2].tolist() == before[LABELS.index("sea")].tolist()
+
+
+def test_the_score_at_the_start_is_that_of_the_published_adapter(
+    published: TaskFolder, undisturbed: Training, encoder_folder: Folders
+) -> None:
+    warm = train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1)
+    assert warm.start_score == undisturbed.epochs[undisturbed.best_epoch - 1].validation_accuracy
+    assert undisturbed.start_score is None
+
+
+def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_first_score(
+    published: TaskFolder, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    whole = train(load_encoder(encoder_folder("bert")), warm_start=published)
+    with pytest.raises(Stop):
+        train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c", on_epoch=stop_after(2))
+    resumed = train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c")
+    assert (bits(resumed), resumed.start_score) == (bits(whole), whole.start_score)
+
+
+def test_an_adapter_of_another_rank_cannot_be_started_from(published: TaskFolder, bert: Encoder) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be started from: .*lora_A\.weight: expected shape"):
+        Adapter(bert, AdapterConfig(rank=4), LABELS).start_from(published)

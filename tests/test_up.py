@@ -208,7 +208,7 @@ deployments:
     parameters: {{config: config.toml, runs: runs}}
     schedules: [{{interval: 20}}]
     concurrency_limit: {{limit: 1, collision_strategy: CANCEL_NEW}}
-    work_pool: {{name: lorafleet, job_variables: {{command: python -P -m prefect.engine, working_dir: "{{{{ $PWD }}}}"}}}}
+    work_pool: {{name: lorafleet, job_variables: {{command: python -P -m flows.scheduled, working_dir: "{{{{ $PWD }}}}"}}}}
 """
 
 

@@ -1,0 +1,15 @@
+"""What a Prefect worker runs for a deployment: ``python -P -m flows.scheduled``, which is Prefect's engine with our flows imported.
+
+Prefect imports a flow with the working folder first on ``sys.path``; there a ``tasks.py`` of the user's would be taken for ours.
+"""
+
+from __future__ import annotations
+
+import runpy
+
+import flows.classify_datasets
+import flows.publish_adapters
+import flows.train_adapters  # noqa: F401
+
+if __name__ == "__main__":
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
