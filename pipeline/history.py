@@ -163,6 +163,11 @@ def changed_test_data(scores: Sequence[ScoreRow]) -> frozenset[tuple[str, str]]:
     return frozenset(changed)
 
 
+def shares_of(point: Point) -> dict[str, float]:
+    """Label -> its share of train; empty where they are not known."""
+    return {row.label: row.share for row in point.facts.label_shares} if point.facts is not None else {}
+
+
 def label_drift(before: MtebTaskRow, now: MtebTaskRow) -> Drift:
     """How the labels of train moved between two runs that know them."""
     old, new = ({row.label: row.share for row in facts.label_shares} for facts in (before, now))
@@ -172,7 +177,7 @@ def label_drift(before: MtebTaskRow, now: MtebTaskRow) -> Drift:
 
 def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
     """The labels whose share of train spans the widest range over the runs, widest first; an absent label's share is 0."""
-    shares = [{row.label: row.share for row in point.facts.label_shares} for point in points if point.facts and point.facts.label_shares]
+    shares = [shares for shares in map(shares_of, points) if shares]
     spans = {}
     for label in {label for of_run in shares for label in of_run}:
         values = [of_run.get(label, 0.0) for of_run in shares]
@@ -187,7 +192,7 @@ def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Seque
         manifest = read_manifest(folder)
     origins = {row.mteb_task: row.reused_from for row in scores}
     own = [row for row in tasks if row.reused_from is None]
-    times = [row.created_at for row in (*tasks, *scores)] if manifest is None else [manifest.created_at]
+    times = [*(row.created_at for row in tasks), *(row.created_at for row in scores)] if manifest is None else [manifest.created_at]
     return RunFacts(
         run_id=run_id,
         created_at=max(times, default=None),

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.history import Point, TaskHistory, most_moved_labels
+from pipeline.history import Point, TaskHistory, most_moved_labels, shares_of
 from pipeline.page import ADAPTED, BAD, FROZEN, INK, PAGE_WIDTH, PAPER, SERIES, STYLE, inline_svg, shorten
 from pipeline.records import Column, ScoreRow
 
@@ -132,7 +132,7 @@ def _draw_seconds(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
-    known = [(place, {row.label: row.share for row in point.facts.label_shares}) for place, point in _with_labels(every)]
+    known = _known_shares(every)
     if not known:
         _say(axes, "not recorded")
         return
@@ -150,7 +150,7 @@ def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
 def _draw_variation(axes: Axes, every: Sequence[Point]) -> None:
     known = [(place, 100 * point.drift.total_variation) for place, point in enumerate(every) if point.drift is not None]
     if not known:
-        _say(axes, "from the second run on" if len(_with_labels(every)) == 1 else "not recorded")
+        _say(axes, "from the second run on" if len(_known_shares(every)) == 1 else "not recorded")
         return
     axes.bar([place for place, _ in known], [moved for _, moved in known], width=0.6, color=FROZEN)
     axes.set_ylim(0, max(1.0, *(1.1 * moved for _, moved in known)))
@@ -204,8 +204,8 @@ def _say(axes: Axes, text: str) -> None:
     axes.set_yticks([])
 
 
-def _with_labels(every: Sequence[Point]) -> list[tuple[int, Point]]:
-    return [(place, point) for place, point in enumerate(every) if point.facts is not None and point.facts.label_shares]
+def _known_shares(every: Sequence[Point]) -> list[tuple[int, dict[str, float]]]:
+    return [(place, shares) for place, shares in enumerate(map(shares_of, every)) if shares]
 
 
 def _for_legend(label: str) -> str:

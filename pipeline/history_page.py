@@ -120,11 +120,13 @@ def _newest(task: TaskHistory) -> str:
         parts.append(f"head {percent(head.accuracy)} ({percent(head.low)}–{percent(head.high)})")
         if now.test_changed:
             parts.append("on other test data than the run before")
+        elif now.reused_from is not None:
+            parts.append(f"taken over from run {now.reused_from}")
         elif before is not None and "head" in before.scores:
             parts.append(f"{points(head.accuracy - before.scores['head'].accuracy)} to the run before")
     if now.facts is not None:
         parts.append(f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes")
-    return ", ".join(parts)
+    return f"newest of {len(task.points)}, {now.when:%Y-%m-%d}: {', '.join(parts)}"
 
 
 def _changes(task: TaskHistory) -> Iterator[str]:

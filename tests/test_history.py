@@ -418,7 +418,7 @@ def test_one_run_has_a_page_that_promises_nothing() -> None:
     (figure,) = figures(page)
     assert "from the second run on" in texts(figure)
     assert "test data changed" not in texts(figure)
-    assert "newest run: head 90.0 (88.0–91.8), 4,500 training and 500 test texts, 2 classes" in parse(page).text
+    assert "newest of 1, 2026-03-02: head 90.0 (88.0–91.8), 4,500 training and 500 test texts, 2 classes" in parse(page).text
 
 
 def test_runs_of_an_older_version_show_their_scores_and_that_the_rest_was_not_recorded() -> None:
@@ -431,6 +431,7 @@ def test_the_newest_score_is_compared_with_the_run_before_only_on_the_same_test_
     same, other = scores(1, head=0.912), scores(1, head=0.912, sha256="b" * 64)
     assert "+1.2 to the run before" in page_of(one_task([*scores(0), *same]))
     assert "on other test data than the run before" in page_of(one_task([*scores(0), *other]))
+    assert f"taken over from run {run_name(0)}" in page_of(one_task([*scores(0), *scores(1, reused_from=0)]))
 
 
 def test_equal_stores_give_equal_bytes(tmp_path: Path) -> None:
