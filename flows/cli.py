@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -338,19 +338,34 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
 
 
 def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
+    import httpx
+
     from tasks.board import BOARD
 
     server.ready()
+    logging.getLogger("prefect.events.clients").setLevel(logging.ERROR)  # it warns of each event that a server which is away does not take
     for runs in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(runs).addFilter(_says_something)
-    with BOARD.live():
-        state = flow()
+    try:
+        with BOARD.live():
+            state = flow()
+    except httpx.HTTPError as error:
+        _leave_without_server(server, error)
     if state.is_cancelled():
         raise KeyboardInterrupt
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
+
+
+def _leave_without_server(server: PrefectServer, error: Exception) -> NoReturn:
+    """Exit at once: Prefect would wait for seven seconds with each event that the server did not take, and there may be hundreds."""
+    where = f"the Prefect server at {os.environ['PREFECT_API_URL']}"
+    click.echo(f"error: {where} does not answer: {error}; what was finished is kept, start again when it does", err=True)
+    server.stop()
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _bulk_request(given: dict[str, Any]) -> BulkRequest:
@@ -413,6 +428,8 @@ def _print_summary(summary: BulkSummary) -> None:
 
 def _says_something(record: logging.LogRecord) -> bool:
     """Prefect ends every run with a line of its own; what came of a stage is said by the stage, and of the flow by the command."""
+    if record.exc_info and type(record.exc_info[1]).__module__.startswith("httpx"):
+        return False  # the flow's end that could not be reported, as a traceback
     end = "Finished in state" if record.name == "prefect.flow_runs" else "Finished in state Completed"
     return not record.getMessage().startswith(end)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.bulk_job import finish, forget_attempts
@@ -21,7 +20,7 @@ from pipeline.storage import store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
 from tasks.fleet import Fleet
-from tasks.progress import ProgressArtifact
+from tasks.progress import ProgressArtifact, create_markdown_artifact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +32,7 @@ _LOG_SECONDS = 15.0
 _BLOCK_BYTES = 1024**2
 
 
-@task(name="plan", cache_policy=NO_CACHE)
+@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     """Check input, adapters, encoder and output before anything starts; returns what is wrong, as ``check_inputs`` does."""
     from pipeline.bulk_plan import plan_bulk
@@ -49,7 +48,7 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     return plan
 
 
-@task(name="label units", cache_policy=NO_CACHE)
+@task(name="label units", task_run_name="label units", cache_policy=NO_CACHE)
 def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
     """Label what is missing; returns the receipts and the seconds of labelling, or why the job cannot go on."""
     receipts: list[Receipt] = []
@@ -68,7 +67,7 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
     return receipts, progress.seconds
 
 
-@task(name="finish", cache_policy=NO_CACHE)
+@task(name="finish", task_run_name="finish", cache_policy=NO_CACHE)
 def finish_job(
     plan: BulkPlan, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
 ) -> tuple[BulkSummary, tuple[UnitFailure, ...]] | LorafleetError:

@@ -1,14 +1,20 @@
-"""A progress bar in the Prefect UI."""
+"""What the Prefect UI shows of a run besides its states: a progress bar, tables, texts and links. A run never fails for them."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect import artifacts, get_run_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 _SECONDS = 2.0
+_gone = threading.Event()
 
 
 class ProgressArtifact:
@@ -19,6 +25,7 @@ class ProgressArtifact:
         self._key = key
         self._artifact: UUID | None = None
         self._shown = 0.0
+        self._answers = True
 
     def show(self, percent: float, facts: str) -> None:
         """Replace the bar and the line below it; the end is always shown."""
@@ -27,11 +34,43 @@ class ProgressArtifact:
             return
         self._shown = now
         try:
-            if self._artifact is None:
-                made = create_progress_artifact(progress=percent, key=self._key, description=facts)
-                assert isinstance(made, UUID)
-                self._artifact = made
-            else:
-                update_progress_artifact(artifact_id=self._artifact, progress=percent, description=facts)
+            with _impatient():  # the next bar is two seconds away, and who waits here hears nothing of the worker
+                self._send(percent, facts)
+            self._answers = True
         except Exception as error:  # noqa: BLE001 - whatever the client raises
-            get_run_logger().warning("no progress artifact: %s", error)
+            if self._answers:
+                get_run_logger().warning("no progress artifact: the Prefect server does not answer: %s", error)
+            self._answers = False
+
+    def _send(self, percent: float, facts: str) -> None:
+        if self._artifact is None:
+            made = artifacts.create_progress_artifact(progress=percent, key=self._key, description=facts)
+            assert isinstance(made, UUID)
+            self._artifact = made
+        else:
+            artifacts.update_progress_artifact(artifact_id=self._artifact, progress=percent, description=facts)
+
+
+def _harmless(create: Callable[..., Any]) -> Callable[..., None]:
+    """The same, where a failure is a warning. Prefect's client tries for a minute; who is gone then is not waited for a second time."""
+
+    @wraps(create)
+    def create_or_warn(*args: Any, key: str, **content: Any) -> None:
+        try:
+            with _impatient() if _gone.is_set() else nullcontext():
+                create(*args, key=key, **content)
+            _gone.clear()
+        except Exception as error:  # noqa: BLE001 - whatever the client raises
+            get_run_logger().warning("no artifact %r: the Prefect server does not answer: %s", key, error)
+            _gone.set()
+
+    return create_or_warn
+
+
+def _impatient() -> AbstractContextManager[Any]:
+    return temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+
+
+create_table_artifact = _harmless(artifacts.create_table_artifact)
+create_markdown_artifact = _harmless(artifacts.create_markdown_artifact)
+create_link_artifact = _harmless(artifacts.create_link_artifact)

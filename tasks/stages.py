@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
@@ -40,7 +39,7 @@ from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
-from tasks.progress import ProgressArtifact
+from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 REPORTS_URL = "LORAFLEET_REPORTS_URL"
 """Variable of the environment: the address under which the run store is served, if it is."""
@@ -57,7 +56,7 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
     return stage.with_options(retries=compute.retries, retry_delay_seconds=delays or 0, retry_condition_fn=_died)
 
 
-@task(name="preflight", cache_policy=NO_CACHE)
+@task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
 def check_inputs(config: RunConfig, runtime: Runtime, runs: Path) -> Plan | LorafleetError:
     """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback.
 
@@ -81,13 +80,13 @@ def check_inputs(config: RunConfig, runtime: Runtime, runs: Path) -> Plan | Lora
     return plan
 
 
-@task(name="find unchanged", cache_policy=NO_CACHE)
+@task(name="find unchanged", task_run_name="find unchanged", cache_policy=NO_CACHE)
 def find_unchanged(plan: Plan, runs: Path) -> RunFolder | None:
     """The newest run, if it was made from these very inputs."""
     return find_unchanged_run(runs, {planned.mteb_task.name: planned.key for planned in plan.tasks})
 
 
-@task(name="reuse", cache_policy=NO_CACHE)
+@task(name="reuse", task_run_name="reuse", cache_policy=NO_CACHE)
 def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
     """Take over what an earlier run has finished for the same inputs."""
     found = find_finished(runs, {planned.key for planned in plan.tasks})
@@ -133,7 +132,9 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
 def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
     """A worker trains its adapter; epochs go to the log, steps to a progress artifact."""
     BOARD.show(name, "train")
-    adapter: AdapterRef = worker.call("train", on_event=_Report(name), timeout_seconds=timeout_seconds)
+    report = _Report(name)
+    adapter: AdapterRef = worker.call("train", on_event=report, timeout_seconds=timeout_seconds)
+    report.trained()
     return adapter
 
 
@@ -156,7 +157,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
     return result
 
 
-@task(name="collect", cache_policy=NO_CACHE)
+@task(name="collect", task_run_name="collect", cache_policy=NO_CACHE)
 def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
@@ -164,9 +165,12 @@ def collect(
     before = latest_results(folder.root.parent, [result.mteb_task.name for result in results])  # this run has no manifest yet
     summary, corrected = files.collect(plan, results, failures, run_id=run_id, folder=folder)
     table = score_table(summary, corrected)
-    rows = [{h: cell.text for h, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)} for line in table.lines]
-    for row, result in zip(rows, corrected, strict=True):
-        row["Own head, since the run before"] = head_change(result, before.get(result.mteb_task.name))
+    rows = []
+    for line, result in zip(table.lines, corrected, strict=True):
+        cells = {heading: cell.text for heading, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)}
+        name, head = SCORE_HEADINGS[0], "LoRA, own head"
+        change = head_change(result, before.get(result.mteb_task.name))
+        rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)  # what a laptop shows first
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
     facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
     facts += [f"- {result.mteb_task.name}: {said_of_warm_start(result)}" for result in corrected if result.warm_start]
@@ -181,7 +185,7 @@ def _report_url(folder: RunFolder) -> str:
     return f"{served.rstrip('/')}/{folder.root.name}/{folder.report.name}" if served else folder.report.resolve().as_uri()
 
 
-@task(name="publish", cache_policy=NO_CACHE)
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
 def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetError:
     """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
     assert config.to is not None
@@ -231,7 +235,7 @@ def _hub_token(block: str | None) -> Iterator[None]:
             os.environ["HF_TOKEN"] = before
 
 
-@task(name="manifest", cache_policy=NO_CACHE)
+@task(name="manifest", task_run_name="manifest", cache_policy=NO_CACHE)
 def finish_run(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder, seconds: float
 ) -> RunManifest:
@@ -268,6 +272,10 @@ class _Report:
         done = 100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps)
         BOARD.show(self._name, "train", facts, percent=done)
         self._artifact.show(done, f"{self._name}: {facts}")
+
+    def trained(self) -> None:
+        """The bar's end: between two looks the worker has gone further than was last shown, and patience may have stopped it before."""
+        self._artifact.show(100, f"{self._name}: trained")
 
 
 def _artifact_key(name: str) -> str:

@@ -93,6 +93,10 @@ class Command:
                     self._known.add(process)
         return sorted((p for p in self._known if _lives(p, titles)), key=lambda p: p.pid != self.process.pid)
 
+    def log(self) -> str:
+        """What it has said on standard error so far."""
+        return self._err.read_text()
+
     def kill(self, *titles: str) -> None:
         """``kill -9`` of those whose command line holds one of the titles."""
         victims = self.family(*titles)

@@ -123,10 +123,13 @@ def test_our_file_is_registered_as_it_is_written_and_again_changes_nothing(api: 
 
 
 def test_prefect_itself_registers_the_same_from_our_file(api: Api, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = project / "clean"  # Prefect would take the user's flows.py for ours
+    clean.mkdir()
+    monkeypatch.chdir(clean)
     deploy()
     ours = [api.get(f"/deployments/name/{name}") for name in NAMES]
     program = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(FILE)]
-    subprocess.run(program, cwd=project, env=os.environ | {"PWD": str(project)}, capture_output=True, check=True)
+    subprocess.run(program, cwd=clean, env=os.environ | {"PWD": str(clean)}, capture_output=True, check=True)
     same = ("id", "entrypoint", "description", "tags", "parameters", "parameter_openapi_schema", "job_variables", "pull_steps")
     same = (*same, "work_pool_name", "concurrency_options", "enforce_parameter_schema", "paused")
     for name, deployment in zip(NAMES, ours, strict=True):
@@ -189,12 +192,16 @@ def test_a_name_chooses_one_deployment_of_the_file(name: str, api: Api, project:
 # --- faults ---
 
 
-def test_without_a_server_one_message_names_the_command_that_starts_one(tmp_path: Path) -> None:
-    ended = run("deploy", "--name", "weekly", cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.count("\n") == 1
-    assert "http://127.0.0.1:9/api" in ended.err
-    assert "lorafleet up" in ended.err
+def test_without_a_server_one_message_names_the_command_that_starts_one(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with pytest.raises(SystemExit) as end:
+        main(["deploy", "--name", "weekly"])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in err
+    assert "`lorafleet up`" in err
 
 
 @pytest.mark.parametrize(

@@ -404,7 +404,7 @@ def test_a_new_label_is_named_before_training_and_reaches_the_gate(next_week: Ne
 
 
 def test_the_score_table_names_the_change_since_the_run_before(next_week: NextWeek, prefect_api: str) -> None:
-    rows = {row["MTEB task"]: row["Own head, since the run before"] for row in _artifact(prefect_api, "score-table", next_week.root)}
+    rows = {row["MTEB task"]: row["Since the run before"] for row in _artifact(prefect_api, "score-table", next_week.root)}
     assert rows["Topics"].startswith("test data changed (run ")
     assert rows["Fresh"] == "first run"
 

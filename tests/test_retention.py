@@ -239,11 +239,11 @@ def test_nothing_else_in_a_store_is_touched(tmp_path: Path) -> None:
     for name in ("20200101-000000-abcd/notes.txt", "20200102-000000-abcd/config.toml", "my-run/manifest.json", ".work/notes/x", ".other/x"):
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_text("x = 1", encoding="utf-8")
-    written(runs, 400)
     (runs / outside.root.name).symlink_to(outside.root)
     (runs / ".work" / KEY).symlink_to(outside.root)
     (doomed.root / "link").symlink_to(outside.root)
     (doomed.task("Topics").root / "link").symlink_to(outside.manifest)
+    written(tmp_path, 400)
     before = {name: content for name, content in files(tmp_path).items() if not name.startswith(f"runs/{doomed.root.name}")}
     verdicts = prune(runs, Policy(keep=0, older_than_days=0), dry_run=False).verdicts
     assert gone(verdicts) == {doomed.root.name}
