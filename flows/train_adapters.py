@@ -168,7 +168,7 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
 def _unchanged(folder: RunFolder, config: PublishConfig) -> State[Any]:
     """Nothing to train; a publication that did not come to its end is tried again."""
     run_id = folder.root.name
-    settled = folder.gate.is_file() and all(decision.to == config.to for decision in read_gate(folder.gate))
+    settled = folder.gate.is_file() and any(decision.to == config.to for decision in read_gate(folder.gate))
     failures = _publish(folder, config) if config.to is not None and not settled else []
     message = f"nothing to do: data and config are those of run {run_id}"
     get_run_logger().info(message)

@@ -14,7 +14,7 @@ from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.gate import judge
 from pipeline.hub import HubRepository, MovedError, repository_url
-from pipeline.metrics_table import write_gate
+from pipeline.metrics_table import read_gate, write_gate
 from pipeline.publication import Base, Candidate, files_below, read_candidate, stage
 from pipeline.records import GateDecision, Publication
 from pipeline.run_folder import RunFolder, read_record
@@ -81,7 +81,7 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
         decisions = judge(candidate, base, config.gate, to=to, repository=repository)
         try:
             published = _land(candidate, to, target, base, decisions)
-            write_gate(decisions, candidate.folder.gate)  # what was decided holds now: a run with it needs no second publishing
+            _record(decisions, candidate.folder.gate, to=to)  # what was decided holds now: a run with it needs no second publishing
             return published
         except MovedError as error:
             if last:
@@ -89,6 +89,12 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
                     f"{to} was changed twice by others while this run was published; it has none of it; try again"
                 ) from error
     raise AssertionError("unreachable")
+
+
+def _record(decisions: list[GateDecision], path: Path, *, to: str) -> None:
+    """In place of what was decided about the same target before; what was about another one stays."""
+    others = [decision for decision in read_gate(path) if decision.to != to] if path.is_file() else []
+    write_gate([*others, *decisions], path)
 
 
 def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: list[GateDecision]) -> Published:

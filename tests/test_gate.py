@@ -38,9 +38,9 @@ from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import ConfigError, DataError
 from pipeline.gate import beats_probe, compare, decide, first_look, judge
-from pipeline.metrics_table import GATE_SCHEMA, write_gate
+from pipeline.metrics_table import GATE_SCHEMA, read_gate, write_gate
 from pipeline.publication import Base, read_candidate
-from pipeline.publish import Published, publish
+from pipeline.publish import _record, Published, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
 from pipeline.reload import PROBE_TEXTS, PROBE_TOLERANCE
 from pipeline.run_folder import RunFolder, TaskFolder
@@ -387,6 +387,14 @@ def gate_row(**changes: Any) -> GateDecision:
         created_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
     )
     return GateDecision.model_validate(row.model_dump() | changes)
+
+
+def test_what_was_decided_about_another_target_stays(tmp_path: Path) -> None:
+    path = tmp_path / "metrics" / "gate.parquet"
+    _record([gate_row(decision="promote")], path, to="hf:me/fleet")
+    _record([gate_row(to="out", decision="keep")], path, to="out")
+    _record([gate_row(decision="block")], path, to="hf:me/fleet")
+    assert [(row.to, row.decision) for row in read_gate(path)] == [("out", "keep"), ("hf:me/fleet", "block")]
 
 
 NOTHING_COMPARED = dict.fromkeys(
