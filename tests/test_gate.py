@@ -40,7 +40,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.gate import beats_probe, compare, decide, first_look, judge
 from pipeline.metrics_table import GATE_SCHEMA, read_gate, write_gate
 from pipeline.publication import Base, read_candidate
-from pipeline.publish import _record, Published, publish
+from pipeline.publish import Published, _record, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
 from pipeline.reload import PROBE_TEXTS, PROBE_TOLERANCE
 from pipeline.run_folder import RunFolder, TaskFolder
