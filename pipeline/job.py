@@ -252,8 +252,8 @@ class TaskJob:
             baselines, train = self._frozen(), self.config.train
             started = time.perf_counter()
             tokens = self._tokens
-            if self._checkpoint.exists():
-                _LOG.info("going on from the last finished epoch")
+            begun = "going on from the last finished epoch" if self._checkpoint.exists() else "training"
+            _LOG.info("%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs)
             selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
             self._training = train_adapter(
                 tokens.train,

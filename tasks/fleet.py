@@ -176,6 +176,8 @@ class Fleet:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let every other process of the machine go first
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Else a thread that still asks for its worker once all is stopped would join whatever Ray there is on the machine.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         try:
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
             if self.address is None:

@@ -90,6 +90,7 @@ def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same
     assert ended.code == 130, ended.err
     assert "interrupted; what was finished is kept" in ended.err
     assert command.left(seconds=10) == []
+    assert "Ray cluster" not in ended.err  # nobody asked for another one, once this one had been stopped
     state = api.state(flow_run)
     assert (state["type"], state["name"]) == ("CANCELLED", "Cancelled")
     assert "what was finished is kept" in state["message"]
@@ -166,6 +167,7 @@ def test_a_run_of_a_prefect_worker_is_cancelled_within_ten_seconds_and_the_next_
     assert ends(api, flow_run, seconds=30)[0] == "CANCELLED"
     eventually(is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"), seconds=20, what="the run's processes are gone")
     assert worker.process.poll() is None
+    assert "Ray cluster" not in worker.log()
     assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
 
 
