@@ -18,10 +18,10 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from pipeline.collect import write_config
 from pipeline.config import PublishConfig, RunConfig, load_config, narrowed
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.job import job_spec
+from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
 from pipeline.preflight import Plan, PlannedTask
 from pipeline.records import Failure, TaskResult

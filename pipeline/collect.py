@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-import tomli_w
-
 import pipeline
-from pipeline.config import ComputeConfig, RunConfig
+from pipeline.config import ComputeConfig
 from pipeline.evaluation import library_versions
 from pipeline.history_page import write_history_page
 from pipeline.manifest import RunManifest, sources_sha256, write_manifest
@@ -18,11 +16,6 @@ from pipeline.outputs import rewritten, write_outputs
 from pipeline.preflight import Plan
 from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTaskRow, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
-
-
-def write_config(config: RunConfig, folder: RunFolder) -> None:
-    """Write the whole resolved config, so that ``lorafleet train --config`` of it makes the run again."""
-    write_atomically(folder.config, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
 def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFolder) -> TaskResult:

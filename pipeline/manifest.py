@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 import pipeline
 from pipeline.config import RunConfig
 from pipeline.errors import AdapterError, DataError
@@ -141,6 +143,11 @@ def _is_whole(folder: TaskFolder, key: str) -> bool:
         )
     except (DataError, AdapterError):
         return False
+
+
+def write_config(config: RunConfig, folder: RunFolder) -> None:
+    """Write the whole resolved config, so that ``lorafleet train --config`` of it makes the run again."""
+    write_atomically(folder.config, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
 def write_manifest(manifest: RunManifest, folder: RunFolder) -> None:

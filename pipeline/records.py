@@ -171,7 +171,7 @@ class ScoreRow(Record):
     reused_from: str | None = None
     """The run that computed this row, if not this one."""
     test_sha256: str | None = None
-    """Of the test texts and labels as they were read: scores with different ones are of different exams. None in rows of older versions."""
+    """Of the texts and labels of test, in whatever order: where two differ, the scores are of different exams. None in older rows."""
 
 
 class CoverageRow(Record):

@@ -1,4 +1,7 @@
-"""The Prefect tasks of a run: names, retries, progress. Each is policy around one call of a worker or of the pipeline."""
+"""The Prefect tasks of a run: names, retries, progress. Each is policy around one call of a worker or of the pipeline.
+
+What is only needed once workers have trained (the report, the Hub) is imported then, so that the first of them starts sooner.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import collect as files
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig
 from pipeline.errors import InputError, LorafleetError
-from pipeline.hub import HubRepository
 from pipeline.manifest import RunManifest, find_finished, latest_results
 from pipeline.manifest import find_unchanged as find_unchanged_run
 from pipeline.preflight import Plan, preflight
-from pipeline.publish import Published
-from pipeline.publish import publish as publish_run
 from pipeline.records import (
     AdapterRef,
     ClassificationResults,
@@ -40,6 +39,9 @@ from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
+
+if TYPE_CHECKING:
+    from pipeline.publish import Published
 
 REPORTS_URL = "LORAFLEET_REPORTS_URL"
 """Variable of the environment: the address under which the run store is served, if it is."""
@@ -89,13 +91,15 @@ def find_unchanged(plan: Plan, runs: Path) -> RunFolder | None:
 @task(name="reuse", task_run_name="reuse", cache_policy=NO_CACHE)
 def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
     """Take over what an earlier run has finished for the same inputs."""
+    from pipeline.collect import reuse
+
     found = find_finished(runs, {planned.key for planned in plan.tasks})
     folder = RunFolder(runs / run_id)
     results = []
     for planned in plan.tasks:
         if planned.key in found:
             source, result = found[planned.key]
-            results.append(files.reuse(source, result, run_id=run_id, folder=folder))
+            results.append(reuse(source, result, run_id=run_id, folder=folder))
             get_run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
     return results
 
@@ -162,8 +166,10 @@ def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
     """Write metrics, results, card and report; show the score table in the UI."""
+    from pipeline.collect import collect as write_files
+
     before = latest_results(folder.root.parent, [result.mteb_task.name for result in results])  # this run has no manifest yet
-    summary, corrected = files.collect(plan, results, failures, run_id=run_id, folder=folder)
+    summary, corrected = write_files(plan, results, failures, run_id=run_id, folder=folder)
     table = score_table(summary, corrected)
     rows = []
     for line, result in zip(table.lines, corrected, strict=True):
@@ -188,6 +194,8 @@ def _report_url(folder: RunFolder) -> str:
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
 def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetError:
     """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
+    from pipeline.publish import publish as publish_run
+
     assert config.to is not None
     logger = get_run_logger()
     try:
@@ -207,6 +215,8 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
 
 def _check_target(config: PublishConfig) -> None:
     if config.to is not None and config.to.startswith("hf:"):
+        from pipeline.hub import HubRepository
+
         with _hub_token(config.token_block):
             HubRepository(config.to.removeprefix("hf:")).check_access()
 
@@ -240,7 +250,9 @@ def finish_run(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder, seconds: float
 ) -> RunManifest:
     """Enter the run into the history and mark it finished."""
-    return files.finish_run(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
+    from pipeline.collect import finish_run as write_manifest
+
+    return write_manifest(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
 
 
 class _Report:

@@ -16,7 +16,7 @@ from trainings import Store, epochs_told, train_undisturbed, write_training
 from pipeline.manifest import read_manifest
 from pipeline.run_folder import RunFolder
 
-EPOCHS = 16
+EPOCHS = 12
 pytestmark = pytest.mark.faults
 
 

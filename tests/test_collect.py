@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from builders import CPU_FLOAT32, ENCODER, MINILM_MODULES, WHEN, finished_run, task_result
 
-from pipeline.collect import collect, finish_run, reuse, write_config
+from pipeline.collect import collect, finish_run, reuse
 from pipeline.config import load_config
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, write_config
 from pipeline.metrics_table import read_history, read_scores
 from pipeline.outputs import correct_over_tasks
 from pipeline.preflight import Plan
