@@ -362,6 +362,7 @@ def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
 def _leave_without_server(server: PrefectServer, error: Exception) -> NoReturn:
     """Exit at once: Prefect would wait for seven seconds with each event that the server did not take, and there may be hundreds."""
     where = f"the Prefect server at {os.environ['PREFECT_API_URL']}"
+    # On a line of its own: Prefect's last one, on logs that were not taken, has no end.
     click.echo(f"\nerror: {where} does not answer: {error}; what was finished is kept, start again when it does", err=True)
     server.stop()
     sys.stdout.flush()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(scope="module")
 def config(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two MTEB tasks that train long, one for each node, after one that does not."""
+    """Two MTEB tasks that train long, one for each node."""
     return write_training(tmp_path_factory.mktemp("cluster-data"), encoder_folder("bert"), "One", "Two", epochs=EPOCHS)
 
 
@@ -49,14 +49,10 @@ def test_a_node_that_is_lost_in_the_middle_of_a_training_costs_its_worker_an_epo
     store = store_on(cluster, tmp_path, config, prefect_api)
     command = store.start_in_the_middle()
     assert len(cluster.nodes_at_work()) == 2
-    (finished,) = store.quick_results()
-    before = finished.stat()
     cluster.kill_node()
     ended = command.wait()
     assert store.adapters(ended) == undisturbed
     assert ended.err.count("its worker died") == 1
-    assert ended.err.count("Quick: finished") == 1
-    assert finished.stat() == before
     for name in ("One", "Two"):
         assert store.epochs(ended, name) == list(range(1, EPOCHS + 1))
         assert epochs_told(ended.err, name) == sorted(set(epochs_told(ended.err, name)))
@@ -69,7 +65,6 @@ def test_a_head_that_is_restarted_ends_the_run_with_a_message_and_the_next_start
 ) -> None:
     store = store_on(cluster, tmp_path, config, prefect_api)
     command = store.start_in_the_middle()
-    (finished,) = {path.parent.parent.name for path in store.quick_results()}
     restarted = time.monotonic()
     cluster.restart_head()
     ended = command.wait(seconds=150)
@@ -78,8 +73,8 @@ def test_a_head_that_is_restarted_ends_the_run_with_a_message_and_the_next_start
     cluster.complete()
     again = store.start().wait()
     assert store.adapters(again) == undisturbed
-    assert store.origins(again)["Quick"] == finished
-    assert epochs_told(again.err, "One")[:1] != [1]
+    for name in ("One", "Two"):
+        assert epochs_told(again.err, name)[0] > 1
 
 
 @pytest.mark.timeout(600)

@@ -104,7 +104,7 @@ def adapted(data: TaskData, training: Training, baselines: Baselines, *columns: 
 
 
 def as_trained(adapter: Adapter, *, selected_on: SelectedOn = "validation", refitted: bool = False) -> Training:
-    return Training(adapter, (), 1, selected_on, refitted)
+    return Training(adapter, (), 1, selected_on, refitted, None)
 
 
 def by_column(rows: tuple[ScoreRow, ...]) -> dict[str, ScoreRow]:

@@ -424,6 +424,7 @@ def test_the_week_after_with_nothing_new_does_nothing_although_the_published_ada
     assert next_week.cwd / again.run == next_week.root
 
 
+@pytest.mark.faults
 def test_a_publication_that_failed_is_tried_again_by_the_next_start(finished_run: FinishedRun, prefect_api: str, tmp_path: Path) -> None:
     copy_run(finished_run.root, tmp_path / "runs" / finished_run.root.name)
     target = tmp_path / "out"

@@ -137,7 +137,7 @@ def test_prefects_settings_take_the_database_with_a_password_of_any_characters(m
 def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_leaves_none(ends: str, tmp_path: Path) -> None:
     """The two are stand-ins. Both end themselves with SIGINT when SIGTERM comes, as Prefect's worker does."""
     for name in ("ray", "prefect"):
-        lives = "true" if name == ends else "trap 'kill -INT $$' TERM; while :; do sleep 0.1; done"
+        lives = "true" if name == ends else "trap 'kill -INT $$' TERM; for second in {1..20}; do sleep 1 & wait; done"
         (tmp_path / name).write_text(f"#!/bin/bash\necho $$ > {tmp_path}/{name}.pid\n{lives}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     script = filled(SERVICES["prefect-worker"]["command"][0]).replace("$$", "$")

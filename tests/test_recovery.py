@@ -19,7 +19,7 @@ import pytest
 from bulk import save_bulk_adapter
 from commands import PLANTED, Command, bulk_rows, eventually, run, write_bulk_input, write_config, write_task
 from prefect_server import Api, Server, start_worker
-from trainings import Store, epochs_told, train_undisturbed, write_training
+from trainings import QUICK, Store, epochs_told, train_undisturbed, write_training
 
 from pipeline.manifest import read_manifest
 from pipeline.run_folder import RunFolder
@@ -32,7 +32,7 @@ GROUP = 20  # rows of a unit
 @pytest.fixture(scope="module")
 def config(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``Quick``, and ``Long`` after it."""
-    return write_training(tmp_path_factory.mktemp("recovery-data"), encoder_folder("bert"), "Long", epochs=EPOCHS)
+    return write_training(tmp_path_factory.mktemp("recovery-data"), encoder_folder("bert"), QUICK, "Long", epochs=EPOCHS)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def is_gone(command: Command, *titles: str) -> Callable[[], bool]:
     return lambda: not command.family(*titles)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same_command_goes_on(store: Store, api: Api) -> None:
     command = store.start_in_the_middle()

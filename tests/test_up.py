@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Command, eventually, run, write_config, write_task
+from commands import Command, epochs_done, eventually, run
 from prefect_server import Api
+from trainings import write_training
 
 Folders = Callable[[str], Path]
 
@@ -170,10 +171,9 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     other.wait_until_all_answer()
     listening = [c.laddr for process in up.family() for c in connections(process) if c.status == psutil.CONN_LISTEN]
     assert {address.port for address in listening} >= {up.port, up.port + 1, up.port + 2}
-    assert {address.ip for address in listening} == {"127.0.0.1"}
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
-    task = write_task(tmp_path / "data", "Topics")
-    write_config(tmp_path / "config.toml", encoder_folder("bert"), [task], evaluate={"columns": ["frozen_full_data", "head"]})
+    write_training(tmp_path, encoder_folder("bert"), epochs=1)
     text = SCHEDULE.format(name="often")
     (tmp_path / "schedules.yaml").write_text(text, encoding="utf-8")
     deployed = run("deploy", "--file", "schedules.yaml", cwd=tmp_path, PREFECT_API_URL=up.api.url)
@@ -187,6 +187,14 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     up.wait_until(lambda: up.family("ray::Worker"), seconds=120)
     assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
 
+    write_training(tmp_path, encoder_folder("bert"), "Long", epochs=200)
+    up.wait_until(lambda: epochs_done(tmp_path / "runs"), seconds=120)
+    (flow_run,) = up.api.post("/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
+    up.api.cancel(flow_run["id"])
+    eventually(lambda: not up.family("ray::Worker"), seconds=10, what="the workers of the cancelled run are gone")
+    eventually(lambda: up.api.state(flow_run["id"])["name"] == "Cancelled", seconds=20, what="the run is cancelled")
+
+    up.wait_until(lambda: up.family("ray::Worker"), seconds=120)  # of the next one
     up.process.send_signal(signal.SIGINT)
     ended = up.wait(seconds=120)
     assert ended.code == 0, ended.err
