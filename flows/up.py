@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ CONFIG = Path(__file__).parents[1] / "deploy" / "supervisord.conf"
 _WORKER = "lorafleet-up"
 _MARK = "LORAFLEET_UP_MARK"
 _START_SECONDS = 180.0
+_RUN_ENDS_SECONDS = 20.0
 _STOP_SECONDS = 90.0
 _STARTS_THAT_ARE_ENOUGH = 3
 _LOOK_UP_SECONDS = 0.5
@@ -81,7 +83,7 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         LorafleetError: a program does not start, or supervisor itself has ended.
     """
     addresses, stop = Addresses(port, with_ray), threading.Event()
-    with _hold(runs / ".up") as state, _ray_folder(with_ray) as ray_folder, _told_to_stop(stop):
+    with _hold(runs / ".up") as state, _ray_folder(state, with_ray=with_ray) as ray_folder, _told_to_stop(stop):
         _check_ports(addresses)
         programs = _Programs(state, _environment(runs, state, addresses, ray_folder))
         try:
@@ -116,16 +118,25 @@ def _hold(state: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _ray_folder(with_ray: bool) -> Iterator[Path | None]:
-    """A short path: Ray puts sockets under it, whose whole path has room for about 100 characters."""
+def _ray_folder(state: Path, *, with_ray: bool) -> Iterator[Path | None]:
+    """A folder with a short path: Ray puts sockets under it, and a socket's whole path has room for about 100 characters.
+
+    ``ray`` in the state folder leads to it, and tells the next start of one that a killed `up` has left.
+    """
+    link = state / "ray"
+    if link.is_symlink():
+        shutil.rmtree(link.readlink(), ignore_errors=True)
+        link.unlink()
     if not with_ray:
         yield None
         return
     folder = Path(tempfile.mkdtemp(prefix="lorafleet-ray-"))
+    link.symlink_to(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        link.unlink()
 
 
 @contextmanager
@@ -171,9 +182,16 @@ def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path
         # Deployments say `python`, and mean the one that lorafleet is installed for.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
+    if auth := _authorisation():
+        ours["PREFECT_API_AUTH_STRING"] = auth
     if addresses.with_ray:
         ours |= {"RAY_ADDRESS": addresses.ray, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_ray_token(state))}
     return os.environ | unproxied() | ours
+
+
+def _authorisation() -> str | None:
+    """``NAME:PASSWORD``, where the server is to ask for it."""
+    return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
 
 
 def _ray_token(state: Path) -> Path:
@@ -199,7 +217,10 @@ def _all_answer(addresses: Addresses, started: datetime) -> bool:
 
 
 def _ask(url: str, *, content: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, data=content, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if auth := _authorisation():
+        headers["Authorization"] = "Basic " + b64encode(auth.encode()).decode()
+    request = urllib.request.Request(url, data=content, headers=headers)
     with _DIRECT.open(request, timeout=5) as answer:
         body: bytes = answer.read()
         return body
@@ -262,7 +283,8 @@ class _Programs:
             self._check_supervisor()
 
     def stop(self) -> None:
-        """Have supervisor stop its programs in their order; then kill what is left of them."""
+        """End the flow runs, have supervisor stop its programs in their order, and kill what is left of them."""
+        self._end_runs()
         family = self._family()
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -271,6 +293,15 @@ class _Programs:
             with suppress(psutil.Error):
                 process.kill()
         self._process.wait()
+
+    def _end_runs(self) -> None:
+        """Tell the flow runs' processes to end: the worker would kill them when it stops, and they would stay Running in the UI."""
+        with suppress(psutil.Error):
+            programs = psutil.Process(self._process.pid).children()
+            runs = [run for program in programs if "worker" in program.cmdline() for run in program.children()]
+            for run in runs:
+                run.terminate()
+            psutil.wait_procs(runs, timeout=_RUN_ENDS_SECONDS)
 
     def _family(self) -> set[psutil.Process]:
         """What descends from supervisor, and what has its mark: a child whose parent has died, a process that hides its environment."""

@@ -362,6 +362,10 @@ def test_a_run_that_overlaps_is_cancelled_and_one_that_fails_is_told_of(
     eventually(lambda: api.state(first)["type"] == "FAILED", seconds=60, what="the first run fails")
     message = api.state(first)["message"]
     assert message.startswith("nothing was trained: preflight: Topics: train has no column 'text'")
+    logs = [log["message"] for log in api.post("/logs/filter", logs={"flow_run_id": {"any_": [first]}})]
+    assert [line for line in logs if "Traceback" in line] == []
+    assert any(message.endswith(line) for line in logs)
+
     (told,) = eventually(lambda: inbox.messages, seconds=30, what="the webhook is called")
     assert told["subject"] == "lorafleet: train-adapters failed"
     assert message in told["text"]

@@ -299,6 +299,16 @@ def test_no_image_is_called_latest() -> None:
     assert ":latest" not in "".join(TEXTS.values())
 
 
+# Without the finder of this checkout's own installation, which would fill a gap.
+_FROM_THE_IMAGE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+from flows import cli, deploying, up
+assert deploying.FILE.is_file() and up.CONFIG.is_file(), "deploy/ lies beside flows/"
+cli.main(["train", "--dry-run"])
+"""
+
+
 def test_what_the_image_copies_is_let_through_and_runs_by_itself(steps: list[tuple[str, str]], tmp_path: Path) -> None:
     sources = [source for value in values(steps, "COPY") if "--from" not in value for source in value.split()[:-1]]
     patterns = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
@@ -319,11 +329,9 @@ def test_what_the_image_copies_is_let_through_and_runs_by_itself(steps: list[tup
         if (context / name).is_file():
             (image / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(context / name, image / name)
-    program = "import flows.cli as cli, sys; print(cli.__file__); cli.main(['train', '--dry-run'])"
     environment = os.environ | {"PYTHONPATH": str(image)}
-    done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", _FROM_THE_IMAGE], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(image))
     assert "RottenTomatoes" in done.stdout
 
 

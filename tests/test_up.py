@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
@@ -14,9 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Command, epochs_done, eventually, run
+from commands import Command, epochs_done, eventually, run, write_config, write_task
 from prefect_server import Api
-from trainings import write_training
 
 Folders = Callable[[str], Path]
 
@@ -64,6 +65,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         for process in command.family():
             process.kill()
         command.sweep()
+    for link in tmp_path.glob("*/.up/ray"):  # one that was killed has left its folder
+        shutil.rmtree(link.readlink(), ignore_errors=True)
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
@@ -173,7 +176,7 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     assert {address.port for address in listening} >= {up.port, up.port + 1, up.port + 2}
     assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
-    write_training(tmp_path, encoder_folder("bert"), epochs=1)
+    write_training(tmp_path, encoder_folder("bert"), "Quick")
     text = SCHEDULE.format(name="often")
     (tmp_path / "schedules.yaml").write_text(text, encoding="utf-8")
     deployed = run("deploy", "--file", "schedules.yaml", cwd=tmp_path, PREFECT_API_URL=up.api.url)
@@ -187,7 +190,7 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     up.wait_until(lambda: up.family("ray::Worker"), seconds=120)
     assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
 
-    write_training(tmp_path, encoder_folder("bert"), "Long", epochs=200)
+    write_training(tmp_path, encoder_folder("bert"), "Quick", "Long")
     up.wait_until(lambda: epochs_done(tmp_path / "runs"), seconds=120)
     (flow_run,) = up.api.post("/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
     up.api.cancel(flow_run["id"])
@@ -195,16 +198,29 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     eventually(lambda: up.api.state(flow_run["id"])["name"] == "Cancelled", seconds=20, what="the run is cancelled")
 
     up.wait_until(lambda: up.family("ray::Worker"), seconds=120)  # of the next one
+    (flow_run,) = up.api.post("/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
     up.process.send_signal(signal.SIGINT)
     ended = up.wait(seconds=120)
     assert ended.code == 0, ended.err
     assert up.left(seconds=1) == []
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs" / ".up" / "prefect" / "prefect.db")) as database:
+        states = dict(database.execute("SELECT name, state_name FROM flow_run").fetchall())
+    assert states[flow_run["name"]] == "Crashed"  # and not Running for ever
+    assert not (tmp_path / "runs" / ".up" / "ray").is_symlink()
     assert other.process.poll() is None
     assert other.api.answers()
     assert answers(other.port + 2)
 
     other.process.kill()  # it cannot even hear that
     eventually(lambda: not other.family(), seconds=90, what="nothing is left of it")
+
+
+def write_training(folder: Path, encoder: Path, *names: str) -> None:
+    """A config of MTEB tasks; ``Long`` trains until it is stopped."""
+    tasks = [write_task(folder / "data", name, num_train=800 if name == "Long" else 60) for name in names]
+    tasks = [task | {"max_epochs": 500 if task["name"] == "Long" else 1} for task in tasks]
+    evaluate = {"columns": ["frozen_full_data", "head"]}
+    write_config(folder / "config.toml", encoder, tasks, train={"batch_size": 2, "patience": 500}, evaluate=evaluate)
 
 
 SCHEDULE = """

@@ -15,7 +15,6 @@ from pipeline.preflight import preflight
 from pipeline.records import TaskResult
 from pipeline.run_folder import RunFolder, read_record
 
-
 QUICK = "Quick"
 """The name of an MTEB task that is finished in no time."""
 
