@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,11 +64,10 @@ def test_a_head_that_is_restarted_ends_the_run_with_a_message_and_the_next_start
 ) -> None:
     store = store_on(cluster, tmp_path, config, prefect_api)
     command = store.start_in_the_middle()
-    restarted = time.monotonic()
     cluster.restart_head()
-    ended = command.wait(seconds=150)
-    print(f"ended {time.monotonic() - restarted:.0f} s after the restart with {ended.code}: {ended.err}")
-    assert ended.code == 1
+    ended = command.wait(seconds=60)
+    assert ended.code != 0
+    assert "accessing GCS after it has restarted" in ended.err  # Ray's words, and Ray ends the process
     cluster.complete()
     again = store.start().wait()
     assert store.adapters(again) == undisturbed

@@ -330,7 +330,8 @@ def test_what_the_image_copies_is_let_through_and_runs_by_itself(steps: list[tup
             (image / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(context / name, image / name)
     environment = os.environ | {"PYTHONPATH": str(image)}
-    done = subprocess.run([sys.executable, "-P", "-c", _FROM_THE_IMAGE], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-c", _FROM_THE_IMAGE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "RottenTomatoes" in done.stdout
 
