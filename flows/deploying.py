@@ -27,7 +27,7 @@ from prefect.utilities.urls import url_for
 from prefect.workers.process import ProcessWorker
 
 from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
-from pipeline.errors import InputError
+from pipeline.errors import InputError, LorafleetError
 from tasks.loopback import unproxied
 from tasks.notifying import notify_of_failures
 
@@ -64,7 +64,9 @@ def deploy(
         names: ``deployment`` or ``flow/deployment``; all of the file where empty.
         schedule: Instead of those of the file; for one deployment.
         notify: ``TYPE/NAME`` of a notification block that is told of failed runs.
-    Raises: InputError: no server answers, or the file, a name, a parameter or the block is wrong.
+    Raises:
+        InputError: no server answers, or the file, a name, a parameter or the block is wrong.
+        LorafleetError: the server fails.
     """
     chosen = _chosen([(entry, _load_flow(file, entry)) for entry in read_deployments(file)], file, names)
     if schedule is not None and len(chosen) > 1:
@@ -117,11 +119,14 @@ def _server() -> Iterator[SyncPrefectClient]:
     """The server of ``PREFECT_API_URL``, or that of `lorafleet up`."""
     url = os.environ.get("PREFECT_API_URL") or _SERVER_OF_UP
     os.environ.update(unproxied())
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        if fault := client.api_healthcheck():
+    with temporary_settings({PREFECT_API_URL: url}):
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            fault = client.api_healthcheck()
+        if fault is not None:
             why = str(fault).splitlines()[0]
             raise InputError(f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours")
-        yield client
+        with get_client(sync_client=True) as client:
+            yield client
 
 
 def _register(
@@ -152,8 +157,8 @@ def _register(
             pull_steps=[],
         )
     except PrefectHTTPStatusError as error:
-        detail = error.response.json().get("detail") or error.response.json()
-        raise InputError(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {detail}") from None
+        kind = InputError if error.response.is_client_error else LorafleetError
+        raise kind(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {error.response.text[:300]}") from None
     following = [_next_run(schedule) for schedule in schedules if schedule.active and not entry.paused]
     return Deployed(
         name=f"{flow.name}/{entry.name}",
