@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
@@ -125,8 +126,15 @@ def _server() -> Iterator[SyncPrefectClient]:
         if fault is not None:
             why = str(fault).splitlines()[0]
             raise InputError(f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours")
-        with get_client(sync_client=True) as client:
-            yield client
+        try:
+            with get_client(sync_client=True) as client:
+                yield client
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code in (401, 403):
+                raise InputError(f"the Prefect server at {url} asks who you are; set PREFECT_API_AUTH_STRING, NAME:PASSWORD") from None
+            raise LorafleetError(f"the Prefect server at {url} fails: {error.response.status_code} {error.response.text[:300]}") from None
+        except HTTPError as error:
+            raise LorafleetError(f"the Prefect server at {url} does not answer any more: {error}; give the same command again") from None
 
 
 def _register(
@@ -157,8 +165,9 @@ def _register(
             pull_steps=[],
         )
     except PrefectHTTPStatusError as error:
-        kind = InputError if error.response.is_client_error else LorafleetError
-        raise kind(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {error.response.text[:300]}") from None
+        if error.response.is_client_error:
+            raise InputError(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {error.response.text[:300]}") from None
+        raise
     following = [_next_run(schedule) for schedule in schedules if schedule.active and not entry.paused]
     return Deployed(
         name=f"{flow.name}/{entry.name}",

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
-import psutil
-
-from pipeline.errors import InputError, LockedError, LorafleetError
+from pipeline.errors import InputError, LockedError
 from pipeline.machine import local_cpus
 from tasks.loopback import unproxied
+from tasks.programs import Programs
 
 CONFIG = Path(__file__).parents[1] / "deploy" / "supervisord.conf"
 _WORKER = "lorafleet-up"
-_MARK = "LORAFLEET_UP_MARK"
-_START_SECONDS = 180.0
-_RUN_ENDS_SECONDS = 20.0
-_STOP_SECONDS = 90.0
-_STARTS_THAT_ARE_ENOUGH = 3
-_LOOK_UP_SECONDS = 0.5
+_RAY_FOLDER = "lorafleet-ray-"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -85,7 +75,7 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
     addresses, stop = Addresses(port, with_ray), threading.Event()
     with _hold(runs / ".up") as state, _ray_folder(state, with_ray=with_ray) as ray_folder, _told_to_stop(stop):
         _check_ports(addresses)
-        programs = _Programs(state, _environment(runs, state, addresses, ray_folder))
+        programs = Programs(CONFIG, state, _environment(runs, state, addresses, ray_folder))
         try:
             if programs.wait_until(lambda: _all_answer(addresses, programs.started), stop):
                 for line in _welcome(addresses, state):
@@ -125,12 +115,13 @@ def _ray_folder(state: Path, *, with_ray: bool) -> Iterator[Path | None]:
     """
     link = state / "ray"
     if link.is_symlink():
-        shutil.rmtree(link.readlink(), ignore_errors=True)
+        if link.readlink().name.startswith(_RAY_FOLDER):
+            shutil.rmtree(link.readlink(), ignore_errors=True)
         link.unlink()
     if not with_ray:
         yield None
         return
-    folder = Path(tempfile.mkdtemp(prefix="lorafleet-ray-"))
+    folder = Path(tempfile.mkdtemp(prefix=_RAY_FOLDER))
     link.symlink_to(folder)
     try:
         yield folder
@@ -165,7 +156,6 @@ def _check_ports(addresses: Addresses) -> None:
 def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path | None) -> dict[str, str]:
     """What all programs, and the flow runs that the worker starts, find in their environment."""
     ours = {
-        _MARK: secrets.token_hex(16),
         "LORAFLEET_UP_PYTHON": sys.executable,
         "LORAFLEET_UP_STATE": str(state),
         "LORAFLEET_UP_RUNS": str(runs.resolve()),
@@ -212,8 +202,8 @@ def _all_answer(addresses: Addresses, started: datetime) -> bool:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except OSError:
         return False
-    seen = [datetime.fromisoformat(worker["last_heartbeat_time"]) for worker in workers if worker["name"] == _WORKER]
-    return any(time >= started for time in seen)
+    # One of that name may be there from an earlier start.
+    return any(worker["name"] == _WORKER and datetime.fromisoformat(worker["last_heartbeat_time"]) >= started for worker in workers)
 
 
 def _ask(url: str, *, content: bytes | None = None) -> bytes:
@@ -236,99 +226,3 @@ def _welcome(addresses: Addresses, state: Path) -> list[str]:
         f"schedules:  {deploy}",
         f"stop:       Ctrl-C, or kill {os.getpid()}",
     ]
-
-
-class _Programs:
-    """Supervisor and what it started."""
-
-    def __init__(self, state: Path, environment: dict[str, str]) -> None:
-        self._state, self._mark = state, environment[_MARK]
-        self._log = state / "supervisord.log"
-        self._log_before = self._log.stat().st_size if self._log.exists() else 0
-        self.started = datetime.now(UTC)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(CONFIG)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(state / "supervisord.err").open("wb"),
-            start_new_session=True,  # Ctrl-C is for us
-            preexec_fn=_stop_with_parent,
-        )
-
-    def wait_until(self, answers: Callable[[], bool], stop: threading.Event) -> bool:
-        """Whether all programs answer, or a signal came first.
-
-        Raises: LorafleetError: one does not start.
-        """
-        deadline = time.monotonic() + _START_SECONDS
-        while not answers():
-            if stop.wait(_LOOK_UP_SECONDS):
-                return False
-            self._check_supervisor()
-            log = self._log.read_bytes()[self._log_before :].decode(errors="replace") if self._log.exists() else ""
-            for name in ("prefect-server", "ray", "prefect-worker", "reports"):
-                if log.count(f"exited: {name} ") >= _STARTS_THAT_ARE_ENOUGH:
-                    raise LorafleetError(f"{name} does not start: {_last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
-            if time.monotonic() > deadline:
-                raise LorafleetError(f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}")
-        return True
-
-    def watch(self, stop: threading.Event) -> None:
-        """Wait for a signal.
-
-        Raises: LorafleetError: supervisor itself has ended.
-        """
-        while not stop.wait(_LOOK_UP_SECONDS):
-            self._check_supervisor()
-
-    def stop(self) -> None:
-        """End the flow runs, have supervisor stop its programs in their order, and kill what is left of them."""
-        self._end_runs()
-        family = self._family()
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_STOP_SECONDS)
-        for process in family | self._family():
-            with suppress(psutil.Error):
-                process.kill()
-        self._process.wait()
-
-    def _end_runs(self) -> None:
-        """Tell the flow runs' processes to end: the worker would kill them when it stops, and they would stay Running in the UI."""
-        with suppress(psutil.Error):
-            programs = psutil.Process(self._process.pid).children()
-            runs = [run for program in programs if "worker" in program.cmdline() for run in program.children()]
-            for run in runs:
-                run.terminate()
-            psutil.wait_procs(runs, timeout=_RUN_ENDS_SECONDS)
-
-    def _family(self) -> set[psutil.Process]:
-        """What descends from supervisor, and what has its mark: a child whose parent has died, a process that hides its environment."""
-        family = set()
-        with suppress(psutil.Error):
-            family.update(psutil.Process(self._process.pid).children(recursive=True))
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(_MARK) == self._mark:
-                    family.add(process)
-        return family
-
-    def _check_supervisor(self) -> None:
-        if self._process.poll() is not None:
-            why = _last_fault(self._state / "supervisord.err") or _last_fault(self._log)
-            raise LorafleetError(f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}")
-
-
-def _stop_with_parent() -> None:
-    """Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
-
-
-def _last_fault(log: Path) -> str:
-    """The last line of a log that says what went wrong, or else the last one."""
-    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
-    lines = re.findall(r"^[\w.]+(?:Error|Exception): .+", text, re.MULTILINE) or text.splitlines()
-    return lines[-1].strip()[:300] if lines else ""

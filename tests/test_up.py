@@ -188,6 +188,7 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
         return [run["state"]["message"] for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
 
     up.wait_until(lambda: up.family("ray::Worker"), seconds=120)
+    assert len(up.family("gcs_server")) == 1  # the run has not started another Ray
     assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
 
     write_training(tmp_path, encoder_folder("bert"), "Quick", "Long")

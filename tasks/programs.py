@@ -1,0 +1,127 @@
+"""What `lorafleet up` keeps running: supervisor, which starts the programs of its config, and whatever those start."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from pipeline.errors import LorafleetError
+
+_MARK = "LORAFLEET_UP_MARK"
+_START_SECONDS = 180.0
+_RUN_ENDS_SECONDS = 20.0
+_STOP_SECONDS = 90.0
+_STARTS_THAT_ARE_ENOUGH = 3
+_LOOK_UP_SECONDS = 0.5
+
+
+class Programs:
+    """Supervisor and what it started. Must be made in the main thread: they end with the thread that made them."""
+
+    def __init__(self, config: Path, state: Path, environment: Mapping[str, str]) -> None:
+        """Start all that supervisor's ``config`` names; their logs are ``state/<program>.log``, its own ``state/supervisord.log``."""
+        self._state, self._mark = state, secrets.token_hex(16)
+        self._log = state / "supervisord.log"
+        self._log_before = self._log.stat().st_size if self._log.exists() else 0
+        self.started = datetime.now(UTC)
+        with (state / "supervisord.err").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(config)],
+                env={**environment, _MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C is for us
+                preexec_fn=_stop_with_parent,
+            )
+
+    def wait_until(self, answers: Callable[[], bool], stop: threading.Event) -> bool:
+        """Whether all programs answer, or a signal came first.
+
+        Raises: LorafleetError: one does not start.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while not answers():
+            if stop.wait(_LOOK_UP_SECONDS):
+                return False
+            self._check_supervisor()
+            log = self._log.read_bytes()[self._log_before :].decode(errors="replace") if self._log.exists() else ""
+            for name, count in Counter(re.findall(r"exited: (\S+) ", log)).items():
+                if count >= _STARTS_THAT_ARE_ENOUGH:
+                    raise LorafleetError(f"{name} does not start: {_last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
+            if time.monotonic() > deadline:
+                raise LorafleetError(f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}")
+        return True
+
+    def watch(self, stop: threading.Event) -> None:
+        """Wait for a signal.
+
+        Raises: LorafleetError: supervisor itself has ended.
+        """
+        while not stop.wait(_LOOK_UP_SECONDS):
+            self._check_supervisor()
+
+    def stop(self) -> None:
+        """End the flow runs, have supervisor stop its programs in their order, and kill what is left of them."""
+        self._end_runs()
+        family = self._family()
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=_STOP_SECONDS)
+        for process in family | self._family():
+            with suppress(psutil.Error):
+                process.kill()
+        self._process.wait()
+
+    def _end_runs(self) -> None:
+        """Tell the flow runs' processes to end: the worker would kill them when it stops, and they would stay Running in the UI."""
+        with suppress(psutil.Error):
+            programs = psutil.Process(self._process.pid).children()
+            runs = [run for program in programs if "worker" in program.cmdline() for run in program.children()]
+            for run in runs:
+                run.terminate()
+            psutil.wait_procs(runs, timeout=_RUN_ENDS_SECONDS)
+
+    def _family(self) -> set[psutil.Process]:
+        """What descends from supervisor, and what has its mark: a child whose parent has died, a process that hides its environment."""
+        family = set()
+        with suppress(psutil.Error):
+            family.update(psutil.Process(self._process.pid).children(recursive=True))
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and process.environ().get(_MARK) == self._mark:
+                    family.add(process)
+        return family
+
+    def _check_supervisor(self) -> None:
+        if self._process.poll() is not None:
+            why = _last_fault(self._state / "supervisord.err") or _last_fault(self._log)
+            raise LorafleetError(f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}")
+
+
+def _stop_with_parent() -> None:
+    """Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def _last_fault(log: Path) -> str:
+    """The last line of a log that says what went wrong, or else the last one."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
+    lines = re.findall(r"^[\w.]+(?:Error|Exception): .+", text, re.MULTILINE) or text.splitlines()
+    return lines[-1].strip()[:300] if lines else ""
