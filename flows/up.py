@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.errors import InputError, LockedError
+from pipeline.errors import InputError
 from pipeline.machine import local_cpus
+from pipeline.run_store import hold
 from tasks.loopback import unproxied
 from tasks.programs import Programs
 
@@ -73,7 +73,9 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         LorafleetError: a program does not start, or supervisor itself has ended.
     """
     addresses, stop = Addresses(port, with_ray), threading.Event()
-    with _hold(runs / ".up") as state, _ray_folder(state, with_ray=with_ray) as ray_folder, _told_to_stop(stop):
+    state, refusal = (runs / ".up").resolve(), "`lorafleet up` is there already ({}); stop it"
+    lock = hold(state / "lock", runs, holder=f"process {os.getpid()}", refusal=refusal)
+    with lock, _ray_folder(state, with_ray=with_ray) as ray_folder, _told_to_stop(stop):
         _check_ports(addresses)
         programs = Programs(CONFIG, state, _environment(runs, state, addresses, ray_folder))
         try:
@@ -84,27 +86,6 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         finally:
             programs.stop()
     say("stopped")
-
-
-@contextmanager
-def _hold(state: Path) -> Iterator[Path]:
-    """Make the state folder, and hold it for one `up`."""
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock = (state / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"run store {state.parent}: cannot be written: {error.strerror}; choose another with --runs") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise LockedError(f"run store {state.parent}: `lorafleet up` is there already ({holder}); stop it, or choose another") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
-        yield state.resolve()
 
 
 @contextmanager

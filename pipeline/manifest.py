@@ -86,14 +86,11 @@ def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, Tas
     found: dict[str, tuple[TaskFolder, TaskResult]] = {}
     for path in sorted(runs.glob("*/*/result.json"), key=lambda p: p.parent.parent.name):
         folder = TaskFolder(path.parent)
-        if folder.root.name.startswith(".") or not all(file.is_file() for file in folder.published()):
-            continue  # a copy that was cut short, or one that lacks something by now
-        try:
-            result = read_record(path, TaskResult)
-            if result.key in keys and adapter_sha256(folder.root) == result.adapter.sha256:
-                found[result.key] = (folder, result)
-        except (DataError, AdapterError):
-            continue
+        if folder.root.name.startswith("."):
+            continue  # a copy that was cut short
+        result = _whole_result(folder, keys)
+        if result is not None:
+            found[result.key] = (folder, result)
     return found
 
 
@@ -115,7 +112,7 @@ def find_unchanged(runs: Path, keys: Mapping[str, str]) -> RunFolder | None:
         names = {t.name for t in manifest.mteb_tasks} | {failure.mteb_task for failure in manifest.failures}
         if names.isdisjoint(keys):
             continue
-        same = names == set(keys) and not manifest.failures and all(_is_whole(folder.task(name), key) for name, key in keys.items())
+        same = names == set(keys) and not manifest.failures and all(_whole_result(folder.task(name), {key}) for name, key in keys.items())
         return folder if same else None
     return None
 
@@ -132,17 +129,18 @@ def latest_results(runs: Path, names: Collection[str]) -> dict[str, TaskResult]:
     return found
 
 
-def _is_whole(folder: TaskFolder, key: str) -> bool:
-    """Whether an MTEB task lies there, finished for that key, with the adapter that was measured."""
+def _whole_result(folder: TaskFolder, keys: Collection[str]) -> TaskResult | None:
+    """What lies there, if it was finished for one of the keys and is still the adapter that was measured, with all its files."""
     try:
         result = read_record(folder.result, TaskResult)
-        return (
-            result.key == key
+        is_whole = (
+            result.key in keys
             and all(file.is_file() for file in folder.published())
             and adapter_sha256(folder.root) == result.adapter.sha256
         )
     except (DataError, AdapterError):
-        return False
+        return None
+    return result if is_whole else None
 
 
 def write_config(config: RunConfig, folder: RunFolder) -> None:

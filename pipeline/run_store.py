@@ -17,9 +17,26 @@ def hold_store(runs: Path, run_id: str) -> Iterator[None]:
 
     Raises: LockedError: another run holds it.
     """
+    with hold(runs / ".lock", runs, holder=f"run {run_id}, process {os.getpid()}", refusal="in use by {}; wait for it"):
+        yield
+
+
+@contextmanager
+def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]:
+    """Hold a lock file of a run store; makes its folder.
+
+    Args:
+        path: The lock file.
+        runs: The run store, as the messages name it.
+        holder: Who holds it now, for who comes next.
+        refusal: What who comes next is told, with ``{}`` for the holder.
+    Raises:
+        LockedError: somebody else holds it.
+        InputError: the store cannot be written.
+    """
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        lock = (runs / ".lock").open("a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"run store {runs}: cannot be written: {error.strerror}; choose another with --runs") from None
     with lock:
@@ -27,10 +44,10 @@ def hold_store(runs: Path, run_id: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read().strip() or "another run"
-            raise LockedError(f"run store {runs}: in use by {holder}; wait for it, or choose another with --runs") from None
+            there = lock.read().strip() or "somebody else"
+            raise LockedError(f"run store {runs}: {refusal.format(there)}, or choose another with --runs") from None
         lock.seek(0)
         lock.truncate()
-        lock.write(f"run {run_id}, process {os.getpid()}")
+        lock.write(holder)
         lock.flush()
         yield

@@ -52,7 +52,7 @@ def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> 
         while not ended.wait(_LOOK_UP_SECONDS):
             with suppress(Exception):  # a server that is away for a moment cancels nothing
                 state = client.read_flow_run(run_id).state
-                if state is not None and state.is_cancelling():
+                if state is not None and state.is_cancelling() and not ended.is_set():
                     cancelled.set()
                     os.kill(os.getpid(), signal.SIGINT)
                     return

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from pipeline.errors import LorafleetError
+from tasks.loopback import unproxied
 
 _START_SECONDS = 120.0
 _QUIET = {
@@ -53,8 +54,7 @@ class PrefectServer:
         port = _free_port()
         os.environ["PREFECT_HOME"] = str(home.resolve())
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        for name in ("no_proxy", "NO_PROXY"):  # a company's proxy knows nothing of this machine's loopback
-            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+        os.environ.update(unproxied())
         self._log = home / "server.log"
         with self._log.open("wb") as log:
             command = [sys.executable, "-P", "-m", "tasks.embedded", str(port)]  # -P: the working folder may hold a tasks.py of its own

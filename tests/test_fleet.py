@@ -157,7 +157,9 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
-    """In a store of its own, so trained anew, in other processes, two at a time on half a GPU each."""
+    """In a store of its own, so trained anew, in other processes, two at a time on half a GPU each; beside modules called as ours."""
+    for name in ("flows", "tasks", "pipeline"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}
     path = write_config(tmp_path / "config.toml", _encoder(finished_run), finished_run.tasks, compute=compute)
     environment = {"PREFECT_API_URL": prefect_api, "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
