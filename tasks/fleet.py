@@ -193,7 +193,7 @@ class Fleet:
             import ray
             from ray.job_config import JobConfig
 
-            if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # Ray's mark of a submitted job, whose working folder may be the code itself
+            if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # Ray marks a submitted job so; its folder may be the code itself
                 # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
                 options["job_config"] = JobConfig(_client_job=True)
             if not ray.is_initialized():
