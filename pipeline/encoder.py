@@ -41,7 +41,7 @@ _KNOWN_PACKAGES = {("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a
 # These count positions from behind the padding index, so the first ones of the table are never used.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 _TOKENISE_AT_ONCE = 8192
 _CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
 
@@ -165,20 +165,21 @@ class Encoder:
         Batches depend only on the lengths, so the same texts give the same bits.
         """
         vectors = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
-        for rows in batches_by_budget(tokens.lengths, tokens_per_batch=_TOKENS_PER_BATCH):
+        for rows in batches_by_budget(tokens.lengths, tokens_per_batch=_TOKENS_PER_BATCH[self.device.type]):
             vectors[rows] = self.pooled(self.batch(tokens, rows)).cpu().numpy()
         return vectors
 
-    def batch(self, tokens: Tokens, rows: IntArray) -> Batch:
-        """The given texts as a padded batch on the encoder's device."""
-        lengths = tokens.lengths[rows]
-        ids = np.full((len(rows), int(lengths.max())), self.pad_id, dtype=np.int64)
-        mask = np.arange(ids.shape[1]) < lengths[:, None]
-        for line, row in enumerate(rows):
-            ids[line, : lengths[line]] = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
-        return Batch(self._to_device(torch.from_numpy(ids)), self._to_device(torch.from_numpy(mask.astype(np.int64))))
+    def batch(self, tokens: Tokens, rows: IntArray, *, length_step: int = 1) -> Batch:
+        """The given texts as a batch on the encoder's device, padded to the longest, or from there to a multiple of ``length_step``."""
+        starts, lengths = tokens.offsets[rows], tokens.offsets[rows + 1] - tokens.offsets[rows]
+        longest = -(-int(lengths.max()) // length_step) * length_step
+        columns = np.arange(min(longest, self.config.max_tokens))
+        mask = columns < lengths[:, None]
+        ids = np.where(mask, tokens.ids[np.minimum(starts[:, None] + columns, len(tokens.ids) - 1)], self.pad_id)
+        return Batch(self.to_device(torch.from_numpy(ids.astype(np.int64))), self.to_device(torch.from_numpy(mask.astype(np.int64))))
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor to where the encoder is, without waiting for the copy."""
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -21,7 +21,7 @@ from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_reco
 # The sources whose change can change a weight or a score; a report's layout cannot.
 _SOURCES = (
     *("catalogue", "packages", "dataset", "encoder", "attention", "frozen_linear"),
-    *("lora", "adapter", "training", "evaluation", "scores", "job"),
+    *("lora", "adapter", "step_graphs", "training", "evaluation", "scores", "job"),
 )
 
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
-from pipeline.encoder import Encoder, IntArray, Tokens
+from pipeline.encoder import Batch, Encoder, IntArray, Tokens
 from pipeline.errors import LorafleetError, ResumeError
 from pipeline.lora import Factors
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import TaskFolder, write_atomically
+from pipeline.step_graphs import LENGTH_STEP, Step, StepGraphs, is_recordable
 
 _BATCHES_PER_BUCKET = 256
 _STEPS_PER_REPORT = 20
@@ -164,11 +165,16 @@ class _Loop:
         self.weights = flatten(adapter.parameters)
         self.working = _WorkingCopy(adapter, self.weights)
         self.best = self.weights.detach().clone()
-        self.optimizer = torch.optim.AdamW([self.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = _optimizer(self.weights, config)
         self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
         # Any batch size and length: texts of an epoch come in many shapes.
         self.logits = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
+        self.learn: Step = self._learn
+        self.length_step = 1
+        if is_recordable(adapter.encoder):
+            state = [self.weights, *self.optimizer.state[self.weights].values()]
+            self.learn, self.length_step = StepGraphs(self._learn, batch_size=config.batch_size, state=state), LENGTH_STEP
 
     def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, score_start: bool = False) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place."""
@@ -213,7 +219,7 @@ class _Loop:
             epoch=epoch,
             train_loss=train_loss,
             validation_accuracy=None,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             texts_per_second=len(self.train.labels) / seconds,
             tokens_per_second=len(self.train.tokens.ids) / seconds,
             seconds=seconds,
@@ -236,18 +242,21 @@ class _Loop:
 
     def _step(self, rows: IntArray) -> Tensor:
         encoder = self.adapter.encoder
-        labels = torch.from_numpy(self.train.labels[rows]).to(encoder.device)
+        labels = encoder.to_device(torch.from_numpy(self.train.labels[rows]))
+        _set_learning_rate(self.optimizer, _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch))
+        self.state.steps += 1
+        return self.learn(encoder.batch(self.train.tokens, rows, length_step=self.length_step), labels)
+
+    def _learn(self, batch: Batch, labels: Tensor) -> Tensor:
         self.working.refresh()
-        logits = self.logits(encoder.batch(self.train.tokens, rows))
+        logits = self.logits(batch)
         loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
         assert self.weights.grad is not None
         self.weights.grad.zero_()
         loss.backward()
         self.working.collect_gradients()
         nn.utils.clip_grad_norm_([self.weights], self.config.gradient_clip)
-        self.optimizer.param_groups[0]["lr"] = _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch)
         self.optimizer.step()
-        self.state.steps += 1
         return loss.detach()
 
     def _save(self) -> None:
@@ -268,15 +277,13 @@ class _Loop:
         if saved is None:
             return
         tensors, self.state = saved
+        moments = self.optimizer.state[self.weights]
         with torch.no_grad():
             self.weights.copy_(tensors["weights"])
             self.best.copy_(tensors["best"])
-        device = self.weights.device
-        self.optimizer.state[self.weights] = {
-            "step": tensors["optimizer_steps"].reshape(()).to(device),
-            "exp_avg": tensors["first_moment"].to(device),
-            "exp_avg_sq": tensors["second_moment"].to(device),
-        }
+            moments["step"].copy_(tensors["optimizer_steps"].reshape(()))
+            moments["exp_avg"].copy_(tensors["first_moment"])
+            moments["exp_avg_sq"].copy_(tensors["second_moment"])
 
 
 class _WorkingCopy:
@@ -404,6 +411,27 @@ def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
         parameter.grad = flat.grad[start:end].view_as(parameter)
         start = end
     return flat
+
+
+def _optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with its moments in place; on a GPU with the learning rate there too, where a recorded step reads it."""
+    on_gpu = weights.is_cuda
+    rate = torch.tensor(config.learning_rate, device=weights.device) if on_gpu else config.learning_rate
+    optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=config.weight_decay, fused=True, capturable=on_gpu)
+    optimizer.state[weights] = {
+        "step": torch.zeros((), device=weights.device),
+        "exp_avg": torch.zeros_like(weights, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(weights, requires_grad=False),
+    }
+    return optimizer
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def peak_memory_bytes() -> int:

@@ -387,7 +387,7 @@ def test_a_warm_start_goes_on_from_what_is_published_and_says_what_it_gave(next_
         assert f"{task}: started from published adapter {start.sha256[:12]}: validation" in next_week.ended.err
     topics = results["Topics"].warm_start
     assert topics is not None
-    assert topics.validation_accuracy > 0.8  # type: ignore[operator]  # it knows these labels already
+    assert topics.validation_accuracy > 0.6  # type: ignore[operator]  # it knows these three labels already
     assert "started from published adapter" in (next_week.root / "report.html").read_text(encoding="utf-8")
 
 

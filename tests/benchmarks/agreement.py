@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--mirror", type=Path, default=Path(__file__).resolve().parents[3] / "shared" / "data" / "mteb")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     print("| MTEB task | Texts | Equal labels | Largest gap where not | Accuracy, bulk | Accuracy, float32 |\n|---|---|---|---|---|---|")
@@ -57,23 +58,23 @@ def main() -> None:
         found = find_adapters([str(weights.parent)], offline=True)[0]
         path = options.mirror / found.name / "test.parquet"
         if path.is_file():
-            result = compare(found, path, threads=threads)
+            result = compare(found, path, threads=threads, use_gpu=options.device == "cuda")
             good &= result.good
             facts = f"{result.equal:.2%} | {result.largest_gap:.3f} | {result.accuracy:.2%} | {result.exact_accuracy:.2%}"
             print(f"| {found.name} | {result.texts} | {facts} |", flush=True)
     sys.exit(0 if good else 1)
 
 
-def compare(found: FoundAdapter, path: Path, *, threads: int) -> Agreement:
+def compare(found: FoundAdapter, path: Path, *, threads: int, use_gpu: bool) -> Agreement:
     """Classify a test split both ways."""
     table = pq.read_table(path)
     if "lang" in table.column_names:
         table = table.filter(pq.read_table(path).column("lang").to_pandas().isin(["en"]).to_numpy())
     texts, labels = table.column("text").to_pylist(), [str(label) for label in table.column("label").to_pylist()]
-    classifier = load_classifier([found], encoder=None, threads=threads, use_gpu=False, offline=True)
+    classifier = load_classifier([found], encoder=None, threads=threads, use_gpu=use_gpu, offline=True)
     (answers,) = classifier.classify(classifier.tokenise(texts))
     files, config = find_encoder_of(found, None, offline=True)
-    encoder = Encoder(files, config, choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=False))
+    encoder = Encoder(files, config, choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu))
     adapter = load_adapter(found.folder, encoder)
     logits = torch.from_numpy(adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts))))
     temperature = found.calibration.temperature if found.calibration else 1.0

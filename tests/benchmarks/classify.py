@@ -3,6 +3,7 @@
     python tests/benchmarks/classify.py --adapter runs/<run>#Banking77Classification
     python tests/benchmarks/classify.py --adapter … --rows 2000 --rival-rows 500 --turns 1    # only to see that it works
     python tests/benchmarks/classify.py --adapter … --shared … --arms eight eight_alone       # several adapters in one job
+    python tests/benchmarks/classify.py --adapter … --device cuda --arms ours pipeline sentence_transformers tokenise
 
 Data sets: ``short`` (texts put together from halves of Banking77's), ``duplicates`` (the same with 30 % repeated), ``imdb``.
 The arms take turns, each in a fresh process; ratios are taken within a turn, and medians are reported. A slow arm is given the first
@@ -10,15 +11,16 @@ The arms take turns, each in a fresh process; ratios are taken within a turn, an
 
 ours                   the kernel in one process
 ours_ray               the same through Ray Data, one actor per core
-pipeline               transformers' text-classification pipeline, batches of 64
-sentence_transformers  SentenceTransformer.encode, batches of 64, and the head
+pipeline               transformers' text-classification pipeline, in batches
+sentence_transformers  SentenceTransformer.encode in batches, and the head
 ray_data               read_parquet, map_batches with a Hugging Face model, write_parquet; one actor per core
 openvino               the merged encoder in OpenVINO, bfloat16, with our batches
 onnx_int8              the merged encoder in ONNX Runtime, dynamic int8, with our batches
 tokenise               reading and tokenising only: a ceiling
 eight, eight_alone     eight adapters in one job; one of them in a job of its own
 
-Rivals (a), (b) and (c) run as they come, in float32. Needs ``pip install openvino onnx onnxruntime onnxscript``.
+Rivals (a), (b) and (c) run as they come, in float32; ``--rival-dtype`` and ``--rival-batch`` are for (a) and (b).
+Needs ``pip install openvino onnx onnxruntime onnxscript``.
 """
 
 from __future__ import annotations
@@ -47,8 +49,7 @@ if TYPE_CHECKING:
     from pipeline.encoder import Tokens
 
 SLOW = ("pipeline", "sentence_transformers", "ray_data", "openvino", "onnx_int8", "eight", "eight_alone")
-BATCH = 64
-ROOF_SHAPE = (1024, 384, 1536)
+ROOF_SHAPES = {"cpu": (1024, 384, 1536), "cuda": (65536, 384, 1536)}
 
 
 def main() -> None:
@@ -72,6 +73,7 @@ def child(arm: str, data: str, turn: int, options: argparse.Namespace) -> dict[s
     rows = options.rival_rows if arm in SLOW else None
     command = [sys.executable, __file__, "--child", arm, "--input", str(options.folder / f"{data}-{rows or 'all'}.parquet")]
     command += ["--output", str(options.folder / f"out-{data}-{arm}-{turn}"), "--threads", str(options.threads)]
+    command += ["--device", options.device, "--rival-dtype", options.rival_dtype, "--rival-batch", str(options.rival_batch)]
     command += ["--adapter", options.adapter, *(["--shared", options.shared] if options.shared else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -124,7 +126,7 @@ def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str]
     from pipeline.unit_worker import UnitWorker
 
     job = plan(options.input, options.output, refs or [options.adapter])
-    worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=False))
+    worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=options.device == "cuda"))
     begun = time.perf_counter()
     rows = sum(worker.label(unit).rows for unit in job.begun.todo)
     return _facts(rows, begun, started)
@@ -157,11 +159,12 @@ def run_pipeline(options: argparse.Namespace, started: float) -> dict[str, Any]:
 
     (adapter,), encoder = _adapter(options)
     folder = _encoder_folder(encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(adapter.label_names))
-    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(adapter.label_names), dtype=options.rival_dtype)
+    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device=options.device)
     begun = time.perf_counter()
     table = pq.read_table(options.input)
-    answers = classify(table.column("text").to_pylist(), batch_size=BATCH, truncation=True, max_length=encoder.config.max_tokens)
+    texts = table.column("text").to_pylist()
+    answers = classify(texts, batch_size=options.rival_batch, truncation=True, max_length=encoder.config.max_tokens)
     _write(options, table, [answer["label"] for answer in answers], [answer["score"] for answer in answers])
     return _facts(len(table), begun, started)
 
@@ -172,13 +175,14 @@ def run_sentence_transformers(options: argparse.Namespace, started: float) -> di
     from sentence_transformers import SentenceTransformer
 
     (adapter,), encoder = _adapter(options)
-    model = SentenceTransformer(str(_encoder_folder(encoder)), device="cpu")
+    model = SentenceTransformer(str(_encoder_folder(encoder)), device=options.device, model_kwargs={"dtype": options.rival_dtype})
     model.max_seq_length = encoder.config.max_tokens
-    head = torch.nn.Linear(encoder.hidden_size, len(adapter.label_names))
+    head = torch.nn.Linear(encoder.hidden_size, len(adapter.label_names)).to(options.device)
     begun = time.perf_counter()
     table = pq.read_table(options.input)
-    vectors = model.encode(table.column("text").to_pylist(), batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False)
-    _write_logits(options, table, head(vectors.clone()), adapter)
+    texts = table.column("text").to_pylist()
+    vectors = model.encode(texts, batch_size=options.rival_batch, convert_to_tensor=True, show_progress_bar=False)
+    _write_logits(options, table, head(vectors.float().clone()).cpu(), adapter)
     return _facts(len(table), begun, started)
 
 
@@ -211,7 +215,7 @@ def run_ray_data(options: argparse.Namespace, started: float) -> dict[str, Any]:
 
     actors = ray.data.ActorPoolStrategy(size=options.threads)
     rows = ray.data.read_parquet(options.input).repartition(4 * options.threads)  # else one row group is one actor's
-    rows.map_batches(Model, batch_size=BATCH, num_cpus=1, compute=actors).write_parquet(str(options.output))
+    rows.map_batches(Model, batch_size=options.rival_batch, num_cpus=1, compute=actors).write_parquet(str(options.output))
     ended = time.time()
     written = pq.read_table(options.output)
     seconds = ended - written.column("loaded").to_numpy().max()
@@ -270,12 +274,14 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
     import torch
 
     _, encoder = _adapter(options)
-    rows, inner, outer = ROOF_SHAPE
-    left, right = torch.randn(rows, inner).bfloat16(), torch.randn(inner, outer).bfloat16()
+    rows, inner, outer = ROOF_SHAPES[options.device]
+    left, right = (torch.randn(*shape, device=options.device).bfloat16() for shape in ((rows, inner), (inner, outer)))
     times = []
     for _ in range(200):
         begun = time.perf_counter()
         left @ right
+        if options.device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     linears = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]
     per_token = 2 * sum(m.weight.numel() for m in linears)
@@ -319,8 +325,9 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
         first = options.data[0]
         speed = statistics.median(turn["ours"]["rows"] / turn["ours"]["seconds"] for turn in measured[first])
         share = speed * roof["flops_per_text"] / roof["flops_per_second"]
+        size = "×".join(map(str, ROOF_SHAPES[options.device]))
         lines.append(
-            f"Matmul roof (bfloat16, {'×'.join(map(str, ROOF_SHAPE))}): {roof['flops_per_second'] / 1e9:.0f} GFLOP/s, that is "
+            f"Matmul roof (bfloat16, {size}): {roof['flops_per_second'] / 1e9:.0f} GFLOP/s, that is "
             f"{roof['flops_per_second'] / roof['flops_per_text']:.0f} rows/s of {first}; ours reach {share:.0%} of it."
         )
     return "\n".join(lines)
@@ -343,8 +350,8 @@ def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any
     from pipeline.adapter_ref import find_adapters
     from pipeline.classifier import load_classifier
 
-    adapters = find_adapters([options.adapter], offline=True)
-    return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=False, offline=True).encoder
+    adapters, use_gpu = find_adapters([options.adapter], offline=True), options.device == "cuda"
+    return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True).encoder
 
 
 def _encoder_folder(encoder: Any) -> Path:
@@ -459,6 +466,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--imdb-rows", type=int, default=5_000)
     parser.add_argument("--rival-rows", type=int, default=5_000)
     parser.add_argument("--rival-tokens", type=int, default=1024, help="tokens per batch of openvino and onnx_int8")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours, pipeline and sentence_transformers")
+    parser.add_argument("--rival-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rival-batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--mirror", default=str(Path(__file__).resolve().parents[3] / "shared" / "data" / "mteb"))

@@ -3,15 +3,17 @@
     python tests/benchmarks/train.py                                     # three turns on all of train; more than an hour
     python tests/benchmarks/train.py --texts 320 --epochs 1 --pairs 1    # only to see that it works; its figures mean nothing
     python tests/benchmarks/train.py --precision float32 --arms ours trainer_default    # the claim for a CPU without bf16 units
+    python tests/benchmarks/train.py --device cuda --arms ours ours_launched trainer_default trainer_best plain_loop
 
 Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head: same texts, epochs, batch size, learning rate
 and threads. The arms take turns, each in a fresh process; ratios are taken within a turn, and the medians of turns are reported.
 
 ours              ``pipeline.training.train_adapter``, head started at random
 ours_probe        the same, head started from the full-data probe, whose embedding and fitting are part of its time
+ours_launched     the same as ours on a GPU, but with every step launched kernel by kernel instead of replayed
 trainer_default   Hugging Face Trainer + PEFT as they come: fp32, random batches padded to their longest text
 trainer_best      the same with ``bf16=True`` and length grouping
-plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention, length-bucketed batches, fused AdamW
+plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention (on a GPU sdpa), length-bucketed batches, fused AdamW
 
 texts/s = training texts x epochs / seconds from texts in memory to trained weights: tokenising, attaching the adapter and any compiling
 included; imports and reading the encoder from disk excluded; validation and checkpoints timed after it and shown apart.
@@ -50,7 +52,7 @@ TASK = "Banking77Classification"
 MAX_TOKENS, BATCH_SIZE, RANK, ALPHA, DROPOUT, WEIGHT_DECAY, CLIP = 128, 32, 8, 16, 0.1, 0.01, 1.0
 TARGETS = r".*attention\.(self\.(query|key|value)|output\.dense)"  # `dense` alone also names MLP layers
 DEFAULT_ARMS = ("ours", "trainer_default", "trainer_best", "plain_loop")
-ROOF_SHAPE = (2048, 1536, 1536)
+ROOF_SHAPES = {"cpu": (2048, 1536, 1536), "cuda": (8192, 8192, 8192)}
 HEADINGS = (
     "Arm",
     "Precision, attention",
@@ -74,6 +76,7 @@ class Settings:
     threads: int
     data: str
     precision: str
+    device: str
 
     def num_texts(self, arm: str) -> int | None:
         """Training texts of an arm; none stands for all."""
@@ -107,7 +110,7 @@ def run_arm(arm: str, settings: Settings, *, seed: int) -> dict[str, Any]:
     data = load_task(settings, settings.num_texts(arm))
     trained = ARMS[arm](data, settings, seed)
     started = time.perf_counter()
-    accuracy = test_accuracy(trained.predict, data)
+    accuracy = test_accuracy(trained.predict, data, device=settings.device)
     validation = (time.perf_counter() - started) / len(data.test_texts) * 1000
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = trained.save_checkpoint(Path(folder))
@@ -144,8 +147,9 @@ def load_task(settings: Settings, num_texts: int | None) -> TaskData:
     return dataclasses.replace(data, train_texts=[data.train_texts[row] for row in rows], train_labels=data.train_labels[rows])
 
 
-def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = False) -> Trained:
+def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = False, replay: bool = True) -> Trained:
     """The project's own training, as a worker runs it."""
+    from pipeline import training as training_module
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
     from pipeline.encoder import Batch, Encoder, choose_runtime
     from pipeline.training import LabelledTokens, train_adapter
@@ -154,11 +158,14 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
         {"learning_rate": settings.learning_rate, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE, "gradient_clip": CLIP}
         | {"head_init": "probe" if probe else "random", "seed": seed, "precision": settings.precision}
     )
-    runtime = choose_runtime(config, threads=settings.threads, use_gpu=False)
+    runtime = choose_runtime(config, threads=settings.threads, use_gpu=settings.device == "cuda")
     encoder = Encoder(_encoder_files(), EncoderConfig(max_tokens=MAX_TOKENS), runtime)
     parts: dict[str, Any] = {"label_names": data.label_names, "train_config": config}
     parts["adapter_config"] = AdapterConfig(rank=RANK, alpha=ALPHA, dropout=DROPOUT)
+    if not replay:
+        training_module.is_recordable = lambda encoder: False
     _import_ahead("sklearn.linear_model", "sklearn.model_selection")
+    _start_device(settings)
     started = time.perf_counter()
     tokens = LabelledTokens(encoder.tokenise(data.train_texts), data.train_labels)
     start = _probe_start(data, encoder, tokens, seed) if probe else None
@@ -187,6 +194,7 @@ def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: An
     base, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     scratch = tempfile.TemporaryDirectory()
     _import_ahead("peft")
+    _start_device(settings)
     started = time.perf_counter()
     encoded = tokenizer(data.train_texts, truncation=True, max_length=MAX_TOKENS)
     labels = data.train_labels.tolist()
@@ -201,7 +209,7 @@ def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: An
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         seed=seed,
-        use_cpu=True,
+        use_cpu=settings.device == "cpu",
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
@@ -214,7 +222,7 @@ def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: An
     model.eval()
 
     def predict(ids: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+        with torch.autocast(settings.device, torch.bfloat16, enabled=arguments.bf16):
             logits: Tensor = model(ids, mask)["logits"]
         return logits.float()
 
@@ -238,15 +246,17 @@ def train_plain_loop(data: TaskData, settings: Settings, seed: int) -> Trained:
 
     folder = _encoder_files().folder
     dtype = torch.float32 if settings.precision == "float32" else torch.bfloat16
-    base = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    attention = "eager" if settings.device == "cpu" else "sdpa"
+    base = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rng = np.random.default_rng(seed)
     _import_ahead("peft")
+    _start_device(settings)
     started = time.perf_counter()
     encoded = tokenizer(data.train_texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
     ids, labels = [torch.tensor(row) for row in encoded], torch.from_numpy(data.train_labels)
     lengths = np.array([len(row) for row in ids])
-    model = _classifier(_with_lora(base), num_classes=len(data.label_names))
+    model = _classifier(_with_lora(base), num_classes=len(data.label_names)).to(settings.device)
     model.base.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
@@ -256,12 +266,13 @@ def train_plain_loop(data: TaskData, settings: Settings, seed: int) -> Trained:
         for rows in _bucketed_batches(lengths, rng):
             batch = pad_sequence([ids[row] for row in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
             mask = (torch.arange(batch.shape[1]) < torch.from_numpy(lengths[rows])[:, None]).long()
-            loss = model(batch, mask, labels[rows])["loss"]
+            loss = model(*(t.to(settings.device) for t in (batch, mask, labels[rows])))["loss"]
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             schedule.step()
+    float(loss)  # waits for a GPU
     seconds = time.perf_counter() - started
     model.eval()
 
@@ -270,12 +281,13 @@ def train_plain_loop(data: TaskData, settings: Settings, seed: int) -> Trained:
         torch.save({"weights": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "checkpoint.pt")
         return time.perf_counter() - begun
 
-    return Trained(seconds, str(dtype).removeprefix("torch."), "eager", lambda ids, mask: model(ids, mask)["logits"], save_checkpoint)
+    return Trained(seconds, str(dtype).removeprefix("torch."), attention, lambda ids, mask: model(ids, mask)["logits"], save_checkpoint)
 
 
 ARMS: dict[str, Callable[[TaskData, Settings, int], Trained]] = {
     "ours": train_ours,
     "ours_probe": lambda data, settings, seed: train_ours(data, settings, seed, probe=True),
+    "ours_launched": lambda data, settings, seed: train_ours(data, settings, seed, replay=False),
     "trainer_default": train_with_trainer,
     "trainer_best": lambda data, settings, seed: train_with_trainer(
         data, settings, seed, bf16=True, train_sampling_strategy="group_by_length"
@@ -284,7 +296,7 @@ ARMS: dict[str, Callable[[TaskData, Settings, int], Trained]] = {
 }
 
 
-def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData) -> float:
+def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData, *, device: str) -> float:
     """Share of the test texts that an arm labels rightly: same tokens, same batches for every arm."""
     import torch
 
@@ -298,8 +310,8 @@ def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData) -
             mask = np.arange(lengths.max()) < lengths[:, None]
             ids = np.zeros(mask.shape, dtype=np.int64)
             ids[mask] = np.concatenate([tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows])
-            logits = predict(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
-            right += int((logits.argmax(dim=1).numpy() == data.test_labels[rows]).sum())
+            logits = predict(torch.from_numpy(ids).to(device), torch.from_numpy(mask.astype(np.int64)).to(device))
+            right += int((logits.argmax(dim=1).cpu().numpy() == data.test_labels[rows]).sum())
     return right / len(data.test_texts)
 
 
@@ -338,24 +350,28 @@ def measure_roof(settings: Settings) -> dict[str, Any]:
     roof: dict[str, Any] = {"batch_tokens": tokens}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        seconds = {size: _product_seconds(*size, dtype) for size in {ROOF_SHAPE, *layer}}
-        roof[name] = 2 * math.prod(ROOF_SHAPE) / seconds[ROOF_SHAPE]
+        largest = ROOF_SHAPES[settings.device]
+        seconds = {size: _product_seconds(*size, dtype, device=settings.device) for size in {largest, *layer}}
+        roof[name] = 2 * math.prod(largest) / seconds[largest]
         roof[f"{name}_layer"] = 2 * sum(map(math.prod, layer)) / sum(seconds[size] for size in layer)
     return roof
 
 
-def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
-    """Of the fastest of many (rows, inner) x (inner, columns) products."""
+def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, *, device: str) -> float:
+    """Of the fastest of many (rows, inner) x (inner, columns) products; on a GPU of the fastest twenty that it is given at once."""
     import torch
 
-    x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
-    fastest, until = math.inf, time.perf_counter() + 2.0
+    x, weight = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(columns, inner, dtype=dtype, device=device)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    fastest, until, at_once = math.inf, time.perf_counter() + 2.0, 1 if device == "cpu" else 20
     with torch.inference_mode():
         while time.perf_counter() < until:
             started = time.perf_counter()
-            torch.mm(x, weight.t(), out=out)
-            fastest = min(fastest, time.perf_counter() - started)
+            for _ in range(at_once):
+                torch.mm(x, weight.t(), out=out)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            fastest = min(fastest, (time.perf_counter() - started) / at_once)
     return fastest
 
 
@@ -436,6 +452,14 @@ def _import_ahead(*modules: str) -> None:
         importlib.import_module(module)
 
 
+def _start_device(settings: Settings) -> None:
+    """A GPU's own start, which every arm would pay alike."""
+    import torch
+
+    if settings.device == "cuda":
+        torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+
+
 def _tokens(texts: Sequence[str]) -> Any:
     from pipeline.config import EncoderConfig
     from pipeline.encoder import load_tokenizer, tokenise
@@ -486,6 +510,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default="../shared/data/mteb", help="folder of <TaskName>/<split>.parquet")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of ours; float32 also of plain_loop")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(DEFAULT_ARMS))
     parser.add_argument("--json", type=Path, help="also write every single measurement there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -516,6 +541,10 @@ def machine(settings: Settings) -> dict[str, Any]:
     flags = fields.get("flags", "").split()
     facts: dict[str, Any] = {"cpu": fields.get("model name", "unknown").strip(), "cores": os.cpu_count(), "threads": settings.threads}
     facts |= {flag: flag in flags for flag in ("amx_bf16", "avx512_bf16")}
+    if settings.device == "cuda":
+        import torch
+
+        facts["cpu"] = f"{torch.cuda.get_device_name()} beside {facts['cpu']}"
     return facts | {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
@@ -539,7 +568,7 @@ def report(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof: dict
     ]
     if settings.rival_texts and any(arm.startswith("trainer") for arm in runs):
         lines.append(f"The Trainer arms were trained on {settings.rival_texts} texts for their rate only, so they have no accuracy ('-').")
-    return [*lines, "", *_roof_lines(runs, roof)]
+    return [*lines, "", *_roof_lines(settings, runs, roof)]
 
 
 def _row(arm: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]] | None) -> str:
@@ -559,9 +588,9 @@ def _row(arm: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]] | None
     return f"| {' | '.join(cells)} |"
 
 
-def _roof_lines(runs: dict[str, list[dict[str, Any]]], roof: dict[str, Any]) -> list[str]:
+def _roof_lines(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof: dict[str, Any]) -> list[str]:
     rates = {name: (roof[name] / 1e9, roof[f"{name}_layer"] / 1e9) for name in ("bfloat16", "float32")}
-    size = "×".join(map(str, ROOF_SHAPE))
+    size = "×".join(map(str, ROOF_SHAPES[settings.device]))
     lines = [
         f"Matmul roof, {name}: {large:.0f} GFLOP/s at {size}, {layer:.0f} at the encoder's layers with {roof['batch_tokens']} tokens."
         for name, (large, layer) in rates.items()
