@@ -53,6 +53,7 @@ class Fleet:
         self._fault: Exception | None = None
         self._slots = threading.Semaphore(0)
         self._workers: list[FleetWorker] = []
+        self._made_ahead: list[Any] = []
         self._lock = threading.Lock()
 
     @property
@@ -123,7 +124,7 @@ class Fleet:
         return fit if self.config.workers == "auto" else min(fit, self.config.workers)
 
     def worker(self, spec: JobSpec) -> FleetWorker:
-        """A worker for one MTEB task; its process starts when it is first called and a place is free."""
+        """A worker for one MTEB task; it gets a process when it is first called and a place is free."""
         worker = FleetWorker(self, spec)
         with self._lock:
             self._workers.append(worker)
@@ -144,6 +145,7 @@ class Fleet:
         self._stopping.set()  # first: who sees a killed worker now must not wait to try again
         for worker in self._workers:
             worker.stop()
+        self._made_ahead.clear()  # Ray ends an actor that nobody holds
         self._slots.release(len(self._workers) or 1)
         self._released.set()
         self._keeper.join()
@@ -161,6 +163,16 @@ class Fleet:
             raise StoppedError("stopped")
         if not any(node["Alive"] for node in ray.nodes()):
             raise FleetLostError("Ray's last node is gone; start again, what was finished is kept")
+
+    def _take_actor(self) -> Any:
+        with self._lock:
+            return self._made_ahead.pop() if self._made_ahead else self._make_actor()
+
+    def _make_actor(self) -> Any:
+        import ray
+
+        shares = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+        return ray.remote(Worker).options(**shares, max_concurrency=2, max_restarts=0).remote()
 
     def _keep_ray(self) -> None:
         """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it."""
@@ -198,7 +210,10 @@ class Fleet:
                 options["job_config"] = JobConfig(_client_job=True)
             if not ray.is_initialized():
                 ray.init(**options)
-            self._slots.release(self.num_workers)
+            num_workers = self.num_workers
+            if self.address is None:  # they import while the inputs are checked; of a cluster of others nothing is held that early
+                self._made_ahead = [self._make_actor() for _ in range(min(num_workers, self._num_tasks))]
+            self._slots.release(num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             self._fault = error
             if self.address is not None and isinstance(error, OSError | ValueError | RuntimeError):
@@ -260,16 +275,13 @@ class FleetWorker:
             ray.kill(actor)
 
     def _ready(self) -> Any:
-        import ray
-
         if not self._has_slot:
             self._fleet._slots.acquire()
             self._has_slot = True
         self._fleet.check()
         if self._actor is None:
-            fleet = self._fleet
-            options = {"num_cpus": fleet.cpus_per_worker, "num_gpus": fleet.gpus_per_worker}
-            self._actor = ray.remote(Worker).options(**options, max_concurrency=2, max_restarts=0).remote(self.spec)
+            self._actor = self._fleet._take_actor()
+            self._actor.begin.remote(self.spec)
         return self._actor
 
     def _pass_on(self, actor: Any, on_event: Callable[[Any], None]) -> None:

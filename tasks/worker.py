@@ -1,4 +1,4 @@
-"""The Ray actor that owns one MTEB task. Knows nothing of Prefect; imports torch only when it starts to work."""
+"""The Ray actor that owns one MTEB task. Knows nothing of Prefect; imports torch only in the worker's own process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ _LONGEST_LINE = 300
 
 
 class Worker:
-    """One MTEB task's job in a process of its own; ``events`` answers while a stage runs."""
+    """One MTEB task's job in a process of its own; ``events`` answers while a stage runs.
 
-    def __init__(self, spec: JobSpec) -> None:
+    It may be started before it is known which task will be its own: what takes long to import is there when ``begin`` says so.
+    """
+
+    def __init__(self) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        self._spec = spec
+        self._spec: JobSpec
         self._job: TaskJob | None = None
+        self._begun = threading.Event()
         self._events: list[EpochRow | Progress | LogLine] = []
         self._lock = threading.Lock()
         logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
+        _import_ahead()
+
+    def begin(self, spec: JobSpec) -> None:
+        """Take on an MTEB task; stages called meanwhile wait for it, as Ray may start them in any order."""
+        self._spec = spec
+        self._begun.set()
 
     def load(self) -> DataSummary:
         """Read the data, load the encoder."""
@@ -69,11 +79,19 @@ class Worker:
 
         from pipeline.job import TaskJob
 
+        self._begun.wait()
         if self._job is None:
             self._job = TaskJob(self._spec)
         # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
         torch.set_num_threads(self._job.runtime.threads)
         return self._job
+
+
+def _import_ahead() -> None:
+    import mteb  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    import pipeline.job  # noqa: F401
 
 
 class _Lines(logging.Handler):

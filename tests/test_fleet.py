@@ -93,6 +93,7 @@ def test_two_workers_share_a_gpu_by_halves_and_the_third_waits(start: Callable[.
     fleet = start(gpus_per_worker=0.5, cpus_per_worker=0.5)
     fleet.ready()
     assert fleet.num_workers == 2
+    assert fleet._made_ahead == []  # a cluster of others' gives no place before it is needed
     one, two, three = (fleet.worker(spec(name)) for name in ("A", "B", "C"))
     assert process_of(one) != process_of(two)
     assert ray.available_resources().get("GPU", 0) == 0
@@ -142,6 +143,20 @@ def test_a_worker_that_dies_is_an_error_once_and_the_next_call_has_a_new_one(sta
         for _ in range(20):
             process_of(worker)
     assert process_of(worker) != before
+
+
+@pytest.mark.faults
+def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None:
+    import ray
+
+    fleet = Fleet(ComputeConfig(workers=1), num_tasks=3)
+    fleet.start()
+    fleet.ready()
+    (actor,) = fleet._made_ahead
+    ahead = ray.get(actor.process_id.remote())
+    assert process_of(fleet.worker(spec())) == ahead
+    assert fleet._made_ahead == []
+    fleet.stop()
 
 
 def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
