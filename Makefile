@@ -17,7 +17,7 @@ test: $(VENV)/.ready-dev  ## every check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=60
 
 test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
 	$(BIN)/pytest -n 2 --dist loadfile -m faults --timeout 1800
@@ -26,7 +26,7 @@ $(VENV)/.ready: EXTRAS := quickstart
 $(VENV)/.ready-dev: EXTRAS := quickstart,dev
 $(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -11,12 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import COMMIT, load_encoder, save_tiny_encoder
-from commands import FinishedRun, run, write_config, write_task
+from commands import Ended, FinishedRun, run, write_config, write_task
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from pipeline.encoder import Encoder
@@ -88,11 +91,23 @@ def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest
 
     The folder holds modules of the user's that are called as ours.
     """
-    cwd = tmp_path_factory.mktemp("finished")
-    for name in ("flows", "tasks", "pipeline"):
-        (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
-    tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
-    config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
-    ended = run("train", "--config", config, "--runs", "runs", cwd=cwd)
-    assert ended.code == 0, ended.err
-    return FinishedRun(cwd, config, tuple(tasks), ended)
+    cwd = _of_all_processes(tmp_path_factory) / "finished"
+    with FileLock(f"{cwd}.lock"):  # the first process of pytest that needs the run makes it for the others too
+        done = cwd / "ended.json"
+        if not done.exists():
+            cwd.mkdir()
+            for name in ("flows", "tasks", "pipeline"):
+                (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
+            tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
+            config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
+            ended = run("train", "--config", config, "--runs", "runs", cwd=cwd)
+            assert ended.code == 0, ended.err
+            done.write_text(json.dumps({"config": str(config), "tasks": tasks, "ended": asdict(ended)}), encoding="utf-8")
+    facts = json.loads(done.read_text(encoding="utf-8"))
+    return FinishedRun(cwd, Path(facts["config"]), tuple(facts["tasks"]), Ended(**facts["ended"]))
+
+
+def _of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of this run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own

@@ -178,6 +178,7 @@ def test_a_run_store_in_use_is_one_message_that_names_the_other_run(config: Path
     refused(ended, tmp_path, "in use by run 20260102-1, process 12")
 
 
+@pytest.mark.faults
 def test_workers_that_do_not_fit_are_one_message(config: Path, prefect_api: str, tmp_path: Path) -> None:
     ended = run("train", "--config", config, "--set", "compute.gpus_per_worker=64", cwd=tmp_path, PREFECT_API_URL=prefect_api)
     refused(ended, tmp_path, "a worker asks for 1 CPUs and 64 GPUs")

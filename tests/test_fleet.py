@@ -87,6 +87,7 @@ def process_of(worker: Any) -> int:
     return answer
 
 
+@pytest.mark.faults
 def test_two_workers_share_a_gpu_by_halves_and_the_third_waits(start: Callable[..., Fleet]) -> None:
     import ray
 
@@ -169,6 +170,7 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
         process_of(worker)
 
 
+@pytest.mark.faults
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ from pipeline.records import Calibration, ClassificationResults, Probe, TaskResu
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A copy, as the runs here go on in its store."""
+    cwd = tmp_path_factory.mktemp("flow") / "finished"
+    shutil.copytree(finished_run.cwd, cwd)
+    return replace(finished_run, cwd=cwd)
 
 
 def manifest_of(run_folder: Path) -> RunManifest:
@@ -151,7 +160,7 @@ def test_calibration_was_fitted_on_validation(finished_run: FinishedRun) -> None
 
 
 def test_no_file_that_is_published_names_a_local_path(finished_run: FinishedRun) -> None:
-    local = [str(finished_run.cwd).encode(), str(load_config(str(finished_run.config)).encoder.name).encode()]
+    local = [str(finished_run.config.parent).encode(), str(load_config(str(finished_run.config)).encoder.name).encode()]
     folder = RunFolder(finished_run.root)
     for path in (*folder.published(), *folder.task("Topics").published()):
         assert not any(name in path.read_bytes() for name in local), path
@@ -300,6 +309,7 @@ def gated(
     return Gated(ended, ended.run, cwd / "out", before)
 
 
+@pytest.mark.faults
 def test_a_block_is_exit_code_1_and_the_run_is_finished_all_the_same(gated: Gated, finished_run: FinishedRun) -> None:
     assert gated.ended.code == 1
     assert manifest_of(gated.root).adapters == manifest_of(finished_run.root).adapters
@@ -309,11 +319,13 @@ def test_a_block_is_exit_code_1_and_the_run_is_finished_all_the_same(gated: Gate
     assert "Traceback" not in gated.ended.err
 
 
+@pytest.mark.faults
 def test_a_block_of_one_adapter_does_not_keep_the_others_back(gated: Gated) -> None:
     assert {path.name: path.read_bytes() for path in (gated.published / "Pairs").iterdir()} == gated.before
     assert adapter_sha256(gated.published / "Topics") == manifest_of(gated.root).adapters["Topics"]
 
 
+@pytest.mark.faults
 def test_the_artifact_has_the_figures_and_both_adapters(gated: Gated, prefect_api: str) -> None:
     topics, pairs = gate_artifact(prefect_api, gated.root)
     rows = pd.read_parquet(gated.root / "metrics" / "gate.parquet").set_index("mteb_task")
@@ -328,6 +340,7 @@ def test_the_artifact_has_the_figures_and_both_adapters(gated: Gated, prefect_ap
         assert shown["candidate_sha256"] == manifest_of(gated.root).adapters[shown["mteb_task"]]
 
 
+@pytest.mark.faults
 def test_a_publish_that_fails_is_exit_code_1_and_leaves_run_and_target_as_they_are(
     finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
@@ -377,6 +390,7 @@ def next_week(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pyt
     return NextWeek(ended, cwd / ended.run, manifest_of(earlier.root).adapters, config, cwd)
 
 
+@pytest.mark.faults
 def test_a_warm_start_goes_on_from_what_is_published_and_says_what_it_gave(next_week: NextWeek) -> None:
     results = results_of(next_week.root)
     for task in ("Topics", "Pairs"):
@@ -391,11 +405,13 @@ def test_a_warm_start_goes_on_from_what_is_published_and_says_what_it_gave(next_
     assert "started from published adapter" in (next_week.root / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.faults
 def test_what_is_not_published_yet_is_trained_from_scratch_and_that_is_said(next_week: NextWeek) -> None:
     assert results_of(next_week.root)["Fresh"].warm_start is None
     assert "Fresh: trained from scratch: nothing to start from: adapter " in next_week.ended.err
 
 
+@pytest.mark.faults
 def test_a_new_label_is_named_before_training_and_reaches_the_gate(next_week: NextWeek) -> None:
     assert "Pairs: its labels are not those of run" in next_week.ended.err
     assert next_week.ended.err.index("with new garden") < next_week.ended.err.index("Pairs: loaded")
@@ -403,17 +419,20 @@ def test_a_new_label_is_named_before_training_and_reaches_the_gate(next_week: Ne
     assert "failed: gate · Pairs: its labels are not the published ones: with new garden" in next_week.ended.err
 
 
+@pytest.mark.faults
 def test_the_score_table_names_the_change_since_the_run_before(next_week: NextWeek, prefect_api: str) -> None:
     rows = {row["MTEB task"]: row["Since the run before"] for row in _artifact(prefect_api, "score-table", next_week.root)}
     assert rows["Topics"].startswith("test data changed (run ")
     assert rows["Fresh"] == "first run"
 
 
+@pytest.mark.faults
 def test_the_report_and_what_is_published_are_linked(next_week: NextWeek, prefect_api: str) -> None:
     assert f"({(next_week.root / 'report.html').as_uri()})" in _text_of(prefect_api, "report", next_week.root)
     assert f"({(next_week.cwd / 'out').as_uri()})" in _text_of(prefect_api, "published", next_week.root)
 
 
+@pytest.mark.faults
 def test_the_week_after_with_nothing_new_does_nothing_although_the_published_adapter_is_another_now(
     next_week: NextWeek, prefect_api: str
 ) -> None:

@@ -305,7 +305,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", [pytest.param(point, marks=() if "commit" in point else pytest.mark.faults) for point in POINTS])
+@pytest.mark.parametrize("point", [pytest.param(point, marks=() if point == "its commit to main" else pytest.mark.faults) for point in POINTS])
 def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(one: Place, world: World, point: str) -> None:
     parts = POINTS[point]
     outcome = suffer_kill(one, world, lambda _, request: all(part in f"{request[0]} {request[1]}" for part in parts))
@@ -366,6 +366,7 @@ def code_of(*arguments: str) -> int:
     return 0
 
 
+@pytest.mark.faults
 def test_an_older_state_comes_back(empty: Place, world: World) -> None:
     empty.publish(world.base)
     old = empty.hub.head(REPO)

@@ -101,8 +101,9 @@ def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same
     assert again.wait(seconds=30).code == 130
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("where", ["process", pytest.param("ray", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("where", ["process", "ray"])
 def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_on(
     where: str, encoder_folder: Folders, api: Api, tmp_path: Path
 ) -> None:
