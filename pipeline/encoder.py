@@ -136,6 +136,8 @@ class Encoder:
         self.ref = files.ref
         self.config = config
         self.device = torch.device(runtime.device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape of batch, which takes longer than the batch
         self.model: Any = _load_weights(files.folder, config, runtime)
         # Some architectures know eager attention only.
         self.runtime = Runtime.model_validate(runtime.model_dump() | {"attention": self.model.config._attn_implementation})

@@ -250,7 +250,7 @@ class _Loop:
     def _learn(self, batch: Batch, labels: Tensor) -> Tensor:
         self.working.refresh()
         logits = self.logits(batch)
-        loss = nn.functional.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
+        loss = _cross_entropy(logits, labels, self.class_weights, smoothing=self.config.label_smoothing)
         assert self.weights.grad is not None
         self.weights.grad.zero_()
         loss.backward()
@@ -411,6 +411,16 @@ def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
         parameter.grad = flat.grad[start:end].view_as(parameter)
         start = end
     return flat
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor, *, smoothing: float) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` with label smoothing, but without its look at which labels count: that waits for the GPU."""
+    log_probabilities = logits.log_softmax(dim=1)
+    loss = nn.functional.nll_loss(log_probabilities, labels, class_weights)
+    if not smoothing:
+        return loss
+    spread = -(log_probabilities * class_weights).sum() / class_weights[labels].sum()
+    return (1 - smoothing) * loss + smoothing / logits.shape[1] * spread
 
 
 def _optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:

@@ -305,7 +305,9 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", [pytest.param(point, marks=() if point == "its commit to main" else pytest.mark.faults) for point in POINTS])
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=() if point == "its commit to main" else pytest.mark.faults) for point in POINTS]
+)
 def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(one: Place, world: World, point: str) -> None:
     parts = POINTS[point]
     outcome = suffer_kill(one, world, lambda _, request: all(part in f"{request[0]} {request[1]}" for part in parts))
