@@ -17,7 +17,7 @@ test: $(VENV)/.ready-dev  ## every check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=60
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
 	$(BIN)/pytest -n 2 --dist loadfile -m faults --timeout 1800

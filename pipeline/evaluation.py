@@ -267,6 +267,12 @@ def _head_start(probe: Any, scale: float, num_classes: int) -> HeadStart:
     return HeadStart(weight.astype(np.float32), bias.astype(np.float32))
 
 
+def import_ahead() -> None:
+    """Import what an evaluation, and the encoder before it, would else wait for: mteb and transformers take seconds."""
+    import mteb  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+
 def few_shot(mteb_task: Any, vectors: TextVectors) -> tuple[scores.Score, dict[str, Any]]:
     """mteb's own protocol: logistic regression on ``samples_per_label`` texts, ten draws, on test; and its own result of it."""
     import mteb

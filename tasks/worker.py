@@ -35,7 +35,7 @@ class Worker:
         logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
-        _import_ahead()
+        self._import_ahead()
 
     def begin(self, spec: JobSpec) -> None:
         """Take on an MTEB task; stages called meanwhile wait for it, as Ray may start them in any order."""
@@ -68,6 +68,12 @@ class Worker:
         """Of this worker, for those who watch it."""
         return os.getpid()
 
+    def _import_ahead(self) -> None:
+        import pipeline.job  # noqa: F401
+        from pipeline.evaluation import import_ahead
+
+        import_ahead()
+
     def _report(self, event: Any) -> None:
         with self._lock:
             if self._events and isinstance(self._events[-1], Progress):
@@ -85,13 +91,6 @@ class Worker:
         # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
         torch.set_num_threads(self._job.runtime.threads)
         return self._job
-
-
-def _import_ahead() -> None:
-    import mteb  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
-
-    import pipeline.job  # noqa: F401
 
 
 class _Lines(logging.Handler):

@@ -469,6 +469,7 @@ def test_the_cards_snippet_raises_when_no_pair_attaches(family: str, other: str,
         exec(our_snippet(adapter, folder, encoder=encoder_folder(other)), {})
 
 
+@pytest.mark.faults
 def test_the_cards_snippet_runs_as_a_program_of_its_own(saved: Adapter, folder: TaskFolder, encoder_folder: Folders) -> None:
     program = our_snippet(saved, folder, encoder=encoder_folder("bert"))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -169,6 +169,7 @@ def test_a_second_start_does_only_what_is_missing_and_json_is_the_summary_alone(
 # --- one bad file among good ones ---
 
 
+@pytest.mark.faults
 def test_a_corrupt_file_is_a_failure_and_when_it_is_mended_it_alone_is_done(place: Place) -> None:
     folder = write_bulk_input(place.root / "mixed", num_files=3, rows=30, group=30)
     whole = (folder / "part-1.parquet").read_bytes()

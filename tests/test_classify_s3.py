@@ -188,6 +188,7 @@ def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
     ],
     ids=["no such bucket", "output inside input", "no such bucket to write to", "nobody answers", "no key"],
 )
+@pytest.mark.faults
 def test_what_s3_refuses_is_one_message(arguments: tuple[str, ...], changes: dict[str, str], words: str, lake: Lake) -> None:
     ended = lake.start(*arguments, "--where", "process", PLANTED_SECONDS="0", **changes).wait()
     assert ended.code == 2, ended.err

@@ -162,6 +162,7 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
     )
 
 
+@pytest.mark.faults
 def test_an_encoder_that_cannot_be_loaded_is_one_message(prefect_api: str, tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.toml", tmp_path / "nowhere", [write_task(tmp_path / "data", "Topics")])
     ended = run("train", "--config", path, cwd=tmp_path, PREFECT_API_URL=prefect_api)
@@ -219,6 +220,7 @@ def test_show_of_a_mistyped_path_is_one_message(place: str, config: Path, tmp_pa
     refused(ended, tmp_path, str(tmp_path / place))
 
 
+@pytest.mark.faults
 def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_path: Path) -> None:
     own = shutil.copytree(finished_run.root, tmp_path / "run")
     ended = run("publish", own, "--to", "out", cwd=tmp_path)

@@ -337,6 +337,7 @@ def stopped(worker: Command) -> bool:
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.faults
 def test_a_run_that_overlaps_is_cancelled_and_one_that_fails_is_told_of(
     encoder_folder: Folders, api: Api, project: Path, inbox: Inbox, worker: Command
 ) -> None:

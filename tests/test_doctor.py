@@ -97,6 +97,7 @@ def test_a_broken_library_and_one_of_another_version_are_faults_with_advice(tmp_
     assert told["run"].startswith("ok       run store")
 
 
+@pytest.mark.faults
 def test_a_store_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file", encoding="utf-8")
     ended = run("doctor", "--json", cwd=tmp_path)

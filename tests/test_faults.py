@@ -103,6 +103,7 @@ def left(command: Command, *, seconds: float = 10) -> list[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.faults
 def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_worker(store: Store, undisturbed: dict[str, str]) -> None:
     """One after the other, each in the middle of an epoch; the last start recovers by itself."""
     driver = store.start_and_wait_for(1)
@@ -130,6 +131,7 @@ def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_w
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.faults
 def test_an_interrupt_leaves_no_process_and_keeps_what_was_finished(store: Store) -> None:
     command = store.start_and_wait_for(1)
     command.process.send_signal(signal.SIGINT)

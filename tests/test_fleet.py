@@ -134,6 +134,7 @@ def test_an_address_where_nothing_answers_is_the_callers_fault() -> None:
     fleet.stop()
 
 
+@pytest.mark.faults
 def test_a_worker_that_dies_is_an_error_once_and_the_next_call_has_a_new_one(start: Callable[..., Fleet]) -> None:
     fleet = start(gpus_per_worker=0, cpus_per_worker=0.5)
     fleet.ready()

@@ -45,6 +45,7 @@ def test_an_encoder_that_changed_after_it_was_checked_is_refused(spec: JobSpec) 
         TaskJob(changed(spec, encoder_revision="sha256:0")).load()
 
 
+@pytest.mark.faults
 def test_a_worker_that_died_after_its_last_file_has_finished(spec: JobSpec) -> None:
     result = TaskJob(spec).finish()
     folder = TaskJob(spec).folder

@@ -48,12 +48,14 @@ def test_one_changed_weight_is_noticed(adapter: Adapter, folder: TaskFolder) -> 
         check(adapter, folder)
 
 
+@pytest.mark.faults
 def test_swapped_labels_are_noticed(adapter: Adapter, folder: TaskFolder) -> None:
     folder.labels.write_text(json.dumps([LABELS[1], LABELS[0], LABELS[2]]), encoding="utf-8")
     with pytest.raises(VerificationError, match="label names"):
         check(adapter, folder)
 
 
+@pytest.mark.faults
 def test_an_adapter_without_effect_does_not_pass(bert: Encoder, folder: TaskFolder) -> None:
     adapter = give_effect(Adapter(bert, AdapterConfig(), LABELS))
     with torch.no_grad():
@@ -64,6 +66,7 @@ def test_an_adapter_without_effect_does_not_pass(bert: Encoder, folder: TaskFold
         check(adapter, folder)
 
 
+@pytest.mark.faults
 def test_a_file_that_cannot_be_loaded_is_named_in_one_line(adapter: Adapter, folder: TaskFolder) -> None:
     folder.adapter_weights.write_bytes(b"")
     with pytest.raises(VerificationError, match=r"Topics: the saved adapter cannot be loaded in a fresh process: .*damaged") as caught:
@@ -71,6 +74,7 @@ def test_a_file_that_cannot_be_loaded_is_named_in_one_line(adapter: Adapter, fol
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.faults
 def test_a_hub_encoder_is_reloaded_at_the_commit_it_was_trained_on(folder: TaskFolder, hub_cache: Path) -> None:
     config = EncoderConfig(name="someone/tiny", max_tokens=24)
     adapter = give_effect(Adapter(Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32), AdapterConfig(), LABELS))
@@ -79,6 +83,7 @@ def test_a_hub_encoder_is_reloaded_at_the_commit_it_was_trained_on(folder: TaskF
     check(adapter, folder)
 
 
+@pytest.mark.faults
 def test_a_pt_file_that_is_not_the_trained_adapter_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
     state = torch.load(folder.lora_adapter_pt, weights_only=True)
     state["lora_0_B"][0, 0] += 1

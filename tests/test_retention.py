@@ -318,6 +318,7 @@ def killed_at(store: Path, copies: Path) -> Iterator[tuple[int, Path]]:
         yield step, copy
 
 
+@pytest.mark.faults
 def test_killed_at_any_step_no_run_is_half_a_finished_one_and_the_next_pruning_ends_it(store: Path, tmp_path: Path) -> None:
     whole = {path.name: files(path) for path in store.glob("2*")}
     work = {path.name: files(path) for path in store.glob(".work/*")}
