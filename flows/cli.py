@@ -247,7 +247,8 @@ def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -
 def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Delete old run folders and abandoned checkpoints of a run store.
 
-    What was published stays, and so does the last good run of each MTEB task; the history over runs is not touched.
+    What was published stays, and so does the last good run of each MTEB task. The history over runs keeps every score; its page is
+    written anew, without links to what is gone.
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
     """
@@ -255,6 +256,10 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
     from pipeline.retention import prune as prune_store
 
     pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
+    if not dry_run and any(verdict.goes and verdict.what == "run" for verdict in pruned.verdicts):
+        from pipeline.history_page import write_history_page
+
+        write_history_page(runs)
     _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
     sys.exit(1 if pruned.failures else 0)
 

@@ -343,6 +343,8 @@ def test_a_killed_command_is_gone_on_with_by_the_next(store: Path, tmp_path: Pat
     plant = "import os, sys\nleft = [9]\ndef watch(event, arguments):\n    if event == 'os.remove':\n        left[0] -= 1\n"
     plant += "        if left[0] == 0: os.kill(os.getpid(), 9)\nsys.addaudithook(watch)\n"
     (tmp_path / "planted" / "sitecustomize.py").write_text(plant, encoding="utf-8")
+    links = " ".join(f'<a href="{manifest.parent.name}/report.html">' for manifest in store.glob("*/manifest.json"))
+    (store / "history.html").write_text(links, encoding="utf-8")
     assert run("prune", "runs", "--keep", "1", cwd=tmp_path, PYTHONPATH=str(tmp_path / "planted")).code == -signal.SIGKILL
     (half,) = store.glob("*/manifest.deleted.json")
     ended = run("prune", "runs", "--keep", "1", cwd=tmp_path)
@@ -351,6 +353,9 @@ def test_a_killed_command_is_gone_on_with_by_the_next(store: Path, tmp_path: Pat
     assert "its deletion was begun before" in ended.out
     assert not half.parent.exists()
     assert len(list(store.glob("2*"))) == 1
+    page = (store / "history.html").read_text(encoding="utf-8")
+    assert "</html>" in page
+    assert f'href="{half.parent.name}/report.html"' not in page
 
 
 def _prune_as_nobody(runs: Path, send: Any) -> None:
