@@ -79,7 +79,7 @@ def train_adapters(
 
 def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
     started = time.monotonic()
-    with Fleet(config.compute, num_tasks=len(config.mteb_tasks)) as fleet:
+    with Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True) as fleet:  # they import while the inputs are checked
         plan = stages.check_inputs(config, fleet.runtime(config.train), store)
         if isinstance(plan, LorafleetError):
             return _not_begun(run_id, plan)

@@ -41,8 +41,16 @@ class StoppedError(LorafleetError):
 class Fleet:
     """Starts Ray, hands out workers, and leaves no process behind."""
 
-    def __init__(self, config: ComputeConfig, *, num_tasks: int) -> None:
+    def __init__(self, config: ComputeConfig, *, num_tasks: int, make_ahead: bool = False) -> None:
+        """Start nothing yet.
+
+        Args:
+            config: Shares of a worker, and where Ray is.
+            num_tasks: What the machine's CPUs are shared among, where the shares are ours to choose.
+            make_ahead: Make the first workers as soon as a Ray of our own is up. They hold their places from then on.
+        """
         self.config = config
+        self._make_ahead = make_ahead
         self.address = config.ray_address or os.environ.get("RAY_ADDRESS") or None
         """Of an existing cluster: as configured, or as Ray's own variable names it (a job submitted to a cluster has it set)."""
         self._num_tasks = num_tasks
@@ -211,7 +219,7 @@ class Fleet:
             if not ray.is_initialized():
                 ray.init(**options)
             num_workers = self.num_workers
-            if self.address is None:  # they import while the inputs are checked; of a cluster of others nothing is held that early
+            if self._make_ahead and self.address is None:  # of a cluster of others nothing is held that early
                 self._made_ahead = [self._make_actor() for _ in range(min(num_workers, self._num_tasks))]
             self._slots.release(num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits

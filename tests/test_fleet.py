@@ -72,7 +72,7 @@ def start(cluster: Cluster) -> Iterator[Callable[..., Fleet]]:
     fleets = []
 
     def make(*, num_tasks: int = 3, **compute: Any) -> Fleet:
-        fleet = Fleet(config(ray_address=cluster.address, **compute).compute, num_tasks=num_tasks)
+        fleet = Fleet(config(ray_address=cluster.address, **compute).compute, num_tasks=num_tasks, make_ahead=True)
         fleets.append(fleet)
         fleet.start()
         return fleet
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_is_an_error_once_and_the_next_call_has_a_new_one(sta
 def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None:
     import ray
 
-    fleet = Fleet(ComputeConfig(workers=1), num_tasks=3)
+    fleet = Fleet(ComputeConfig(workers=1), num_tasks=3, make_ahead=True)
     fleet.start()
     fleet.ready()
     (actor,) = fleet._made_ahead
