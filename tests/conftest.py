@@ -29,6 +29,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What computes sets the threads of its process, and the number of threads is seen in the last bits of the next test's weights."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a two-layer encoder of that architecture. Not to be written to."""

@@ -316,6 +316,7 @@ def test_an_adapter_of_a_local_encoder_asks_where_it_lies(place: Place, finished
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.faults
 def test_another_job_into_the_same_folder_is_refused_and_overwritten_when_asked(labelled: Labelled, place: Place) -> None:
     arguments = ("in", "there", "--where", "process", "--rows-per-unit", "40", "--top-k", "2")
     before = times_written(place.root / "there")

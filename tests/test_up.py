@@ -84,6 +84,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.faults
 def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start: Callable[..., Up], tmp_path: Path) -> None:
     (tmp_path / "runs" / "r1").mkdir(parents=True)
     (tmp_path / "runs" / "r1" / "report.html").write_text("<p>a report</p>", encoding="utf-8")
