@@ -12,7 +12,7 @@ quickstart: $(VENV)/.ready  ## set up and run the main job on two small real dat
 
 setup: $(VENV)/.ready-dev  ## set up everything for development
 
-test: $(VENV)/.ready-dev  ## every check
+test: $(VENV)/.ready-dev  ## every check but the long runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -22,6 +22,7 @@ test: $(VENV)/.ready-dev  ## every check
 test-faults: $(VENV)/.ready-dev  ## the long fault and soak runs
 	$(BIN)/pytest -n 2 --dist loadfile -m faults --timeout 1800
 
+# --no-compile: a module is compiled when it is first imported, and most never are.
 $(VENV)/.ready: EXTRAS := quickstart
 $(VENV)/.ready-dev: EXTRAS := quickstart,dev
 $(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt

@@ -256,11 +256,11 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
     from pipeline.retention import prune as prune_store
 
     pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
+    _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
     if not dry_run and any(verdict.goes and verdict.what == "run" for verdict in pruned.verdicts):
         from pipeline.history_page import write_history_page
 
         write_history_page(runs)
-    _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
     sys.exit(1 if pruned.failures else 0)
 
 

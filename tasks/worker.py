@@ -35,7 +35,10 @@ class Worker:
         logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
-        self._import_ahead()
+        import pipeline.job  # noqa: F401
+        from pipeline.evaluation import import_ahead
+
+        import_ahead()
 
     def begin(self, spec: JobSpec) -> None:
         """Take on an MTEB task; stages called meanwhile wait for it, as Ray may start them in any order."""
@@ -67,12 +70,6 @@ class Worker:
     def process_id(self) -> int:
         """Of this worker, for those who watch it."""
         return os.getpid()
-
-    def _import_ahead(self) -> None:
-        import pipeline.job  # noqa: F401
-        from pipeline.evaluation import import_ahead
-
-        import_ahead()
 
     def _report(self, event: Any) -> None:
         with self._lock:

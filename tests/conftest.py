@@ -103,7 +103,7 @@ def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest
     with FileLock(f"{cwd}.lock"):  # the first process of pytest that needs the run makes it for the others too
         done = cwd / "ended.json"
         if not done.exists():
-            cwd.mkdir()
+            cwd.mkdir(exist_ok=True)  # of a process whose run failed: this one shall fail for the same reason
             for name in ("flows", "tasks", "pipeline"):
                 (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
             tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]

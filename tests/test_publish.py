@@ -202,7 +202,7 @@ def test_what_somebody_deleted_is_not_deleted_again(one: Place, world: World, tm
 # --- faults; all of them are in test_publish_faults.py ---
 
 
-HARMS_AT_ONCE = ("a pickle that acts", "weights changed in the run")
+QUICK_HARMS = ["a pickle that acts", "weights changed in the run"]
 QUICK = ["cut after the commit to main", "a flipped byte in a new file"]
 
 
@@ -227,7 +227,7 @@ def test_a_lost_answer_is_not_taken_for_somebody_elses_commit(one: Place, world:
     assert len(HfApi().list_repo_commits(REPO)) == 3
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in HARMS_AT_ONCE else pytest.mark.faults) for name in HARMS])
+@pytest.mark.parametrize("name", QUICK_HARMS)
 def test_a_run_that_is_not_what_was_measured_is_not_published(one: Place, world: World, tmp_path: Path, name: str) -> None:
     suffer_harm(one, world, HARMS[name], tmp_path)
     assert not (tmp_path / "touched").exists()
