@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Work on the machine at hand only: no reports home, no Hub in tests.
 export DO_NOT_TRACK := 1
+# Some images set it. Each process of a run would compile torch and its like anew then: 23 s to the first step became 48.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-faults setup clean
 

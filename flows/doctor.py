@@ -219,6 +219,7 @@ def _check_ray(address: str | None, answer: Mapping[str, Any] | None) -> Check:
 
 def _local(runs: Path) -> dict[str, Callable[[], Check]]:
     return {
+        "bytecode": checkup.check_bytecode,
         "disk": lambda: checkup.check_disk(runs),
         "shared memory": checkup.check_shared_memory,
         "memory": checkup.check_memory,

@@ -6,10 +6,12 @@ Imports the standard library only, so that it works where another library is mis
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import re
 import resource
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,6 +73,24 @@ def check_checkpoints(runs: Path) -> Check:
         return Check("ok", "checkpoints", f"{facts}; the same command goes on from them")
     prune = f"lorafleet prune {runs} --older-than {ABANDONED_DAYS} --dry-run"
     return Check("warning", "checkpoints", facts, f"the same command goes on from them; `{prune}` says what can be deleted")
+
+
+def check_bytecode(library: str = "torch") -> Check:
+    """Whether the libraries lie there compiled, or will after their first import; else every process compiles them anew."""
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        return Check("ok", "bytecode", f"{library} is not installed")
+    cache = Path(importlib.util.cache_from_source(spec.origin))
+    if cache.is_file():
+        return Check("ok", "bytecode", "the libraries are compiled")
+    if sys.dont_write_bytecode:
+        why, advice = "PYTHONDONTWRITEBYTECODE is set", "unset it"
+    elif not os.access(_existing(cache), os.W_OK):
+        why, advice = f"{_existing(cache)} cannot be written", "set PYTHONPYCACHEPREFIX to a folder that can"
+    else:
+        return Check("ok", "bytecode", "the libraries are compiled when they are first imported")
+    found = f"the libraries are not compiled, and {why}: each process of a run compiles them anew, for some ten seconds"
+    return Check("warning", "bytecode", found, f"{advice}, or `{sys.executable} -m compileall -q -j 0 {Path(spec.origin).parents[1]}`")
 
 
 def check_disk(runs: Path) -> Check:

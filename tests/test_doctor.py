@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import py_compile
 import socket
+import sys
 import tempfile
 import threading
 import tomllib
@@ -470,6 +472,23 @@ def test_what_is_short_is_a_warning_with_advice(limit: str, check: Callable[[], 
     monkeypatch.setattr(checkup, limit, 2**62)
     assert check().status == "warning"
     assert check().advice
+
+
+def test_libraries_that_each_process_would_compile_anew_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heavy.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    check = checkup.check_bytecode("heavy")
+    assert check.status == "warning"
+    assert "PYTHONDONTWRITEBYTECODE is set" in check.found
+    assert "compileall" in check.advice
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert checkup.check_bytecode("heavy").status == "ok"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "cannot be written" in checkup.check_bytecode("heavy").found
+    py_compile.compile(str(tmp_path / "heavy.py"))
+    assert (checkup.check_bytecode("heavy").status, checkup.check_bytecode("heavy").advice) == ("ok", "")
+    assert checkup.check_bytecode("no_such_library").status == "ok"
 
 
 def test_memory_is_what_the_machine_has_or_its_control_group_may_still_take(monkeypatch: pytest.MonkeyPatch) -> None:
