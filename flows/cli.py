@@ -328,17 +328,18 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     with hold_store(store, "being checked"):
         pass  # who cannot have the store must not start a server on its database; the flow takes it for good
     server = PrefectServer(store / ".prefect")
-    # The server takes seconds to start; importing torch meanwhile costs none of them.
-    threading.Thread(target=_import_ahead, name="import-ahead", daemon=True).start()
-    from pipeline.catalogue import plan_tasks
+    from tasks.fleet import start_ahead
 
-    plan_tasks(config)  # an unknown name fails here, before anything else is waited for
+    fleet = start_ahead(config)  # beside the server, and while the driver imports Prefect
     from flows.train_adapters import train_adapters
 
     def run() -> Any:
         return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
 
-    result: RunOutcome = _run_flow(server, run)
+    try:
+        result: RunOutcome = _run_flow(server, run)
+    finally:
+        fleet.stop()
     return result
 
 
@@ -438,10 +439,6 @@ def _says_something(record: logging.LogRecord) -> bool:
         return False  # the flow's end that could not be reported, as a traceback
     end = "Finished in state" if record.name == "prefect.flow_runs" else "Finished in state Completed"
     return not record.getMessage().startswith(end)
-
-
-def _import_ahead() -> None:
-    import pipeline.preflight  # noqa: F401
 
 
 def _print_published(published: Published, *, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,16 +19,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.config import PublishConfig, RunConfig, load_config, narrowed
 from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.job import job_spec
 from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
-from pipeline.preflight import Plan, PlannedTask
+from pipeline.plan import Plan, PlannedTask, job_spec
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
 from pipeline.run_store import hold_store
 from tasks import stages
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
-from tasks.fleet import Fleet
+from tasks.fleet import Fleet, FleetWorker, WorkerDiedError, fleet_of_run
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,9 @@ def train_adapters(
 
 def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
     started = time.monotonic()
-    with Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True) as fleet:  # they import while the inputs are checked
-        plan = stages.check_inputs(config, fleet.runtime(config.train), store)
+    with fleet_of_run(config) as fleet:
+        first = fleet.worker()
+        plan = _check(config, first, store)
         if isinstance(plan, LorafleetError):
             return _not_begun(run_id, plan)
         if not force and (unchanged := stages.find_unchanged(plan, store)) is not None:
@@ -88,7 +87,7 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         folder = RunFolder(store / run_id)
         write_config(plan.config, folder)
         reused = [] if force else stages.reuse_finished(plan, store, run_id)
-        trained, failures = _fan_out(plan, reused, fleet, store=store, run_id=run_id)
+        trained, failures = _fan_out(plan, reused, fleet, first, store=store, run_id=run_id)
         _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
         stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
         if plan.config.publish.to is not None and results:
@@ -98,17 +97,22 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         return _ended(RunOutcome(run_id, folder, results, tuple(failures)), message)
 
 
-def _fan_out(plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, *, store: Path, run_id: str) -> tuple[list[TaskResult], list[Failure]]:
-    """One worker per MTEB task that is not there yet; a failing one leaves the others alone."""
+def _check(config: RunConfig, worker: FleetWorker, store: Path) -> Plan | LorafleetError:
+    try:
+        plan: Plan | LorafleetError = stages.with_policy(stages.check_inputs, config.compute)(config, worker, store)
+    except WorkerDiedError as error:
+        return error
+    return plan
+
+
+def _fan_out(
+    plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, first: FleetWorker, *, store: Path, run_id: str
+) -> tuple[list[TaskResult], list[Failure]]:
+    """One worker per MTEB task that is not there yet, ``first`` for one of them; a failing one leaves the others alone."""
     done = {result.mteb_task.name for result in reused}
     todo = [planned for planned in plan.tasks if planned.mteb_task.name not in done]
-    if todo:
-        try:
-            fleet.ready()
-        except InputError:
-            shutil.rmtree(store / run_id)  # nothing was trained; at most it holds copies
-            raise
-    chains = [_Chain(planned, plan, fleet, store=store, run_id=run_id) for planned in todo]
+    workers = [first, *(fleet.worker() for _ in todo[1:])]
+    chains = [_Chain(planned, plan, worker, store=store, run_id=run_id) for planned, worker in zip(todo, workers, strict=False)]
     outcomes = [chain.outcome() for chain in chains]
     return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
 
@@ -124,10 +128,11 @@ def _publish(folder: RunFolder, config: PublishConfig) -> list[Failure]:
 class _Chain:
     """The stages of one MTEB task, each a Prefect task run that waits for the one before."""
 
-    def __init__(self, planned: PlannedTask, plan: Plan, fleet: Fleet, *, store: Path, run_id: str) -> None:
+    def __init__(self, planned: PlannedTask, plan: Plan, worker: FleetWorker, *, store: Path, run_id: str) -> None:
         self.name = planned.mteb_task.name
         compute = plan.config.compute
-        self.worker = fleet.worker(job_spec(plan, planned, run_id=run_id, runs=store))
+        self.worker = worker
+        worker.begin(job_spec(plan, planned, run_id=run_id, runs=store))
         self.futures: dict[str, PrefectFuture[Any]] = {}
         before: list[PrefectFuture[Any]] = []
         for stage in (stages.load_data, stages.evaluate_frozen, stages.train_adapter, stages.evaluate_adapter):

@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 
 import pipeline
 from pipeline.config import ComputeConfig
-from pipeline.evaluation import library_versions
 from pipeline.history_page import write_history_page
-from pipeline.manifest import RunManifest, sources_sha256, write_manifest
+from pipeline.manifest import RunManifest, library_versions, sources_sha256, write_manifest
 from pipeline.metrics_table import append_history, append_mteb_tasks, read_mteb_tasks, write_epochs, write_mteb_tasks
 from pipeline.outputs import rewritten, write_outputs
-from pipeline.preflight import Plan
+from pipeline.plan import Plan
 from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTaskRow, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
 

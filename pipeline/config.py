@@ -247,6 +247,18 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
         raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
 
 
+def anchored(config: RunConfig) -> RunConfig:
+    """The config with paths that hold in any working folder: a worker's is another one than the driver's."""
+    values = config.model_dump(mode="json")
+    files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
+    for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
+        if part[name] is not None and not part[name].startswith("hf:"):
+            part[name] = str(Path(part[name]).resolve())
+    if Path(config.encoder.name).is_dir():
+        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
+    return RunConfig.model_validate(values)
+
+
 def narrowed(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:
     """The same run over some of its MTEB tasks only (none named: all), and without its publication.
 

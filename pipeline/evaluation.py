@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,9 @@ from pipeline.adapter import HeadStart
 from pipeline.config import EvaluateConfig
 from pipeline.dataset import TaskData
 from pipeline.encoder import Encoder, FloatArray, IntArray, Tokens
+from pipeline.manifest import library_versions
 from pipeline.records import Calibration, Column, Comparison, Confusion, ScoreRow, SelectedOn
 from pipeline.training import Training
-
-VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
-"""The libraries whose versions may change a weight or a score."""
 
 _PROBE_ITERATIONS = 1000
 _HEAD_START_CONFIDENCE = 0.25  # a head as sure as the probe leaves the encoder nothing to learn from: see CHANGELOG, Experiments
@@ -202,11 +199,6 @@ def unit(vectors: FloatArray) -> FloatArray:
     """The vectors at length 1, float32 (texts, width)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
-
-
-def library_versions() -> dict[str, str]:
-    """Installed version of each library that may change a weight or a score."""
-    return {name: metadata.version(name) for name in VERSIONED}
 
 
 def _score(predictions: IntArray, positive: npt.NDArray[Any] | None, facts: RowFacts, config: EvaluateConfig) -> scores.Score:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,55 +20,18 @@ from safetensors.torch import save
 
 from pipeline.adapter import HeadStart, save_adapter
 from pipeline.adapter_ref import find_adapters
-from pipeline.config import RunConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, find_encoder
 from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.evaluation import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
-from pipeline.records import AdapterRef, DataSummary, EpochRow, MtebTask, Progress, Record, Runtime, ScoreRow, TaskResult, WarmStart
+from pipeline.plan import JobSpec
+from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
 from pipeline.reload import check_reload
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training import LabelledTokens, Training, train_adapter
 
-if TYPE_CHECKING:
-    from pipeline.preflight import Plan, PlannedTask
-
 _RELOADED_TEXTS = 32
 _LOG = logging.getLogger(__name__)
-
-
-class JobSpec(Record):
-    """All that a worker is told."""
-
-    config: RunConfig
-    """With the encoder's revision resolved."""
-    mteb_task: MtebTask
-    fingerprint: str
-    """Of the data that the key was made from."""
-    encoder_revision: str
-    """That the key was made from."""
-    warm_start: AdapterRef | None = None
-    """To go on from; ``path`` is a reference as ``find_adapters`` takes it."""
-    key: str
-    runtime: Runtime
-    run_id: str
-    runs: str
-    """The run store."""
-
-
-def job_spec(plan: Plan, planned: PlannedTask, *, run_id: str, runs: Path) -> JobSpec:
-    """What the worker of one planned MTEB task is told."""
-    return JobSpec(
-        config=plan.config,
-        mteb_task=planned.mteb_task,
-        fingerprint=planned.fingerprint,
-        encoder_revision=plan.encoder.revision,
-        warm_start=planned.warm_start,
-        key=planned.key,
-        runtime=plan.runtime,
-        run_id=run_id,
-        runs=str(runs.resolve()),
-    )
 
 
 @dataclass(frozen=True)

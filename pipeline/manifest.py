@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from pipeline.config import RunConfig
 from pipeline.errors import AdapterError, DataError
 from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
+
+VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
+"""The libraries whose versions may change a weight or a score."""
 
 # The sources whose change can change a weight or a score; a report's layout cannot.
 _SOURCES = (
@@ -46,6 +50,11 @@ class RunManifest(Record):
     """Of the code that can change a weight or a score."""
     seconds: float
     """From the start of the flow to the manifest."""
+
+
+def library_versions() -> dict[str, str]:
+    """Installed version of each library that may change a weight or a score."""
+    return {name: metadata.version(name) for name in VERSIONED}
 
 
 def task_key(

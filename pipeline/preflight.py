@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.adapter import projection_paths
@@ -14,53 +13,27 @@ from pipeline.config import RunConfig
 from pipeline.dataset import load_data
 from pipeline.encoder import EncoderFiles, empty_model, find_encoder, load_tokenizer
 from pipeline.errors import AdapterError, DataError, InputError
-from pipeline.evaluation import library_versions
-from pipeline.manifest import task_key
+from pipeline.manifest import library_versions, task_key
+from pipeline.plan import Plan, PlannedTask
 from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
-
-_FILES = ("train", "test")
-
-
-@dataclass(frozen=True)
-class PlannedTask:
-    """An MTEB task whose data has been read and found good."""
-
-    mteb_task: MtebTask
-    """With its revision resolved."""
-    fingerprint: str
-    """Of the data that was checked."""
-    key: str
-    num_train: int
-    label_names: tuple[str, ...]
-    warm_start: AdapterRef | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that can start."""
-
-    config: RunConfig
-    """With the encoder's revision resolved."""
-    encoder: EncoderRef
-    adapted_modules: tuple[str, ...]
-    runtime: Runtime
-    tasks: tuple[PlannedTask, ...]
-    """The largest first, so that no worker is left alone with it at the end."""
 
 
 def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     """Read every data set, load the encoder's tokenizer and structure, and resolve the adapter's target.
 
+    Args:
+        config: With paths that hold in this process's working folder; see ``anchored``.
+        runtime: How the workers will compute.
     Raises: InputError: with one line for each fault found.
     """
+    mteb_tasks = plan_tasks(config)  # an unknown name is told before anything is fetched
     files = find_encoder(config.encoder, offline=config.data.offline)
     load_tokenizer(files.folder, config.encoder)
     model = empty_model(files, config.encoder)
     paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
     pinned = _pin(config, files)
     tasks, faults = [], []
-    for mteb_task in plan_tasks(config):
+    for mteb_task in mteb_tasks:
         try:
             tasks.append(_check_task(pinned, mteb_task, files.ref, runtime, paths))
         except InputError as error:
@@ -112,18 +85,7 @@ def _find_warm_start(config: RunConfig, name: str, encoder: EncoderRef, paths: S
 
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
-    """The config with the commit in it that the Hub's newest revision resolved to, and with paths that hold in any working folder."""
-    values = config.model_dump(mode="json")
-    for part, name in (
-        (values["data"], "mirror"),
-        (values["publish"], "to"),
-        (values["train"], "warm_start"),
-        *((t, n) for t in values["mteb_tasks"] for n in _FILES),
-    ):
-        if part[name] is not None and not part[name].startswith("hf:"):
-            part[name] = str(Path(part[name]).resolve())
-    if Path(config.encoder.name).is_dir():
-        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
-    elif not config.encoder.name.startswith("package:"):
-        values["encoder"]["revision"] = files.ref.revision
-    return RunConfig.model_validate(values)
+    """The config with the commit in it that the Hub's newest revision resolved to."""
+    if Path(config.encoder.name).is_dir() or config.encoder.name.startswith("package:"):
+        return config
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": files.ref.revision})})

@@ -11,14 +11,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from pipeline.config import ComputeConfig, TrainConfig
+from pipeline.config import ComputeConfig, RunConfig
 from pipeline.errors import ConfigError, LorafleetError
 from pipeline.machine import local_cpus
-from pipeline.records import Runtime
 from tasks.worker import Worker
 
 if TYPE_CHECKING:
-    from pipeline.job import JobSpec
+    from pipeline.plan import JobSpec
 
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
@@ -88,20 +87,6 @@ class Fleet:
         if self._fault is not None:
             raise self._fault
 
-    def runtime(self, train: TrainConfig) -> Runtime:
-        """How workers compute, from the hardware they run on: this machine's, or that of the cluster's nodes."""
-        from pipeline.encoder import choose_runtime
-
-        threads = max(1, int(self.cpus_per_worker))
-        if self.address is None:
-            return choose_runtime(train, threads=threads, use_gpu=self.config.gpus_per_worker != 0)
-        import ray
-
-        self.ready()
-        probe = ray.remote(choose_runtime).options(num_cpus=self.cpus_per_worker, num_gpus=self.gpus_per_worker)
-        runtime: Runtime = ray.get(probe.remote(train, threads=threads, use_gpu=self.gpus_per_worker > 0))
-        return runtime
-
     @property
     def gpus_per_worker(self) -> float:
         """GPU share of one worker; Ray must be up."""
@@ -131,15 +116,16 @@ class Fleet:
             )
         return fit if self.config.workers == "auto" else min(fit, self.config.workers)
 
-    def worker(self, spec: JobSpec) -> FleetWorker:
-        """A worker for one MTEB task; it gets a process when it is first called and a place is free."""
-        worker = FleetWorker(self, spec)
+    def worker(self) -> FleetWorker:
+        """A worker; it gets a process when it is first called and a place is free."""
+        worker = FleetWorker(self)
         with self._lock:
             self._workers.append(worker)
         return worker
 
     def __enter__(self) -> Self:
-        self.start()
+        if self._keeper is None:
+            self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,7 +166,8 @@ class Fleet:
         import ray
 
         shares = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
-        return ray.remote(Worker).options(**shares, max_concurrency=2, max_restarts=0).remote()
+        worker = ray.remote(Worker).options(**shares, max_concurrency=2, max_restarts=0)
+        return worker.remote(threads=max(1, int(self.cpus_per_worker)), use_gpu=self.gpus_per_worker > 0)
 
     def _keep_ray(self) -> None:
         """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it."""
@@ -230,27 +217,34 @@ class Fleet:
 
 
 class FleetWorker:
-    """The driver's handle on one MTEB task's worker; makes a new process where the old one died."""
+    """The driver's handle on a worker; makes a new process where the old one died."""
 
-    def __init__(self, fleet: Fleet, spec: JobSpec) -> None:
-        self.spec = spec
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._spec: JobSpec | None = None
         self._actor: Any = None
         self._has_slot = False
 
-    def call(self, stage: str, *, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float) -> Any:
-        """Run one stage of the job and wait for its result, passing on what it reports.
+    def begin(self, spec: JobSpec) -> None:
+        """Give it the MTEB task whose stages are called next."""
+        self._spec = spec
+        if self._actor is not None:
+            self._actor.begin.remote(spec)
+
+    def call(self, stage: str, *arguments: Any, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float) -> Any:
+        """Run one stage of its MTEB task, or the check before there is one, and wait for the result, passing on what it reports.
 
         Raises:
             WorkerDiedError: the process is gone; the next call starts a new one.
+            ConfigError: as ``Fleet.ready``.
             LorafleetError: whatever the stage raised.
             FleetLostError, StoppedError: as ``Fleet.check``.
         """
+        actor = self._ready()
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        actor = self._ready()
-        answer = getattr(actor, stage).remote()
+        answer = getattr(actor, stage).remote(*arguments)
         deadline = time.monotonic() + timeout_seconds
         try:
             while not ray.wait([answer], timeout=_POLL_SECONDS)[0]:
@@ -265,7 +259,7 @@ class FleetWorker:
         except RayError:  # died, out of memory, its node is gone, no place for it any more
             self._actor = None
             self._fleet.check()
-            raise WorkerDiedError(f"{self.spec.mteb_task.name}: its worker died while it ran {stage!r}") from None
+            raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
 
     def release(self) -> None:
         """Give the process and its place back."""
@@ -283,14 +277,20 @@ class FleetWorker:
             ray.kill(actor)
 
     def _ready(self) -> Any:
+        self._fleet.ready()
         if not self._has_slot:
             self._fleet._slots.acquire()
             self._has_slot = True
         self._fleet.check()
         if self._actor is None:
             self._actor = self._fleet._take_actor()
-            self._actor.begin.remote(self.spec)
+            if self._spec is not None:
+                self._actor.begin.remote(self._spec)
         return self._actor
+
+    @property
+    def _name(self) -> str:
+        return "" if self._spec is None else f"{self._spec.mteb_task.name}: "
 
     def _pass_on(self, actor: Any, on_event: Callable[[Any], None]) -> None:
         import ray
@@ -306,7 +306,26 @@ class FleetWorker:
         self._fleet.check()
         if time.monotonic() > deadline:
             self.stop()
-            raise WorkerDiedError(f"{self.spec.mteb_task.name}: {stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
+            raise WorkerDiedError(f"{self._name}{stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
+
+
+_AHEAD: list[Fleet] = []
+
+
+def start_ahead(config: RunConfig) -> Fleet:
+    """Start the fleet of a run that this process is about to make: Ray and the workers' imports take seconds, as Prefect's server does.
+
+    Stop it whatever comes of the run; a fleet may be stopped twice.
+    """
+    fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
+    fleet.start()
+    _AHEAD.append(fleet)
+    return fleet
+
+
+def fleet_of_run(config: RunConfig) -> Fleet:
+    """The fleet of a run, to be entered: what ``start_ahead`` started, else a new one."""
+    return _AHEAD.pop() if _AHEAD else Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
 
 
 def _check_answers(address: str) -> None:

@@ -16,11 +16,11 @@ from prefect import get_run_logger, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
-from pipeline.config import ComputeConfig, PublishConfig, RunConfig
+from pipeline.config import ComputeConfig, PublishConfig, RunConfig, anchored
 from pipeline.errors import InputError, LorafleetError
 from pipeline.manifest import RunManifest, find_finished, latest_results
 from pipeline.manifest import find_unchanged as find_unchanged_run
-from pipeline.preflight import Plan, preflight
+from pipeline.plan import Plan
 from pipeline.records import (
     AdapterRef,
     ClassificationResults,
@@ -30,7 +30,6 @@ from pipeline.records import (
     GateDecision,
     LogLine,
     Progress,
-    Runtime,
     ScoreRow,
     TaskResult,
 )
@@ -59,18 +58,21 @@ def with_policy(stage: Any, compute: ComputeConfig) -> Any:
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
-def check_inputs(config: RunConfig, runtime: Runtime, runs: Path) -> Plan | LorafleetError:
-    """Check data and encoder before the first worker starts; returns what is wrong: Prefect logs what is raised with a traceback.
+def check_inputs(config: RunConfig, worker: FleetWorker, runs: Path) -> Plan | LorafleetError:
+    """A worker checks data and encoder before any trains; returns what is wrong: Prefect logs what is raised with a traceback.
 
     Labels that are new or have vanished since the newest run of an MTEB task are named.
     """
+    logger = get_run_logger()
     try:
-        plan = preflight(config, runtime)
         _check_target(config.publish)
+        plan: Plan = worker.call("check", anchored(config), timeout_seconds=config.compute.timeout_seconds)
+    except WorkerDiedError:
+        raise  # worth another try
     except LorafleetError as error:
         return error
-    logger = get_run_logger()
-    logger.info("encoder %s at %s, %s on %s", plan.encoder.public_name, plan.encoder.revision, runtime.dtype, runtime.processor)
+    encoder, runtime = plan.encoder, plan.runtime
+    logger.info("encoder %s at %s, %s on %s", encoder.public_name, encoder.revision, runtime.dtype, runtime.processor)
     before = latest_results(runs, [planned.mteb_task.name for planned in plan.tasks])
     for planned in plan.tasks:
         name = planned.mteb_task.name

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import RunConfig
+from pipeline.plan import JobSpec, Plan
 from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, ScoreRow, TaskResult
 
 if TYPE_CHECKING:
-    from pipeline.job import JobSpec, TaskJob
+    from pipeline.job import TaskJob
 
 
 _MOST_LINES = 200
@@ -24,7 +26,14 @@ class Worker:
     It may be started before it is known which task will be its own: what takes long to import is there when ``begin`` says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, threads: int, use_gpu: bool) -> None:
+        """Import what every stage needs.
+
+        Args:
+            threads: CPU threads of its share.
+            use_gpu: Whether a GPU is in its share.
+        """
+        self._threads, self._use_gpu = threads, use_gpu
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._spec: JobSpec
@@ -39,6 +48,13 @@ class Worker:
         from pipeline.evaluation import import_ahead
 
         import_ahead()
+
+    def check(self, config: RunConfig) -> Plan:
+        """Check the inputs of a whole run, where they will be used, and choose how its workers compute; see ``preflight``."""
+        from pipeline.encoder import choose_runtime
+        from pipeline.preflight import preflight
+
+        return preflight(config, choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu))
 
     def begin(self, spec: JobSpec) -> None:
         """Take on an MTEB task; stages called meanwhile wait for it, as Ray may start them in any order."""

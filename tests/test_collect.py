@@ -12,7 +12,7 @@ from pipeline.config import load_config
 from pipeline.manifest import read_manifest, write_config
 from pipeline.metrics_table import read_history, read_scores
 from pipeline.outputs import correct_over_tasks
-from pipeline.preflight import Plan
+from pipeline.plan import Plan
 from pipeline.records import ClassificationResults, Comparison, Failure, TaskResult
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +94,13 @@ def test_a_library_has_one_door(library: str) -> None:
     uses = uses_of(library)
     assert uses <= DOORS[library]
     assert uses, f"nothing uses {library}: is the door still where this test thinks it is?"
+
+
+def test_the_driver_of_a_run_imports_nothing_that_computes() -> None:
+    """They take seconds of a start, and the workers import them meanwhile."""
+    program = "import sys, flows.train_adapters; print(sorted({'torch', 'transformers', 'mteb', 'sklearn', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_module_imports_one_that_runs_code_when_it_reads_data() -> None:

@@ -11,8 +11,9 @@ from commands import Command, Ended, epochs_done, write_config, write_task
 
 from pipeline.config import load_config
 from pipeline.encoder import choose_runtime
-from pipeline.job import TaskJob, job_spec
+from pipeline.job import TaskJob
 from pipeline.manifest import read_manifest
+from pipeline.plan import job_spec
 from pipeline.preflight import preflight
 from pipeline.records import TaskResult
 from pipeline.run_folder import RunFolder, read_record

@@ -17,11 +17,11 @@ from commands import FinishedRun, run, write_config
 
 from pipeline.config import ComputeConfig, RunConfig, validate_config
 from pipeline.errors import ConfigError
-from pipeline.job import JobSpec
 from pipeline.manifest import read_manifest
+from pipeline.plan import JobSpec
 from pipeline.records import MtebTask
 from pipeline.run_folder import RunFolder
-from tasks.fleet import Fleet, StoppedError, WorkerDiedError
+from tasks.fleet import Fleet, FleetWorker, StoppedError, WorkerDiedError
 
 CLUSTER = """
 import sys, ray
@@ -66,6 +66,12 @@ def spec(name: str = "Topics") -> JobSpec:
     return JobSpec(config=config(), mteb_task=task, runtime=CPU_FLOAT32, run_id="one", runs="runs", **checked)
 
 
+def begun(fleet: Fleet, name: str = "Topics") -> FleetWorker:
+    worker = fleet.worker()
+    worker.begin(spec(name))
+    return worker
+
+
 @pytest.fixture
 def start(cluster: Cluster) -> Iterator[Callable[..., Fleet]]:
     """Make a fleet on the cluster; it is stopped after the test."""
@@ -95,7 +101,7 @@ def test_two_workers_share_a_gpu_by_halves_and_the_third_waits(start: Callable[.
     fleet.ready()
     assert fleet.num_workers == 2
     assert fleet._made_ahead == []  # a cluster of others' gives no place before it is needed
-    one, two, three = (fleet.worker(spec(name)) for name in ("A", "B", "C"))
+    one, two, three = (begun(fleet, name) for name in ("A", "B", "C"))
     assert process_of(one) != process_of(two)
     assert ray.available_resources().get("GPU", 0) == 0
     third: list[int] = []
@@ -138,7 +144,7 @@ def test_an_address_where_nothing_answers_is_the_callers_fault() -> None:
 def test_a_worker_that_dies_is_an_error_once_and_the_next_call_has_a_new_one(start: Callable[..., Fleet]) -> None:
     fleet = start(gpus_per_worker=0, cpus_per_worker=0.5)
     fleet.ready()
-    worker = fleet.worker(spec())
+    worker = begun(fleet)
     before = process_of(worker)
     os.kill(before, 9)
     with pytest.raises(WorkerDiedError, match="Topics: its worker died while it ran 'process_id'"):
@@ -156,7 +162,7 @@ def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None
     fleet.ready()
     (actor,) = fleet._made_ahead
     ahead = ray.get(actor.process_id.remote())
-    assert process_of(fleet.worker(spec())) == ahead
+    assert process_of(begun(fleet)) == ahead
     assert fleet._made_ahead == []
     fleet.stop()
 
@@ -164,7 +170,7 @@ def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None
 def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
     fleet = start(gpus_per_worker=0, cpus_per_worker=0.5)
     fleet.ready()
-    worker = fleet.worker(spec())
+    worker = begun(fleet)
     process_of(worker)
     fleet.stop()
     with pytest.raises(StoppedError):

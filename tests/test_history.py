@@ -22,10 +22,11 @@ from pipeline.config import load_config
 from pipeline.encoder import choose_runtime
 from pipeline.history import StoreHistory, TaskHistory, changed_test_data, label_drift, most_moved_labels, read_store, task_histories
 from pipeline.history_page import NEWEST_RUNS, render_history, write_history_page
-from pipeline.job import TaskJob, job_spec
+from pipeline.job import TaskJob
 from pipeline.manifest import RunManifest, write_manifest
 from pipeline.metrics_table import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
-from pipeline.preflight import Plan, preflight
+from pipeline.plan import Plan, job_spec
+from pipeline.preflight import preflight
 from pipeline.records import Column, DataSummary, Failure, LabelShare, MtebTaskRow, ScoreRow, TaskResult
 from pipeline.run_folder import RunFolder, read_record
 

@@ -12,7 +12,8 @@ from commands import write_config, write_task
 from pipeline.config import load_config
 from pipeline.encoder import choose_runtime
 from pipeline.errors import DataError, EncoderError
-from pipeline.job import JobSpec, TaskJob, job_spec
+from pipeline.job import TaskJob
+from pipeline.plan import JobSpec, job_spec
 from pipeline.preflight import preflight
 
 Folders = Callable[[str], Path]
