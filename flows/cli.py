@@ -330,8 +330,10 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     server = PrefectServer(store / ".prefect")
     from tasks.fleet import start_ahead
 
-    fleet = start_ahead(config)  # beside the server, and while the driver imports Prefect
+    fleet = start_ahead(config)  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
     from flows.train_adapters import train_adapters
+
+    server.start()  # not before: on few cores it would keep the workers waiting
 
     def run() -> Any:
         return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
@@ -401,6 +403,7 @@ def _classify(request: BulkRequest) -> BulkOutcome:
     home = tempfile.mkdtemp(prefix="lorafleet-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)  # before the server's own, so run after it
     server = PrefectServer(Path(home))
+    server.start()
     threading.Thread(target=_import_kernel, name="import-ahead", daemon=True).start()
     from flows.classify_datasets import classify_datasets
 

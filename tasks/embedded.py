@@ -1,6 +1,7 @@
 """What a run needs on a machine where nothing runs yet: a Prefect server on loopback, started and stopped with it.
 
-``python -m tasks.embedded PORT`` is that server. It dies with the process that started it, killed or not.
+``python -m tasks.embedded PORT [FD]`` is that server, FD a socket of its parent's that is bound to the port. It dies with the process that
+started it, killed or not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import LorafleetError
 from tasks.loopback import unproxied
@@ -37,28 +39,37 @@ _QUIET = {
 
 
 class PrefectServer:
-    """A Prefect server for one run, if no other is configured. Starts at once; ``ready`` waits for it."""
+    """A Prefect server for one run, if no other is configured."""
 
     def __init__(self, home: Path) -> None:
-        """Start the server with its SQLite database under ``home``; must be called from the main thread."""
+        """Set the environment for it, with its SQLite database under ``home``; Prefect reads that when it is imported."""
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         if sys.stderr.isatty():  # there a live table shows what the lines would say
             os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+        self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         # Registered before Prefect is imported, so run after it: Prefect sends its last logs when the interpreter ends.
         atexit.register(self.stop)
         if os.environ.get("PREFECT_API_URL"):
             return
         home.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
+        self._socket = socket.socket()  # held until the server has it: what is free now may be Ray's in a second
+        self._socket.bind(("127.0.0.1", 0))
         os.environ["PREFECT_HOME"] = str(home.resolve())
-        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self._socket.getsockname()[1]}/api"
         os.environ.update(unproxied())
         self._log = home / "server.log"
-        with self._log.open("wb") as log:
-            command = [sys.executable, "-P", "-m", "tasks.embedded", str(port)]  # -P: the working folder may hold a tasks.py of its own
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def start(self) -> None:
+        """Begin to start it; must be called from the main thread."""
+        if self._socket is None:
+            return
+        with self._socket as bound, self._log.open("wb") as log:
+            # -P: the working folder may hold a tasks.py of its own
+            command = [sys.executable, "-P", "-m", "tasks.embedded", str(bound.getsockname()[1]), str(bound.fileno())]
+            streams: dict[str, Any] = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, **streams, start_new_session=True, pass_fds=[bound.fileno()])
 
     def ready(self) -> None:
         """Wait until the server answers.
@@ -90,24 +101,20 @@ class PrefectServer:
         os.environ.pop("PREFECT_API_URL", None)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def _serve(port: int) -> None:
+def _serve(port: int, *descriptors: int) -> None:
     _die_with_parent()
     import uvicorn
 
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    app = "prefect.server.api.server:create_app"
+    config = uvicorn.Config(app, factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor) for descriptor in descriptors] or None)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(*map(int, sys.argv[1:]))
