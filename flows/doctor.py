@@ -199,7 +199,7 @@ def _check_computing(answer: Mapping[str, Any]) -> Check:
     if "error" in answer:
         return Check("warning", "computing", f"not known: {answer['error']}", "mend the libraries first")
     facts = answer["facts"]
-    why = "which it multiplies natively" if facts["dtype"] == "bfloat16" else "for it does not multiply bfloat16 natively"
+    why = "which it multiplies natively" if facts["dtype"] == "bfloat16" else "for it multiplies bfloat16 no faster"
     return Check("ok", "computing", f"{local_cpus()} cores; trains on {facts['device']} ({facts['processor']}) in {facts['dtype']}, {why}")
 
 

@@ -98,7 +98,7 @@ def known_package(public_name: str, revision: str | None) -> str | None:
 def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
     """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
 
-    bfloat16 is chosen where the hardware multiplies it natively. On CPU attention is our own: for short texts it is faster
+    bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short texts it is faster
     there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
     """
     if use_gpu and torch.cuda.is_available():
@@ -450,14 +450,18 @@ def _normalizes(folder: Path) -> bool:
 
 
 def _cpu_bfloat16() -> tuple[bool, str]:
-    """Whether this CPU multiplies bfloat16 natively, and the name of the widest instruction set it has."""
+    """Whether this CPU multiplies bfloat16 natively and gains by it, and the name of the widest instruction set it has.
+
+    Intel's AVX-512 form takes twice as long as float32, so there it is only the matrix tiles (AMX): see CHANGELOG, Experiments.
+    """
     if platform.machine() in ("aarch64", "arm64"):
         flags = set(_cpuinfo("Features"))
         return "bf16" in flags, "arm-bf16" if "bf16" in flags else "arm"
     flags = set(_cpuinfo("flags"))
-    for flag, name in (("amx_bf16", "amx-bf16"), ("avx512_bf16", "avx512-bf16")):
-        if flag in flags:
-            return True, name
+    if "amx_bf16" in flags:
+        return True, "amx-bf16"
+    if "avx512_bf16" in flags:
+        return _cpuinfo("vendor_id") != ["GenuineIntel"], "avx512-bf16"
     return False, torch.backends.cpu.get_cpu_capability().lower()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from builders import COMMIT, CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder, save_tiny_encoder, save_tiny_tokenizer, toy_texts
 from safetensors.torch import load_file, save_file
 
+from pipeline import encoder as encoder_module
 from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, EncoderFiles, batches_by_budget, choose_runtime, empty_model, find_encoder, pool
 from pipeline.errors import EncoderError
@@ -297,7 +299,25 @@ def test_the_runtime_follows_from_config_and_hardware_alone() -> None:
     assert choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False).dtype == "bfloat16"
     chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert chosen == choose_runtime(TrainConfig(), threads=1, use_gpu=False)
-    assert (chosen.dtype == "bfloat16") == (chosen.processor in ("amx-bf16", "avx512-bf16", "arm-bf16"))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "dtype", "processor"),
+    [
+        ("GenuineIntel", "avx2 avx512f avx512_bf16 amx_bf16", "bfloat16", "amx-bf16"),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16", "float32", "avx512-bf16"),  # half as fast there as float32
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", "bfloat16", "avx512-bf16"),
+        ("AuthenticAMD", "avx2", "float32", None),
+    ],
+)
+def test_bfloat16_is_taken_where_the_processor_gains_by_it(
+    vendor: str, flags: str, dtype: str, processor: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(encoder_module, "_cpuinfo", {"vendor_id": [vendor], "flags": flags.split()}.get)
+    chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
+    assert chosen.dtype == dtype
+    assert processor in (None, chosen.processor)
 
 
 @pytest.mark.parametrize(
