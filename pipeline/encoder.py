@@ -98,8 +98,8 @@ def known_package(public_name: str, revision: str | None) -> str | None:
 def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
     """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
 
-    bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short texts it is faster
-    there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
+    bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short
+    texts it is faster there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
     """
     if use_gpu and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
