@@ -330,19 +330,17 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     server = PrefectServer(store / ".prefect")
     from tasks.fleet import start_ahead
 
-    fleet = start_ahead(config)  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
-    from flows.train_adapters import train_adapters
+    with start_ahead(config) as fleet:  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+        from flows.train_adapters import train_adapters
 
-    server.start()  # not before: on few cores it would keep the workers waiting
+        server.start()  # not before: on few cores it would keep the workers waiting
 
-    def run() -> Any:
-        return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
+        def run() -> Any:
+            with fleet:  # stopped here too: without an answer from Prefect's server the process ends at once
+                return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
 
-    try:
         result: RunOutcome = _run_flow(server, run)
-    finally:
-        fleet.stop()
-    return result
+        return result
 
 
 def _run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:

@@ -315,7 +315,7 @@ _AHEAD: list[Fleet] = []
 def start_ahead(config: RunConfig) -> Fleet:
     """Start the fleet of a run that this process is about to make: Ray and the workers' imports take seconds, as Prefect's server does.
 
-    Stop it whatever comes of the run; a fleet may be stopped twice.
+    To be entered at once, so that it is stopped whatever comes of the run; a fleet may be stopped twice.
     """
     fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
     fleet.start()
