@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config import AdapterConfig
-from pipeline.encoder import Batch, Encoder, FloatArray, Tokens
+from pipeline.encoder import Batch, Encoder, FloatArray
 from pipeline.errors import AdapterError, first_line
 from pipeline.lora import LoraLinear, share_inputs
 from pipeline.records import AdapterRef, EncoderRef
 from pipeline.run_folder import TaskFolder, adapter_sha256, write_atomically
+from pipeline.tokeniser import Tokens
 
 # Query, key, value and output projection by architecture. Full paths: `dense` and `Wo` also name MLP layers.
 _LAYERS = r"(?:.*\.)?layers\.(\d+)\."

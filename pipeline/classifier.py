@@ -22,20 +22,10 @@ from pipeline import attention
 from pipeline.adapter import layer_number, load_adapter
 from pipeline.adapter_ref import FoundAdapter
 from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.encoder import (
-    Batch,
-    Encoder,
-    EncoderFiles,
-    FloatArray,
-    IntArray,
-    Tokens,
-    batches_by_budget,
-    choose_runtime,
-    find_encoder,
-    known_package,
-)
+from pipeline.encoder import Batch, Encoder, EncoderFiles, FloatArray, batches_by_budget, choose_runtime, find_encoder, known_package
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear, keep_primitives
+from pipeline.tokeniser import IntArray, Tokens
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what a core's second-level cache holds between two layers
 CLOSE_CALL = 0.03

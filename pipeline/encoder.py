@@ -24,8 +24,8 @@ from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.errors import EncoderError, first_line
 from pipeline.frozen_linear import pack_linears
 from pipeline.records import EncoderRef, Runtime
+from pipeline.tokeniser import IntArray, Tokeniser, Tokens
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 _LOADED_FROM = (".safetensors", ".json", ".txt", ".model", ".py")
@@ -42,8 +42,6 @@ _KNOWN_PACKAGES = {("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-_TOKENISE_AT_ONCE = 8192
-_CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
 
 
 @dataclass(frozen=True)
@@ -52,24 +50,6 @@ class EncoderFiles:
 
     ref: EncoderRef
     folder: Path
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as token ids, one flat array; text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
-
-    ids: npt.NDArray[np.int32]
-    offsets: IntArray
-    truncated: npt.NDArray[np.bool_]
-    """Which texts were cut at ``max_tokens``, (texts,)."""
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens per text, (texts,)."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
 
 def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
@@ -142,6 +122,7 @@ class Encoder:
         # Some architectures know eager attention only.
         self.runtime = Runtime.model_validate(runtime.model_dump() | {"attention": self.model.config._attn_implementation})
         self.tokenizer = load_tokenizer(files.folder, config)
+        self._tokenise = Tokeniser(self.tokenizer, max_tokens=config.max_tokens)
         self.normalize = _normalizes(files.folder)
         self.hidden_size = int(self.model.config.hidden_size)
         self.pad_id = int(self.tokenizer.pad_token_id or 0)
@@ -153,7 +134,7 @@ class Encoder:
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
         """Turn texts into token ids, special tokens included, cut at ``max_tokens``."""
-        return tokenise(self.tokenizer, texts, max_tokens=self.config.max_tokens)
+        return self._tokenise(texts)
 
     def pooled(self, batch: Batch) -> Tensor:
         """One vector per text, float32 (texts, width), not normalised; differentiable."""
@@ -212,39 +193,6 @@ def pool(hidden: Tensor, mask: Tensor, *, how: str) -> Tensor:
     if how == "max":
         return hidden.masked_fill(weight == 0, float("-inf")).amax(dim=1)
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
-
-
-def tokenise(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Tokens:
-    """Turn texts into token ids with a fast tokenizer, special tokens included, cut at ``max_tokens``.
-
-    Where a tokenizer has no special tokens, an empty text becomes one padding token: every text needs a vector.
-    """
-    nothing = [int(tokenizer.pad_token_id or 0)]
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.enable_truncation(max_length=max_tokens)
-    ids: list[npt.NDArray[np.int32]] = []
-    truncated: list[bool] = []
-    for start in range(0, len(texts), _TOKENISE_AT_ONCE):
-        some = [_beginning(backend, text, max_tokens=max_tokens) for text in texts[start : start + _TOKENISE_AT_ONCE]]
-        for encoding in backend.encode_batch(some):
-            ids.append(np.array(encoding.ids or nothing, dtype=np.int32))
-            truncated.append(len(encoding.ids) == max_tokens and bool(encoding.overflowing))
-    lengths = np.array([len(i) for i in ids], dtype=np.int64)
-    flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
-    return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]), np.array(truncated, dtype=np.bool_))
-
-
-def _beginning(backend: Any, text: str, *, max_tokens: int) -> str:
-    """As much of a text as its first ``max_tokens`` tokens can depend on: a book costs no more than its first page."""
-    length = _CHARACTERS_PER_TOKEN * max_tokens
-    while len(text) > length:
-        encoding = backend.encode(text[:length])
-        # Twice what is kept, so that a word that is cut at the end lies far behind it.
-        if len(encoding.ids) + sum(len(rest.ids) for rest in encoding.overflowing) >= 2 * max_tokens:
-            return text[:length]
-        length *= 4
-    return text
 
 
 def batches_by_budget(lengths: IntArray, *, tokens_per_batch: int) -> Iterator[IntArray]:

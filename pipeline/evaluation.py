@@ -16,9 +16,10 @@ from pipeline import scores
 from pipeline.adapter import HeadStart
 from pipeline.config import EvaluateConfig
 from pipeline.dataset import TaskData
-from pipeline.encoder import Encoder, FloatArray, IntArray, Tokens
+from pipeline.encoder import Encoder, FloatArray
 from pipeline.manifest import library_versions
 from pipeline.records import Calibration, Column, Comparison, Confusion, ScoreRow, SelectedOn
+from pipeline.tokeniser import IntArray, Tokens
 from pipeline.training import Training
 
 _PROBE_ITERATIONS = 1000

@@ -14,12 +14,12 @@ from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.classifier import load_classifier
 from pipeline.config import GateConfig
 from pipeline.dataset import load_data
-from pipeline.encoder import IntArray
 from pipeline.errors import DataError
 from pipeline.machine import local_cpus
 from pipeline.publication import Base, Candidate
 from pipeline.records import Decision, GateDecision, TaskResult
 from pipeline.results import label_changes, percent, points
+from pipeline.tokeniser import IntArray
 
 SIGNIFICANT = 0.05
 

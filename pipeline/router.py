@@ -11,9 +11,10 @@ import numpy as np
 
 from pipeline.adapter_ref import find_adapters
 from pipeline.classifier import load_classifier
-from pipeline.encoder import FloatArray, IntArray
+from pipeline.encoder import FloatArray
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.machine import local_cpus
+from pipeline.tokeniser import IntArray
 
 
 class Scored(NamedTuple):

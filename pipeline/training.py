@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from pipeline.adapter import Adapter, HeadStart
 from pipeline.config import AdapterConfig, TrainConfig
-from pipeline.encoder import Batch, Encoder, IntArray, Tokens
+from pipeline.encoder import Batch, Encoder
 from pipeline.errors import LorafleetError, ResumeError
 from pipeline.lora import Factors
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.run_folder import TaskFolder, write_atomically
 from pipeline.step_graphs import LENGTH_STEP, Step, StepGraphs, is_recordable
+from pipeline.tokeniser import IntArray, Tokens
 
 _BATCHES_PER_BUCKET = 256
 _STEPS_PER_REPORT = 20

@@ -27,10 +27,10 @@ from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, footer, read_receipt
 from pipeline.bulk_records import BulkAdapter, BulkJob, Receipt
 from pipeline.classifier import Answers, load_classifier
-from pipeline.encoder import Tokens
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
 from pipeline.records import Record
 from pipeline.storage import Place, open_file, store_errors
+from pipeline.tokeniser import Tokens
 from pipeline.units import Unit, text_type
 
 MAX_ATTEMPTS = 3

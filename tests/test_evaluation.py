@@ -21,7 +21,7 @@ from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.catalogue import plan_task
 from pipeline.config import ALL_COLUMNS, AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
 from pipeline.dataset import TaskData, load_data
-from pipeline.encoder import Encoder, FloatArray, Tokens, find_encoder
+from pipeline.encoder import Encoder, FloatArray, find_encoder
 from pipeline.evaluation import (
     AdapterEvaluation,
     Baselines,
@@ -35,6 +35,7 @@ from pipeline.evaluation import (
 )
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.run_folder import TaskFolder
+from pipeline.tokeniser import Tokens
 from pipeline.training import LabelledTokens, Training, train_adapter
 
 Folders = Callable[[str], Path]

@@ -18,11 +18,12 @@ from builders import FAMILIES, calibration, give_effect, load_encoder, toy_texts
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import AdapterConfig
-from pipeline.encoder import Encoder, Tokens
+from pipeline.encoder import Encoder
 from pipeline.errors import AdapterError, DataError, EncoderError, InputError
 from pipeline.router import Prediction, Router
 from pipeline.router import load_adapter as load_for_people
 from pipeline.run_folder import TaskFolder
+from pipeline.tokeniser import Tokens
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

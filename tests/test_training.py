@@ -19,10 +19,11 @@ from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_t
 
 from pipeline.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, IntArray, find_encoder
+from pipeline.encoder import Encoder, find_encoder
 from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
 from pipeline.run_folder import TaskFolder
+from pipeline.tokeniser import IntArray
 from pipeline.training import LabelledTokens, Training, accuracy, epoch_batches, train_adapter
 
 Folders = Callable[[str], Path]

@@ -1,0 +1,224 @@
+"""Texts to token ids, cut at a limit. Where a tokenizer takes words apart one by one, each distinct word is taken apart once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+_AT_ONCE = 1024  # texts; more are a burden on garbage collection
+_CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
+_FAR_BEHIND = 512  # characters: more than a word may have that WordPiece takes apart
+_LONGEST_WORD = 64  # characters; longer ones are links and scripts without spaces, which hardly come back
+_MOST_WORDS = 250_000  # some 50 MB
+_WORDS_PER_LINE = 128
+_TOO_LONG = 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as token ids, one flat array; text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: IntArray
+    truncated: npt.NDArray[np.bool_]
+    """Which texts were cut at ``max_tokens``, (texts,)."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens per text, (texts,)."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+class Tokeniser:
+    """A fast tokenizer with special tokens and a limit; the ids are always those that it gives itself."""
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int) -> None:
+        """Look at how the tokenizer works.
+
+        Args:
+            tokenizer: A fast one of transformers; its padding and truncation are set with every use.
+            max_tokens: Special tokens included.
+        """
+        self._backend = tokenizer.backend_tokenizer
+        self._max_tokens = max_tokens
+        self._nothing = [int(tokenizer.pad_token_id or 0)]
+        self._busy = threading.Lock()
+        around = _special_tokens_around(self._backend) if _takes_words_one_by_one(self._backend) else None
+        self._words: _Words | None = None
+        if around is not None and len(around[0]) + len(around[1]) < max_tokens:
+            self._before, self._after = around
+            self._words = _Words()
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of all texts. Without special tokens, an empty text is one padding token: every text needs a vector."""
+        with self._busy:
+            self._backend.no_padding()
+            tokenise = self._whole if self._words is None else self._by_words
+            return _joined([tokenise(texts[start : start + _AT_ONCE]) for start in range(0, len(texts), _AT_ONCE)])
+
+    def _whole(self, texts: Sequence[str]) -> Tokens:
+        """As the tokenizer does it itself."""
+        self._backend.enable_truncation(max_length=self._max_tokens)
+        encodings = self._backend.encode_batch_fast([self._beginning(text) for text in texts])
+        ids = [np.array(encoding.ids or self._nothing, dtype=np.int32) for encoding in encodings]
+        truncated = [len(encoding.ids) == self._max_tokens and bool(encoding.overflowing) for encoding in encodings]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return Tokens(np.concatenate(ids), offsets, np.array(truncated, dtype=np.bool_))
+
+    def _beginning(self, text: str) -> str:
+        """As much of a text as its first tokens can depend on: a book costs no more than its first page."""
+        length = _CHARACTERS_PER_TOKEN * self._max_tokens
+        while len(text) > length:
+            encoding = self._backend.encode(text[:length])
+            # What the cut changes is the word that it goes through, or nothing if that began long before: it is unknown all the same.
+            if encoding.overflowing and max(end for _, end in encoding.offsets) < length - _FAR_BEHIND:
+                return text[:length]
+            length *= 4
+        return text
+
+    def _by_words(self, texts: Sequence[str]) -> Tokens:
+        """The tokens of its words one after the other, and the special ones around them."""
+        assert self._words is not None
+        room = self._max_tokens - len(self._before) - len(self._after)
+        # A word is a token at least, so with one more than there is room for, the rest of a text tells nothing.
+        words = [text.split(" ", room + 1)[: room + 1] for text in texts]
+        count = np.fromiter(map(len, words), np.int64, len(words))
+        first = _starts(count)
+        found = self._words.find(chain.from_iterable(words), int(count.sum()), self._backend)
+        number = np.add.reduceat(found.lengths, first)
+        body, size = np.minimum(number, room), len(self._before) + len(self._after)
+        # But some are none: empty ones between two spaces, control characters.
+        others = np.flatnonzero(np.logical_or.reduceat(found.too_long, first) | ((count > room) & (number <= room)))
+        whole = self._whole([texts[row] for row in others.tolist()]) if len(others) else None
+        lengths = body + size
+        if whole is not None:
+            body[others], lengths[others] = 0, whole.lengths
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = np.empty(offsets[-1], dtype=np.int32)
+        for place, token in enumerate(self._before):
+            ids[offsets[:-1] + place] = token
+        for place, token in enumerate(reversed(self._after), start=1):
+            ids[offsets[1:] - place] = token
+        ids[_ranges(offsets[:-1] + len(self._before), body)] = found.ids[_ranges(_starts(number), body)]
+        truncated = number > room
+        if whole is not None:
+            ids[_ranges(offsets[others], whole.lengths)], truncated[others] = whole.ids, whole.truncated
+        return Tokens(ids, offsets, truncated)
+
+
+@dataclass(frozen=True)
+class _FoundWords:
+    """The tokens of some words, one after the other."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: IntArray
+    """Tokens per word; none of those that are too long."""
+    too_long: npt.NDArray[np.bool_]
+
+
+class _Words(dict[str, int]):
+    """The words met so far and their numbers, under which their tokens are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._new: list[str] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.clear()
+        self._ids = np.empty(0, dtype=np.int32)
+        self._lengths = np.zeros(_TOO_LONG + 1, dtype=np.int64)
+
+    def __missing__(self, word: str) -> int:
+        if len(word) > _LONGEST_WORD:
+            return _TOO_LONG
+        self._new.append(word)
+        number = self[word] = _TOO_LONG + len(self) + 1
+        return number
+
+    def find(self, words: chain[str], count: int, backend: Any) -> _FoundWords:
+        """The tokens of ``count`` words; new ones are learnt."""
+        if len(self) > _MOST_WORDS:
+            self._forget()
+        numbers = np.fromiter(map(self.__getitem__, words), np.int64, count)
+        if self._new:
+            ids, lengths = _tokens_of_words(self._new, backend)
+            self._ids, self._lengths = np.concatenate([self._ids, ids]), np.concatenate([self._lengths, lengths])
+            self._new = []
+        lengths = self._lengths[numbers]
+        return _FoundWords(self._ids[_ranges(_starts(self._lengths)[numbers], lengths)], lengths, numbers == _TOO_LONG)
+
+
+def _tokens_of_words(words: Sequence[str], backend: Any) -> tuple[npt.NDArray[np.int32], IntArray]:
+    """Token ids of some words, one after the other, and how many each has. Many words make one text: a text of its own costs more."""
+    backend.no_truncation()
+    lines = [words[start : start + _WORDS_PER_LINE] for start in range(0, len(words), _WORDS_PER_LINE)]
+    ids: list[int] = []
+    lengths = []
+    for line, encoding in zip(lines, backend.encode_batch([" ".join(line) for line in lines], add_special_tokens=False), strict=True):
+        ids += encoding.ids
+        behind = np.cumsum([len(word) + 1 for word in line])
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        lengths.append(np.bincount(np.searchsorted(behind, starts, side="right"), minlength=len(line)))
+    return np.array(ids, dtype=np.int32), np.concatenate(lengths)
+
+
+def _takes_words_one_by_one(backend: Any) -> bool:
+    """Whether what stands between two spaces becomes the same tokens wherever it stands: BERT's kind of tokenizer.
+
+    Its normaliser looks at characters, its pre-tokenizer breaks at every space, and WordPiece sees one word at a time.
+    """
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    if not (
+        isinstance(backend.normalizer, normalizers.BertNormalizer)
+        and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and isinstance(backend.model, models.WordPiece)
+    ):
+        return False
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    return not any(" " in content or " " in backend.normalizer.normalize_str(content) for content in added)
+
+
+def _special_tokens_around(backend: Any) -> tuple[list[int], list[int]] | None:
+    """What the tokenizer puts before and behind every text, if that is all it does."""
+    backend.no_padding()
+    backend.no_truncation()
+    word, text = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    for before in range(len(text) - len(word) + 1):
+        behind = before + len(word)
+        if text[before:behind] == word and len(text) > len(word):
+            return text[:before], text[behind:]
+    return None
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [part.lengths for part in parts]
+    return Tokens(
+        np.concatenate([np.empty(0, dtype=np.int32), *(part.ids for part in parts)]),
+        np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, dtype=np.int64), *lengths]))]),
+        np.concatenate([np.empty(0, dtype=np.bool_), *(part.truncated for part in parts)]),
+    )
+
+
+def _starts(lengths: IntArray) -> IntArray:
+    """Where each of some stretches that follow one another begins."""
+    return np.cumsum(lengths) - lengths
+
+
+def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
+    """``starts[0], starts[0] + 1, …`` up to each length, one range after the other."""
+    return np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
