@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 IntArray = npt.NDArray[np.int64]
 
-_AT_ONCE = 1024  # texts; more are a burden on garbage collection
+_AT_ONCE = 4096  # texts
 _CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
 _FAR_BEHIND = 512  # characters: more than a word may have that WordPiece takes apart
 _LONGEST_WORD = 64  # characters; longer ones are links and scripts without spaces, which hardly come back
@@ -78,7 +79,7 @@ class Tokeniser:
 
     def _beginning(self, text: str) -> str:
         """As much of a text as its first tokens can depend on: a book costs no more than its first page."""
-        length = _CHARACTERS_PER_TOKEN * self._max_tokens
+        length = max(_CHARACTERS_PER_TOKEN * self._max_tokens, 4 * _FAR_BEHIND)
         while len(text) > length:
             encoding = self._backend.encode(text[:length])
             # What the cut changes is the word that it goes through, or nothing if that began long before: it is unknown all the same.
@@ -92,10 +93,11 @@ class Tokeniser:
         assert self._words is not None
         room = self._max_tokens - len(self._before) - len(self._after)
         # A word is a token at least, so with one more than there is room for, the rest of a text tells nothing.
-        words = [text.split(" ", room + 1)[: room + 1] for text in texts]
-        count = np.fromiter(map(len, words), np.int64, len(words))
-        first = _starts(count)
-        found = self._words.find(chain.from_iterable(words), int(count.sum()), self._backend)
+        beginnings = pa.array([text[: (room + 2) * (_LONGEST_WORD + 1)] for text in texts], pa.large_string())
+        words = pc.list_slice(pc.split_pattern(beginnings, " ", max_splits=room + 1), 0, room + 1)
+        first, count = words.offsets.to_numpy()[:-1], np.diff(words.offsets.to_numpy())
+        distinct = words.flatten().dictionary_encode()
+        found = self._words.find(distinct.dictionary.to_pylist(), distinct.indices.to_numpy(), self._backend)
         number = np.add.reduceat(found.lengths, first)
         body, size = np.minimum(number, room), len(self._before) + len(self._after)
         # But some are none: empty ones between two spaces, control characters.
@@ -147,11 +149,11 @@ class _Words(dict[str, int]):
         number = self[word] = _TOO_LONG + len(self) + 1
         return number
 
-    def find(self, words: chain[str], count: int, backend: Any) -> _FoundWords:
-        """The tokens of ``count`` words; new ones are learnt."""
+    def find(self, words: Sequence[str], which: IntArray, backend: Any) -> _FoundWords:
+        """The tokens of ``words[which[0]]``, ``words[which[1]]``, …; new words are learnt."""
         if len(self) > _MOST_WORDS:
             self._forget()
-        numbers = np.fromiter(map(self.__getitem__, words), np.int64, count)
+        numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))[which]
         if self._new:
             ids, lengths = _tokens_of_words(self._new, backend)
             self._ids, self._lengths = np.concatenate([self._ids, ids]), np.concatenate([self._lengths, lengths])
