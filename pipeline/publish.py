@@ -18,6 +18,7 @@ from pipeline.metrics_table import read_gate, write_gate
 from pipeline.publication import Base, Candidate, files_below, read_candidate, stage
 from pipeline.records import GateDecision, Publication
 from pipeline.run_folder import RunFolder, read_record
+from pipeline.run_store import hold_run
 from pipeline.verify import Verified, verify_folder
 
 
@@ -68,12 +69,16 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
         to: A folder, or ``hf:OWNER/NAME``.
         config: The gate, and how a repository is made.
     Raises:
-        InputError: the run is not finished, the target holds something else or may not be written.
+        InputError: the run is not finished or is being deleted, the target holds something else or may not be written.
         VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
         LorafleetError: a file names a local path, the Hub cannot be reached, or others keep changing the repository.
     Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
     """
-    candidate = read_candidate(run)
+    with hold_run(run, alone=False):
+        return _publish(read_candidate(run), to, config)
+
+
+def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     target: Target = HubRepository(repository, private=config.private) if repository else PublishedFolder(Path(to).resolve(), candidate)
     for last in (False, True):

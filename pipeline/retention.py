@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import DataError, InputError, LorafleetError
+from pipeline.errors import DataError, InputError, LockedError, LorafleetError
 from pipeline.manifest import RunManifest, read_manifest
 from pipeline.run_folder import RunFolder
-from pipeline.run_store import hold_store
+from pipeline.run_store import hold_run, hold_store
 
 ABANDONED_DAYS = 7
 """Work that was begun and not finished is somebody's to go on with before that, whatever the policy."""
@@ -102,6 +102,8 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
                 freed += verdict.num_bytes
             except OSError as error:
                 failures.append(f"{verdict.path}: {error.strerror}: {error.filename}")
+            except LockedError as error:
+                failures.append(str(error))
         return Pruned(tuple(verdicts), tuple(failures), freed)
 
 
@@ -184,6 +186,11 @@ def _judge_run(path: Path, manifest: RunManifest, newest: Mapping[str, Sequence[
         return _kept(path, "run", f"among the newest {policy.keep} runs of {', '.join(among_newest)}")
     if days <= policy.older_than_days:
         return _kept(path, "run", f"finished {_ago(days)}, not more than {policy.older_than_days:g} days")
+    try:
+        with hold_run(path, alone=True):
+            pass
+    except LockedError:
+        return _kept(path, "run", "is being published")
     others = f"not among the newest {policy.keep} runs of {', '.join(places)}" if places else "none of its MTEB tasks finished"
     return _goes(path, "run", f"finished {_ago(days)}, {others}")
 
@@ -237,19 +244,25 @@ def _goes(path: Path, what: Literal["run", "unfinished run"], reason: str) -> Ve
 
 
 def _delete_run(root: Path) -> None:
-    """The manifest is renamed first and its new name goes last: whatever is left in between is no finished run, and known as deleted."""
+    """The manifest is renamed first and its new name goes last: whatever is left in between is no finished run, and known as deleted.
+
+    Raises: LockedError: it is being published, or has been since it was judged.
+    """
     folder, mark = RunFolder(root), root / _DELETED_MANIFEST
-    if folder.manifest.is_file():
-        folder.manifest.replace(mark)
-    elif any(root.iterdir()):
-        mark.touch()
-    for path in root.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path != mark:
-            path.unlink()
-    mark.unlink(missing_ok=True)
-    root.rmdir()
+    with hold_run(root, alone=True):
+        if folder.manifest.is_file():
+            if reason := _published(root, read_manifest(folder)):
+                raise LockedError(f"run {root}: {reason}, a moment ago")
+            folder.manifest.replace(mark)
+        elif any(root.iterdir()):
+            mark.touch()
+        for path in root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != mark:
+                path.unlink()
+        mark.unlink(missing_ok=True)
+        root.rmdir()
 
 
 def _delete_checkpoint(path: Path) -> None:

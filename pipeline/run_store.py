@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import InputError, LockedError
@@ -19,6 +19,33 @@ def hold_store(runs: Path, run_id: str) -> Iterator[None]:
     """
     with hold(runs / ".lock", runs, holder=f"run {run_id}, process {os.getpid()}", refusal="in use by {}; wait for it"):
         yield
+
+
+@contextmanager
+def hold_run(run: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a finished run: any number may publish it at a time, and who deletes it is alone with it.
+
+    Where there is no such folder, or its file system has no locks for folders, nobody is kept out.
+    Raises: LockedError: it is being deleted, or published while this one wants to be alone.
+    """
+    try:
+        folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            _lock(folder, alone=alone, refusal=f"run {run}: is being published" if alone else f"run {run}: is being deleted")
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, *, alone: bool, refusal: str) -> None:
+    try:
+        fcntl.flock(folder, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(refusal) from None
 
 
 @contextmanager

@@ -49,10 +49,11 @@ from publishing import (
 from flows.cli import main
 from pipeline.config import PublishConfig, load_config
 from pipeline.encoder import choose_runtime
-from pipeline.errors import InputError, VerificationError
+from pipeline.errors import InputError, LockedError, VerificationError
 from pipeline.preflight import preflight
-from pipeline.publish import rollback
+from pipeline.publish import publish, rollback
 from pipeline.run_folder import RunFolder
+from pipeline.run_store import hold_run
 
 ROOT_FILES = {
     "README.md",
@@ -309,6 +310,12 @@ def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(one: 
 
 
 # --- several publishers ---
+
+
+def test_a_run_that_is_being_deleted_is_not_published(world: World, tmp_path: Path) -> None:
+    with hold_run(world.both, alone=True), pytest.raises(LockedError, match="is being deleted"):
+        publish(world.both, str(tmp_path / "published"), NO_GATE)
+    assert not (tmp_path / "published").exists()
 
 
 @pytest.mark.faults

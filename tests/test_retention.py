@@ -25,7 +25,7 @@ from pipeline.metrics_table import write_gate
 from pipeline.records import Failure, GateDecision, TaskResult
 from pipeline.retention import Policy, Pruned, Verdict, checkpoints, judge, prune
 from pipeline.run_folder import RunFolder, read_record
-from pipeline.run_store import hold_store
+from pipeline.run_store import hold_run, hold_store
 
 NOW = datetime.now(UTC)
 KEY = "0123456789abcdef" * 2
@@ -159,6 +159,32 @@ def test_a_run_stays_that_was_published(decision: str, published: str | None, st
     found = of(judge(tmp_path, Policy(keep=0), now=NOW), folder)
     assert found.goes != stays
     assert not stays or found.reason == "published to hf:me/fleet: Topics"
+
+
+def test_a_run_stays_while_it_is_published(tmp_path: Path) -> None:
+    folder = run_of(tmp_path, 400)
+    run_of(tmp_path, 300)
+    with hold_run(folder.root, alone=False):
+        assert of(prune(tmp_path, Policy(keep=0), dry_run=False).verdicts, folder).reason == "is being published"
+    assert of(prune(tmp_path, Policy(keep=0), dry_run=False).verdicts, folder).goes
+    assert not folder.root.exists()
+
+
+def test_a_run_stays_that_was_published_after_it_was_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = run_of(tmp_path, 400), run_of(tmp_path, 399)
+    run_of(tmp_path, 300)
+    before = files(folder.root)
+
+    def judge_and_publish(*arguments: Any, **options: Any) -> list[Verdict]:
+        verdicts = judge(*arguments, **options)
+        gate_of(folder, "Topics", "promote")
+        return verdicts
+
+    monkeypatch.setattr("pipeline.retention.judge", judge_and_publish)
+    done = prune(tmp_path, Policy(keep=0), dry_run=False)
+    assert done.failures == (f"run {folder.root}: published to hf:me/fleet: Topics, a moment ago",)
+    assert before.items() <= files(folder.root).items()
+    assert not other.root.exists(), "the others go"
 
 
 def test_a_run_that_only_took_over_the_published_adapter_may_go(tmp_path: Path) -> None:
