@@ -34,7 +34,7 @@ from pipeline.tokeniser import Tokens
 from pipeline.units import Unit, text_type
 
 MAX_ATTEMPTS = 3
-_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 4 * 1024**2  # four blocks may be in memory at a time
+_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # four blocks may be in memory at a time
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2
 _READ_BUFFER_BYTES = 1024**2
 _SAMPLE_ROWS = 64
