@@ -179,18 +179,14 @@ def _tokens_of_words(words: Sequence[str], backend: Any) -> tuple[npt.NDArray[np
 def _takes_words_one_by_one(backend: Any) -> bool:
     """Whether what stands between two spaces becomes the same tokens wherever it stands: BERT's kind of tokenizer.
 
-    Its normaliser looks at characters, its pre-tokenizer breaks at every space, and WordPiece sees one word at a time.
+    Its normaliser looks at characters, and its pre-tokenizer breaks at every space; no model sees beyond that.
     """
-    from tokenizers import models, normalizers, pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
 
-    if not (
-        isinstance(backend.normalizer, normalizers.BertNormalizer)
-        and isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
-        and isinstance(backend.model, models.WordPiece)
-    ):
+    normaliser, breaks = backend.normalizer, backend.pre_tokenizer
+    if not (isinstance(normaliser, normalizers.BertNormalizer) and isinstance(breaks, pre_tokenizers.BertPreTokenizer)):
         return False
-    added = [token.content for token in backend.get_added_tokens_decoder().values()]
-    return not any(" " in content or " " in backend.normalizer.normalize_str(content) for content in added)
+    return not any(" " in normaliser.normalize_str(token.content) for token in backend.get_added_tokens_decoder().values())
 
 
 def _special_tokens_around(backend: Any) -> tuple[list[int], list[int]] | None:

@@ -16,7 +16,7 @@ from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.classifier import Answers, Classifier, find_encoder_of, load_classifier
 from pipeline.config import AdapterConfig, TrainConfig
-from pipeline.encoder import Encoder, choose_runtime, known_package, tokenise
+from pipeline.encoder import Encoder, choose_runtime, known_package
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.run_folder import TaskFolder
 
@@ -109,6 +109,15 @@ def test_layers_that_no_adapter_changes_are_computed_once_per_batch(
     assert (calls.count(0), calls.count(1)) == (times, 3)
 
 
+def test_adapters_that_start_at_different_layers_share_their_own_layers_alone(tmp_path: Path) -> None:
+    encoder_folder = save_tiny_encoder(tmp_path / "encoder", "bert", num_hidden_layers=4)
+    layers = ["last:2", "last:1", "last:2", "last:1", "last:3", "last:3"]
+    folders = [saved(tmp_path / f"T{i}", encoder_folder, layers=which, seed=i) for i, which in enumerate(layers)]
+    for folder, answers in zip(folders, classify(found(*folders), encoder_folder), strict=True):
+        (alone,) = classify(found(folder), encoder_folder)
+        assert answers.scores.tobytes() == alone.scores.tobytes()
+
+
 def test_embeddings_that_an_adapter_changes_are_its_own(tmp_path: Path) -> None:
     encoder_folder = save_tiny_encoder(tmp_path / "encoder", "deberta-v2", embedding_size=16)
     targets = ["embeddings.embed_proj", "encoder.layer.0.attention.self.query_proj"]
@@ -178,7 +187,7 @@ def test_a_long_text_is_cut_where_its_whole_would_be(text: str, bert: Encoder) -
     whole = bert.tokenizer.backend_tokenizer
     whole.no_truncation()
     expected = whole.encode(text).ids
-    tokens = tokenise(bert.tokenizer, [text], max_tokens=24)
+    tokens = bert.tokenise([text])
     if len(expected) <= 24:
         assert tokens.ids.tolist() == expected
     else:

@@ -163,11 +163,24 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     assert len(list(batches_by_budget(np.array([500, 1]), tokens_per_batch=128))) == 2, "a text above the budget goes alone"
 
 
+def test_texts_of_one_length_keep_their_order() -> None:
+    rows = np.concatenate(list(batches_by_budget(np.tile([7, 7, 3], 100), tokens_per_batch=128)))
+    assert rows.tolist() == [row for row in range(300) if row % 3 != 2] + [row for row in range(300) if row % 3 == 2]
+
+
 def test_a_batch_is_padded_to_its_longest_text_with_the_tokenizers_padding(bert: Encoder) -> None:
     tokens = bert.tokenise(["ship", "old ship", words(30)])
     batch = bert.batch(tokens, np.array([1, 0]))
     assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.ids[1, 3].item() == bert.tokenizer.pad_token_id == 1
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(3, 8), (8, 8), (9, 16), (17, 20), (30, 20)])
+def test_a_batch_may_be_padded_to_a_multiple_but_never_beyond_max_tokens(longest: int, padded: int, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"), max_tokens=20)
+    batch = encoder.batch(encoder.tokenise(["ship", words(longest - 2)]), np.array([0, 1]), length_step=8)
+    assert batch.ids.shape == batch.mask.shape == (2, padded)
+    assert batch.mask.sum(dim=1).tolist() == [3, min(longest, 20)]
 
 
 def test_a_folder_is_pinned_by_its_weights_and_never_named_by_its_path(encoder_folder: Folders, tmp_path: Path) -> None:

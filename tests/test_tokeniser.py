@@ -18,6 +18,7 @@ from pipeline.tokeniser import Tokeniser, Tokens
 
 _PIECES = ["a", "b", "un", "ship", "é", "中", "文", "!", ".", "-", "'", "[", "]", "##b", "##ip", "##ship", "##un", "##."]
 _SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+_VOCABULARY = [*_SPECIAL, *_PIECES, "c" * 64]
 _CHARACTERS = [
     "aAbB.,!'-unship",
     "   \t\n\x0b\x0c\r\x1c\x1f\x85\xa0\u1680\u2003\u2028\u3000\u200b\ufeff",
@@ -31,7 +32,7 @@ _STRETCHES = ["[SEP]", "[MASK]", " [CLS] ", "SEP]", "ship", " " * 9, "a" * 63, "
 
 def bert_tokenizer(**normaliser: Any) -> Any:
     """BERT's kind with a tiny vocabulary."""
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(_SPECIAL + _PIECES)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(_VOCABULARY)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(**normaliser)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
@@ -107,6 +108,29 @@ def test_long_words_are_not_kept_and_of_a_long_text_only_the_first_ones_are(lear
     assert learnt == ["ship", "a0", "a1", "a2", "a3", "a4"]
 
 
+def test_words_of_every_length_that_is_kept_fit_into_the_beginning() -> None:
+    tokenizer, text = bert_tokenizer(), " ".join(["c" * 64] * 300)
+    assert listed(Tokeniser(tokenizer, max_tokens=200)([text])) == by_itself(tokenizer, [text], 200)
+
+
+def test_the_beginning_of_a_long_text_ends_far_behind_what_is_kept() -> None:
+    """Where it ends inside a word of more than a hundred letters, which is unknown, what is left of that is not."""
+    tokenizer = bert_tokenizer()
+    for before in range(1850, 2050, 7):
+        text = ("ab" * 40 + " ") * (before // 81) + "." * (before % 81) + " " + "b" * 150 + " a" * 3000
+        assert listed(Tokeniser(tokenizer, max_tokens=60)([text])) == by_itself(tokenizer, [text], 60)
+
+
+def test_all_special_tokens_stand_where_the_tokenizer_puts_them() -> None:
+    tokenizer = bert_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[MASK] [CLS] $A [SEP] [PAD]", special_tokens=[("[MASK]", 4), ("[CLS]", 2), ("[SEP]", 3), ("[PAD]", 1)]
+    )
+    texts = ["", "ship", "a b un ship", "a" * 65]
+    for max_tokens in (4, 5, 6, 24):
+        assert listed(Tokeniser(tokenizer, max_tokens=max_tokens)(texts)) == by_itself(tokenizer, texts, max_tokens)
+
+
 def test_too_many_words_are_forgotten(monkeypatch: pytest.MonkeyPatch, learnt: list[str]) -> None:
     monkeypatch.setattr(tokeniser_module, "_MOST_WORDS", 3)
     tokenizer = bert_tokenizer()
@@ -116,10 +140,25 @@ def test_too_many_words_are_forgotten(monkeypatch: pytest.MonkeyPatch, learnt: l
     assert learnt == ["a", "b", "un", "ship", "ship", "a", "b", "un"]
 
 
-def test_an_added_token_with_a_space_in_it_is_still_found(learnt: list[str]) -> None:
-    tokenizer = bert_tokenizer()
-    tokenizer.add_tokens(["ship a"])
-    assert listed(Tokeniser(tokenizer, max_tokens=24)(["b ship a b"])) == [([2, 6, len(_SPECIAL + _PIECES), 6, 3], False)]
+@pytest.mark.parametrize("added", ["ship a", "ship\ta"])
+def test_an_added_token_that_holds_a_space_is_still_found(added: str, learnt: list[str]) -> None:
+    """The second one does once it is normalised."""
+    tokenizer, texts = bert_tokenizer(), ["b ship a b", "a ship b"]
+    tokenizer.add_tokens([added])
+    expected = by_itself(tokenizer, texts, 24)
+    assert any(len(_VOCABULARY) in ids for ids, _ in expected)
+    assert listed(Tokeniser(tokenizer, max_tokens=24)(texts)) == expected
+    assert learnt == []
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_a_tokenizer_that_looks_across_spaces_is_given_the_whole_text(part: str, learnt: list[str]) -> None:
+    tokenizer, text = bert_tokenizer(), "a b ship"
+    looks = {"normalizer": normalizers.Replace("a b", "b"), "pre_tokenizer": pre_tokenizers.Punctuation()}
+    setattr(tokenizer.backend_tokenizer, part, looks[part])
+    expected = by_itself(tokenizer, [text], 24)
+    assert expected != by_itself(bert_tokenizer(), [text], 24)
+    assert listed(Tokeniser(tokenizer, max_tokens=24)([text])) == expected
     assert learnt == []
 
 

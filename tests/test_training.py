@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
 
 from pipeline.adapter import Adapter, HeadStart, save_adapter
@@ -24,7 +25,7 @@ from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
 from pipeline.run_folder import TaskFolder
 from pipeline.tokeniser import IntArray
-from pipeline.training import LabelledTokens, Training, accuracy, epoch_batches, train_adapter
+from pipeline.training import LabelledTokens, Training, _class_weights, _cross_entropy, accuracy, epoch_batches, train_adapter
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")
@@ -364,6 +365,20 @@ def imbalanced(encoder: Encoder) -> LabelledTokens:
     texts, labels = toy_texts(300)
     chosen = [i for i, label in enumerate(labels) if label != 2 or i % 10 == 2]
     return LabelledTokens(encoder.tokenise([texts[i] for i in chosen]), np.array([labels[i] for i in chosen], dtype=np.int64))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_the_loss_is_pytorchs_with_class_weights_and_smoothing(smoothing: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(16, 5, generator=random), torch.randint(5, (16,), generator=random)
+    weights = torch.rand(5, generator=random) + 0.1
+    expected = torch.nn.functional.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    torch.testing.assert_close(_cross_entropy(logits, labels, weights, smoothing=smoothing), expected)
+
+
+def test_balanced_class_weights_are_of_mean_one_over_the_texts() -> None:
+    weights = _class_weights(np.array([0, 0, 0, 1]), 3, TrainConfig(class_weights="balanced"))
+    assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 4 / 3])
 
 
 def test_balanced_class_weights_find_more_of_a_rare_class(encoder_folder: Folders) -> None:

@@ -128,6 +128,17 @@ def test_equal_texts_are_computed_once_and_answered_alike(begun: Callable[..., B
     assert len(answers) == 5
 
 
+def test_texts_that_are_merely_alike_are_not_taken_for_equal(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["ship", "Ship", "ship ", " ship", *(f"ship {number}" for number in range(3000))]
+    bulk = begun({"text": texts})
+    worker = UnitWorker(bulk.spec)
+    computed: list[str] = []
+    tokenise = worker.classifier.tokenise
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
+    assert worker.label(bulk.begun.todo[0]).duplicates == 0
+    assert computed == texts
+
+
 @pytest.mark.parametrize(("column", "repeated"), [("payload", False), ("pay.load", False), ("payload", True)])
 def test_wide_rows_are_read_a_few_at_a_time(
     column: str, repeated: bool, begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
@@ -164,6 +175,13 @@ def test_a_label_below_the_threshold_is_null_and_keeps_its_score(begun: Callable
     assert (receipt.null_labels, receipt.reasons) == ({"T": low.sum()}, {f"score below {middle:g}": low.sum()})
 
 
+def test_a_score_that_is_the_threshold_keeps_its_label(begun: Callable[..., Bulk]) -> None:
+    free = labelled(begun({"text": TEXTS}, out="free"))
+    score = float(np.sort(free.column("T_score").to_numpy())[30])
+    labels = labelled(begun({"text": TEXTS}, min_score=score)).column("T_label")
+    assert labels.null_count == (free.column("T_score").to_numpy() < score).sum() < 60
+
+
 def test_the_best_labels_are_listed_best_first(begun: Callable[..., Bulk]) -> None:
     table = labelled(begun({"text": TEXTS}, top_k=2))
     for label, score, top in zip(*(table.column(f"T_{part}").to_pylist() for part in ("label", "score", "top_k")), strict=True):
@@ -180,9 +198,9 @@ def test_more_best_labels_than_there_are_is_all_of_them(begun: Callable[..., Bul
 
 
 def test_texts_cut_at_the_encoders_length_are_marked(begun: Callable[..., Bulk]) -> None:
-    bulk = begun({"text": ["sea " * 22, "sea " * 23, None, "sea"]})  # with [CLS] and [SEP] of 24
+    bulk = begun({"text": ["sea " * 23, "sea " * 22, None, "", "sea"]})  # with [CLS] and [SEP] of 24
     (receipt,) = bulk.label()
-    assert rows_of(bulk).column("truncated").to_pylist() == [False, True, False, False]
+    assert rows_of(bulk).column("truncated").to_pylist() == [True, False, False, False, False]
     assert receipt.truncated == 1
 
 

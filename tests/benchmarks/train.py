@@ -462,10 +462,11 @@ def _start_device(settings: Settings) -> None:
 
 def _tokens(texts: Sequence[str]) -> Any:
     from pipeline.config import EncoderConfig
-    from pipeline.encoder import load_tokenizer, tokenise
+    from pipeline.encoder import load_tokenizer
+    from pipeline.tokeniser import Tokeniser
 
     config = EncoderConfig(max_tokens=MAX_TOKENS)
-    return tokenise(load_tokenizer(_encoder_files().folder, config), texts, max_tokens=MAX_TOKENS)
+    return Tokeniser(load_tokenizer(_encoder_files().folder, config), max_tokens=MAX_TOKENS)(texts)
 
 
 def _encoder_files() -> EncoderFiles:
