@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.classifier import Answers, Classifier, find_encoder_of, load_classifier
+from pipeline.classifier import CLOSE_CALL, Answers, Classifier, find_encoder_of, load_classifier
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, choose_runtime, known_package
 from pipeline.errors import AdapterError, EncoderError
@@ -193,6 +193,17 @@ def test_a_long_text_is_cut_where_its_whole_would_be(text: str, bert: Encoder) -
     else:
         assert tokens.ids.tolist() == [*expected[:23], expected[-1]]
     assert tokens.truncated.tolist() == [len(expected) > 24]
+
+
+@pytest.mark.parametrize(("precision", "asks"), [("auto", True), ("float32", False)])
+def test_float32_is_there_to_be_asked_where_the_fast_dtype_is_another(
+    precision: Any, asks: bool, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.encoder._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
+    classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True, precision=precision)
+    assert (classifier._referee is not None) == asks
+    assert 0 < CLOSE_CALL < 0.2
 
 
 def test_a_module_list_of_heads_is_not_taken_for_the_layers(encoder_folder: Folders, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from pipeline.config import (
 from pipeline.dataset import TaskData, load_data
 from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import ConfigError, DataError
-from pipeline.gate import beats_probe, compare, decide, first_look, judge
+from pipeline.gate import _predict, beats_probe, compare, decide, first_look, judge
 from pipeline.metrics_table import GATE_SCHEMA, read_gate, write_gate
 from pipeline.publication import Base, read_candidate
 from pipeline.publish import Published, _record, publish
@@ -605,6 +605,23 @@ def test_a_label_more_and_a_label_less_are_scored_where_that_is_allowed(small: B
     assert (lost.low, lost.high) == (pytest.approx(-gained.high, abs=0.006), pytest.approx(-gained.low, abs=0.006))  # of draws
     same = judged(three, four, allow_label_change=True)
     assert (same.decision, same.difference) == ("keep", 0.0)
+
+
+@pytest.mark.parametrize(("max_tokens", "at_a_time"), [(24, [2]), (12, [1, 1])])
+def test_two_adapters_share_an_encoder_only_where_it_reads_texts_alike(
+    max_tokens: int, at_a_time: list[int], small: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorter = small.config.model_copy(update={"encoder": small.config.encoder.model_copy(update={"max_tokens": max_tokens})})
+    published = replace(small, config=shorter).run(f"reads-{max_tokens}", small.start)
+    asked: list[int] = []
+
+    def predict(adapters: Sequence[Any], *arguments: Any) -> Any:
+        asked.append(len(adapters))
+        return _predict(adapters, *arguments)
+
+    monkeypatch.setattr("pipeline.gate._predict", predict)
+    assert judged(small.run(f"beside-{max_tokens}", small.noisy(0.1)), published).num_texts == 200
+    assert asked == at_a_time
 
 
 def test_a_changed_test_file_is_one_message(small: Bench, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def changed(record: Any, **values: Any) -> Any:
     [
         {"config": {"train": {"learning_rate": 0.1}}},
         {"config": {"train": {"seed": 1}}},
+        {"config": {"train": {"warm_start": "out"}}},
         {"config": {"adapter": {"rank": 4}}},
         {"config": {"evaluate": {"bootstrap_draws": 200}}},
         {"config": {"encoder": {"max_tokens": 64}}},
@@ -82,6 +84,24 @@ def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str,
     assert key(**changes) == key()
 
 
+def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> None:
+    """What the others say is in the key by its values (config, runtime, adapters gone on from), or is of no weight (a reload's check)."""
+    folder, found, left = Path(pipeline.__file__).parent, set[str](), ["job"]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            nodes = ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")))
+            modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+            left += [module.removeprefix("pipeline.") for module in modules if module.startswith("pipeline.")]
+    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder"}
+    assert found - others == set(manifest_module._SOURCES)
+
+
+def test_which_published_adapter_is_gone_on_from_does_not_count() -> None:
+    assert key(config={"train": {"warm_start": "out"}}) == key(config={"train": {"warm_start": "other"}})
+
+
 def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "pipeline"
     shutil.copytree(Path(pipeline.__file__).parent, copy)
@@ -93,6 +113,7 @@ def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path
     for name in (
         "dataset.py",
         "encoder.py",
+        "tokeniser.py",
         "attention.py",
         "frozen_linear.py",
         "adapter.py",

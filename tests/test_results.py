@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from builders import ENCODER, RUN_ID, WHEN, task_result
 
-from pipeline.records import ClassificationResults, EncoderRef, Failure, TaskResult
-from pipeline.results import SCORE_HEADINGS, percent, points, score_table, summarise, without_local_paths
+from pipeline.records import ClassificationResults, EncoderRef, Failure, TaskResult, WarmStart
+from pipeline.results import SCORE_HEADINGS, head_change, percent, points, said_of_warm_start, score_table, summarise, without_local_paths
 
 
 def summary_of(*results: TaskResult, failures: tuple[Failure, ...] = ()) -> ClassificationResults:
@@ -125,3 +125,24 @@ def test_a_summary_names_no_local_path() -> None:
     failure = Failure(mteb_task="A", stage="load", reason="/home/anna/a.parquet is missing")
     summary = summarise([task_result(encoder=encoder)], [failure], encoder=encoder, run_id=RUN_ID, created_at=WHEN)
     assert "/home" not in summary.model_dump_json()
+
+
+def scored_on(result: TaskResult, sha256: str) -> TaskResult:
+    return result.model_copy(update={"scores": tuple(row.model_copy(update={"test_sha256": sha256 * 64}) for row in result.scores)})
+
+
+def test_the_change_from_run_to_run_is_now_less_then_where_the_same_texts_were_scored() -> None:
+    before = task_result("Topics", accuracies={"majority": 0.2, "head": 0.5})
+    now = task_result("Topics", accuracies={"majority": 0.2, "head": 0.75}).model_copy(update={"key": "e" * 32})
+    assert head_change(now, None) == "first run"
+    assert head_change(before, before) == "unchanged"
+    assert head_change(now, before) == f"+25.0 (run {RUN_ID})"
+    assert head_change(scored_on(now, "b"), scored_on(before, "b")) == f"+25.0 (run {RUN_ID})"
+    assert head_change(scored_on(now, "b"), scored_on(before, "c")) == f"test data changed (run {RUN_ID}: 50.0)"
+
+
+def test_what_a_warm_start_gave_is_told_of_the_best_epoch() -> None:
+    result = task_result("Topics", num_epochs=3)
+    epochs = tuple(row.model_copy(update={"validation_accuracy": score}) for row, score in zip(result.epochs, (0.7, 0.8, 0.6), strict=True))
+    warm = result.model_copy(update={"epochs": epochs, "warm_start": WarmStart(sha256="f" * 64, validation_accuracy=0.5)})
+    assert said_of_warm_start(warm).endswith("validation 50.0 before, 80.0 after training (+30.0)")

@@ -23,7 +23,7 @@ from pipeline.errors import InputError, LockedError
 from pipeline.manifest import RunManifest, find_finished, finished_runs, read_manifest, write_manifest
 from pipeline.metrics_table import write_gate
 from pipeline.records import Failure, GateDecision, TaskResult
-from pipeline.retention import Policy, Pruned, Verdict, checkpoints, judge, prune
+from pipeline.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
 from pipeline.run_folder import RunFolder, read_record
 from pipeline.run_store import hold_run, hold_store
 
@@ -168,6 +168,14 @@ def test_a_run_stays_while_it_is_published(tmp_path: Path) -> None:
         assert of(prune(tmp_path, Policy(keep=0), dry_run=False).verdicts, folder).reason == "is being published"
     assert of(prune(tmp_path, Policy(keep=0), dry_run=False).verdicts, folder).goes
     assert not folder.root.exists()
+
+
+def test_publishing_that_begins_after_the_verdict_keeps_the_run_too(tmp_path: Path) -> None:
+    folder = run_of(tmp_path, 400)
+    before = files(folder.root)
+    with hold_run(folder.root, alone=False), pytest.raises(LockedError, match="is being published"):
+        _delete_run(folder.root)
+    assert files(folder.root) == before
 
 
 def test_a_run_stays_that_was_published_after_it_was_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,30 @@ def test_two_threads_may_use_one_tokeniser() -> None:
     tokenise = Tokeniser(tokenizer, max_tokens=9)
     with ThreadPoolExecutor(4) as pool:
         assert all(listed(tokens) == expected for tokens in pool.map(tokenise, [texts] * 8))
+
+
+def test_a_tokeniser_is_one_threads_at_a_time() -> None:
+    """The tokenizer's own settings and the kept words change with every use."""
+    tokenise = Tokeniser(bert_tokenizer(), max_tokens=9)
+    with ThreadPoolExecutor(1) as pool:
+        with tokenise._busy:
+            asked = pool.submit(tokenise, ["ship"])
+            assert not wait([asked], timeout=0.3).done
+        asked.result(5)
+
+
+@pytest.mark.parametrize("model", ["words", "pairs", "pieces"])
+def test_other_models_behind_the_same_pre_tokenizer_see_one_word_at_a_time_too(model: str, learnt: list[str]) -> None:
+    tokenizer, texts = bert_tokenizer(), nasty_texts(300)
+    letters = {piece: number for number, piece in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"shipabun", "sh", "ship"])}
+    kinds = {
+        "words": models.WordLevel({"[UNK]": 0, "ship": 1, "a": 5, "!": 6}, unk_token="[UNK]"),
+        "pairs": models.BPE(letters, [("s", "h"), ("i", "p")] if "ip" in letters else [("s", "h")], unk_token="[UNK]"),
+        "pieces": models.Unigram([("[UNK]", 0.0), *((piece, -float(len(piece))) for piece in letters if piece != "[UNK]")], 0, False),
+    }
+    tokenizer.backend_tokenizer.model = kinds[model]
+    assert listed(Tokeniser(tokenizer, max_tokens=9)(texts)) == by_itself(tokenizer, texts, 9)
+    assert learnt != []
 
 
 def test_more_texts_than_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

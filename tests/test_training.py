@@ -493,6 +493,14 @@ def test_the_heads_rows_follow_their_labels_and_a_new_label_keeps_its_own_start(
     assert weight[2].tolist() == before[LABELS.index("sea")].tolist()
 
 
+def test_a_warm_start_wins_over_the_probes_head(published: TaskFolder, encoder_folder: Folders) -> None:
+    zeros = HeadStart(np.zeros((3, 32), np.float32), np.zeros(3, np.float32))
+    plain = train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1)
+    both = train(load_encoder(encoder_folder("bert")), warm_start=published, head_start=zeros, max_epochs=1)
+    assert both.start_score == plain.start_score
+    assert both.epochs[0].train_loss == plain.epochs[0].train_loss
+
+
 def test_the_score_at_the_start_is_that_of_the_published_adapter(
     published: TaskFolder, undisturbed: Training, encoder_folder: Folders
 ) -> None:

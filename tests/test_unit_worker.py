@@ -29,7 +29,8 @@ from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk_records import Receipt
 from pipeline.errors import AdapterError
 from pipeline.run_folder import TaskFolder
-from pipeline.unit_worker import UnitWorker
+from pipeline.unit_worker import UnitWorker, _block_rows
+from pipeline.units import Unit
 
 Folders = Callable[[str], Path]
 TEXTS, _ = toy_texts(60)
@@ -173,6 +174,22 @@ def test_a_label_below_the_threshold_is_null_and_keeps_its_score(begun: Callable
         None if is_low else label for is_low, label in zip(low, free.column("T_label").to_pylist(), strict=True)
     ]
     assert (receipt.null_labels, receipt.reasons) == ({"T": low.sum()}, {f"score below {middle:g}": low.sum()})
+
+
+def test_rows_that_grow_wide_after_narrow_ones_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    write_table(tmp_path / "a.parquet", {"text": [*["x"] * 64, *(random.bytes(2**20).hex() for _ in range(40))]})
+    with pq.ParquetFile(tmp_path / "a.parquet") as parquet:
+        unit = Unit(
+            number=0,
+            path=str(tmp_path / "a.parquet"),
+            output="a-00000.parquet",
+            row_groups=(0,),
+            first_row=0,
+            num_rows=104,
+            first_row_of_file=0,
+        )
+        assert _block_rows(parquet, unit, ["text"]) < 40
 
 
 def test_a_score_that_is_the_threshold_keeps_its_label(begun: Callable[..., Bulk]) -> None:
