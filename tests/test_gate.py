@@ -611,8 +611,8 @@ def test_a_label_more_and_a_label_less_are_scored_where_that_is_allowed(small: B
 def test_two_adapters_share_an_encoder_only_where_it_reads_texts_alike(
     max_tokens: int, at_a_time: list[int], small: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorter = small.config.model_copy(update={"encoder": small.config.encoder.model_copy(update={"max_tokens": max_tokens})})
-    published = replace(small, config=shorter).run(f"reads-{max_tokens}", small.start)
+    other = load_encoder(small.config.encoder.name, max_tokens=max_tokens)
+    published = replace(small, exact=other).run(f"reads-{max_tokens}", small.start)
     asked: list[int] = []
 
     def predict(adapters: Sequence[Any], *arguments: Any) -> Any:
