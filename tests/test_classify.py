@@ -134,7 +134,8 @@ def test_the_last_estimate_and_the_summary_are_printed(labelled: Labelled) -> No
 
 
 def test_duckdb_reads_the_output(labelled: Labelled) -> None:
-    query = f"select count(*), count(distinct id), count(Topics_label), count(Pairs_label) from '{labelled.root / 'there'}/**/[!_]*.parquet'"
+    files = labelled.root / "there" / "**" / "[!_]*.parquet"
+    query = f"select count(*), count(distinct id), count(Topics_label), count(Pairs_label) from '{files}'"
     assert duckdb.sql(query).fetchall() == [(240, 240, 238, 238)]
 
 
