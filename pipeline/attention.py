@@ -6,6 +6,7 @@ matrix products. Here the exponential runs over the whole array at once. What it
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ INFERENCE = "lorafleet-inference"
 """The same without a backward pass: what needs no gradient may divide the output by the sums, which is narrower than the weights."""
 _FUSED_FROM = 32  # tokens, on a CPU with matrix tiles: from there on PyTorch's fused kernel is the faster one
 _SMALLEST_SUM, _LARGEST_SUM = 1e-30, 1e30
+_LOG2_E = math.log2(math.e)
 
 
 def register() -> None:
@@ -60,22 +62,50 @@ def _attend_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
     """As ``_attend``, not differentiable."""
+    if query.shape[1] > key.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    return _forward(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+def attend_jointly(projections: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention over queries, keys and values that lie side by side, as one product gives them; not differentiable.
+
+    Args:
+        projections: (texts, tokens, 3, heads, width).
+        mask: Added to the scores, (texts or 1, heads or 1, tokens, tokens); none for no padding.
+        scaling: Of the scores.
+    Returns: (texts, tokens, heads, width).
+    """
+    by_head = projections.permute(2, 0, 3, 1, 4)
+    if not _fused_is_faster(by_head[0]):
+        by_head = by_head.contiguous()  # one copy instead of three
+    query, key, value = by_head
+    return _forward(query, key, value, mask, scaling)
+
+
+def _fused_is_faster(query: Tensor) -> bool:
+    return query.dtype == torch.bfloat16 and query.shape[-2] >= _FUSED_FROM and torch.cpu._is_amx_tile_supported()
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """(texts, heads, tokens, width) each -> (texts, tokens, heads, width)."""
+    if _fused_is_faster(query):
+        fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return fused.transpose(1, 2)
     texts, heads, tokens, width = query.shape
-    if heads > key.shape[1]:
-        key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
-    scaling = width**-0.5 if scaling is None else scaling
-    if query.dtype == torch.bfloat16 and tokens >= _FUSED_FROM and torch.cpu._is_amx_tile_supported():
-        fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return fused.transpose(1, 2), None
-    query, key, value = (t.reshape(texts * heads, tokens, width) for t in (query * scaling, key, value))
-    powers = _scores(query, key, attention_mask, heads=heads).exp_()
-    sums = powers.sum(dim=-1, keepdim=True)
+    shape = texts * heads, tokens, width
+    query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape)
+    # Powers of two, because those of e take longer.
+    powers = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scaling * _LOG2_E)
+    if mask is not None:
+        powers.view(texts, heads, tokens, tokens).add_(mask * _LOG2_E)
+    sums = powers.exp2_().sum(dim=-1, keepdim=True)
     low, high = torch.aminmax(sums)
-    if low > _SMALLEST_SUM and high < _LARGEST_SUM:
-        output = torch.bmm(powers, value).div_(sums)
-    else:
-        output = torch.bmm(torch.softmax(_scores(query, key, attention_mask, heads=heads), dim=-1), value)
-    return output.view(texts, heads, tokens, width).transpose(1, 2), None
+    if not (low > _SMALLEST_SUM and high < _LARGEST_SUM):
+        powers = torch.softmax(_scores(query * scaling, key, mask, heads=heads), dim=-1)
+        sums = torch.ones_like(sums)
+    output, sums = (t.view(texts, heads, tokens, -1).transpose(1, 2) for t in (torch.bmm(powers, value), sums))
+    return torch.div(output, sums, out=query.new_empty(texts, tokens, heads, width))
 
 
 class _Attention(torch.autograd.Function):

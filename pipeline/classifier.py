@@ -25,9 +25,11 @@ from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.encoder import Batch, Encoder, EncoderFiles, FloatArray, batches_by_budget, choose_runtime, find_encoder, known_package
 from pipeline.errors import AdapterError, EncoderError
 from pipeline.frozen_linear import FrozenLinear, keep_primitives
+from pipeline.fused_layer import fuse_layers, join_projections
 from pipeline.tokeniser import IntArray, Tokens
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what a core's second-level cache holds between two layers
+_LEAST_TOKENS_PER_BATCH = 256
 CLOSE_CALL = 0.03
 """Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # of malloc.h
@@ -145,7 +147,10 @@ class _Engine:
             finally:
                 self._idle.put(stream)
 
-        batches = list(batches_by_budget(tokens.lengths[which], tokens_per_batch=_TOKENS_PER_BATCH[self._encoder.device.type]))
+        lengths, budget = tokens.lengths[which], _TOKENS_PER_BATCH[self._encoder.device.type]
+        if self._encoder.device.type == "cpu":  # few texts in batches so small that no core waits long for another; whatever their number
+            budget = min(budget, max(_LEAST_TOKENS_PER_BATCH, int(lengths.sum()) // 8))
+        batches = list(batches_by_budget(lengths, tokens_per_batch=budget))
         computed = list(map(run, batches) if self._pool is None else self._pool.map(run, batches))
         return np.concatenate(batches) if batches else np.empty(0, dtype=np.int64), computed
 
@@ -235,8 +240,8 @@ def load_classifier(
     referee = Encoder(files, config, exact) if runtime.dtype != exact.dtype else None
     for made in (loaded, referee):
         if made is not None:
-            _fuse_gelu(made.model)
             attention.for_inference(made.model)
+            made.model = fuse_layers(made.model)
     return Classifier(adapters, loaded, referee=referee, top_k=top_k)
 
 
@@ -281,17 +286,6 @@ def _keep_freed_memory() -> None:
         mallopt(_MALLOPT_TRIM, _LARGEST_ARRAY)
 
 
-def _fuse_gelu(model: nn.Module) -> None:
-    """Where layers are named as BERT's are, let the product of the first MLP layer end in its GELU."""
-    from transformers.activations import GELUActivation
-
-    for module in model.modules():
-        dense, activation = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
-        if isinstance(dense, FrozenLinear) and isinstance(activation, GELUActivation):
-            module.dense = FrozenLinear(dense, gelu=True)
-            module.intermediate_act_fn = nn.Identity()
-
-
 @dataclass(frozen=True)
 class _Merged:
     """One adapter as plain linear layers."""
@@ -309,7 +303,7 @@ def _merged(found: FoundAdapter, encoder: Encoder) -> _Merged:
     adapter.detach()
     numbers = [layer_number(path) for path in adapter.projections]
     return _Merged(
-        projections={path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()},
+        projections=join_projections({path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}, encoder.model),
         head=adapter.head[1],  # type: ignore[arg-type]
         temperature=found.calibration.temperature if found.calibration else 1.0,
         first_layer=min(_OUTSIDE if number is None else number for number in numbers),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,11 +51,15 @@ class FrozenLinear(nn.Linear):
         y: Tensor = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
         return y
 
-    def product(self, x: Tensor) -> Tensor:
-        """``x W' + b``, contiguous (…, in) -> (…, out); not differentiable."""
+    def product(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """``x W' + b``, contiguous (…, in) -> (…, out), to which ``plus`` of that shape is added; not differentiable."""
+        if plus is not None:
+            assert not self.gelu
+            total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, plus, self._pack(transposed=False), self.bias, "add")
+            return total
         # The second "none" asks for the exact GELU, not an approximation.
         activation: tuple[str, list[float], str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._pack(transposed=False), self.bias, *activation)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._pack(transposed=False), self.bias, *activation)
         return y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
@@ -81,6 +86,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.linear.input_gradient(grads[0]), None
+
+
+def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One frozen layer whose output is that of all, side by side."""
+    with torch.inference_mode(mode=False):  # the first call may be an inference, and the next one a training step
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        if linears[0].bias is not None:
+            joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+        return FrozenLinear(joined) if isinstance(linears[0], FrozenLinear) else joined
 
 
 def pack_linears(model: nn.Module, runtime: Runtime) -> None:

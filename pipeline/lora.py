@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.frozen_linear import FrozenLinear
+from pipeline.frozen_linear import FrozenLinear, joined
 
 # Projections that read what their siblings under the same parent read.
 _SAME_INPUT = re.compile(r"query|key|value|[qkv]|[qkv]_proj|[qkv]_lin")
@@ -74,7 +74,7 @@ class Siblings:
     def output(self, member: LoraLinear, x: Tensor) -> Tensor:
         """(…, in) -> (…, out) of one member; the others' wait until they are asked for with the same tensor."""
         if self._input is not x or member not in self._outputs:
-            self._base = self._base or _joined([m.base for m in self.members])
+            self._base = self._base or joined([m.base for m in self.members])
             factors = [m.factors(x.dtype) for m in self.members]
             tensors = [*(f.down for f in factors), *(f.up for f in factors)]
             outputs = _FrozenLinearPlusLowRank.apply(x, self._base, self._base.weight, [f.gradients for f in factors], *tensors)
@@ -144,14 +144,3 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-
-
-def _joined(bases: Sequence[nn.Linear]) -> nn.Linear:
-    """One frozen layer whose output is that of all, side by side."""
-    with torch.inference_mode(mode=False):  # the first call may be an inference, and the next one a training step
-        weight = torch.cat([base.weight.detach() for base in bases])
-        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bases[0].bias is not None, device="meta")
-        joined.weight = nn.Parameter(weight, requires_grad=False)
-        if bases[0].bias is not None:
-            joined.bias = nn.Parameter(torch.cat([base.bias.detach() for base in bases]), requires_grad=False)
-        return FrozenLinear(joined) if isinstance(bases[0], FrozenLinear) else joined

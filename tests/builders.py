@@ -376,7 +376,7 @@ def tiny_architecture(family: str) -> Any:
     raise AssertionError(family)
 
 
-def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: int) -> Path:
+def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: int | str) -> Path:
     """A random encoder of a real architecture with its tokenizer, as a folder that transformers loads; ``changes`` are of its config."""
     import torch
     from transformers import AutoModel

@@ -217,6 +217,24 @@ def test_a_module_list_of_heads_is_not_taken_for_the_layers(encoder_folder: Fold
         assert answers.scores.tobytes() == alone.scores.tobytes()
 
 
+@pytest.mark.parametrize(("least", "batches"), [(1, 11), (48, 6), (256, 2)])
+def test_few_texts_are_spread_over_several_batches(
+    least: int, batches: int, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no core waits long for another: an eighth of the tokens in each, but no fewer than are worth a batch."""
+    monkeypatch.setattr("pipeline.classifier._LEAST_TOKENS_PER_BATCH", least)
+    adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
+    classifier = Classifier(adapters, load_encoder(encoder_folder("bert")))
+    tokens = classifier.tokenise([*["goal " * 22] * 8, *["rain"] * 32])
+    assert tokens.lengths.tolist() == [24] * 8 + [3] * 32  # 288 tokens
+    sizes = []
+    make = classifier.encoder.batch
+    monkeypatch.setattr(Encoder, "batch", lambda _, tokens, rows: sizes.append(len(rows)) or make(tokens, rows))
+    classifier.classify(tokens)
+    assert len(sizes) == batches
+    assert sum(sizes) == len(tokens)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
     """Packed weights, own attention, fused GELU, merged adapters: what the bulk job runs where the processor multiplies bfloat16."""

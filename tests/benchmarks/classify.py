@@ -293,8 +293,7 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
         if options.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    linears = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]
-    per_token = 2 * sum(m.weight.numel() for m in linears)
+    per_token = 2 * sum(weight.numel() for weight in _linear_weights(encoder))
     tokens = encoder.tokenise(pq.read_table(options.input).column("text").to_pylist()).lengths.mean()
     return {"flops_per_second": 2 * rows * inner * outer / statistics.median(times), "flops_per_text": float(per_token * tokens)}
 
@@ -362,6 +361,14 @@ def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any
 
     adapters, use_gpu = find_adapters([options.adapter], offline=True), options.device == "cuda"
     return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True).encoder
+
+
+def _linear_weights(encoder: Any) -> list[torch.Tensor]:
+    from torch import nn
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(_encoder_folder(encoder), add_pooling_layer=False)
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def _encoder_folder(encoder: Any) -> Path:
