@@ -72,7 +72,7 @@ def attend_jointly(projections: Tensor, mask: Tensor | None, scaling: float) -> 
 
     Args:
         projections: (texts, tokens, 3, heads, width).
-        mask: Added to the scores, (texts or 1, heads or 1, tokens, tokens); none for no padding.
+        mask: Added to the scores, (texts or 1, heads or 1, tokens or 1, tokens); none for no padding.
         scaling: Of the scores.
     Returns: (texts, tokens, heads, width).
     """

@@ -297,13 +297,15 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
             status = _status(error)
             if attempt == _ATTEMPTS or (status is not None and status not in _PATIENT_WITH):
                 kind = InputError if status in (401, 403, 404) else LorafleetError
-                raise kind(f"{what}: {_said(error)}{_ADVICE if status in (401, 403) else ''}") from error
+                advice = _ADVICE if status in (401, 403) else _REACH if status is None else ""
+                raise kind(f"{what}: {_said(error)}{advice}") from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2
     raise AssertionError("unreachable")
 
 
 _ADVICE = "; give a token that may write there: HF_TOKEN, `hf auth login`, or publish.token_block"
+_REACH = "; is the Hub in reach (network, HTTPS_PROXY, HF_ENDPOINT)? Nothing is lost: run the command again"
 
 
 def _said(error: BaseException) -> str:

@@ -135,10 +135,11 @@ class PublishedFolder:
     def read(self) -> Base:
         """What it holds.
 
-        Raises: InputError: something that was not published by lorafleet.
+        Raises: InputError: something that was not published by lorafleet, or the folder cannot be written.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"cannot publish to {self.root}: it is a file; name a folder")
+        self._try_to_write()
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return Base(None, None, None)
         folder = RunFolder(self.root)
@@ -156,6 +157,15 @@ class PublishedFolder:
                 "move that elsewhere, or choose another folder"
             )
         return Base(None, folder, publication)
+
+    def _try_to_write(self) -> None:
+        parent = next(folder for folder in self.root.parents if folder.exists())
+        try:
+            TemporaryDirectory(dir=parent).cleanup()
+        except OSError as error:
+            raise InputError(
+                f"cannot publish to {self.root}: {parent} cannot be written ({error.strerror}); choose another folder"
+            ) from None
 
     def land(self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]) -> None:
         """Copy beside it, check the copy, and swap.

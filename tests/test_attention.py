@@ -10,8 +10,9 @@ import pytest
 import torch
 from builders import CPU_FLOAT32
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.attention import _attend, _attend_forward, for_inference
+from pipeline.attention import _attend, _attend_forward, attend_jointly, for_inference
 from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, find_encoder
 
@@ -73,6 +74,21 @@ def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: boo
     torch.testing.assert_close(
         forward(*arguments, mask, 0.35).float(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_projections_side_by_side_attend_as_apart(masked: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's fused kernel too, which is taken where the processor has matrix tiles; it must accept the arrays as they lie."""
+    monkeypatch.setattr("pipeline.attention._fused_is_faster", lambda _: fused)
+    dtype = torch.bfloat16 if fused else torch.float32
+    together = torch.stack([t.transpose(1, 2) for t in inputs(tokens=33)], dim=2).to(dtype)
+    mask = torch.where(padding(33)[:, :, :1] < 0, float("-inf"), 0.0) if masked else None
+    expected = plain(*together.float().permute(2, 0, 3, 1, 4), mask, 0.35)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = attend_jointly(together, None if mask is None else mask.to(dtype), 0.35)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2 if fused else 1e-4, atol=3e-2 if fused else 1e-5)
 
 
 @pytest.mark.parametrize("scaling", [60.0, -60.0])

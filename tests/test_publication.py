@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -252,11 +253,24 @@ def test_a_link_to_a_folder_stays_a_link(run: RunFolder, tmp_path: Path) -> None
     assert (tmp_path / "real" / "README.md").is_file()
 
 
-def test_a_copy_that_fails_leaves_the_target_as_it_was(run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parent", ["/proc", "file", "file/deeper"])
+def test_a_folder_that_cannot_be_written_is_refused(parent: str, run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"in the way")
-    with pytest.raises(LorafleetError, match="left it as it was"):
-        publish_to_folder(run.root, tmp_path / "file" / "out")
+    with pytest.raises(InputError, match=r"(/proc|file) cannot be written \(.+\); choose another folder$"):
+        publish_to_folder(run.root, tmp_path / parent / "out")
     assert (tmp_path / "file").read_bytes() == b"in the way"
+
+
+def test_a_copy_that_fails_leaves_the_target_as_it_was(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("pipeline.publish.shutil.copytree", full)
+    with pytest.raises(LorafleetError, match=r"left it as it was: .*No space left"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
