@@ -31,7 +31,10 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
         own = self.attention.self
-        own.add_module(_JOINED, joined([getattr(own, name) for name in _PROJECTIONS]))
+        projections = [getattr(own, name) for name in _PROJECTIONS]
+        own.qkv = joined(projections)
+        for projection, rows in zip(projections, own.qkv.weight.split([p.out_features for p in projections]), strict=True):
+            projection.weight = nn.Parameter(rows, requires_grad=False)  # the same memory
         self.intermediate.dense = FrozenLinear(self.intermediate.dense, gelu=True)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
