@@ -233,7 +233,7 @@ def load_classifier(
         AdapterError: an adapter cannot be loaded.
     """
     torch.set_num_threads(threads)
-    keep_primitives(256, per_thread=8)
+    keep_primitives(128, per_thread=8)
     _keep_freed_memory()
     runtime = choose_runtime(TrainConfig(precision=precision), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
