@@ -92,11 +92,11 @@ def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One frozen layer whose output is that of all, side by side."""
     with torch.inference_mode(mode=False):  # the first call may be an inference, and the next one a training step
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
-        joined.weight = nn.Parameter(weight, requires_grad=False)
+        together = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+        together.weight = nn.Parameter(weight, requires_grad=False)
         if linears[0].bias is not None:
-            joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
-        return FrozenLinear(joined) if isinstance(linears[0], FrozenLinear) else joined
+            together.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+        return FrozenLinear(together) if isinstance(linears[0], FrozenLinear) else together
 
 
 def pack_linears(model: nn.Module, runtime: Runtime) -> None:

@@ -297,7 +297,8 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
             status = _status(error)
             if attempt == _ATTEMPTS or (status is not None and status not in _PATIENT_WITH):
                 kind = InputError if status in (401, 403, 404) else LorafleetError
-                advice = _ADVICE if status in (401, 403) else _REACH if status is None else ""
+                out_of_reach = any(isinstance(e, (TransportError, LocalEntryNotFoundError)) for e in (error, error.__cause__))
+                advice = _ADVICE if status in (401, 403) else _REACH if out_of_reach and status is None else ""
                 raise kind(f"{what}: {_said(error)}{advice}") from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2

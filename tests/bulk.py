@@ -25,10 +25,10 @@ LABELS = ("sea", "kitchen", "garden")
 
 
 def save_bulk_adapter(
-    folder: Path, encoder_folder: Path, *, labels: Sequence[str] = LABELS, seed: int = 1, calibrated: bool = True
+    folder: Path, encoder_folder: Path, *, labels: Sequence[str] = LABELS, seed: int = 1, calibrated: bool = True, **config: Any
 ) -> Path:
     """An adapter on disk that has an effect, named as its folder."""
-    adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(), labels), seed=seed)
+    adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(**config), labels), seed=seed)
     save_adapter(adapter, TaskFolder(folder), meta={"task": folder.name})
     if calibrated:
         TaskFolder(folder).calibration.write_text(calibration().model_dump_json(), encoding="utf-8")

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import CPU_FLOAT32, give_effect, load_encoder, save_tiny_encoder
+from builders import CPU_FLOAT32, calibration, load_encoder, save_tiny_encoder
+from bulk import save_bulk_adapter
 from torch import nn
 
-from pipeline.adapter import Adapter, load_adapter, save_adapter
-from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.adapter import load_adapter
+from pipeline.adapter_ref import find_adapters
 from pipeline.attention import for_inference
 from pipeline.classifier import load_classifier
-from pipeline.config import AdapterConfig, EncoderConfig
+from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, find_encoder
 from pipeline.frozen_linear import FrozenLinear
 from pipeline.fused_layer import FusedLayer, FusedModel, fuse_layers
-from pipeline.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
 ONE_LENGTH = ["a goal in the last minute", "wind and snow over hills"]
@@ -80,30 +81,25 @@ def test_on_another_device_nothing_is_changed(encoder_folder: Folders) -> None:
     assert not any(isinstance(module, FusedLayer) for module in model.modules())
 
 
-def saved(folder: Path, encoder_folder: Path, **config: object) -> FoundAdapter:
-    adapter = Adapter(load_encoder(encoder_folder), AdapterConfig.model_validate(config), ["a", "b", "c"], seed=1)
-    save_adapter(give_effect(adapter, seed=len(folder.name)), TaskFolder(folder), meta={"task": folder.name})
-    (found,) = find_adapters([str(folder)], offline=True)
-    return found
-
-
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
 def test_an_adapter_has_its_effect_wherever_it_is_attached(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
     """All projections; one of the three that are joined; two of them, of the last layer alone; none of them."""
     encoder = encoder_folder(family)
-    adapters = [
-        saved(tmp_path / "A", encoder),
-        saved(tmp_path / "BB", encoder, target=["encoder.layer.0.attention.self.key"]),
-        saved(tmp_path / "CCC", encoder, target=[f"encoder.layer.1.attention.self.{name}" for name in ("query", "value")]),
-        saved(tmp_path / "DDDD", encoder, target=["encoder.layer.1.intermediate.dense", "encoder.layer.0.output.dense"]),
-    ]
+    targets: dict[str, Any] = {
+        "A": "attention",
+        "B": ("encoder.layer.0.attention.self.key",),
+        "C": tuple(f"encoder.layer.1.attention.self.{name}" for name in ("query", "value")),
+        "D": ("encoder.layer.1.intermediate.dense", "encoder.layer.0.output.dense"),
+    }
+    folders = [save_bulk_adapter(tmp_path / name, encoder, seed=ord(name), target=target) for name, target in targets.items()]
+    adapters = find_adapters([str(folder) for folder in folders], offline=True)
     classifier = load_classifier(adapters, encoder=str(encoder), threads=1, use_gpu=False, offline=True, top_k=3, precision="float32")
     assert isinstance(classifier.encoder.model, FusedModel) == has_packed_weights(classifier.encoder)
     answers = classifier.classify(classifier.tokenise(TEXTS))
     plain = load_encoder(encoder)
     for adapter, found in zip(adapters, answers, strict=True):
         loaded = load_adapter(adapter.folder, plain)
-        logits = torch.from_numpy(loaded.logits_of_vectors(plain.embed(plain.tokenise(TEXTS))))
+        logits = torch.from_numpy(loaded.logits_of_vectors(plain.embed(plain.tokenise(TEXTS)))) / calibration().temperature
         loaded.detach()
         expected = torch.softmax(logits, dim=1).sort(dim=1, descending=True)
         np.testing.assert_array_equal(found.top_labels, expected.indices.numpy())

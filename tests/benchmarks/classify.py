@@ -283,6 +283,8 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """Matrix products of the encoder's largest shape, bfloat16, and what one token costs at least."""
     import torch
 
+    from pipeline.encoder import empty_model, find_encoder
+
     _, encoder = _adapter(options)
     rows, inner, outer = ROOF_SHAPES[options.device]
     left, right = (torch.randn(*shape, device=options.device).bfloat16() for shape in ((rows, inner), (inner, outer)))
@@ -293,7 +295,10 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
         if options.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    per_token = 2 * sum(weight.numel() for weight in _linear_weights(encoder))
+    # Those of the encoder as it is published; the kernel's own modules hold some of them twice.
+    plain = empty_model(find_encoder(encoder.config, offline=True), encoder.config)
+    linears = [m for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in name]
+    per_token = 2 * sum(m.weight.numel() for m in linears)
     tokens = encoder.tokenise(pq.read_table(options.input).column("text").to_pylist()).lengths.mean()
     return {"flops_per_second": 2 * rows * inner * outer / statistics.median(times), "flops_per_text": float(per_token * tokens)}
 
@@ -368,14 +373,6 @@ def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any
 
     adapters, use_gpu = find_adapters([options.adapter], offline=True), options.device == "cuda"
     return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True).encoder
-
-
-def _linear_weights(encoder: Any) -> list[torch.Tensor]:
-    from torch import nn
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(_encoder_folder(encoder), add_pooling_layer=False)
-    return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def _encoder_folder(encoder: Any) -> Path:
