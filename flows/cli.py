@@ -64,6 +64,8 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     outcome = _run(config, source, overrides, runs, force=force)
     _print_outcome(outcome, as_json=as_json)
     if outcome.folder is None:
+        for failure in outcome.failures:
+            click.echo(f"error: {failure.reason}", err=True)
         sys.exit(2 if all(failure.user_fault for failure in outcome.failures) else 1)
     if not as_json:
         click.echo(f"run: {outcome.folder.root}")
@@ -428,7 +430,7 @@ def _print_summary(summary: BulkSummary) -> None:
             grid.add_row(name, "(none)", f"{summary.null_labels[name]:,}", f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}")
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
     for reason, count in summary.reasons.items():
-        click.echo(f"without a label: {count:,} ({reason})")
+        click.echo(f"without a label: {count:,} ({reason}{'; each adapter counts' if len(summary.labels) > 1 else ''})")
     rate = "nothing was left to do" if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {summary.rows_in:,} rows in {summary.seconds:.0f} s, {rate}"
     click.echo(f"{facts}; {summary.truncated:,} cut, {summary.duplicates:,} duplicates, {summary.failures} failures")

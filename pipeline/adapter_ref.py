@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config import EncoderConfig
 from pipeline.errors import AdapterError, DataError, InputError, first_line
 from pipeline.records import Calibration
-from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
+from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record
 
 _NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
 HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
@@ -89,12 +89,18 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
         there = sorted(path.parent.name for path in root.glob(f"*/{TaskFolder(root).adapter_weights.name}"))
         if len(there) == 1:
             return TaskFolder(root / there[0])
-        which = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})" if there else "there is no adapter in it"
+        which = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})" if there else _no_adapter(root)
         raise AdapterError(f"adapter {ref}: {which}")
     if not folder.adapter_weights.is_file():
         there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
-        raise AdapterError(f"adapter {ref}: no {folder.adapter_weights.name} in {folder.root}; there is {', '.join(there) or 'none'}")
+        which = f"there is no adapter {task} in it, but {', '.join(there)}" if there else _no_adapter(root)
+        raise AdapterError(f"adapter {ref}: {which}")
     return folder
+
+
+def _no_adapter(root: Path) -> str:
+    runs = sorted(path.parent for path in root.glob(f"*/{RunFolder(root).manifest.name}"))
+    return f"{root} is a run store; name one of its runs, such as {runs[-1]}#TASK" if runs else "there is no adapter in it"
 
 
 def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:

@@ -232,7 +232,7 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(values, origin)
+    return validate_config(values, f"{origin} with --set" if overrides else origin)
 
 
 def validate_config(values: dict[str, Any], origin: str) -> RunConfig:

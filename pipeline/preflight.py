@@ -27,6 +27,9 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     Raises: InputError: with one line for each fault found.
     """
     mteb_tasks = plan_tasks(config)  # an unknown name is told before anything is fetched
+    mirror = config.data.mirror
+    if mirror is not None and not Path(mirror).is_dir() and any(mteb_task.source == "mirror" for mteb_task in mteb_tasks):
+        raise DataError(f"data.mirror: there is no folder {mirror}; name the one that has a folder with train.parquet for each MTEB task")
     files = find_encoder(config.encoder, offline=config.data.offline)
     load_tokenizer(files.folder, config.encoder)
     model = empty_model(files, config.encoder)

@@ -59,6 +59,8 @@ def read_candidate(run: Path) -> Candidate:
     """
     folder = RunFolder(run.resolve())
     if not folder.manifest.is_file():
+        if folder.publication.is_file():
+            raise InputError(f"{folder.root} is a publication; name the run folder that it was published from")
         there = "is not finished" if folder.results.is_file() or folder.config.is_file() else "is not a run folder"
         raise InputError(
             f"{folder.root} {there}: manifest.json is missing, which is written last; "

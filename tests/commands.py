@@ -178,7 +178,7 @@ def write_task(folder: Path, name: str, *, num_train: int = 200, num_test: int =
     return entry
 
 
-def write_config(path: Path, encoder: Path | str, tasks: Sequence[dict[str, Any]], **sections: dict[str, Any]) -> Path:
+def write_config(path: Path, encoder: Path | str, tasks: Sequence[dict[str, Any]], /, **sections: dict[str, Any]) -> Path:
     """A config of a small run: three epochs, few resamples, one CPU per worker."""
     values: dict[str, Any] = {
         "encoder": {"name": str(encoder), "max_tokens": 24},

@@ -54,8 +54,17 @@ def test_folders_and_names_may_hold_signs_of_the_grammar(run: Path, tmp_path: Pa
 def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
     with pytest.raises(AdapterError, match=r"choose one of its adapters, as \S+/run#Pairs \(Pairs, Topics\)"):
         find(run)
-    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors in \S+/run/Nothing; there is Pairs, Topics"):
+    with pytest.raises(AdapterError, match="there is no adapter Nothing in it, but Pairs, Topics"):
         find(f"{run}#Nothing")
+
+
+def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> None:
+    for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
+        (run.parent / name).mkdir()
+        (run.parent / name / "manifest.json").touch()
+    for ref in (run.parent, f"{run.parent}#Topics"):
+        with pytest.raises(AdapterError, match=r"is a run store; name one of its runs, such as \S+/20261108-000000-bbbb#TASK"):
+            find(ref)
 
 
 def test_a_run_with_one_adapter_is_that_adapter(run: Path) -> None:
@@ -160,7 +169,7 @@ def test_an_adapter_of_the_hub_is_found_in_the_cache(revision: str, published: P
 
 
 def test_what_the_cache_lacks_is_told(published: Path) -> None:
-    with pytest.raises(AdapterError, match=r"hf:someone/adapters#Nothing: no adapter_model\.safetensors in .*; there is Topics"):
+    with pytest.raises(AdapterError, match="hf:someone/adapters#Nothing: there is no adapter Nothing in it, but Topics"):
         find("hf:someone/adapters#Nothing")
     with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
         find("hf:someone/adapters@v2#Topics")

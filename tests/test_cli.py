@@ -153,7 +153,7 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
     refused(
         ended,
         tmp_path,
-        "NoColumn: train has no column 'text'",
+        "\nerror: NoColumn: train has no column 'text'",
         "NoFile: the test file",
         "Empty: test is empty",
         "NotText: train: column 'text' is int64, not text",
@@ -236,6 +236,7 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
     gate = pd.read_parquet(own / "metrics" / "gate.parquet")
     assert list(gate.decision) == ["promote", "promote"]
     encoder = load_config(str(finished_run.config)).encoder.name
+    refused(run("publish", "out", "--to", "elsewhere", cwd=tmp_path), tmp_path, "out is a publication; name the run folder")
     verified = run("verify", "out", "--encoder", encoder, "--offline", cwd=tmp_path)
     assert (verified.code, verified.out.splitlines()) == (0, lines[2:4])
 

@@ -90,7 +90,7 @@ def test_a_config_survives_its_own_json() -> None:
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(override: str, key: str, expected: str, found: str) -> None:
     message = fault(override)
-    assert message.startswith(f"preset quickstart: {key}: ")
+    assert message.startswith(f"preset quickstart with --set: {key}: ")
     assert expected in message
     assert message.endswith(f", found {found}")
     assert "\n" not in message

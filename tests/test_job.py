@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bulk import save_bulk_adapter
 from commands import write_config, write_task
 
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.encoder import choose_runtime
-from pipeline.errors import DataError, EncoderError
+from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.job import TaskJob
 from pipeline.plan import JobSpec, job_spec
 from pipeline.preflight import preflight
@@ -31,6 +32,15 @@ def spec(encoder_folder: Folders, tmp_path: Path) -> JobSpec:
     return job_spec(plan, task, run_id="one", runs=tmp_path / "runs")
 
 
+def test_a_mirror_that_is_not_there_is_told_once(encoder_folder: Folders, tmp_path: Path) -> None:
+    tasks = [{"name": "Banking77Classification"}, {"name": "MTOPDomainClassification"}]
+    path = write_config(tmp_path / "c.toml", encoder_folder("bert"), tasks, data={"mirror": str(tmp_path / "gone")})
+    config = load_config(str(path))
+    with pytest.raises(DataError) as told:
+        preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    assert str(told.value).startswith(f"data.mirror: there is no folder {tmp_path / 'gone'}; name the one")
+
+
 def changed(spec: JobSpec, **values: Any) -> JobSpec:
     return JobSpec.model_validate(spec.model_dump() | values)
 
@@ -44,6 +54,46 @@ def test_data_that_changed_after_they_were_checked_are_refused(spec: JobSpec, tm
 def test_an_encoder_that_changed_after_it_was_checked_is_refused(spec: JobSpec) -> None:
     with pytest.raises(EncoderError, match=r"is sha256:\w+ now, and was sha256:0 when this run checked it; start it again"):
         TaskJob(changed(spec, encoder_revision="sha256:0")).load()
+
+
+# --- going on from an adapter that is there ---
+
+
+def warm(tmp_path: Path, encoder: Path, /, **sections: Any) -> RunConfig:
+    """A config of ``Topics`` that goes on from the adapters in ``published``."""
+    tasks, train = [write_task(tmp_path, "Topics", num_train=60)], {"warm_start": str(tmp_path / "published")}
+    return load_config(str(write_config(tmp_path / "c.toml", encoder, tasks, train=train, **sections)))
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"adapter": {"rank": 4}}, "rank"),
+        ({"adapter": {"alpha": 1.5}}, "alpha"),
+        ({"adapter": {"layers": "last:1"}}, "adapted_modules"),
+        ({"encoder": {"pooling": "cls"}}, "pooling"),
+        ({"adapter": {"rank": 4, "alpha": 1.5}}, "rank and another alpha"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_not_gone_on_from(
+    sections: dict[str, Any], told: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"))
+    config = warm(tmp_path, encoder_folder("bert"), **sections)
+    (task,) = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False)).tasks
+    assert task.warm_start is None
+    assert task.notes[-1].startswith("trained from scratch: ")
+    assert task.notes[-1].endswith(f"published#Topics has another {told}")
+
+
+def test_an_adapter_that_changed_after_it_was_checked_is_not_gone_on_from(encoder_folder: Folders, tmp_path: Path) -> None:
+    save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"))
+    config = warm(tmp_path, encoder_folder("bert"))
+    plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    assert plan.tasks[0].warm_start is not None
+    save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"), seed=2)
+    with pytest.raises(AdapterError, match="Topics is another adapter now than when this run checked it; start it again"):
+        TaskJob(job_spec(plan, plan.tasks[0], run_id="one", runs=tmp_path / "runs")).train(lambda row: None, lambda progress: None)
 
 
 @pytest.mark.faults

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
+from safetensors.torch import load_file
 
 from pipeline.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
@@ -410,6 +411,16 @@ def test_a_head_start_is_where_training_starts(encoder_folder: Folders) -> None:
     assert started.epochs[0].train_loss < 0.8 * random.epochs[0].train_loss
     linear = started.adapter.head[1].state_dict()
     np.testing.assert_allclose(linear["weight"].numpy(), start.weight, atol=1e-3)
+
+
+def test_gradients_are_cut_to_a_length(first_epoch: Path, encoder_folder: Folders, tmp_path: Path) -> None:
+    """The first moment is a mean of gradients, so it is no longer than the longest of them."""
+    short = tmp_path / "training.safetensors"
+    with pytest.raises(Stop):
+        train(load_encoder(encoder_folder("bert")), gradient_clip=0.01, checkpoint=short, on_epoch=stop_after(1))
+    cut, whole = (float(load_file(path)["first_moment"].norm()) for path in (short, first_epoch))
+    assert 0.001 < cut <= 0.01
+    assert whole > 0.02
 
 
 def test_one_tiny_step_moves_no_weight_further_than_the_learning_rate(bert: Encoder) -> None:

@@ -18,6 +18,7 @@ openvino               the merged encoder in OpenVINO, bfloat16, with our batche
 onnx_int8              the merged encoder in ONNX Runtime, dynamic int8, with our batches
 tokenise               reading and tokenising only: a ceiling
 eight, eight_alone     eight adapters in one job; one of them in a job of its own
+command_eight, command_alone    the same as whole commands, `lorafleet classify`, from start to exit; all rows
 
 On a GPU every arm classifies texts that are not the input's before the clock starts: its libraries load with the first batches.
 Rivals (a), (b) and (c) run as they come, in float32; ``--rival-dtype`` and ``--rival-batch`` are for (a) and (b).
@@ -270,6 +271,14 @@ def run_onnx_int8(options: argparse.Namespace, started: float) -> dict[str, Any]
     )
 
 
+def run_command(options: argparse.Namespace, started: float, *, refs: Sequence[str]) -> dict[str, Any]:
+    """What a user waits for: the command, its start-up included."""
+    command = [str(Path(sys.executable).parent / "lorafleet"), "classify", str(options.input), str(options.output), "--offline", "--json"]
+    begun = time.perf_counter()
+    done = subprocess.run([*command, *(part for ref in refs for part in ("--adapter", ref))], check=True, stdout=subprocess.PIPE)
+    return _facts(json.loads(done.stdout)["rows_out"], begun, started)
+
+
 def run_tokenise(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """What is left if computing cost nothing."""
     _, encoder = _adapter(options)
@@ -314,6 +323,8 @@ ARMS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
     "tokenise": run_tokenise,
     "eight": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=8)),
     "eight_alone": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=1)),
+    "command_eight": lambda options, started: run_command(options, started, refs=_same_adapter(options, times=8)),
+    "command_alone": lambda options, started: run_command(options, started, refs=_same_adapter(options, times=1)),
     "roof": run_roof,
 }
 
@@ -331,12 +342,10 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
             startup = statistics.median(turn[arm]["startup"] for turn in turns)
             ratio = f"{_spread(ratios, '.2f')}×" if ratios and arm != "ours" else "-"
             lines.append(f"| {arm} | {turns[0][arm]['rows']} | {_spread(speeds, '.0f')} | {ratio} | {startup:.1f} |")
-        if "eight" in options.arms and "eight_alone" in options.arms:
-            gains = [8 * t["eight_alone"]["seconds"] / t["eight"]["seconds"] for t in turns]
-            whole = [8 * _whole(t["eight_alone"]) / _whole(t["eight"]) for t in turns]
-            lines.append(
-                f"\nEight adapters in one job against eight jobs: {_spread(gains, '.2f')}×, start-up included {_spread(whole, '.2f')}×."
-            )
+        for together, alone in (("eight", "eight_alone"), ("command_eight", "command_alone")):
+            if {together, alone} <= set(options.arms):
+                gains = [8 * turn[alone]["seconds"] / turn[together]["seconds"] for turn in turns]
+                lines.append(f"\n{together} against eight times {alone}: {_spread(gains, '.2f')}×.")
         lines.append("")
     if "ours" in options.arms:
         first = options.data[0]
@@ -348,10 +357,6 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
             f"{roof['flops_per_second'] / roof['flops_per_text']:.0f} rows/s of {first}; ours reach {share:.0%} of it."
         )
     return "\n".join(lines)
-
-
-def _whole(facts: dict[str, Any]) -> float:
-    return float(facts["seconds"] + facts["startup"])
 
 
 def plan(source: Path, output: Path, adapters: Sequence[str], **options: Any) -> BulkPlan:
