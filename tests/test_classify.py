@@ -128,7 +128,7 @@ def test_the_last_estimate_and_the_summary_are_printed(labelled: Labelled) -> No
     assert "first estimate: 40 of 240 rows" in labelled.here.err
     lines = labelled.here.out.splitlines()
     assert lines[0].split() == ["adapter", "label", "rows", "share"]
-    assert "without a label: 2 (text is null)" in lines  # one of each adapter
+    assert "without a label: 2 (text is null; each adapter counts)" in lines
     assert "240 of 240 rows in" in lines[-2]
     assert lines[-2].endswith("duplicates, 0 failures")
 
