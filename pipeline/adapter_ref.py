@@ -81,26 +81,22 @@ def split_folder(ref: str) -> tuple[str, str | None]:
 
 
 def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
-    if task:
-        folder = TaskFolder(root / task)
-    elif TaskFolder(root).adapter_weights.is_file():
-        folder = TaskFolder(root)
-    else:
-        there = sorted(path.parent.name for path in root.glob(f"*/{TaskFolder(root).adapter_weights.name}"))
-        if len(there) == 1:
-            return TaskFolder(root / there[0])
-        which = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})" if there else _no_adapter(root)
-        raise AdapterError(f"adapter {ref}: {which}")
-    if not folder.adapter_weights.is_file():
-        there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
-        which = f"there is no adapter {task} in it, but {', '.join(there)}" if there else _no_adapter(root)
-        raise AdapterError(f"adapter {ref}: {which}")
-    return folder
-
-
-def _no_adapter(root: Path) -> str:
+    folder = TaskFolder(root / task if task else root)
+    if folder.adapter_weights.is_file():
+        return folder
+    there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
+    if len(there) == 1 and not task:
+        return TaskFolder(root / there[0])
     runs = sorted(path.parent for path in root.glob(f"*/{RunFolder(root).manifest.name}"))
-    return f"{root} is a run store; name one of its runs, such as {runs[-1]}#TASK" if runs else "there is no adapter in it"
+    if there and task:
+        fault = f"there is no adapter {task} in it, but {', '.join(there)}"
+    elif there:
+        fault = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})"
+    elif runs:
+        fault = f"{root} is a run store; name one of its runs, such as {runs[-1]}#{task or 'TASK'}"
+    else:
+        fault = "there is no adapter in it"
+    raise AdapterError(f"adapter {ref}: {fault}")
 
 
 def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:

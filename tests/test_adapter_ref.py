@@ -62,8 +62,8 @@ def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> Non
     for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
         (run.parent / name).mkdir()
         (run.parent / name / "manifest.json").touch()
-    for ref in (run.parent, f"{run.parent}#Topics"):
-        with pytest.raises(AdapterError, match=r"is a run store; name one of its runs, such as \S+/20261108-000000-bbbb#TASK"):
+    for ref, task in ((run.parent, "TASK"), (f"{run.parent}#Topics", "Topics")):
+        with pytest.raises(AdapterError, match=rf"is a run store; name one of its runs, such as \S+/20261108-000000-bbbb#{task}"):
             find(ref)
 
 
