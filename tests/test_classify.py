@@ -254,7 +254,7 @@ REFUSALS = {
     "no such encoder": Refusal(["good", "out", "--encoder", "./nowhere"], "nowhere"),
     "two encoders": Refusal(["good", "out", "--adapter", "{elsewhere}"], "were trained on encoders of revision"),
     "two adapters of one name": Refusal(["good", "out", "--adapter", "Pairs={run}#Topics"], "two adapters are called Pairs"),
-    "no such adapter": Refusal(["good", "out", "--adapter", "{run}#Nope"], "there is Pairs, Topics"),
+    "no such adapter": Refusal(["good", "out", "--adapter", "{run}#Nope"], "there is no adapter Nope in it, but Pairs, Topics"),
     "no such run": Refusal(["good", "out", "--adapter", "nope#Nope"], "adapter nope#Nope: no such folder"),
     "an adapter that is not chosen": Refusal(["good", "out", "--adapter", "{run}"], "choose one of its adapters"),
     "a probability above one": Refusal(["good", "out", "--min-score", "2"], "--min-score: Input should be less than or equal to 1"),
