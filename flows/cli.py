@@ -64,8 +64,6 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     outcome = _run(config, source, overrides, runs, force=force)
     _print_outcome(outcome, as_json=as_json)
     if outcome.folder is None:
-        for failure in outcome.failures:
-            click.echo(f"error: {failure.reason}", err=True)
         sys.exit(2 if all(failure.user_fault for failure in outcome.failures) else 1)
     if not as_json:
         click.echo(f"run: {outcome.folder.root}")

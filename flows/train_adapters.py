@@ -181,6 +181,7 @@ def _unchanged(folder: RunFolder, config: PublishConfig) -> State[Any]:
 
 
 def _not_begun(run_id: str, error: LorafleetError) -> State[Any]:
+    get_run_logger().error("%s", error)
     failure = Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
     return Failed(message=f"nothing was trained: preflight: {error}", data=RunOutcome(run_id, None, (), (failure,)))
 

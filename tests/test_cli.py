@@ -153,7 +153,7 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
     refused(
         ended,
         tmp_path,
-        "\nerror: NoColumn: train has no column 'text'",
+        "NoColumn: train has no column 'text'",
         "NoFile: the test file",
         "Empty: test is empty",
         "NotText: train: column 'text' is int64, not text",
