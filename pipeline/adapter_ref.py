@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from pipeline.config import EncoderConfig
 from pipeline.errors import AdapterError, DataError, InputError, first_line
+from pipeline.manifest import finished_runs
 from pipeline.records import Calibration
-from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record
+from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
 
 _NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
 HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
@@ -87,13 +88,13 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
     there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
     if len(there) == 1 and not task:
         return TaskFolder(root / there[0])
-    runs = sorted(path.parent for path in root.glob(f"*/{RunFolder(root).manifest.name}"))
+    newest = next((run.root for run, _ in finished_runs(root)), None)
     if there and task:
         fault = f"there is no adapter {task} in it, but {', '.join(there)}"
     elif there:
         fault = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})"
-    elif runs:
-        fault = f"{root} is a run store; name one of its runs, such as {runs[-1]}#{task or 'TASK'}"
+    elif newest is not None:
+        fault = f"{root} is a run store; name one of its runs, such as {newest}#{task or 'TASK'}"
     else:
         fault = "there is no adapter in it"
     raise AdapterError(f"adapter {ref}: {fault}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import COMMIT, calibration, save_tiny_encoder
+from builders import COMMIT, calibration, finished_run, save_tiny_encoder, task_result
 from bulk import LABELS, save_bulk_adapter
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters, threshold_for
@@ -60,8 +60,7 @@ def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
 
 def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> None:
     for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
-        (run.parent / name).mkdir()
-        (run.parent / name / "manifest.json").touch()
+        finished_run(run.parent / name, [task_result("Topics")])
     for ref, task in ((run.parent, "TASK"), (f"{run.parent}#Topics", "Topics")):
         with pytest.raises(AdapterError, match=rf"is a run store; name one of its runs, such as \S+/20261108-000000-bbbb#{task}"):
             find(ref)
