@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from pipeline.adapter_ref import FoundAdapter, threshold_for
 from pipeline.bulk_records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
+from pipeline.content import content_now, is_version
 from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.storage import FILE_MARK, TEMPORARY, Place, open_file, store_errors, written_folder
+from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
 from pipeline.units import BulkInput, Unit, UnitFailure
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
@@ -82,30 +83,35 @@ def check_places(source: str, output: Place) -> None:
         raise InputError(f"output {output} is a file; name a folder")
 
 
-def begin(output: Place, job: BulkJob, units: Sequence[Unit], *, overwrite: bool) -> Begun:
+def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> Begun:
     """Take up the job where it was left, or begin it.
 
     Raises: InputError: the folder holds another job's output, or files that are no job's, or cannot be written to.
     """
-    place, following = output, Place(output.url(_next_folder(job)))
+    place, following, units = output, Place(output.url(_next_folder(job))), source.units
     names = output.names()
     if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
         _replace(output, following, units)
         names = output.names()
     elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
         place, names = following, following.names()
-    elif PLAN in names:
-        if _files_were_mended(output, job):
-            names.remove(PLAN)  # to be written anew
-    elif foreign := [name for name in names if not name.endswith(TEMPORARY)]:
+    elif PLAN not in names and (foreign := [name for name in names if not name.endswith(TEMPORARY)]):
         raise InputError(f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one")
-    if PLAN not in names:
+    done = {unit.output for unit in units} & set(names)
+    before = _read_plan(place) if PLAN in names else None
+    if before is not None:
+        stale = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
+        if place is output:
+            _check_same(output, before, job, changed={unit.path for unit in stale})
+        for unit in stale:  # of an overwriting job, which makes it anew
+            place.remove(unit.output)
+            done.discard(unit.output)
+    if before != job:
         try:
             place.write(PLAN, job.model_dump_json(indent=1).encode())
         except store_errors() as error:
             raise InputError(f"output {output}: cannot be written to: {error}") from None
     sweep(place, job, older_than=GRACE_SECONDS)
-    done = {unit.output for unit in units} & set(names)
     return Begun(place, tuple(unit for unit in units if unit.output not in done), len(done))
 
 
@@ -135,28 +141,42 @@ def finish(
     """Write the summary, the failures, and, where there are none, ``_SUCCESS``; with it an overwriting job takes the old one's place."""
     place = begun.place
     by_number = {unit.number: unit for unit in source.units}
-    failures = (*source.failures, *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure))
-    failed = {r.unit for r in receipts if r.failure}
     new = {r.unit: r for r in receipts if not r.failure}
+    failed = {r.unit for r in receipts if r.failure}
     before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
-    kept = [*new.values(), *(read_receipt(place, unit) for unit in before)]
     lost = {unit.output for unit in source.units if unit.number in new} - set(place.names())
     if lost:
         raise LorafleetError(f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder")
+    kept = {**new, **{unit.number: read_receipt(place, unit) for unit in before}}
+    replaced = _replaced_units(source, job, kept)
+    for unit in replaced:
+        place.remove(unit.output)
+        del kept[unit.number]
+    failures = (
+        *source.failures,
+        *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure),
+        *(_failure(unit, "its file was replaced while the job ran; start it again") for unit in replaced),
+    )
+    short = next((r for r in kept.values() if job.options.sample is None and r.rows != by_number[r.unit].num_rows), None)
+    if short is not None:
+        unit = by_number[short.unit]
+        raise LorafleetError(f"output {place}: {unit.output} has {short.rows:,} of {unit.num_rows:,} rows; remove it and start again")
     new_rows = sum(receipt.rows for receipt in new.values())
     summary = BulkSummary(
         job=job.fingerprint,
         lorafleet_version=job.lorafleet_version,
         rows_in=source.num_rows,
-        rows_out=sum(r.rows for r in kept),
-        null_labels=_added(r.null_labels for r in kept),
-        reasons=_added(r.reasons for r in kept),
-        truncated=sum(r.truncated for r in kept),
-        duplicates=sum(r.duplicates for r in kept),
-        labels={a.name: _added(r.labels.get(a.name, {}) for r in kept) for a in job.adapters},
+        rows_out=sum(r.rows for r in kept.values()),
+        null_labels=_added(r.null_labels for r in kept.values()),
+        reasons=_added(r.reasons for r in kept.values()),
+        truncated=sum(r.truncated for r in kept.values()),
+        duplicates=sum(r.duplicates for r in kept.values()),
+        labels={a.name: _added(r.labels.get(a.name, {}) for r in kept.values()) for a in job.adapters},
         units=len(source.units),
         units_done_before=len(before),
         failures=len(failures),
+        changed_types=source.changes,
+        skipped_files=source.skipped,
         seconds=seconds,
         rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
     )
@@ -196,7 +216,7 @@ def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
         "input_file": unit.path,
         "first_row": unit.first_row_of_file,
         "adapters": [adapter.model_dump() for adapter in job.adapters],
-        "receipt": receipt.model_dump(exclude={"seconds"}),  # the same unit gives the same bytes
+        "receipt": receipt.model_dump(exclude={"seconds", "version"}),  # the same unit gives the same bytes
     }
     return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
 
@@ -205,28 +225,62 @@ def _next_folder(job: BulkJob) -> str:
     return f"{_NEXT}{job.fingerprint}"
 
 
-def _files_were_mended(output: Place, job: BulkJob) -> bool:
-    """Whether input files that could not be read then can be now.
+def _read_plan(place: Place) -> BulkJob:
+    try:
+        return BulkJob.model_validate_json(place.read(PLAN))
+    except (ValueError, ValidationError):
+        raise InputError(f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
+
+
+def _stale_units(place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]) -> list[Unit]:
+    """The finished units whose file holds other bytes now. Read are only files that the store lists with another version."""
+    versions = {file.path: file.version for file in before.files}
+    moved = {file.path for file in job.files if versions.get(file.path) != file.version or not file.version}
+    return [unit for unit in done if unit.path in moved and not _is_current(read_receipt(place, unit), unit, source, job)]
+
+
+def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Receipt]) -> list[Unit]:
+    """The finished units whose file holds other bytes than those that were read; a file that is gone cannot tell."""
+    units = [unit for unit in source.units if unit.number in receipts]
+    seen: dict[str, set[str]] = {unit.path: set() for unit in units}
+    for unit in units:
+        seen[unit.path].add(receipts[unit.number].version or "planned")
+    now = look_again(list(seen))
+    moved = {
+        file.path
+        for file in source.files
+        if file.path in seen
+        and (found := now[file.path]) is not None
+        and not (file.version and is_version(file, found) and seen[file.path] <= {"planned", file.version})
+    }
+    return [unit for unit in units if unit.path in moved and not _is_current(receipts[unit.number], unit, source, job)]
+
+
+def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -> bool:
+    columns = {*source.schema.names, job.options.text_column}
+    return bool(receipt.content) and receipt.content == content_now(unit, tuple(columns))
+
+
+def _check_same(output: Place, before: BulkJob, job: BulkJob, *, changed: Collection[str]) -> None:
+    """Compare a job with the one that the folder was begun for. Files that could not be read then, or were only touched, may differ.
 
     Raises: InputError: something else is not as it was.
     """
-    try:
-        there = json.loads(output.read(PLAN))
-        before = BulkJob.model_validate(there)
-    except (ValueError, ValidationError):
-        raise InputError(f"output {output}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
-    broken = {file.path for file in before.files if file.num_rows is None}
-    if job.options.limit is None and before != job and [f.path for f in before.files] == [f.path for f in job.files]:
-        mended = [now if now.path in broken else then for then, now in zip(before.files, job.files, strict=True)]
-        if BulkJob.model_validate(there | {"files": [file.model_dump() for file in mended]}) == job:
-            return True
+    there = json.loads(before.model_dump_json())
+    now = {file.path: file for file in job.files}
+    for index, then in enumerate(before.files):
+        found = now.get(then.path)
+        if found is None or then.path in changed:
+            continue
+        was_mended = then.num_rows is None and job.options.limit is None
+        if was_mended or (then.size, then.num_rows) == (found.size, found.num_rows):
+            there["files"][index] = json.loads(found.model_dump_json())
     differences = _differences(there, json.loads(job.model_dump_json()))
-    if differences:
+    if differences or changed:
+        what = differences or [f"input: {min(changed)} has changed since"]
         raise InputError(
-            f"output {output}: holds another job's output ({'; '.join(differences[:3])}); "
-            "choose another folder, or --overwrite to replace it"
+            f"output {output}: holds another job's output ({'; '.join(what[:3])}); choose another folder, or --overwrite to replace it"
         )
-    return False
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.bulk_job import Begun, begin, check_places, describe_job, new_colu
 from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest
 from pipeline.classifier import find_encoder_of
 from pipeline.errors import InputError, first_line
+from pipeline.footers import start_ahead
 from pipeline.storage import Place, store_errors
 from pipeline.unit_worker import WorkerSpec
 from pipeline.units import BulkInput, plan_input
@@ -50,7 +52,8 @@ class BulkPlan:
             threads=threads,
             use_gpu=use_gpu,
             offline=self.request.offline,
-            columns=self.source.columns,
+            kept_schema=b64encode(self.source.schema.serialize()).decode(),
+            int96_unit=self.source.int96_unit,
         )
 
 
@@ -60,6 +63,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
     """
     output, options = Place(request.output), request.options
+    start_ahead()
     try:
         check_places(request.source, output)
     except store_errors(ValueError, NotImplementedError) as error:
@@ -76,7 +80,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     )
     job = describe_job(adapters, source, options)
     try:
-        begun = begin(output, job, source.units, overwrite=request.overwrite)
+        begun = begin(output, job, source, overwrite=request.overwrite)
     except store_errors() as error:
         raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
     return BulkPlan(request, adapters, source, job, output, begun)

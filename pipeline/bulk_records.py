@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -65,8 +66,11 @@ class BulkJob(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal jobs."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """Equal for equal jobs, and where a file was only touched."""
+        without_versions = self.model_dump(mode="json")
+        for file in without_versions["files"]:
+            del file["version"]
+        return hashlib.sha256(json.dumps(without_versions).encode()).hexdigest()[:16]
 
 
 class Receipt(Record):
@@ -83,6 +87,10 @@ class Receipt(Record):
     """Rows whose text occurs earlier in the unit."""
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Adapter -> label -> rows."""
+    version: str = ""
+    """Version of the input file when it was read, as a listing shows it."""
+    content: str = ""
+    """What identifies the bytes that were read: ``etag:…`` or ``blake2b:…``; empty in receipts of older versions."""
     seconds: float = 0.0
     failure: str | None = None
     fatal: bool = False
@@ -106,6 +114,10 @@ class BulkSummary(Record):
     units_done_before: int
     """By an earlier start of the same job."""
     failures: int
+    changed_types: tuple[str, ...] = ()
+    """``column: before becomes after`` of each column whose Parquet type the output cannot keep."""
+    skipped_files: dict[str, int] = Field(default_factory=dict)
+    """Reason -> files of the input that were not read."""
     seconds: float
     """Of this start, preparations included."""
     rows_per_second: float | None

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.errors import InputError, first_line
 
-_SUFFIXES = (".parquet", ".pq")
+_SUFFIXES = re.compile(r"\.(parquet|parq|pq)(\.(snappy|gz|gzip|zst|zstd|lz4|br|brotli|lzo))?$", re.IGNORECASE)
+_TEMPORARY = re.compile(r".*(~|\.(tmp|temp|crc|part|partial|inprogress|crdownload|bak|backup|old|orig|swp|_copying_))", re.IGNORECASE)
+_MAGIC = b"PAR1"
+_READERS = 16
+_TEXT_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
+_CONVERT = ". Other formats have to be converted first, with pandas.read_csv(…).to_parquet(…) for example"
 _CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
 
 TEMPORARY = ".tmp"
@@ -32,7 +40,7 @@ class StoredFile:
     size: int
     """Bytes."""
     version: str
-    """The etag of an object, the time of change of a local file: another one means other content."""
+    """``etag:…``, another one for other content, or ``mtime:…``, which a mere touch changes; empty where the store tells neither."""
     below: str
     """Its path below what was written out of the folder's or the glob's name; the file's own name, if that was given."""
 
@@ -142,30 +150,91 @@ class Place:
         return bool(self.fs == other.fs) and f"{other.root}/".startswith(f"{self.root}/")
 
 
-def find_files(pattern: str) -> list[StoredFile]:
-    """The Parquet files of a file's, a folder's or a glob's name, sorted by path; names that begin with ``_`` or ``.`` are left out.
+TableFormat = Literal["Delta", "Iceberg", "Hudi", "Spark Structured Streaming"]
+"""Formats that keep a log of which files of a folder belong to the table."""
+_LOGS: dict[str, TableFormat] = {"_delta_log": "Delta", ".hoodie": "Hudi", "_spark_metadata": "Spark Structured Streaming"}
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The Parquet files of an input, and what else lies there."""
+
+    files: tuple[StoredFile, ...]
+    """Sorted by path; at least one."""
+    skipped: dict[str, int]
+    """Reason -> number of files that are not read."""
+    tables: dict[str, TableFormat]
+    """Folder, relative to the input -> the table format that it is in; its own log says which of the files are live."""
+    columns: tuple[str, ...] | None = None
+    """Those of the table that the files are, where they are one; its files may have others by mistake of a reader only."""
+
+
+def find_files(pattern: str) -> FoundFiles:
+    """Find the Parquet files that the name of a file, a folder or a glob stands for.
+
+    In a folder, a file counts by its suffix (``.parquet``, ``.parq`` or ``.pq`` in any case, perhaps with that of a codec behind it).
+    One without a suffix counts by the magic bytes at both its ends. Names that begin with ``_`` or ``.`` do not count, but for partition
+    folders (``_date=2024-01-01``), and neither do temporary files and backups. A file that is named itself is read, whatever its name.
 
     Raises: InputError: there is none, or the place cannot be reached.
     """
     fs, path = _file_system(pattern)
+    skipped: Counter[str] = Counter()
     try:
         if fs.isfile(path):
-            details = {path: fs.info(path)}
-        elif _is_glob(fs, path):
-            details = dict(_files(fs, fs.glob(path, detail=True)))
-        else:
-            details = {name: info for name, info in _files(fs, fs.find(path, detail=True)) if name.endswith(_SUFFIXES)}
+            return FoundFiles((_stored(fs, path, fs.info(path), below=path.rpartition("/")[2]),), {}, {})
+        is_glob = _is_glob(fs, path)
+        matched = fs.glob(path, detail=True) if is_glob else fs.find(path, detail=True)
+        listed = sorted(dict(_files(fs, matched)).items())
+        chosen = set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()  # ``*.dat`` says which suffix is meant
+        start = written_folder(pattern).root + "/"
+        files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in listed]
+        with ThreadPoolExecutor(_READERS) as pool:
+            reasons = list(pool.map(_reason_to_skip, files, [name in chosen for name, _ in listed]))
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {pattern}: cannot be read: {first_line(error)}") from None
-    start = written_folder(pattern).root + "/"
-    files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in sorted(details.items())]
-    seen = [file for file in files if not any(part.startswith(("_", ".")) for part in file.below.split("/"))]
-    if not seen:
-        there = (
-            "no Parquet file in it (names that begin with _ or . are left out)" if files or fs.exists(path) else "no such file or folder"
-        )
-        raise InputError(f"input {pattern}: {there}; expected a Parquet file, a folder of them, or a glob")
-    return seen
+    skipped.update(reason for reason in reasons if reason)
+    tables = dict(filter(None, (_table_of(file.below) for file in files)))
+    found = tuple(file for file, reason in zip(files, reasons, strict=True) if not reason)
+    if not found:
+        empty = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
+        there = f"no Parquet file in it ({in_words(skipped)})" if skipped else empty
+        hint = _CONVERT if any(reason.endswith(_TEXT_FORMATS) for reason in skipped) else ""
+        raise InputError(f"input {pattern}: {there}; expected a Parquet file, a folder of them, or a glob{hint}")
+    return FoundFiles(found, dict(skipped), tables)
+
+
+def table_above(pattern: str) -> tuple[Place, TableFormat] | None:
+    """The table whose folder lies above a folder or a glob, if there is one."""
+    place = written_folder(pattern)
+    for root in [place.root.rsplit("/", up)[0] for up in range(place.root.count("/"))]:
+        kind = next((kind for log, kind in _LOGS.items() if place.fs.isdir(f"{root}/{log}")), None)
+        if kind is None and place.fs.glob(f"{root}/metadata/*.metadata.json"):
+            kind = "Iceberg"
+        if kind is not None:
+            place.root = root
+            return place, kind
+    return None
+
+
+def in_words(skipped: Mapping[str, int]) -> str:
+    """``left out: 2 files with the suffix .csv, 1 file of Parquet's own summaries (_metadata)``."""
+    return "left out: " + ", ".join(f"{count} file{'s' * (count != 1)} {reason}" for reason, count in sorted(skipped.items()))
+
+
+def look_again(paths: Sequence[str]) -> dict[str, StoredFile | None]:
+    """Path -> the file as it is now; None for one that is gone."""
+
+    def look(path: str) -> StoredFile | None:
+        fs, name = _file_system(path)
+        fs.invalidate_cache(name)
+        try:
+            return _stored(fs, name, fs.info(name), below="")
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(paths, pool.map(look, paths), strict=True))
 
 
 def written_folder(pattern: str) -> Place:
@@ -217,8 +286,44 @@ def _files(fs: Any, found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dic
         if info["type"] == "file":
             yield name, info
         elif info["type"] == "directory" and not (listed.get("islink") and _leads_up(name)):
-            inside = {path: of for path, of in fs.find(name, detail=True).items() if path.endswith(_SUFFIXES) or of.get("islink")}
-            yield from _files(fs, inside)
+            yield from _files(fs, fs.find(name, detail=True))
+
+
+def _reason_to_skip(file: StoredFile, is_chosen: bool) -> str:
+    """Why a file of a folder is not read; empty if it is. The suffix of a file that a glob has chosen by it does not matter."""
+    *folders, name = file.below.split("/")
+    if name.startswith(("_metadata", "_common_metadata")):
+        return "of Parquet's own summaries (_metadata)"
+    if any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in folders) or name.startswith(("_", ".")):
+        return "with a name, or in a folder, that begins with _ or ."
+    if _TEMPORARY.fullmatch(name):
+        return "with the name of a temporary file or a backup"
+    if is_chosen or _SUFFIXES.search(name):
+        return ""
+    if "." in name:
+        return f"with the suffix {PurePosixPath(name).suffix}"
+    return "" if _has_magic(file) else "without a suffix that are not Parquet"
+
+
+def _table_of(below: str) -> tuple[str, TableFormat] | None:
+    """The table that a file is part of the log of."""
+    *folders, name = below.split("/")
+    for depth, folder in enumerate(folders):
+        if folder in _LOGS:
+            return "/".join(folders[:depth]), _LOGS[folder]
+    if folders[-1:] == ["metadata"] and name.endswith(".metadata.json"):
+        return "/".join(folders[:-1]), "Iceberg"
+    return None
+
+
+def _has_magic(file: StoredFile) -> bool:
+    if file.size < 2 * len(_MAGIC):
+        return False
+    with closing(open_file(file.path)) as source:
+        if source.read(len(_MAGIC)) != _MAGIC:
+            return False
+        source.seek(-len(_MAGIC), os.SEEK_END)
+        return source.read(len(_MAGIC)) == _MAGIC
 
 
 def _leads_up(link: str) -> bool:
@@ -230,6 +335,8 @@ def _first_wildcard(path: str) -> int | None:
 
 
 def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFile:
-    version = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("LastModified") or ""
+    etag = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "")
+    written = info.get("mtime") or info.get("LastModified") or ""
+    is_strong = etag and not etag.startswith("W/")  # a weak one may be the same for other bytes
     path = name if _is_local(fs) else str(fs.unstrip_protocol(name))
-    return StoredFile(path, int(info["size"]), str(version), below)
+    return StoredFile(path, int(info["size"]), f"etag:{etag}" if is_strong else f"mtime:{written}" if written else "", below)

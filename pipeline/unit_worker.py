@@ -6,6 +6,7 @@ import errno
 import secrets
 import threading
 import time
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -24,14 +25,16 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.bulk_job import ATTEMPTS, footer, read_receipt
+from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, footer, read_receipt
 from pipeline.bulk_records import BulkAdapter, BulkJob, Receipt
+from pipeline.bulk_schema import ARROW_SCHEMA, WrittenAs, output_metadata, written_as
 from pipeline.classifier import Answers, load_classifier
+from pipeline.content import chunks_of, content_of, file_now
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
 from pipeline.records import Record
 from pipeline.storage import Place, open_file, store_errors
 from pipeline.tokeniser import Tokens
-from pipeline.units import Unit, text_type
+from pipeline.units import Unit
 
 MAX_ATTEMPTS = 3
 _BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # four blocks may be in memory at a time
@@ -39,7 +42,8 @@ _GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2
 _READ_BUFFER_BYTES = 1024**2
 _SAMPLE_ROWS = 64
 _CODECS = {"UNCOMPRESSED": "NONE", "UNKNOWN": "LZ4"}  # where pyarrow's reader and writer disagree; unknown to it is Hadoop's LZ4
-_NULL, _EMPTY = -1, -2
+_NULL, _EMPTY, _NOT_UTF8 = -1, -2, -3
+_START_AGAIN = "start it again, into another folder"
 
 
 class WorkerSpec(Record):
@@ -55,8 +59,10 @@ class WorkerSpec(Record):
     threads: int
     use_gpu: bool
     offline: bool
-    columns: tuple[str, ...]
-    """Input columns to keep."""
+    kept_schema: str
+    """Of the input columns to keep, in the types of the output, as Arrow serialises it, in base64."""
+    int96_unit: Literal["ns", "us"]
+    """Unit of time in which INT96 columns are read."""
 
 
 class UnitWorker:
@@ -70,6 +76,7 @@ class UnitWorker:
         self.spec = spec
         self.job = spec.job
         self.place = Place(spec.output)
+        self._files = {file.path: file for file in spec.job.files}
         adapters = find_adapters(spec.refs, offline=spec.offline)
         for planned, found in zip(self.job.adapters, adapters, strict=True):
             facts = ("name", "sha256", "labels_sha256", "described_sha256")
@@ -83,6 +90,7 @@ class UnitWorker:
             offline=spec.offline,
             top_k=spec.job.options.top_k,
         )
+        self.kept = pa.ipc.read_schema(pa.py_buffer(b64decode(spec.kept_schema)))
         self.columns = [_AdapterColumns(a, found, self.job.options.top_k) for a, found in zip(self.job.adapters, adapters, strict=True)]
 
     def label(self, unit: Unit) -> Receipt:
@@ -121,22 +129,53 @@ class UnitWorker:
     def _label(self, unit: Unit) -> Receipt:
         started = time.perf_counter()
         tally = _Tally([column.adapter.name for column in self.columns])
+        before = self._version(unit)
         with closing(open_file(unit.path)) as source, self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
-            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
-            _check_unchanged(parquet, unit, self.spec.columns, text_column=self.job.options.text_column)
-            with closing(_Output(path, self._schema(parquet), _codecs(parquet, self.job.options.text_column))) as output:
+            parquet = pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES, coerce_int96_timestamp_unit=self.spec.int96_unit
+            )
+            read = self._columns_in(parquet, unit)
+            with closing(_Output(path, self._written_as(parquet), _codecs(parquet, self.job.options.text_column))) as output:
                 memory = _Memory(len(self.columns))
-                for block in _ahead(self._blocks(parquet, unit, memory)):
+                for block in _ahead(self._blocks(parquet, unit, read, memory)):
                     memory.learn(block.tokens.truncated, self.classifier.classify(block.tokens))
                     output.add(self._with_answers(block, memory, tally))
-                receipt = tally.receipt(unit, memory, seconds=time.perf_counter() - started)
+                content = content_of(source, parquet.metadata, unit, read, version=before)
+                if self._version(unit) != before:
+                    raise DataError(f"{unit.path}: has changed while it was read; start again when nobody writes to it")
+                receipt = tally.receipt(unit, memory, version=before, content=content, seconds=time.perf_counter() - started)
                 output.describe(footer(self.job, unit, receipt))
         return receipt
 
-    def _blocks(self, parquet: pq.ParquetFile, unit: Unit, memory: _Memory) -> Iterator[_Block]:
-        """Rows with their new texts tokenised; runs ahead of the computation."""
+    def _version(self, unit: Unit) -> str:
+        """The version of a unit's file; where another one than planned holds other bytes, the end of the job finds out.
+
+        Raises: DataError: the file is gone, or has another size.
+        """
+        planned, now = self._files[unit.path], file_now(unit.path)
+        if now is None or now.size != planned.size:
+            found = "is gone" if now is None else f"has {now.size:,} bytes now"
+            raise DataError(f"{unit.path}: had {planned.size:,} bytes when the job was planned, and {found}; {_START_AGAIN}")
+        return now.version
+
+    def _columns_in(self, parquet: pq.ParquetFile, unit: Unit) -> tuple[str, ...]:
+        """The columns to read of a file, which may be read long after it was planned.
+
+        Raises: DataError: it lacks rows or columns by now, or its texts are none any more.
+        """
+        there, schema, text_column = parquet.metadata, parquet.schema_arrow, self.job.options.text_column
+        rows = sum(there.row_group(group).num_rows for group in unit.row_groups if group < there.num_row_groups)
+        lacking = [field.name for field in self.kept if field.name not in schema.names and not field.nullable]
+        if rows < unit.first_row + unit.num_rows or lacking or text_column not in schema.names:
+            raise DataError(f"{unit.path}: has changed since the job was planned; {_START_AGAIN}")
+        return (*(name for name in self.kept.names if name in schema.names), *({text_column} - set(self.kept.names)))
+
+    def _blocks(self, parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], memory: _Memory) -> Iterator[_Block]:
+        """Rows with their new texts tokenised; runs ahead of the computation.
+
+        Raises: DataError: the columns have fewer rows than the footer promises.
+        """
         options = self.job.options
-        columns = [*self.spec.columns, *({options.text_column} - set(self.spec.columns))]
         random = np.random.default_rng(crc32(unit.output.encode()))
         position, end = 0, unit.first_row + unit.num_rows
         size = _block_rows(parquet, unit, columns)
@@ -148,17 +187,27 @@ class UnitWorker:
             first, last = max(0, unit.first_row - start), min(len(batch), end - start)
             rows = pa.Table.from_batches([batch.slice(first, last - first)])
             if options.sample is not None:
-                rows = rows.filter(pa.array(random.random(len(rows)) < options.sample))
+                rows = _chosen(rows, random.random(len(rows)) < options.sample)
             ids, new_texts = memory.recognise(rows.column(options.text_column))
-            yield _Block(rows.select(list(self.spec.columns)), ids, self.classifier.tokenise(new_texts))
+            yield _Block(self._fitted(rows), ids, self.classifier.tokenise(new_texts))
             if position >= end:
                 return
+        raise DataError(f"its footer promises {end:,} rows in row groups {unit.row_groups}, and its columns have {position:,}")
 
-    def _schema(self, parquet: pq.ParquetFile) -> pa.Schema:
-        there = parquet.schema_arrow
-        fields = [there.field(name) for name in self.spec.columns]
-        added = [new for column in self.columns for new in column.fields()]
-        return pa.schema([*fields, *added, pa.field("truncated", pa.bool_())], metadata=there.metadata)
+    def _fitted(self, rows: pa.Table) -> pa.Table:
+        """The kept columns in the types of the output; nulls for one that this file lacks."""
+        columns = [
+            rows.column(field.name).cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
+            for field in self.kept
+        ]
+        return pa.table(columns, schema=self.kept) if columns else rows.select([])  # which knows how many rows it has
+
+    def _written_as(self, parquet: pq.ParquetFile) -> WrittenAs:
+        added = [new for column in self.columns for new in column.fields()] + [pa.field("truncated", pa.bool_())]
+        keys = parquet.metadata.metadata or {}
+        metadata = output_metadata(keys, kept=self.kept.names, added=added, leave_out=FOOTER_KEY)
+        described = str(parquet.schema).partition("\n")[2]
+        return written_as(pa.schema([*self.kept, *added]), described, metadata, with_arrow_schema=ARROW_SCHEMA in keys)
 
     def _with_answers(self, block: _Block, memory: _Memory, tally: _Tally) -> pa.Table:
         table = block.rows
@@ -193,18 +242,21 @@ class _Memory:
 
     def recognise(self, texts: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
         """The id of each row's text, and the texts that are new, in the order of their ids."""
-        if pa.types.is_dictionary(texts.type):
-            texts = texts.cast(texts.type.value_type)
-        encoded = texts.combine_chunks().dictionary_encode()
+        encoded = _as_bytes(texts).dictionary_encode()
         new: list[str] = []
         known = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
         known[-1] = _NULL
         before = len(self._ids)
-        for index, text in enumerate(encoded.dictionary.to_pylist()):
+        for index, content in enumerate(encoded.dictionary.to_pylist()):
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                known[index] = _NOT_UTF8
+                continue
             if not text or text.isspace():
                 known[index] = _EMPTY
                 continue
-            digest = blake2b(text.encode(), digest_size=16).digest()
+            digest = blake2b(content, digest_size=16).digest()
             known[index] = self._ids.setdefault(digest, len(self._ids))
             if known[index] >= before + len(new):
                 new.append(text)
@@ -254,9 +306,12 @@ class _AdapterColumns:
         scores = known.scores[safe]
         low = there & (scores < self.adapter.threshold) if self.adapter.threshold is not None else np.zeros(len(ids), dtype=np.bool_)
         labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
-        why = np.select([ids == _NULL, ids == _EMPTY, low], [0, 1, 2], default=-1)
+        why = np.select([ids == _NULL, ids == _EMPTY, ids == _NOT_UTF8, low], [0, 1, 2, 3], default=-1)
         threshold = self.adapter.threshold
-        wording = pa.array(["text is null", "text is empty", f"score below {threshold:g}" if threshold is not None else ""], pa.string())
+        wording = pa.array(
+            ["text is null", "text is empty", "text is not UTF-8", f"score below {threshold:g}" if threshold is not None else ""],
+            pa.string(),
+        )
         reasons = wording.take(pa.array(why, mask=why < 0))
         columns = [labels, pa.array(scores, pa.float32(), mask=~there), reasons]
         if self.top_k > 1:
@@ -293,9 +348,11 @@ class _Tally:
         self.reasons.update(answered.reasons)
         self.null_labels[name] += answered.reasons.total()
 
-    def receipt(self, unit: Unit, memory: _Memory, *, seconds: float) -> Receipt:
+    def receipt(self, unit: Unit, memory: _Memory, *, version: str, content: str, seconds: float) -> Receipt:
         return Receipt(
             unit=unit.number,
+            version=version,
+            content=content,
             rows=self.rows,
             null_labels={name: self.null_labels[name] for name in self.names},
             reasons=dict(self.reasons),
@@ -309,15 +366,15 @@ class _Tally:
 class _Output:
     """A Parquet file that grows by row groups of a good size, whatever the size of what is added."""
 
-    def __init__(self, path: Path, schema: pa.Schema, codecs: dict[str, str]) -> None:
-        compression = {name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(schema)}
-        self._writer = pq.ParquetWriter(path, schema, compression=compression)
-        self._schema = schema
+    def __init__(self, path: Path, how: WrittenAs, codecs: dict[str, str]) -> None:
+        compression = {name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(how.schema)}
+        self._writer = pq.ParquetWriter(path, how.schema, compression=compression, **how.options)
+        self._how = how
         self._waiting: list[pa.Table] = []
         self._rows = self._bytes = 0
 
     def add(self, table: pa.Table) -> None:
-        self._waiting.append(table.cast(self._schema))
+        self._waiting.append(self._how.table(table))
         self._rows += len(table)
         self._bytes += table.nbytes
         if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
@@ -325,7 +382,7 @@ class _Output:
 
     def describe(self, metadata: dict[bytes, bytes]) -> None:
         self._flush()
-        self._writer.add_key_value_metadata(metadata)
+        self._writer.add_key_value_metadata(self._how.metadata | metadata)
 
     def close(self) -> None:
         self._writer.close()
@@ -339,17 +396,33 @@ class _Output:
 def _block_rows(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str]) -> int:
     """Rows to read at once, fewer where they are wide. It depends on the file alone, so the same unit gives the same batches."""
     groups = [parquet.metadata.row_group(index) for index in unit.row_groups]
-    stored = sum(_stored_bytes(group, columns) for group in groups) / max(1, sum(group.num_rows for group in groups))
+    stored = sum(chunk.total_uncompressed_size for group in groups for chunk in chunks_of(group, columns)) / max(
+        1, sum(group.num_rows for group in groups)
+    )
     # Dictionaries make stored rows smaller than read ones.
     first = next(parquet.iter_batches(batch_size=_SAMPLE_ROWS, row_groups=[unit.row_groups[0]], columns=columns), None)
     read = first.nbytes / max(1, len(first)) if first is not None else 0.0
     return max(1, min(_BLOCK_ROWS, int(_BLOCK_BYTES / max(stored, read, 1.0))))
 
 
-def _stored_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    chunks = [group.column(index) for index in range(group.num_columns)]
-    inside = tuple(f"{name}." for name in columns)
-    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns or c.path_in_schema.startswith(inside))
+def _chosen(rows: pa.Table, mask: npt.NDArray[np.bool_]) -> pa.Table:
+    """The rows for which the mask is true."""
+    try:
+        return rows.filter(pa.array(mask))
+    except pa.ArrowNotImplementedError:  # Arrow cannot filter views, but it can cut them
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+        parts = [rows.slice(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+        return pa.concat_tables(parts) if parts else rows.slice(0, 0)
+
+
+def _as_bytes(texts: pa.ChunkedArray) -> pa.Array:
+    """Texts of any type as the bytes that they are; what is not UTF-8 is found when they are decoded."""
+    array = texts.combine_chunks()
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.large_binary())
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -381,19 +454,6 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
             with suppress(Empty):
                 queue.get_nowait()  # it may wait for room
             maker.join(0.05)
-
-
-def _check_unchanged(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], *, text_column: str) -> None:
-    """The file may be read long after it was planned.
-
-    Raises: DataError: it lacks rows or columns by now, or its texts are none any more.
-    """
-    there = parquet.metadata
-    rows = sum(there.row_group(group).num_rows for group in unit.row_groups if group < there.num_row_groups)
-    schema = parquet.schema_arrow
-    complete = rows >= unit.first_row + unit.num_rows and {*columns, text_column} <= set(schema.names)
-    if not complete or not text_type(schema.field(text_column).type):
-        raise DataError(f"{unit.path}: has changed since the job was planned; start it again, into another folder")
 
 
 def _joined(known: Answers, more: Answers) -> Answers:

@@ -16,7 +16,7 @@ from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
-from pipeline.storage import store_errors
+from pipeline.storage import in_words, store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
 from tasks.fleet import Fleet
@@ -43,6 +43,10 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
         return error
     logger = get_run_logger()
     logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(plan.source), plan.begun.num_done)
+    if plan.source.skipped:
+        logger.info("%s", in_words(plan.source.skipped))
+    if plan.source.changes:
+        logger.warning("types that the output cannot keep: %s", "; ".join(plan.source.changes))
     for failure in plan.source.failures:
         logger.warning("left out: %s: %s", failure.path, failure.reason)
     return plan

@@ -24,6 +24,8 @@ DOORS = {
         *("tasks/bulk.py", "tasks/cancelling.py", "tasks/progress.py", "tasks/stages.py"),
     },
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
+    "deltalake": {"pipeline/table_formats.py"},
+    "pyiceberg": {"pipeline/table_formats.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MACHINE_PATH = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|root|tmp|work|mnt|opt|var|usr|data)/|[A-Z]:\\)")

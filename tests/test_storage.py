@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from bulk import files_below
+from bulk import files_below, write_table
 
 from pipeline.errors import InputError
-from pipeline.storage import Place, find_files, written_folder
+from pipeline.storage import Place, find_files, in_words, written_folder
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -20,7 +20,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def below(pattern: Path | str) -> list[str]:
-    return [file.below for file in find_files(str(pattern))]
+    return [file.below for file in find_files(str(pattern)).files]
 
 
 # Writing
@@ -98,7 +98,7 @@ def test_an_object_store_gets_one_object_or_none() -> None:
     assert place.read("a/b.bin") == b"whole"
     assert place.names() == ["a/b.bin"]
     assert place.url("a/b.bin") == "memory:///lorafleet-test/out/a/b.bin"
-    assert [file.below for file in find_files("memory://lorafleet-test/out/a/b.bin")] == ["b.bin"]
+    assert [file.below for file in find_files("memory://lorafleet-test/out/a/b.bin").files] == ["b.bin"]
     place.move("a/b.bin", "c.bin")
     place.remove("d.bin")
     assert place.names() == ["c.bin"]
@@ -133,6 +133,61 @@ def test_names_that_begin_with_an_underscore_or_a_dot_are_left_out_by_folder_and
     assert below(tmp_path / "*/*.parquet") == ["x/g.parquet"]
 
 
+def parquet(path: Path) -> Path:
+    return write_table(path, {"text": ["a"]})
+
+
+def test_files_are_known_by_suffix_in_any_case_or_by_their_magic_bytes(tmp_path: Path) -> None:
+    taken = ["a.parquet", "b.parq", "c.PARQUET", "d.parquet.gz", "e.pq", "f.Parquet.Snappy", "000000_0", "k=v/part"]
+    others = {
+        "with the name of a temporary file or a backup": [
+            "a.parquet~",
+            "b.parquet.tmp",
+            ".c.parquet.crc",
+            "d.parquet.bak",
+            "e.parquet.part",
+        ],
+        "with a name, or in a folder, that begins with _ or .": ["_a.parquet", ".b.parquet", "_temporary/c.parquet", ".x=1/d.parquet"],
+        "of Parquet's own summaries (_metadata)": ["_metadata", "k=v/_common_metadata"],
+        "with the suffix .snappy": ["e.snappy"],
+    }
+    for name in [*taken, *(name for names in others.values() for name in names)]:
+        parquet(tmp_path / name)
+    touch(tmp_path, "README", "short")
+    (tmp_path / "short").write_bytes(b"PAR1")
+    found = find_files(str(tmp_path))
+    assert [file.below for file in found.files] == sorted(taken)
+    expected = {reason: len(names) for reason, names in others.items()} | {"without a suffix that are not Parquet": 2}
+    expected["with the name of a temporary file or a backup"] -= 1  # the hidden one counts as hidden
+    expected["with a name, or in a folder, that begins with _ or ."] += 1
+    assert found.skipped == expected
+    assert "2 files without a suffix that are not Parquet" in in_words(found.skipped)
+
+
+def test_partition_folders_may_begin_with_an_underscore_and_hold_any_value(tmp_path: Path) -> None:
+    for name in ("_date=2024-01-01", "k=_x", "k=.x", "k=ok"):
+        parquet(tmp_path / name / "p.parquet")
+    assert below(tmp_path) == ["_date=2024-01-01/p.parquet", "k=.x/p.parquet", "k=_x/p.parquet", "k=ok/p.parquet"]
+
+
+def test_a_file_that_is_named_itself_is_read_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("_hidden.parquet", "backup.parquet~", "data.bin"):
+        assert below(parquet(tmp_path / name)) == [name]
+
+
+def test_a_glob_says_which_suffix_is_meant_and_one_that_ends_in_a_wildcard_does_not(tmp_path: Path) -> None:
+    for name in ("a.dat", "b.parquet"):
+        parquet(tmp_path / name)
+    assert below(tmp_path / "*.dat") == ["a.dat"]
+    assert below(tmp_path / "*") == ["b.parquet"]
+
+
+def test_where_only_other_formats_are_there_the_message_says_what_to_do(tmp_path: Path) -> None:
+    touch(tmp_path, "a.csv", "b.csv")
+    with pytest.raises(InputError, match=r"left out: 2 files with the suffix \.csv.*have to be converted first"):
+        find_files(str(tmp_path))
+
+
 def test_a_folder_whose_own_name_is_hidden_is_read_when_it_is_named(tmp_path: Path) -> None:
     touch(tmp_path, ".cache/_raw/a.parquet")
     assert below(tmp_path / ".cache" / "_raw") == ["a.parquet"]
@@ -147,7 +202,7 @@ def test_a_glob_keeps_the_path_below_what_is_written_out(tmp_path: Path) -> None
 
 def test_a_file_is_itself_even_if_its_name_looks_like_a_glob(tmp_path: Path) -> None:
     touch(tmp_path, "a[1].parquet", "a1.parquet")
-    (file,) = find_files(str(tmp_path / "a[1].parquet"))
+    (file,) = find_files(str(tmp_path / "a[1].parquet")).files
     assert (file.path, file.below, file.size) == (str(tmp_path / "a[1].parquet"), "a[1].parquet", len(b"content"))
 
 
@@ -158,9 +213,9 @@ def test_links_lead_to_what_they_name(tmp_path: Path) -> None:
     (tmp_path / "in" / "day=2").symlink_to(tmp_path / "other" / "day=2")
     (tmp_path / "in" / "up").symlink_to(tmp_path)
     assert below(tmp_path / "in") == ["a.parquet", "day=2/c.parquet"]
-    before = find_files(str(tmp_path / "in"))[0]
+    before = find_files(str(tmp_path / "in")).files[0]
     os.utime(tmp_path / "blobs" / "1", (1, 1))
-    assert find_files(str(tmp_path / "in"))[0].version != before.version
+    assert find_files(str(tmp_path / "in")).files[0].version != before.version
 
 
 def test_a_glob_that_matches_folders_reads_what_is_in_them(tmp_path: Path) -> None:
@@ -181,16 +236,16 @@ def test_a_glob_that_fsspec_does_not_know_is_one_message(tmp_path: Path) -> None
 
 def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
     touch(tmp_path, "a.parquet")
-    (before,) = find_files(str(tmp_path))
-    assert find_files(str(tmp_path)) == [before]
+    (before,) = find_files(str(tmp_path)).files
+    assert find_files(str(tmp_path)).files == (before,)
     os.utime(tmp_path / "a.parquet", (1, 1))
-    (after,) = find_files(str(tmp_path))
+    (after,) = find_files(str(tmp_path)).files
     assert after.version != before.version
 
 
 def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_path: Path) -> None:
     touch(tmp_path, "in/notes.txt", "in/_x.parquet")
-    with pytest.raises(InputError, match=r"in: no Parquet file in it \(names that begin with _ or \. are left out\)"):
+    with pytest.raises(InputError, match=r"in: no Parquet file in it \(left out: 1 file .* begins with _ or \., 1 file .* suffix \.txt\)"):
         find_files(str(tmp_path / "in"))
     with pytest.raises(InputError, match=r"gone: no such file or folder; expected a Parquet file, a folder of them, or a glob"):
         find_files(str(tmp_path / "gone"))

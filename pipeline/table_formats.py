@@ -1,0 +1,136 @@
+"""Tables that are more than their Parquet files: which files of a Delta or an Iceberg table are live, by the format's own library.
+
+Other formats, and whatever of these two cannot be honoured, are refused by name. The door to deltalake and pyiceberg.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.errors import InputError, first_line
+from pipeline.storage import FoundFiles, Place, TableFormat, table_above, written_folder
+
+_EXTRAS: dict[str, str] = {"Delta": "deltalake", "Iceberg": "pyiceberg"}
+
+
+def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
+    """Those of the found files that the newest snapshot of a table consists of; all of them where no table is involved.
+
+    Args:
+        pattern: A file, a folder or a glob, as ``find_files`` takes it.
+        found: What ``find_files`` found there.
+    Raises: InputError: a table of another format, one inside or above the input, or one whose snapshot cannot be honoured.
+    """
+    if not found.tables:
+        above = table_above(pattern) if _is_listing(pattern) else None
+        if above is not None:
+            place, kind = above
+            raise InputError(f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder")
+        return found
+    inside = sorted(found.tables)
+    if inside != [""]:
+        raise InputError(f"input {pattern}: holds the {found.tables[inside[-1]]} table {inside[-1]}; label each table in a job of its own")
+    place, kind = written_folder(pattern), found.tables[""]
+    if kind not in _EXTRAS:
+        raise InputError(
+            f"input {place}: is a {kind} table, whose log says which files are live; lorafleet does not read that log. "
+            "Export the table to plain Parquet first"
+        )
+    live, columns = _snapshot(place, kind)
+    by_path = {file.path: file for file in found.files}
+    missing = sorted(set(live) - set(by_path))
+    if missing:
+        raise InputError(f"input {place}: {missing[0]} belongs to the {kind} table and is not there ({len(missing)} such files)")
+    others = len(found.files) - len(live)
+    skipped = found.skipped | ({f"of older versions of the {kind} table": others} if others else {})
+    return replace(found, files=tuple(by_path[path] for path in sorted(live)), skipped=skipped, columns=columns)
+
+
+def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
+    """Compare a file's columns with those of the table that it belongs to.
+
+    Raises: InputError: the table has had other columns since the file was written, and the format's own reader would translate them.
+    """
+    if found.columns is None:
+        return
+    kind = found.tables[""]
+    others = sorted(set(names) - set(found.columns)) or (sorted(set(found.columns) - set(names)) if kind == "Iceberg" else [])
+    if others:
+        raise InputError(
+            f"{path}: its columns are not those of the {kind} table now ({others[0]!r} differs); rewrite the table's files first"
+        )
+
+
+def _is_listing(pattern: str) -> bool:
+    place = Place(pattern)
+    return not place.fs.isfile(place.root)
+
+
+def _snapshot(place: Place, kind: TableFormat) -> tuple[list[str], tuple[str, ...]]:
+    """Its live files, and the columns that they should have."""
+    try:
+        return _live_of_delta(place) if kind == "Delta" else _live_of_iceberg(place)
+    except ImportError:
+        raise InputError(f"input {place}: is a {kind} table; to read its live files, pip install 'lorafleet[{_EXTRAS[kind]}]'") from None
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - both libraries raise whatever a damaged or too new log leads them to
+        raise InputError(f"input {place}: its {kind} log cannot be read: {first_line(error)}") from None
+
+
+def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
+    import pyarrow as pa
+    from deltalake import DeltaTable
+
+    table = DeltaTable(place.url(""))
+    what = f"input {place}: Delta table, version {table.version()}"
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        raise InputError(f"{what}: its columns have other names in its files (column mapping); export it to plain Parquet first")
+    if any(batch.num_rows for batch in table.deletion_vectors()):
+        raise InputError(f"{what}: has deletion vectors; remove the deleted rows from its files first (REORG TABLE … APPLY (PURGE))")
+    live, partitions = [], table.metadata().partition_columns
+    for action in pa.table(table.get_add_actions(flatten=True)).to_pylist():
+        path = unquote(action["path"])
+        if "://" in path or path.startswith("/"):
+            raise InputError(f"{what}: its file {path} lies outside of its folder; copy the table first")
+        folders = dict(part.partition("=")[::2] for part in path.split("/")[:-1] if "=" in part)
+        for name in partitions:
+            if name not in folders:
+                raise InputError(f"{what}: its file {path} is in no folder {name}=…, so that column would be lost; export the table first")
+        live.append(place.url(path))
+    return live, tuple(field.name for field in table.schema().fields if field.name not in partitions)
+
+
+def _live_of_iceberg(place: Place) -> tuple[list[str], tuple[str, ...]]:
+    from pyiceberg.table import StaticTable
+
+    table = StaticTable.from_metadata(place.url(_newest_metadata(place)))
+    what = f"input {place}: Iceberg table"
+    if _plain(table.location()) != _plain(place.url("")):
+        raise InputError(f"{what}: its metadata say that it lies at {table.location()}; label it there, or export it to plain Parquet")
+    live = []
+    for task in table.scan().plan_files():
+        file: Any = task.file
+        if task.delete_files:
+            raise InputError(f"{what}: {file.file_path} has rows that are deleted by another file; compact the table first")
+        if file.file_format != "PARQUET":
+            raise InputError(f"{what}: {file.file_path} is {file.file_format.value}, not Parquet")
+        live.append(place.url(_plain(file.file_path).removeprefix(_plain(place.url(""))).lstrip("/")))
+    return live, tuple(field.name for field in table.schema().fields)
+
+
+def _newest_metadata(place: Place) -> str:
+    names = [name for name in place.names(under="metadata") if name.endswith(".metadata.json")]
+    numbers = {name: int(found[1]) for name in names if (found := re.search(r"/v?(\d+)[^/]*$", name))}
+    newest = [name for name, number in numbers.items() if number == max(numbers.values())]
+    if len(newest) != 1:
+        raise InputError(f"input {place}: cannot tell the newest of its Iceberg metadata files {', '.join(newest or names)}")
+    return newest[0]
+
+
+def _plain(location: str) -> str:
+    return re.sub(r"^file:/*", "/", location).rstrip("/")

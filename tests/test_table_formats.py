@@ -1,0 +1,135 @@
+"""Tables with a log of their files: the live ones are read, and what cannot be honoured is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from bulk import write_table
+from deltalake import DeltaTable, write_deltalake
+from pyiceberg.catalog.memory import InMemoryCatalog
+
+from pipeline.errors import InputError
+from pipeline.storage import find_files
+from pipeline.table_formats import live_files
+from pipeline.units import plan_input
+
+
+def rows_of(pattern: Path | str) -> int:
+    options: dict[str, Any] = {"columns": None, "new_columns": ["T_label"], "rows_per_unit": 100, "limit": None}
+    return plan_input(str(pattern), text_column="text", **options).num_rows
+
+
+def refused(pattern: Path | str) -> str:
+    with pytest.raises(InputError) as error:
+        rows_of(pattern)
+    return str(error.value)
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> Path:
+    """A table of 3 rows in the live ones of its files, partitioned by day."""
+    root = tmp_path / "delta"
+    write_deltalake(str(root), pa.table({"text": ["a", "b", "c d"], "n": [1, 2, 3], "day": ["mon", "tue", "a/b"]}), partition_by=["day"])
+    DeltaTable(str(root)).update(updates={"n": "n + 1"}, predicate="day = 'mon'")
+    DeltaTable(str(root)).delete("day = 'tue'")
+    write_deltalake(str(root), pa.table({"text": ["e"], "n": [9], "day": ["wed"]}), mode="append")
+    return root
+
+
+@pytest.fixture
+def iceberg(tmp_path: Path) -> Path:
+    """A table of 3 rows, one of which was deleted since."""
+    catalog = InMemoryCatalog("memory", warehouse=(tmp_path / "lake").as_uri())
+    catalog.create_namespace("ns")
+    table = catalog.create_table("ns.table", schema=pa.schema([("text", pa.string()), ("n", pa.int64())]))
+    table.append(pa.table({"text": ["a", "b", "c"], "n": [1, 2, 3]}))
+    table.append(pa.table({"text": ["d"], "n": [4]}))
+    table.delete("n = 2")
+    return tmp_path / "lake" / "ns" / "table"
+
+
+def test_only_the_live_files_of_a_delta_table_are_read(delta: Path) -> None:
+    found = live_files(str(delta), find_files(str(delta)))
+    assert rows_of(delta) == len(found.files) == 3
+    assert found.skipped["of older versions of the Delta table"] == 2
+
+
+def test_only_the_live_files_of_an_iceberg_table_are_read(iceberg: Path) -> None:
+    assert rows_of(iceberg) == 3
+
+
+@pytest.mark.parametrize("pattern", ["day=wed", "day=wed/*.parquet", "*/*.parquet"])
+def test_part_of_a_table_is_refused_with_the_tables_folder(pattern: str, delta: Path) -> None:
+    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(delta / pattern)
+
+
+def test_a_file_of_a_table_that_is_named_itself_is_read(delta: Path) -> None:
+    assert rows_of(next((delta / "day=wed").glob("*.parquet"))) == 1
+
+
+def test_a_folder_above_a_table_is_refused(delta: Path) -> None:
+    write_table(delta.parent / "more.parquet", {"text": ["x"]})
+    assert "holds the Delta table delta; label each table in a job of its own" in refused(delta.parent)
+
+
+@pytest.mark.parametrize(("log", "kind"), [(".hoodie/hoodie.properties", "Hudi"), ("_spark_metadata/0", "Spark Structured Streaming")])
+def test_a_table_of_another_format_is_refused_by_name(log: str, kind: str, tmp_path: Path) -> None:
+    write_table(tmp_path / "t" / "a.parquet", {"text": ["x"]})
+    (tmp_path / "t" / log).parent.mkdir()
+    (tmp_path / "t" / log).write_text("v1")
+    assert f"is a {kind} table" in refused(tmp_path / "t")
+
+
+def test_a_moved_iceberg_table_is_refused_with_the_place_that_it_names(iceberg: Path, tmp_path: Path) -> None:
+    shutil.copytree(iceberg, tmp_path / "copy")
+    assert f"its metadata say that it lies at {iceberg.as_uri()}" in refused(tmp_path / "copy")
+
+
+def test_a_damaged_log_and_one_of_a_later_version_are_told(delta: Path, iceberg: Path) -> None:
+    newest = max((delta / "_delta_log").glob("*.json"))
+    newest.write_text(json.dumps({"protocol": {"minReaderVersion": 99, "minWriterVersion": 99}}))
+    assert "its Delta log cannot be read: " in refused(delta)
+    max((iceberg / "metadata").glob("*.metadata.json")).write_text("{")
+    assert "its Iceberg log cannot be read: " in refused(iceberg)
+
+
+def test_a_live_file_that_is_gone_is_named(delta: Path) -> None:
+    gone = next((delta / "day=wed").glob("*.parquet"))
+    gone.unlink()
+    assert f"{gone} belongs to the Delta table and is not there" in refused(delta)
+
+
+def test_a_delta_table_whose_columns_have_other_names_in_its_files_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "mapped"
+    write_deltalake(str(root), pa.table({"text": ["a"]}))
+    log = root / "_delta_log" / "00000000000000000000.json"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        if "metaData" in line:
+            line["metaData"]["configuration"] = {"delta.columnMapping.mode": "name"}
+    log.write_text("\n".join(map(json.dumps, lines)))
+    assert "column mapping" in refused(root)
+
+
+def test_deletion_vectors_are_refused(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = pa.table({"filepath": ["x"], "selection_vector": [[True, False]]}).to_reader()
+    monkeypatch.setattr(DeltaTable, "deletion_vectors", lambda self: vectors)  # deltalake reads them, and cannot write them
+    assert "has deletion vectors" in refused(delta)
+
+
+def test_an_iceberg_file_with_older_columns_is_refused(iceberg: Path) -> None:
+    write_table(next((iceberg / "data").glob("*.parquet")), {"body": ["x"]})
+    assert "its columns are not those of the Iceberg table now" in refused(iceberg)
+
+
+def test_without_the_formats_library_the_extra_is_named(delta: Path, iceberg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    monkeypatch.setitem(sys.modules, "pyiceberg.table", None)
+    assert "pip install 'lorafleet[deltalake]'" in refused(delta)
+    assert "pip install 'lorafleet[pyiceberg]'" in refused(iceberg)
