@@ -74,17 +74,25 @@ def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> 
     Raises: DataError: two files, named with the column, that cannot be read together so.
     """
     joined: dict[str, tuple[pa.Field, FileSchema]] = {}
-    for schema in {id(file.schema): file for file in files}.values():  # most files share theirs
-        for field in schema.schema:
-            if columns is not None and field.name not in columns:
+    spelt: dict[str, str] = {}
+    chosen = None if columns is None else set(columns)
+    different = list({id(file.schema): file for file in files}.values())  # most files share theirs
+    for file in different:
+        for field in file.schema:
+            if chosen is not None and field.name not in chosen:
                 continue
             if field.name in joined:
-                joined[field.name] = _joined(*joined[field.name], field, schema)
-            else:
-                _check_case(field.name, joined, schema)
-                joined[field.name] = field, schema
+                joined[field.name] = _joined(*joined[field.name], field, file)
+                continue
+            known = joined.get(spelt.setdefault(field.name.casefold(), field.name))
+            if known is not None and known[1] is not file:
+                raise DataError(
+                    f"{file.path}: column {field.name!r} is {known[0].name!r} in {known[1].path}; give both one name, or {_TWO_JOBS}"
+                )
+            joined[field.name] = field, file
+    names = [(file, set(file.schema.names)) for file in different]
     for field, origin in joined.values():
-        lacking = next((file for file in files if field.name not in file.schema.names), None)
+        lacking = next((file for file, there in names if field.name not in there), None)
         if lacking is not None and not field.nullable:
             raise DataError(f"{lacking.path}: column {field.name!r} is missing, and in {origin.path} it is required; {_TWO_JOBS}")
     return pa.schema([field for field, _ in joined.values()])
@@ -101,12 +109,6 @@ def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSche
             f"read together, one of them would lose something; {_TWO_JOBS}"
         )
     return field.with_type(kind).with_nullable(field.nullable or other.nullable), origin
-
-
-def _check_case(name: str, joined: Mapping[str, tuple[pa.Field, FileSchema]], file: FileSchema) -> None:
-    for known, (_, origin) in joined.items():
-        if known.casefold() == name.casefold() and origin is not file:
-            raise DataError(f"{file.path}: column {name!r} is {known!r} in {origin.path}; give both one name, or {_TWO_JOBS}")
 
 
 def wider(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:

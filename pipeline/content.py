@@ -65,10 +65,11 @@ def content_now(unit: Unit, columns: Sequence[str]) -> str | None:
 
 def chunks_of(group: pq.RowGroupMetaData, columns: Sequence[str]) -> Iterator[pq.ColumnChunkMetaData]:
     """The column chunks of some top-level columns in a row group."""
-    inside = tuple(f"{name}." for name in columns)
+    chosen = set(columns)
     for index in range(group.num_columns):
         chunk = group.column(index)
-        if chunk.path_in_schema in columns or chunk.path_in_schema.startswith(inside):
+        parts = chunk.path_in_schema.split(".")  # a dot may also be part of a name
+        if any(".".join(parts[:end]) in chosen for end in range(1, len(parts) + 1)):
             yield chunk
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NoReturn, cast
 
 from pipeline.errors import InputError, first_line
 
@@ -184,8 +184,10 @@ def find_files(pattern: str) -> FoundFiles:
         if fs.isfile(path):
             return FoundFiles((_stored(fs, path, fs.info(path), below=path.rpartition("/")[2]),), {}, {})
         is_glob = _is_glob(fs, path)
-        matched = fs.glob(path, detail=True) if is_glob else fs.find(path, detail=True)
-        listed = sorted(dict(_files(fs, matched)).items())
+        matched = fs.glob(path, detail=True) if is_glob else _find(fs, path)
+        every = dict(_files(fs, matched))
+        listed = sorted((name, info) for name, info in every.items() if info["type"] == "file")
+        skipped["that are pipes, sockets or devices"] += len(every) - len(listed)
         chosen = set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()  # ``*.dat`` says which suffix is meant
         start = written_folder(pattern).root + "/"
         files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in listed]
@@ -194,6 +196,7 @@ def find_files(pattern: str) -> FoundFiles:
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {pattern}: cannot be read: {first_line(error)}") from None
     skipped.update(reason for reason in reasons if reason)
+    skipped = +skipped
     tables = dict(filter(None, (_table_of(file.below) for file in files)))
     found = tuple(file for file, reason in zip(files, reasons, strict=True) if not reason)
     if not found:
@@ -283,10 +286,26 @@ def _files(fs: Any, found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dic
     """The files of a listing, those of its folders, and those that links lead to."""
     for name, listed in found.items():
         info = fs.info(name) if listed.get("islink") else listed
-        if info["type"] == "file":
+        if info["type"] != "directory":
             yield name, info
-        elif info["type"] == "directory" and not (listed.get("islink") and _leads_up(name)):
-            yield from _files(fs, fs.find(name, detail=True))
+        elif not (listed.get("islink") and _leads_up(name)):
+            yield from _files(fs, _find(fs, name))
+
+
+def _find(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """All files below. A local folder that cannot be listed is an error, where fsspec would pass over it."""
+    if not (_is_local(fs) and fs.isdir(folder)):
+        return cast(dict[str, dict[str, Any]], fs.find(folder, detail=True))
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found = {}
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        for path in (Path(root, name) for name in (*files, *folders)):
+            if path.is_symlink() or not path.is_dir():
+                found[str(path)] = fs.info(str(path))
+    return found
 
 
 def _reason_to_skip(file: StoredFile, is_chosen: bool) -> str:

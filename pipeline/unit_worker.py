@@ -163,12 +163,13 @@ class UnitWorker:
 
         Raises: DataError: it lacks rows or columns by now, or its texts are none any more.
         """
-        there, schema, text_column = parquet.metadata, parquet.schema_arrow, self.job.options.text_column
+        there, names, text_column = parquet.metadata, set(parquet.schema_arrow.names), self.job.options.text_column
         rows = sum(there.row_group(group).num_rows for group in unit.row_groups if group < there.num_row_groups)
-        lacking = [field.name for field in self.kept if field.name not in schema.names and not field.nullable]
-        if rows < unit.first_row + unit.num_rows or lacking or text_column not in schema.names:
+        lacking = [field.name for field in self.kept if field.name not in names and not field.nullable]
+        if rows < unit.first_row + unit.num_rows or lacking or text_column not in names:
             raise DataError(f"{unit.path}: has changed since the job was planned; {_START_AGAIN}")
-        return (*(name for name in self.kept.names if name in schema.names), *({text_column} - set(self.kept.names)))
+        kept = [name for name in self.kept.names if name in names]
+        return (*kept, *({text_column} - set(kept)))
 
     def _blocks(self, parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], memory: _Memory) -> Iterator[_Block]:
         """Rows with their new texts tokenised; runs ahead of the computation.
@@ -196,10 +197,8 @@ class UnitWorker:
 
     def _fitted(self, rows: pa.Table) -> pa.Table:
         """The kept columns in the types of the output; nulls for one that this file lacks."""
-        columns = [
-            rows.column(field.name).cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
-            for field in self.kept
-        ]
+        there = dict(zip(rows.column_names, rows.columns, strict=True))
+        columns = [there[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in self.kept]
         return pa.table(columns, schema=self.kept) if columns else rows.select([])  # which knows how many rows it has
 
     def _written_as(self, parquet: pq.ParquetFile) -> WrittenAs:

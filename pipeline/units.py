@@ -186,11 +186,14 @@ def _looks_like_text(path: str, column: str) -> bool:
 
 def _read_dates(good: Mapping[str, Footer], kept: Sequence[str]) -> dict[str, Dates | str]:
     """File -> what its INT96 columns hold, of files that have any."""
-    old = {path: [name for name, kinds in kinds_by_column(f.parquet_schema).items() if "int96" in kinds] for path, f in good.items()}
+    chosen, paths_of = set(kept), dict[tuple[str, ...], list[str]]()
+    for path, footer in good.items():
+        old = tuple(name for name, kinds in kinds_by_column(footer.parquet_schema).items() if "int96" in kinds and name in chosen)
+        paths_of.setdefault(old, []).append(path)
     dates: dict[str, Dates | str] = {}
-    for columns in {tuple(name for name in names if name in kept) for names in old.values()} - {()}:
-        paths = [path for path, names in old.items() if tuple(name for name in names if name in kept) == columns]
-        dates |= zip(paths, read_dates(paths, columns), strict=True)
+    for columns, paths in paths_of.items():
+        if columns:
+            dates |= zip(paths, read_dates(paths, columns), strict=True)
     return dates
 
 
@@ -214,8 +217,9 @@ def _changes(schema: pa.Schema, footers: Collection[Footer]) -> list[str]:
     changes = dict[str, None]()
     for parquet_schema in dict.fromkeys(footer.parquet_schema for footer in footers):
         changes |= dict.fromkeys(f"{name}: {change}" for name, change in changed_types(schema, parquet_schema).items())
+    kept = set(schema.names)
     for footer in footers:
-        changes |= dict.fromkeys(f"{name}: {change}" for name, change in footer.lost_types.items() if name in schema.names)
+        changes |= dict.fromkeys(f"{name}: {change}" for name, change in footer.lost_types.items() if name in kept)
     labels = {footer.pandas_labels for footer in footers} - {""}
     return [*changes, *(f"labels of the columns in pandas: {kind} becomes text" for kind in sorted(labels))]
 

@@ -164,6 +164,31 @@ def test_files_are_known_by_suffix_in_any_case_or_by_their_magic_bytes(tmp_path:
     assert "2 files without a suffix that are not Parquet" in in_words(found.skipped)
 
 
+def test_what_is_neither_file_nor_folder_is_counted_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet")
+    os.mkfifo(tmp_path / "b.parquet")
+    found = find_files(str(tmp_path))
+    assert ([file.below for file in found.files], found.skipped) == (["a.parquet"], {"that are pipes, sockets or devices": 1})
+    (tmp_path / "c.parquet").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"cannot be read: .*c\.parquet"):
+        find_files(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path / "a" / "a.parquet")
+    parquet(tmp_path / "b" / "b.parquet")
+    list_folder = os.scandir
+
+    def refuse(path: str) -> object:  # the tests may run as root, whom nothing is refused
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"cannot be read: .*Permission denied: '\S+/b'"):
+        find_files(str(tmp_path))
+
+
 def test_partition_folders_may_begin_with_an_underscore_and_hold_any_value(tmp_path: Path) -> None:
     for name in ("_date=2024-01-01", "k=_x", "k=.x", "k=ok"):
         parquet(tmp_path / name / "p.parquet")
