@@ -21,14 +21,15 @@ ARROW_SCHEMA = b"ARROW:schema"
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 _TIME_UNITS = ("s", "ms", "us", "ns")
-_WKB = "geoarrow.wkb"
+_WKB, _GEOMETRIES = "geoarrow.wkb", ("Geometry", "Geography")
 _EXTENSION_NAME, _EXTENSION_METADATA = b"ARROW:extension:name", b"ARROW:extension:metadata"
 _PANDAS, _SPARK = b"pandas", b"org.apache.spark.sql.parquet.row.metadata"
 _TEXT_LABELS = ("unicode", "string", "mixed", "mixed-integer", "empty")
 _SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean"}
 _NODE = re.compile(r"^( *)(?:required|optional|repeated) (\S+?)(?:\(\d+\))? (?:field_id=-?\d+ )?(.*?)(?: \((.*)\))?( \{|;)$")
 _STRUCTURE = re.compile(r"List|Map|None")
-_FLAGS = re.compile(r", (?:is_from_converted_type|force_set_converted_type)=\w+")
+# Parquet's older annotation of a time stays: it says nothing of time zones, and DuckDB and Polars take it for one without.
+_FLAGS = re.compile(r", (?:is_from_converted_type=false|force_set_converted_type=\w+)")
 # What Parquet's integers are where nothing is said about them.
 _PLAIN = {"Int(bitWidth=32, isSigned=true)": "int32", "Int(bitWidth=64, isSigned=true)": "int64"}
 
@@ -215,8 +216,9 @@ def written_as(schema: pa.Schema, parquet_schema: str, metadata: dict[bytes, byt
         metadata: Key-values of the output's footer.
         with_arrow_schema: Whether the input's footer has Arrow's own schema too; some readers take other types where it is there.
     """
-    fields = [field.with_type(_Wkb(field.metadata.get(_EXTENSION_METADATA, b""))) if _is_wkb(field) else field for field in schema]
-    times = [kind for name in schema.names for kind in kinds_by_column(parquet_schema).get(name, ()) if kind.startswith("Time(")]
+    kinds = kinds_by_column(parquet_schema)
+    fields = [_as_geometry(field) if kinds.get(field.name, ("",))[0].startswith(_GEOMETRIES) else field for field in schema]
+    times = [kind for name in schema.names for kind in kinds.get(name, ()) if kind.startswith("Time(")]
     adjusted = bool(times) and all("isAdjustedToUTC=true" in kind for kind in times)
     options = {"write_time_adjusted_to_utc": adjusted, "store_schema": with_arrow_schema}
     if with_arrow_schema:  # then pyarrow looks for them there alone
@@ -304,8 +306,10 @@ class _Wkb(pa.ExtensionType):
         return cls(serialized)
 
 
-def _is_wkb(field: pa.Field) -> bool:
-    return (field.metadata or {}).get(_EXTENSION_NAME) == _WKB.encode() and pa.types.is_binary(field.type)
+def _as_geometry(field: pa.Field) -> pa.Field:
+    metadata = field.metadata or {}
+    is_wkb = metadata.get(_EXTENSION_NAME) == _WKB.encode() and pa.types.is_binary(field.type)
+    return field.with_type(_Wkb(metadata.get(_EXTENSION_METADATA, b""))) if is_wkb else field
 
 
 # Metadata

@@ -166,7 +166,7 @@ class FoundFiles:
     tables: dict[str, TableFormat]
     """Folder, relative to the input -> the table format that it is in; its own log says which of the files are live."""
     columns: tuple[str, ...] | None = None
-    """Those of the table that the files are, where they are one; its files may have others by mistake of a reader only."""
+    """Those of the table that the files are, where they are one."""
 
 
 def find_files(pattern: str) -> FoundFiles:

@@ -51,17 +51,16 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
 
 
 def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
-    """Compare a file's columns with those of the table that it belongs to.
+    """Compare a file's columns with those of the Iceberg table that it belongs to.
 
-    Raises: InputError: the table has had other columns since the file was written, and the format's own reader would translate them.
+    Iceberg knows columns by number, and its own reader translates the names and the defaults of older files. In a Delta table a column that
+    a file lacks is null, and one that only the file has is not part of the table.
+
+    Raises: InputError: the table's columns have changed since the file was written.
     """
-    if found.columns is None:
-        return
-    kind = found.tables[""]
-    others = sorted(set(names) - set(found.columns)) or (sorted(set(found.columns) - set(names)) if kind == "Iceberg" else [])
-    if others:
+    if found.columns is not None and found.tables[""] == "Iceberg" and (others := sorted(set(names) ^ set(found.columns))):
         raise InputError(
-            f"{path}: its columns are not those of the {kind} table now ({others[0]!r} differs); rewrite the table's files first"
+            f"{path}: its columns are not those of the Iceberg table now ({others[0]!r} differs); rewrite the table's files first"
         )
 
 

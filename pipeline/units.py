@@ -17,7 +17,7 @@ from pipeline.bulk_schema import FileSchema, binary_type, changed_types, is_utf8
 from pipeline.errors import DataError
 from pipeline.footers import Dates, Footer, read_dates, read_footers
 from pipeline.records import Record
-from pipeline.storage import StoredFile, find_files, open_file
+from pipeline.storage import StoredFile, find_files, open_file, store_errors
 from pipeline.table_formats import check_columns, live_files
 
 _FIRST_ROWS = 64
@@ -109,7 +109,7 @@ def plan_input(
         check_columns(found, path, footer.schema.names)
     kept, dates = tuple[str, ...](), dict[str, Dates | str]()
     if good:
-        kept = _check_columns(good, text_column=text_column, columns=columns)
+        kept = _check_columns(good, text_column=text_column, columns=columns, of_table=found.columns)
         dates = _read_dates(good, kept)
     faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
     good = {path: footer for path, footer in good.items() if path not in faults}
@@ -144,8 +144,10 @@ def _first_fault(faults: Mapping[str, str]) -> str:
     return f"{path}: {fault}"
 
 
-def _check_columns(good: Mapping[str, Footer], *, text_column: str, columns: Sequence[str] | None) -> tuple[str, ...]:
-    """The columns to keep, in their order.
+def _check_columns(
+    good: Mapping[str, Footer], *, text_column: str, columns: Sequence[str] | None, of_table: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The columns to keep, in their order; of a table, only its own.
 
     Raises: DataError: one is missing, or there twice, or the texts are none.
     """
@@ -161,7 +163,7 @@ def _check_columns(good: Mapping[str, Footer], *, text_column: str, columns: Seq
     if unknown := [name for name in columns or () if name not in every]:
         raise DataError(f"{next(iter(good))}: no column {unknown[0]!r}; its columns are {_some([*every])}; see --columns")
     _check_text(good, text_column)
-    return tuple(name for name in every if columns is None or name in columns)
+    return tuple(name for name in every if (columns is None or name in columns) and (of_table is None or name in of_table))
 
 
 def _check_text(good: Mapping[str, Footer], column: str) -> None:
@@ -178,8 +180,11 @@ def _check_text(good: Mapping[str, Footer], column: str) -> None:
 
 
 def _looks_like_text(path: str, column: str) -> bool:
-    with closing(open_file(path)) as source:
-        first = next(pq.ParquetFile(source).iter_batches(batch_size=_FIRST_ROWS, columns=[column]), None)
+    try:
+        with closing(open_file(path)) as source:
+            first = next(pq.ParquetFile(source).iter_batches(batch_size=_FIRST_ROWS, columns=[column]), None)
+    except store_errors(pa.ArrowException):
+        return True  # its units will say what is wrong with it
     values = [] if first is None else [value for value in first.column(0).cast(pa.large_binary()).to_pylist() if value]
     return not values or any(is_utf8(value) for value in values)
 

@@ -123,6 +123,13 @@ def test_deletion_vectors_are_refused(delta: Path, monkeypatch: pytest.MonkeyPat
     assert "has deletion vectors" in refused(delta)
 
 
+def test_columns_that_lie_in_the_files_of_a_delta_table_and_are_none_of_it_are_left_out(delta: Path) -> None:
+    live = next((delta / "day=wed").glob("*.parquet"))
+    write_table(live, {"text": ["e"], "n": [9], "_change_type": ["insert"]})
+    options: dict[str, Any] = {"columns": None, "new_columns": ["T_label"], "rows_per_unit": 100, "limit": None}
+    assert plan_input(str(delta), text_column="text", **options).schema.names == ["text", "n"]
+
+
 def test_an_iceberg_file_with_older_columns_is_refused(iceberg: Path) -> None:
     write_table(next((iceberg / "data").glob("*.parquet")), {"body": ["x"]})
     assert "its columns are not those of the Iceberg table now" in refused(iceberg)
