@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS = 15.0
 _BLOCK_BYTES = 1024**2
+_CHANGES_SHOWN = 12
 
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
@@ -45,8 +46,9 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(plan.source), plan.begun.num_done)
     if plan.source.skipped:
         logger.info("%s", in_words(plan.source.skipped))
-    if plan.source.changes:
-        logger.warning("types that the output cannot keep: %s", "; ".join(plan.source.changes))
+    if changes := plan.source.changes:
+        more = f" and {len(changes) - _CHANGES_SHOWN} more, see _job.json" if len(changes) > _CHANGES_SHOWN else ""
+        logger.warning("types that the output cannot keep: %s%s", "; ".join(changes[:_CHANGES_SHOWN]), more)
     for failure in plan.source.failures:
         logger.warning("left out: %s: %s", failure.path, failure.reason)
     return plan
