@@ -265,9 +265,10 @@ def data_source(mteb_task: MtebTask) -> str:
         "hub": mteb_task.location,
         "package": f"Python package {mteb_task.location}",
         "mirror": "local mirror",
-        "parquet": "own Parquet files",
+        "files": "own files",
     }
-    return f"{place[mteb_task.source]} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
+    carved = "" if mteb_task.test_split is None else f", {mteb_task.test_split.fraction:.0%} of them as test"
+    return f"{place[mteb_task.source]}{carved} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
 
 
 def without_local_paths(text: str) -> str:

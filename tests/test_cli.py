@@ -157,7 +157,7 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
         "NoFile: the test file",
         "Empty: test is empty",
         "NotText: train: column 'text' is int64, not text",
-        "NewLabel: test has labels that never occur in train: z",
+        "NewLabel: test has labels that never occur in train: 'z'",
         "OneClass: train has the single label 'x'",
     )
 

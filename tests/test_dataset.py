@@ -77,8 +77,8 @@ def test_labels_are_positions_in_the_names_that_the_data_gives_them() -> None:
 def test_a_class_without_test_texts_and_with_few_training_texts_is_reported() -> None:
     data = load("MassiveIntentClassification")
     assert data.notes == (
-        "classes that do not occur in test: cooking_query",
-        "classes with fewer texts than the 8 of a few-shot draw: cooking_query 4",
+        "classes that do not occur in test: 'cooking_query'",
+        "classes with fewer texts than the 8 of a few-shot draw: 'cooking_query' 4",
         "validation texts that are also in train: 11",
         "validation texts that are also in test: 5",
     )
@@ -149,8 +149,8 @@ def test_a_class_too_small_for_the_slice_stays_wholly_in_train_and_is_reported(t
     data = load_own(tmp_path, train=numbered({"many": 40, "few": 3}), test=numbered({"many": 1, "few": 1}))
     assert set(data.validation_labels.tolist()) == {data.label_names.index("many")}
     assert Counter(data.train_labels.tolist()) == {0: 3, 1: 36}
-    assert "classes too small for a validation slice, so wholly in train: few" in data.notes
-    assert "classes with fewer texts than the 8 of a few-shot draw: few 3" in data.notes
+    assert "classes too small for a validation slice, so wholly in train: 'few'" in data.notes
+    assert "classes with fewer texts than the 8 of a few-shot draw: 'few' 3" in data.notes
 
 
 @needs_mirror
@@ -179,7 +179,7 @@ def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path
 @pytest.mark.parametrize(
     ("train", "test", "words"),
     [
-        (numbered({"a": 9, "b": 9}), numbered({"a": 1, "z": 2}), "test has labels that never occur in train: z; add texts of them"),
+        (numbered({"a": 9, "b": 9}), numbered({"a": 1, "z": 2}), "test has labels that never occur in train: 'z'; add texts of them"),
         (numbered({0: 9, 1: 9}), numbered(dict.fromkeys(range(2, 10), 1)), "2, 3, 4, 5, 6 and 3 more"),
         (numbered({"a": 9}), numbered({"a": 1}), "train has the single label 'a'; a classifier needs at least two"),
         (numbered({0: 9, 1: 9}), numbered({"0": 1, "1": 1}), "numbers in one split and strings in another (train int64, test string)"),

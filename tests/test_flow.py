@@ -228,7 +228,7 @@ def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_
     assert [entry.task for entry in summary.tasks] == ["Topics", "Pairs"]
     (published,) = summary.failures  # what is published names no local path
     assert (published.mteb_task, published.stage) == ("Lost", "load data")
-    assert "Lost: the test file …/Lost-test.parquet does not exist" in published.reason
+    assert "Lost: test: …/Lost-test.parquet does not exist" in published.reason
 
 
 def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: FinishedRun) -> None:

@@ -80,7 +80,7 @@ def test_an_encoder_that_the_hub_does_not_know_is_not_named_as_base_model() -> N
 def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
     own = MtebTask(
         name="Own",
-        source="parquet",
+        source="files",
         location="/home/anna/a.parquet",
         test_location="/home/anna/b.parquet",
         revision="sha256:1",
