@@ -406,12 +406,12 @@ def _plain(values: Any) -> Any:
 
 def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
     """Strings or int64; null where there is no label, and an empty string is none."""
-    where, values = f"{where}: column {task.label_column!r}", _plain(values)
-    kind = values.type
     strings = _as_strings(values, where, task.label_column)
     if strings is not None:
         blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
         return pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
+    where, values = f"{where}: column {task.label_column!r}", _plain(values)
+    kind = values.type
     if pa.types.is_boolean(kind):
         return values.cast(pa.string())
     if pa.types.is_floating(kind):

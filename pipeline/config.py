@@ -169,7 +169,9 @@ class PublishConfig(Record):
     gate: GateConfig = GateConfig()
 
 
-def _holds_no_secret(location: str) -> str:
+def _checked_location(location: str) -> str:
+    if "\0" in location or "::" in location:
+        raise ValueError("expected a path or one URL, without NUL characters and without '::'")
     _, is_url, rest = location.partition("://")
     if is_url and ("@" in rest.partition("/")[0] or (location.startswith("http") and "?" in rest)):
         raise ValueError("the address may hold a password, and a run writes it into its files; take it from the environment")
@@ -177,7 +179,7 @@ def _holds_no_secret(location: str) -> str:
 
 
 _Name = Annotated[str, Field(min_length=1)]
-_Location = Annotated[_Name, AfterValidator(_holds_no_secret)]
+_Location = Annotated[_Name, AfterValidator(_checked_location)]
 
 
 class MtebTaskConfig(Record):

@@ -76,8 +76,9 @@ def find_sources(location: str) -> SourceFiles:
         is_folder = place.fs.isdir(place.root)
         found = [place.root] if is_folder else sorted(place.fs.glob(place.root)) if re.search(r"[*?[]", place.root) else []
         names = [name for path in found for name in _files(place, path)]
-    if not found:
-        raise DataError(f"{location} does not exist; expected a file, a folder or a glob")
+        if not found:
+            there = "is neither a file nor a folder" if place.fs.exists(place.root) else "does not exist"
+            raise DataError(f"{location} {there}; expected a file, a folder or a glob")
     top = place.root if is_folder else written_folder(location).root
     with _reachable(location):
         _refuse_table_format(place, location, names, top=top)
@@ -276,9 +277,11 @@ def _read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
             continue
         try:
             row = decode(line)
-        except (ValueError, RecursionError) as error:
-            fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise DataError(f"{path}: line {number} is not JSON: {fault}; expected one object on each line") from None
+        except json.JSONDecodeError as error:
+            fault = f"line {number} is not JSON: {error.msg} at column {error.colno}"
+            raise DataError(f"{path}: {fault}; expected one object on each line") from None
+        except (ValueError, RecursionError) as error:  # a key twice; a number of thousands of digits; thousands of brackets
+            raise DataError(f"{path}: line {number}: {first_line(error).partition(';')[0]}; write the file again") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is {_JSON_KINDS.get(type(row), 'null')}; expected an object, such as {{...}}")
         names |= dict.fromkeys(row)
@@ -314,8 +317,8 @@ def _json_column(values: Sequence[Any], lines: Sequence[int], where: str) -> Any
     except UnicodeEncodeError:
         line = next(line for value, line in zip(values, lines, strict=True) if value is not None and not _is_encodable(value))
         raise DataError(f"{where}: line {line} holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-    except (OverflowError, pa.ArrowInvalid) as error:
-        raise DataError(f"{where} holds a number that is too large: {first_line(error)}; write it as a string") from None
+    except (OverflowError, pa.ArrowInvalid):
+        raise DataError(f"{where} holds a whole number that needs more than 64 bits; write it as a string") from None
 
 
 def _is_encodable(text: str) -> bool:
@@ -331,7 +334,7 @@ def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
         file = pq.ParquetFile(pa.BufferReader(content))
         names, num_rows = file.schema_arrow.names, file.metadata.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: its footer cannot be read as Parquet: {first_line(error)}; write the file again") from None
+        raise DataError(f"{path}: its footer cannot be read: {first_line(error)}; write the file again") from None
     _check_columns(names, path, columns)
     wanted = _wanted(names, columns)
     try:

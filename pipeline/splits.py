@@ -34,7 +34,10 @@ def held_out(
     missing, spare = (counts * fraction).tolist(), (counts - 1).tolist()
     chosen = np.zeros(len(texts), dtype=np.bool_)
     block_of, label_of = blocks.tolist(), labels.tolist()
+    wanting = sum(number >= 0.5 for number in missing)
     for _, same in groupby(np.argsort(rank[blocks], kind="stable").tolist(), key=block_of.__getitem__):
+        if not wanting:
+            break  # no block brings a gain any more
         rows = list(same)
         num_texts = Counter(label_of[row] for row in rows)
         # What the sum over labels of (missing texts)² / (texts of the label) loses if the block is taken.
@@ -42,6 +45,7 @@ def held_out(
         if gain >= 0 and all(number <= spare[label] for label, number in num_texts.items()):
             chosen[rows] = True
             for label, number in num_texts.items():
+                wanting -= missing[label] >= 0.5 > missing[label] - number
                 missing[label] -= number
                 spare[label] -= number
     return chosen
@@ -65,15 +69,16 @@ def blocks_of(texts: Sequence[str], groups: Sequence[str] | None) -> NDArray[np.
     return _numbered(connected_components(graph, directed=False)[1][of_text].tolist())
 
 
-def text_key(text: str) -> str:
+def text_key(text: str) -> bytes:
     """Equal for near-equal texts: those with the same letters, marks and digits in the same order.
 
     Case, white space, punctuation, symbols and the Unicode form (NFKC) make no difference. A text of symbols alone is compared as it is,
     without the white space around it.
     """
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return text.casefold().translate(_LETTERS_AND_DIGITS) or text.strip()
+    if text.isascii():  # the same, but five times as fast
+        return text.lower().encode().translate(None, _ASCII_SYMBOLS) or text.strip().encode()
+    text = unicodedata.normalize("NFKC", text)
+    return (text.casefold().translate(_LETTERS_AND_DIGITS) or text.strip()).encode()
 
 
 def label_key(label: str) -> str:
@@ -94,6 +99,7 @@ class _LettersAndDigits(dict[int, int | None]):
 
 
 _LETTERS_AND_DIGITS = _LettersAndDigits()
+_ASCII_SYMBOLS = bytes(sign for sign in range(128) if not chr(sign).isalnum())
 
 
 def _numbered(values: Iterable[object]) -> NDArray[np.int64]:

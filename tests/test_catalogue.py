@@ -202,7 +202,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
     test = tmp_path / "test.parquet"
     test.write_bytes(test.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"Tickets: test: .*test\.parquet: its footer cannot be read as Parquet"):
+    with pytest.raises(DataError, match=r"Tickets: test: .*test\.parquet: its footer cannot be read"):
         load_mteb_task(task, offline=True)
     test.unlink()
     with pytest.raises(DataError, match=r"Tickets: test: .*test\.parquet does not exist"):
