@@ -181,7 +181,8 @@ def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, 
         notes.append(f"test is {share} ({keys}); near-equal texts{grouped} are on one side")
     absent = [_shown(name) for name, count in zip(label_names, in_test, strict=True) if count == 0]
     if absent:
-        notes.append(f"classes that do not occur in test{', too small for it' if task.test_split else ''}: {_some(absent)}")
+        why = "of which no text could be spared for" if task.test_split else "that do not occur in"
+        notes.append(f"classes {why} test: {_some(absent)}")
     if twins := _twins(label_names):
         notes.append(f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}")
     thin = [f"{_shown(name)} {count}" for name, count in zip(label_names, in_train, strict=True) if count < task.samples_per_label]

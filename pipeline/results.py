@@ -268,7 +268,8 @@ def data_source(mteb_task: MtebTask) -> str:
         "files": "own files",
     }
     carved = "" if mteb_task.test_split is None else f", {mteb_task.test_split.fraction:.0%} of them as test"
-    return f"{place[mteb_task.source]}{carved} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
+    grouped = "" if mteb_task.group_column is None else f", split by {mteb_task.group_column}"
+    return f"{place[mteb_task.source]}{carved}{grouped} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
 
 
 def without_local_paths(text: str) -> str:

@@ -129,10 +129,9 @@ def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of the names as Python writes them, cut at 60 characters, and how many more there are."""
+    """The first of the names as Python writes them, and how many more there are."""
     rest = len(names) - _MOST_NAMES
-    shown = (repr(name if len(name) <= 60 else f"{name[:60]}…") for name in names[:_MOST_NAMES])
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(repr, names[:_MOST_NAMES])) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --- find ---
@@ -236,18 +235,29 @@ def _read_csv(text: str, path: str, columns: Mapping[str, str]) -> Any:
     separator, header = _separator(text, path, columns)
     wanted = _wanted(header, columns)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    values_of, rows = itemgetter(*map(header.index, wanted)), []
+    values_of, rows, num_empty = itemgetter(*map(header.index, wanted)), [], 0
     try:
         for row in reader:
             if len(row) == len(header):
                 rows.append(values_of(row))
-            elif row:  # an empty line is no row
+            elif not row:
+                num_empty += 1  # an empty line is no row
+            else:
                 found = f"line {reader.line_num} ends a row of {len(row)} values, but the header names {len(header)} columns"
                 raise DataError(f"{path}: {found}; a value that holds {separator!r} or a line break has to be in quotation marks")
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: {error}; a quotation mark inside quotation marks has to be doubled") from None
+    if separator == "\t" and reader.line_num > len(rows) + num_empty and _is_whole_without_quotes(text, header):
+        raise DataError(
+            f"{path}: quotation marks join lines that are rows without them; double those that belong to a text, or use JSON Lines"
+        )
     values = list(zip(*rows[1:], strict=True)) or [()] * len(wanted)
     return pa.table({name: pa.array(of_column, pa.string()) for name, of_column in zip(wanted, values, strict=True)})
+
+
+def _is_whole_without_quotes(text: str, header: Sequence[str]) -> bool:
+    """Whether each line is a row by itself. Many TSV files mean their quotation marks as signs like others."""
+    return all(line.count("\t") == len(header) - 1 for line in io.StringIO(text) if line.strip())
 
 
 def _separator(text: str, path: str, columns: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -349,7 +359,8 @@ def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
 def _check_columns(names: Sequence[str], path: str, columns: Mapping[str, str], *, hint: str = "") -> None:
     for key, column in columns.items():
         if column not in names:
-            there = f"but {some(names)}" if names else "and no other"
+            shown = some([name if len(name) <= 60 else f"{name[:60]}…" for name in names])  # a first line without names is text
+            there = f"but {shown}" if names else "and no other"
             raise DataError(f"{path} has no column {column!r}, {there}; set {key} for this MTEB task in the config{hint}")
         if (count := names.count(column)) > 1:
             raise DataError(f"{path} has {count} columns named {column!r}; give each its own name")
