@@ -31,7 +31,7 @@ _FORMATS = {
     **dict.fromkeys((".parquet", ".parq", ".pq"), "Parquet"),
 }
 _ENDINGS = f"{', '.join(_FORMATS)}, each perhaps with .gz"
-_BINARY = {  # how a file begins that is no text
+_BINARY = {  # how files begin that are no text
     b"PAR1": "Parquet",
     b"PARE": "encrypted Parquet",
     b"ARROW1": "Arrow",
@@ -79,8 +79,7 @@ def find_sources(location: str) -> SourceFiles:
         if not found:
             there = "is neither a file nor a folder" if place.fs.exists(place.root) else "does not exist"
             raise DataError(f"{location} {there}; expected a file, a folder or a glob")
-    top = place.root if is_folder else written_folder(location).root
-    with _reachable(location):
+        top = place.root if is_folder else written_folder(location).root
         _refuse_table_format(place, location, names, top=top)
     taken = [name for name in names if _is_seen(name, below=top) and (name in found or _format_of(name) is not None)]
     left_out = tuple(sorted(name.removeprefix(f"{top}/") for name in set(names) - set(taken)))
@@ -206,16 +205,14 @@ def _checked_format(content: bytes, path: str) -> str:
 
 
 def _format_seen(content: bytes) -> str:
-    for magic, name in _BINARY.items():
-        if content.startswith(magic):
-            return name
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:4096]).lstrip()  # incremental: the cut may be in a character
+        start = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:4096])  # incremental: the cut may be in a character
     except UnicodeDecodeError:
-        return "not text in UTF-8"
-    if "\0" in text:
-        return "not text"
-    return "JSON Lines" if text.startswith("{") else "a JSON array" if text.startswith("[") else "text"
+        start = "\0"
+    if "\0" in start:
+        return next((name for magic, name in _BINARY.items() if content.startswith(magic)), "not text in UTF-8")
+    first = start.lstrip()[:1]
+    return {"{": "JSON Lines", "[": "a JSON array"}.get(first, "text")
 
 
 def _decode(content: bytes, path: str) -> str:

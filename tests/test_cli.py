@@ -153,10 +153,10 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
     refused(
         ended,
         tmp_path,
-        "NoColumn: train has no column 'text'",
-        "NoFile: the test file",
+        "NoColumn-train.parquet has no column 'text', but 'sentence', 'label'",
+        "missing.parquet does not exist",
         "Empty: test is empty",
-        "NotText: train: column 'text' is int64, not text",
+        "NotText-train.parquet: column 'text' is int64, not text",
         "NewLabel: test has labels that never occur in train: 'z'",
         "OneClass: train has the single label 'x'",
     )

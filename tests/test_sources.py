@@ -123,11 +123,11 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         ("a.json", '[{"text": "x", "label": 1}]', "is one JSON array; expected JSON Lines"),
         ("a.parquet", as_csv(), "is named as Parquet, but its content is text"),
         ("a.parquet", as_json_lines(), "is named as Parquet, but its content is JSON Lines"),
-        ("a.csv", b"PAR1", "is named as CSV, but its content is Parquet"),
-        ("a.csv", b"PK\x03\x04", "but its content is a zip archive or an Excel sheet"),
-        ("a.xlsx", b"PK\x03\x04", "its name does not say what it is, and its content is a zip archive or an Excel sheet"),
+        ("a.csv", b"PAR1\0", "is named as CSV, but its content is Parquet"),
+        ("a.csv", b"PK\x03\x04\0", "but its content is a zip archive or an Excel sheet"),
+        ("a.xlsx", b"PK\x03\x04\0", "its name does not say what it is, and its content is a zip archive or an Excel sheet"),
         ("a.txt", as_csv(), "its name does not say what it is, and its content is text; expected a name that ends in .csv, .tsv"),
-        ("a.parquet", b"PAR1 and no more", "its footer cannot be read"),
+        ("a.parquet", b"PAR1\0 and no more", "its footer cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_message_that_says_what_and_where(
@@ -136,6 +136,12 @@ def test_a_file_that_cannot_be_read_is_one_message_that_says_what_and_where(
     message = fault(tmp_path / name, content)
     assert words in message
     assert message.startswith(name)
+
+
+def test_names_that_begin_as_a_binary_format_does_are_names(tmp_path: Path) -> None:
+    for first in ("PARENT", "ORCID", "BZhe"):
+        (tmp_path / "a.csv").write_text(f"{first},text,label\n0,x,1\n")
+        assert read(tmp_path / "a.csv") == [("x", "1")]
 
 
 def test_a_value_that_is_missing_from_json_is_null(tmp_path: Path) -> None:
@@ -190,14 +196,30 @@ def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
     assert find_sources(f"{made(tmp_path, '[x]/a.csv')}/[x]").paths == (f"{folder}/[x]/a.csv",)
 
 
-def test_files_of_any_file_system_are_found_and_read() -> None:
-    import fsspec
+def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+    from moto.server import ThreadedMotoServer
 
-    with fsspec.open("memory://bucket/in/a.csv", "wb") as file:
-        file.write(as_csv())
-    (path,) = find_sources("memory://bucket/in").paths
-    assert path == "memory:///bucket/in/a.csv"
-    assert read_table(read_content(path), path, columns=COLUMNS).num_rows == len(ROWS)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": address}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        store = s3fs.S3FileSystem()
+        store.mkdir("lake")
+        for name in ("in/a.csv", "in/deep/b.csv", "in/_c.csv", "in/README.md"):
+            store.pipe(f"lake/{name}", as_csv())
+        found = find_sources("s3://lake/in")
+        assert found.paths == ("s3://lake/in/a.csv", "s3://lake/in/deep/b.csv")
+        assert found.left_out == ("README.md", "_c.csv")
+        assert find_sources("s3://lake/in/*.csv").paths == ("s3://lake/in/a.csv",)
+        assert read_table(read_content(found.paths[0]), found.paths[0], columns=COLUMNS).num_rows == len(ROWS)
+        with pytest.raises(DataError, match="s3://lake/gone does not exist"):
+            find_sources("s3://lake/gone")
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize(
