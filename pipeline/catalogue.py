@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
 from pipeline.errors import ConfigError, DataError, InputError, LorafleetError, first_line
 from pipeline.packages import PACKAGES, installed_version, read_package
-from pipeline.records import MtebTask, TestSplit
+from pipeline.records import CarvedTest, MtebTask
 from pipeline.run_folder import RunFolder
 from pipeline.sources import SourceFiles, find_sources, read_content, read_table, some
 from pipeline.splits import held_out, label_key
@@ -191,7 +191,7 @@ def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
         source="files",
         location=absolute(train),
         test_location=None if config.test is None else absolute(config.test),
-        test_split=TestSplit(fraction=fraction, seed=config.test_seed or 0) if config.test is None else None,
+        test_split=CarvedTest(fraction=fraction, seed=config.test_seed or 0) if config.test is None else None,
         revision=UNREAD,
         max_epochs=max_epochs,
         samples_per_label=_OWN_SAMPLES_PER_LABEL,
@@ -321,7 +321,7 @@ def _joined(tables: dict[str, Any], where: str) -> Any:
     return pa.concat_tables([table.select([name for name in table.column_names if name in shared]) for table in tables.values()])
 
 
-def _carve_test(train: Any, task: MtebTask, split: TestSplit) -> dict[str, Any]:
+def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]:
     """Train less its test split, and that split. Seeds below 0 are for this choice: the validation slice has the run's, from 0 up."""
     labels = train["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     groups = train["group"].to_pylist() if task.group_column is not None else None

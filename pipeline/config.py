@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -288,7 +289,9 @@ def anchored(config: RunConfig) -> RunConfig:
 def absolute(location: str) -> str:
     """The location with a path that holds in any working folder; URLs stay as they are."""
     path = location.removeprefix("file://")
-    return path if "://" in path else str(Path(path).expanduser().resolve())
+    if path.startswith("~/"):
+        path = f"{Path.home()}{path[1:]}"
+    return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on links that lead to each other
 
 
 def narrowed(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:

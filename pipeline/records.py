@@ -49,10 +49,8 @@ class Runtime(Record):
     """The instruction set or GPU the choice was made for."""
 
 
-class TestSplit(Record):
+class CarvedTest(Record):
     """The part of train that becomes test where the data have no test split of their own."""
-
-    __test__ = False  # for pytest: no test, in spite of its name
 
     fraction: float = Field(gt=0, lt=0.5)
     """Share of each label."""
@@ -72,7 +70,7 @@ class MtebTask(Record):
     """Hub data set, mirror folder, the user's training files, or package name."""
     test_location: str | None = None
     """The user's test files. None for other sources, and where ``test_split`` says which part of train becomes test."""
-    test_split: TestSplit | None = None
+    test_split: CarvedTest | None = None
     revision: str
     """A commit, a package version, or ``sha256:…`` of the files once they have been read."""
     subset: str = "default"

@@ -141,7 +141,7 @@ def _reachable(location: str) -> Iterator[None]:
     """What file systems raise, as one sentence. It names what could not be read, and claims no more."""
     try:
         yield
-    except store_errors(ValueError, NotImplementedError) as error:
+    except store_errors(ValueError, RuntimeError) as error:  # RuntimeError: pathlib, of links that lead to each other
         raise DataError(f"{location} cannot be read: {first_line(error)}") from None
 
 

@@ -191,6 +191,7 @@ def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(tmp_pat
     for given, expected in {
         "a/*.csv": str(tmp_path / "a" / "*.csv"),
         "~/a.csv": str(Path.home().resolve() / "a.csv"),
+        "~nobody-of-this-name/a.csv": str(tmp_path / "~nobody-of-this-name" / "a.csv"),
         "file:///there/a.csv": "/there/a.csv",
         "s3://bucket/a": "s3://bucket/a",
         "hf://datasets/somebody/a": "hf://datasets/somebody/a",

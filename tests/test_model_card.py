@@ -9,7 +9,7 @@ from builders import ENCODER, EUROBERT_MODULES, MINILM_MODULES, RUN_ID, WHEN, ch
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.model_card import render_card, usage_snippet
-from pipeline.records import EncoderRef, Failure, MtebTask, TaskResult, TestSplit
+from pipeline.records import CarvedTest, EncoderRef, Failure, MtebTask, TaskResult
 from pipeline.results import summarise
 
 HUB_ENCODER = EncoderRef(name="org/tiny", public_name="org/tiny", revision="0123456789abcdef0123456789abcdef01234567")
@@ -99,7 +99,7 @@ def test_the_card_says_which_part_of_the_own_files_became_test() -> None:
         name="Own",
         source="files",
         location="/home/anna/*.csv",
-        test_split=TestSplit(fraction=0.25, seed=0),
+        test_split=CarvedTest(fraction=0.25, seed=0),
         group_column="customer",
         revision="sha256:" + "1" * 64,
         max_epochs=2,

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import absolute
 from pipeline.errors import DataError
 from pipeline.sources import find_sources, read_content, read_table
 
@@ -245,6 +246,13 @@ def test_a_place_whose_files_are_not_clear_is_one_message(names: tuple[str, ...]
 
 def test_files_called_trainers_or_tested_are_no_splits(tmp_path: Path) -> None:
     assert len(find_sources(str(made(tmp_path / "in", "trainers.csv", "tested.csv", "devices.csv"))).paths) == 3
+
+
+def test_links_that_lead_to_each_other_are_one_message(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").symlink_to(tmp_path / "b.csv")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"a\.csv (cannot be read: |does not exist)"):
+        find_sources(absolute(str(tmp_path / "a.csv")))
 
 
 def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path: Path) -> None:
