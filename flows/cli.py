@@ -494,7 +494,7 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
-    from pipeline.catalogue import plan_tasks
+    from pipeline.catalogue import describe_source, plan_tasks
 
     tasks = plan_tasks(config)
     plan = {"config": config.model_dump(mode="json"), "mteb_tasks": [t.model_dump() for t in tasks]}
@@ -505,7 +505,7 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
     click.echo(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     for t in tasks:
-        click.echo(f"# {t.name}: {t.source} {t.location} at {t.revision}, subset {t.subset}, at most {t.max_epochs} epochs")
+        click.echo(f"# {t.name}: {describe_source(t)}; at most {t.max_epochs} epochs")
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """From a name to data: what mteb knows of a task, and its splits inside a real mteb task. The door to mteb's tasks.
 
-Four sources, one interface: your own Parquet files, packages that pip installed, a local mirror, the Hub.
+Four sources, one interface: your own files, packages that pip installed, a local mirror, the Hub.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
-from pipeline.errors import ConfigError, DataError, LorafleetError
+from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
+from pipeline.errors import ConfigError, DataError, InputError, LorafleetError, first_line
 from pipeline.packages import PACKAGES, installed_version, read_package
-from pipeline.records import MtebTask
+from pipeline.records import CarvedTest, MtebTask
 from pipeline.run_folder import RunFolder
+from pipeline.sources import SourceFiles, find_sources, read_content, read_table, some
+from pipeline.splits import held_out, label_key
 
 UNREAD = "unread"
 """The revision of files that nobody has read yet: a plan reads no data."""
 
 _OWN_SAMPLES_PER_LABEL = 8  # mteb's default
+_TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class LoadedTask:
     splits: dict[str, Any]
     """``train``, ``test`` and perhaps ``validation``: pyarrow tables.
 
-    Columns: ``text`` (string), ``label`` (int64 or string), perhaps ``label_text`` (string); no nulls in the first two."""
+    Columns: ``text`` (string), ``label`` (int64 or string), perhaps ``group`` and ``label_text`` (string). Nulls only in the last."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how they were read, one sentence each."""
 
 
 def plan_tasks(config: RunConfig) -> tuple[MtebTask, ...]:
@@ -51,7 +56,7 @@ def plan_tasks(config: RunConfig) -> tuple[MtebTask, ...]:
 def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) -> MtebTask:
     """Resolve where a task's data will come from; reads none of it and asks no network.
 
-    Own files go before packages, packages before ``data.mirror``, the mirror before the Hub at mteb's pinned revision.
+    Files of the user's own go before packages, packages before ``data.mirror``, the mirror before the Hub at mteb's pinned revision.
 
     Args:
         default_epochs: For a task that names no number of its own.
@@ -59,8 +64,8 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
     """
     RunFolder(Path()).task(config.name)  # refuses the names that a run folder has files of
     max_epochs = config.max_epochs or default_epochs
-    if config.train is not None and config.test is not None:
-        return _plan_own(config, config.train, config.test, max_epochs)
+    if config.train is not None:
+        return _plan_own(config, config.train, max_epochs)
     if config.name in PACKAGES:
         _check_subset(config.name, config.subset, ["default"])
         package = PACKAGES[config.name]
@@ -80,7 +85,7 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
         "samples_per_label": mteb_task.samples_per_label,
     }
     if data.mirror is not None:
-        return MtebTask(source="mirror", location=_absolute(str(Path(data.mirror) / config.name)), revision=UNREAD, **common)
+        return MtebTask(source="mirror", location=absolute(str(Path(data.mirror) / config.name)), revision=UNREAD, **common)
     return MtebTask(
         source="hub",
         location=mteb_task.metadata.dataset["path"],
@@ -105,15 +110,19 @@ def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
     if task.source == "hub":
         mteb_task = _find_mteb_task(task.name, subset=task.subset)
         return load_from_hub(task, mteb_task, offline=offline)
+    notes: tuple[str, ...] = ()
     if task.source == "package":
         raw, revision = read_package(task)
+        splits = {split: _checked(table, task, f"{task.name}: {split}") for split, table in raw.items()}
     else:
-        raw, revision = _read_files(task)
-    splits = _checked_splits(raw, task)
+        splits, revision, notes = _read_files(task, offline=offline)
+    _check_kinds(splits, task.name)
+    if task.test_split is not None:
+        splits |= _carve_test(splits["train"], task, task.test_split)
     loaded = _with_revision(task, revision)
     mteb_task = _find_mteb_task(task.name, subset=task.subset) if task.source == "mirror" else _make_mteb_task(loaded)
     _fill(mteb_task, splits, task.subset)
-    return LoadedTask(loaded, mteb_task, splits)
+    return LoadedTask(loaded, mteb_task, splits, notes)
 
 
 def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTask:
@@ -141,35 +150,53 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
         if split not in parts:
             raise DataError(f"{name}: expected a split {split!r}, found {', '.join(found)} in {at}")
     tables = {split: _hub_table(parts[split], task.label_column) for split in ("train", "validation", "test") if split in parts}
-    splits = _checked_splits(tables, task)
+    splits = {split: _checked(table, task, f"{name}: {split}") for split, table in tables.items()}
+    _check_kinds(splits, name)
     _fill(mteb_task, splits, task.subset)
     return LoadedTask(_with_revision(task, mteb_task.metadata.revision), mteb_task, splits)
+
+
+def describe_source(task: MtebTask) -> str:
+    """Where the data of a planned task will come from, as a phrase for people."""
+    match task.source:
+        case "hub":
+            return f"{task.location} on the Hub at {task.revision}, subset {task.subset}"
+        case "mirror":
+            return f"the mirror's folder {task.location}, subset {task.subset}"
+        case "package":
+            return f"the Python package {task.location} {task.revision}"
+    test = f"{task.test_split.fraction:.0%} of it as test" if task.test_split else f"test on {task.test_location}"
+    return f"your files: train on {task.location}, {test}"
 
 
 # --- plan ---
 
 
-def _plan_own(config: MtebTaskConfig, train: str, test: str, max_epochs: int) -> MtebTask:
+def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
     _check_subset(config.name, config.subset, ["default"])
-    text_column, label_column = config.text_column or "text", config.label_column or "label"
-    if text_column == label_column:
-        raise ConfigError(f"{config.name}: text_column and label_column both name {text_column!r}; they are two columns")
+    columns = {
+        "text_column": config.text_column or "text",
+        "label_column": config.label_column or "label",
+        "group_column": config.group_column,
+    }
+    keys_of: dict[str | None, list[str]] = {}
+    for key, column in columns.items():
+        keys_of.setdefault(column, []).append(key)
+    for column, keys in keys_of.items():
+        if len(keys) > 1:
+            raise ConfigError(f"{config.name}: {' and '.join(keys)} both name {column!r}; they are two columns")
+    fraction = config.test_fraction if config.test_fraction is not None else _TEST_FRACTION
     return MtebTask(
         name=config.name,
-        source="parquet",
-        location=_absolute(train),
-        test_location=_absolute(test),
+        source="files",
+        location=absolute(train),
+        test_location=None if config.test is None else absolute(config.test),
+        test_split=CarvedTest(fraction=fraction, seed=config.test_seed or 0) if config.test is None else None,
         revision=UNREAD,
-        text_column=text_column,
-        label_column=label_column,
         max_epochs=max_epochs,
         samples_per_label=_OWN_SAMPLES_PER_LABEL,
+        **columns,  # type: ignore[arg-type]
     )
-
-
-def _absolute(path: str) -> str:
-    # A worker may have another working directory than the command line.
-    return str(Path(path).expanduser().absolute())
 
 
 def _find_mteb_task(name: str, *, subset: str | None = None) -> Any:
@@ -181,7 +208,7 @@ def _find_mteb_task(name: str, *, subset: str | None = None) -> Any:
     except KeyError:
         close = _close_names(name)
         hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise ConfigError(f"mteb_tasks: mteb knows no task {name!r}. {hint}For data of your own, name the files train and test") from None
+        raise ConfigError(f"mteb_tasks: mteb knows no task {name!r}. {hint}For data of your own, name a file in train") from None
     known = mteb_task.metadata
     is_text = known.type == "Classification" and known.modalities == ["text"]
     if not is_text or not isinstance(mteb_task, AbsTaskClassification) or not isinstance(mteb_task.input_column_name, str):
@@ -223,24 +250,41 @@ def _check_subset(name: str, subset: str | None, known: list[str]) -> None:
 # --- read ---
 
 
-def _read_files(task: MtebTask) -> tuple[dict[str, Any], str]:
-    files = _split_files(task)
+def _read_files(task: MtebTask, *, offline: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """The checked splits, the hash of all files, and notes."""
     digest = hashlib.sha256()
-    raw = {}
-    for split, path in files.items():
-        raw[split] = _read_parquet(path, task, split)
-        digest.update(split.encode() + path.read_bytes())
-    return raw, f"sha256:{digest.hexdigest()}"
+    splits, notes = {}, []
+    for split, files in _split_files(task, offline=offline).items():
+        tables = {}
+        for path in files.paths:
+            with _prefixed(f"{task.name}: {split}"):
+                content = read_content(path)
+                table = read_table(content, path, columns=_columns(task))
+            digest.update(split.encode() + content)
+            if table.num_rows:
+                tables[path] = _checked(table, task, f"{task.name}: {split}: {path}")
+        splits[split] = _joined(tables, f"{task.name}: {split}")
+        if files.left_out:
+            notes.append(f"left out of the folder of {split}: {some(files.left_out)}")
+    return splits, f"sha256:{digest.hexdigest()}", tuple(notes)
 
 
-def _split_files(task: MtebTask) -> dict[str, Path]:
-    if task.source == "parquet":
-        assert task.test_location is not None
-        files = {"train": Path(task.location), "test": Path(task.test_location)}
-        for split, path in files.items():
-            if not path.is_file():
-                raise DataError(f"{task.name}: the {split} file {path} does not exist; set {split} for this MTEB task in the config")
-        return files
+def _split_files(task: MtebTask, *, offline: bool) -> dict[str, SourceFiles]:
+    if task.source == "mirror":
+        return {split: SourceFiles((str(path),), ()) for split, path in _mirror_files(task).items()}
+    locations = {"train": task.location} | ({} if task.test_location is None else {"test": task.test_location})
+    files = {}
+    for split, location in locations.items():
+        if offline and location.startswith("hf://"):
+            raise DataError(f"{task.name}: {split}: {location} is on the Hub, and data.offline = true; set one of the two otherwise")
+        with _prefixed(f"{task.name}: {split}"):
+            files[split] = find_sources(location)
+    if twice := set(files["train"].paths).intersection(files["test"].paths if "test" in files else ()):
+        raise DataError(f"{task.name}: {some(sorted(twice))} is in train and in test; what was learnt is no test")
+    return files
+
+
+def _mirror_files(task: MtebTask) -> dict[str, Path]:
     folder = Path(task.location)
     if not folder.is_dir():
         raise DataError(f"{task.name}: the mirror has no folder {folder}; expected {folder}/train.parquet and test.parquet")
@@ -251,21 +295,46 @@ def _split_files(task: MtebTask) -> dict[str, Path]:
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
-def _read_parquet(path: Path, task: MtebTask, split: str) -> Any:
-    wanted = (task.text_column, task.label_column)
+@contextmanager
+def _prefixed(where: str) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            for column in wanted:
-                if column not in columns:
-                    fix = f"set {'text_column' if column == wanted[0] else 'label_column'} for this MTEB task in the config"
-                    raise DataError(f"{task.name}: {split} has no column {column!r}, but {', '.join(columns)} ({path}); {fix}")
-                if (count := columns.count(column)) > 1:
-                    raise DataError(f"{task.name}: {split} has {count} columns named {column!r} ({path}); give each its own name")
-            names = ["label_text"] if columns.count("label_text") == 1 and "label_text" not in wanted else []
-            return file.read(columns=[*wanted, *names])
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{task.name}: {split} cannot be read as Parquet: {path}: {error}; write the file again") from error
+        yield
+    except InputError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _columns(task: MtebTask) -> dict[str, str]:
+    """Key of the config -> column of the files."""
+    grouped = {} if task.group_column is None else {"group_column": task.group_column}
+    return {"text_column": task.text_column, "label_column": task.label_column, **grouped}
+
+
+def _joined(tables: dict[str, Any], where: str) -> Any:
+    """One table of all files, with the columns that they share."""
+    if not tables:
+        raise DataError(f"{where} is empty; expected at least one text")
+    kinds = {str(table["label"].type): path for path, table in reversed(tables.items())}
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} in {path}" for kind, path in kinds.items())
+        raise DataError(f"{where}: labels are {found}; write them alike")
+    shared = set.intersection(*(set(table.column_names) for table in tables.values()))
+    return pa.concat_tables([table.select([name for name in table.column_names if name in shared]) for table in tables.values()])
+
+
+def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]:
+    """Train less its test split, and that split. Seeds below 0 are for this choice: the validation slice has the run's, from 0 up."""
+    labels = train["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    groups = train["group"].to_pylist() if task.group_column is not None else None
+    chosen = held_out(train["text"].to_pylist(), labels, groups=groups, fraction=split.fraction, seed=-1 - split.seed)
+    if not chosen.any():
+        found = f"{len(labels)} texts of {len(set(labels.tolist()))} labels"
+        if groups is not None:
+            found += f" and {len(set(groups))} groups by {task.group_column!r}"
+        raise DataError(
+            f"{task.name}: no text can be spared for test: train has {found}, and test_fraction is {split.fraction:g}; "
+            "raise it (below 0.5), add texts, or name a test file"
+        )
+    return {"train": train.filter(pa.array(~chosen)), "test": train.filter(pa.array(chosen))}
 
 
 def _hub_table(part: Any, label_column: str) -> Any:
@@ -279,59 +348,93 @@ def _hub_table(part: Any, label_column: str) -> Any:
     return table
 
 
-def _checked_splits(tables: dict[str, Any], task: MtebTask) -> dict[str, Any]:
-    splits = {split: _checked(table, task, split) for split, table in tables.items()}
+def _check_kinds(splits: dict[str, Any], name: str) -> None:
     kinds = {split: table["label"].type for split, table in splits.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{split} {kind}" for split, kind in kinds.items())
-        raise DataError(f"{task.name}: labels are numbers in one split and strings in another ({found}); write them alike")
-    return splits
+        raise DataError(
+            f"{name}: labels are numbers in one split and strings in another ({found}); write them alike (CSV has only strings)"
+        )
 
 
-def _checked(table: Any, task: MtebTask, split: str) -> Any:
-    """Columns text, label and perhaps label_text, without nulls, of the types that ``LoadedTask.splits`` promises."""
-    where = f"{task.name}: {split}"
+def _checked(table: Any, task: MtebTask, where: str) -> Any:
+    """The columns that ``LoadedTask.splits`` promises, of its types and without nulls."""
     if table.num_rows == 0:
         raise DataError(f"{where} is empty; expected at least one text")
-    text = _decoded(table[task.text_column])
-    if not _is_text(text.type):
-        raise DataError(f"{where}: column {task.text_column!r} is {text.type}, not text; set text_column to a column of strings")
-    columns = {"text": text, "label": _checked_label(_decoded(table[task.label_column]), task, where)}
-    for column, values in ((task.text_column, text), (task.label_column, columns["label"])):
+    text = _as_strings(table[task.text_column], where, task.text_column)
+    if text is None:
+        kind = table[task.text_column].type
+        raise DataError(f"{where}: column {task.text_column!r} is {kind}, not text; set text_column to a column of strings")
+    columns = {"text": text, "label": _checked_label(table[task.label_column], task, where)}
+    if task.group_column is not None:
+        columns["group"] = _checked_group(table[task.group_column], task.group_column, where)
+    for column, values in zip(_columns(task).values(), columns.values(), strict=True):
         if values.null_count:
+            first = pc.index(pc.is_null(values), True).as_py() + 1
             count = f"{values.null_count} of {table.num_rows} rows have no value"
-            raise DataError(f"{where}: column {column!r}: {count}; remove these rows or fill them")
-    if "label_text" in table.column_names and _is_text(_decoded(table["label_text"]).type):
-        columns["label_text"] = _decoded(table["label_text"])
-    columns = {name: values.cast(pa.string()) if _is_text(values.type) else values for name, values in columns.items()}
+            raise DataError(f"{where}: column {column!r}: {count}; remove these rows or fill them (the first is row {first})")
+    if "label_text" in table.column_names and (names := _as_strings(table["label_text"], where, "label_text")) is not None:
+        columns["label_text"] = names
     checked = pa.table(columns)
     try:
         checked.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: holds bytes that are not UTF-8: {error}; write the file again") from error
+        raise DataError(f"{where}: holds bytes that are not UTF-8: {first_line(error)}; write the file again") from None
     return checked
 
 
-def _decoded(values: Any) -> Any:
+def _as_strings(values: Any, where: str, column: str) -> Any | None:
+    """The values as pyarrow strings; None if they are no text. Bytes without a type are text if they are UTF-8."""
+    values = _plain(values)
+    kind = values.type
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    if not is_bytes and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        return None
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        fault = f"column {column!r} holds bytes that are not UTF-8: {first_line(error)}"
+        raise DataError(f"{where}: {fault}; write the file again, or choose another column") from None
+
+
+def _plain(values: Any) -> Any:
+    """Without dictionary, and without a logical type such as JSON that pyarrow keeps as an extension."""
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = values.cast(values.type.storage_type)
     return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
 
 
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
+    """Strings or int64; null where there is no label, and an empty string is none."""
+    strings = _as_strings(values, where, task.label_column)
+    if strings is not None:
+        blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
+        return pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
+    where, values = f"{where}: column {task.label_column!r}", _plain(values)
     kind = values.type
-    if _is_text(kind):
-        return values
     if pa.types.is_boolean(kind):
         return values.cast(pa.string())
+    if pa.types.is_floating(kind):
+        values = pc.if_else(pc.is_nan(values), None, values)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
         try:
             return values.cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise DataError(f"{where}: column {task.label_column!r} is {kind}, but not of whole numbers: {error}") from error
-    raise DataError(f"{where}: column {task.label_column!r} is {kind}; expected strings or integers; set label_column")
+            expected = "whole numbers" if pa.types.is_floating(kind) else "numbers of 64 bits with a sign"
+            raise DataError(f"{where} is {kind}, but not of {expected}: {first_line(error)}; write the labels as strings") from None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind):
+        raise DataError(f"{where} is {kind}, so several labels for a text; expected one label for each text, several are not supported yet")
+    raise DataError(f"{where} is {kind}; expected strings, whole numbers or booleans; set label_column")
+
+
+def _checked_group(values: Any, column: str, where: str) -> Any:
+    """Strings; null where there is no value, and an empty string is none."""
+    strings = _as_strings(values, where, column)
+    try:
+        strings = _plain(values).cast(pa.string()) if strings is None else strings
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"{where}: column {column!r} is {values.type}; expected one value for each text; set group_column") from None
+    return pc.if_else(pc.equal(strings, ""), None, strings)
 
 
 def _with_revision(task: MtebTask, revision: str) -> MtebTask:

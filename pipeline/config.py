@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.records import Column, Record
@@ -169,30 +170,56 @@ class PublishConfig(Record):
     gate: GateConfig = GateConfig()
 
 
+def _checked_location(location: str) -> str:
+    if "\0" in location or "::" in location:
+        raise ValueError("expected a path or one URL, without NUL characters and without '::'")
+    _, is_url, rest = location.partition("://")
+    if is_url and ("@" in rest.partition("/")[0] or (location.startswith("http") and "?" in rest)):
+        raise ValueError("the address may hold a password, and a run writes it into its files; take it from the environment")
+    return location
+
+
+_Name = Annotated[str, Field(min_length=1)]
+_Location = Annotated[_Name, AfterValidator(_checked_location)]
+
+
 class MtebTaskConfig(Record):
-    """One data set: a task that mteb knows, one of the quickstart's, or your own Parquet files."""
+    """One data set: a task that mteb knows, one of the quickstart's, or files of your own."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     max_epochs: int | None = Field(default=None, ge=1)
     """Overrides ``train.max_epochs``."""
     subset: str | None = None
     """Of a multilingual task; English where left out."""
-    train: str | None = None
-    """Parquet file with your training texts."""
-    test: str | None = None
-    """Parquet file with your test texts."""
-    text_column: str | None = None
-    """Only for your own files; ``text`` where left out."""
-    label_column: str | None = None
-    """Only for your own files; ``label`` where left out. Strings or integers."""
+    train: _Location | None = None
+    """Your training texts: a CSV, TSV, JSON Lines or Parquet file (perhaps .gz), a folder or a glob of them, or a URL (``s3://…``)."""
+    test: _Location | None = None
+    """Your test texts, likewise. Default: ``test_fraction`` of the training texts."""
+    text_column: _Name | None = None
+    """Only for your own files. Default: ``text``."""
+    label_column: _Name | None = None
+    """Only for your own files. Default: ``label``. Strings, whole numbers or booleans, one for each text."""
+    group_column: _Name | None = None
+    """Only for your own files. Texts with the same value here (a customer, a thread) stay on one side of every split."""
+    test_fraction: float | None = Field(default=None, gt=0, lt=0.5)
+    """Share of each label that becomes test where ``test`` is not set. Default: 0.2. Near-equal texts stay on one side."""
+    test_seed: int | None = Field(default=None, ge=0)
+    """Another one chooses other test texts. Default: 0. ``train.seed`` has no say in it, so that the scores of several can be compared."""
 
     @model_validator(mode="after")
-    def _own_files_come_in_pairs(self) -> MtebTaskConfig:
-        if (self.train is None) != (self.test is None):
-            raise ValueError("train and test belong together: name both Parquet files, or neither")
-        if self.train is None and (self.text_column or self.label_column):
-            raise ValueError("text_column and label_column have an effect only with train and test")
+    def _every_key_has_an_effect(self) -> MtebTaskConfig:
+        of_files = ("test", "text_column", "label_column", "group_column", "test_fraction", "test_seed")
+        given = [key for key in of_files if getattr(self, key) is not None]
+        if self.train is None and given:
+            raise ValueError(f"{' and '.join(given)} {_have(given)} an effect only with train, which names your own files")
+        carving = [key for key in given if key.startswith("test_")]
+        if self.test is not None and carving:
+            raise ValueError(f"{' and '.join(carving)} {_have(carving)} no effect beside test; leave out one or the other")
         return self
+
+
+def _have(keys: Sequence[str]) -> str:
+    return "has" if len(keys) == 1 else "have"
 
 
 class RunConfig(Record):
@@ -253,10 +280,18 @@ def anchored(config: RunConfig) -> RunConfig:
     files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
         if part[name] is not None and not part[name].startswith("hf:"):
-            part[name] = str(Path(part[name]).resolve())
+            part[name] = absolute(part[name])
     if Path(config.encoder.name).is_dir():
         values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
     return RunConfig.model_validate(values)
+
+
+def absolute(location: str) -> str:
+    """The location with a path that holds in any working folder; URLs stay as they are."""
+    path = location.removeprefix("file://")
+    if path.startswith("~/"):
+        path = f"{Path.home()}{path[1:]}"
+    return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on links that lead to each other
 
 
 def narrowed(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from pipeline.catalogue import load_mteb_task
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
-from pipeline.packages import hash_order
 from pipeline.records import MtebTask
 from pipeline.scores import overlap
+from pipeline.splits import held_out, label_key
 
 Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
@@ -49,7 +50,7 @@ class TaskData:
     """Texts of the whole train split with nothing but white space; they are kept."""
     num_empty_test: int
     fingerprint: str
-    """sha256 over label names, texts and labels of all splits as they were read: the same for every seed."""
+    """sha256 over label names, texts, labels and groups of all splits as they were read: the same for every seed."""
     test_fingerprint: str
     """sha256 over the texts and labels of test, in whatever order: a label that is new in train does not change it."""
     notes: tuple[str, ...]
@@ -60,6 +61,8 @@ class TaskData:
 class _Split:
     texts: list[str]
     labels: Labels
+    groups: list[str] | None = None
+    """The group of each text, where the data have groups."""
 
     def take(self, chosen: NDArray[np.bool_]) -> _Split:
         return _Split([text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen])
@@ -68,8 +71,8 @@ class _Split:
 def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData:
     """Read a task, check that it can be learnt, and hold out the validation slice.
 
-    Validation is the data's own split of that name; otherwise ``validation_fraction`` of each class of train, chosen by the seed,
-    with equal texts on one side; and nothing, so that train stays whole, where ``early_stopping_split`` is ``test``.
+    Validation is the data's own split of that name; otherwise ``validation_fraction`` of each class of train, chosen by the seed, with
+    near-equal texts and groups on one side; and nothing, so that train stays whole, where ``early_stopping_split`` is ``test``.
 
     Args:
         offline: Take from the Hub only what its local cache holds.
@@ -81,6 +84,9 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     label_names, splits = _number_labels(task.name, loaded.splits)
     whole_train, test = splits["train"], splits["test"]
     train, validation, slice_notes = _hold_out(splits, label_names, config)
+    if not validation.texts and np.bincount(train.labels).max() == 1:
+        found = f"each of the {len(label_names)} labels of train has a single text"
+        raise DataError(f"{task.name}: {found}; expected two texts of at least one label; add texts, or check that label_column is right")
     test_in_train = overlap([*whole_train.texts, *(validation.texts if config.refit else ())], test.texts)
     return TaskData(
         task=loaded.task,
@@ -98,7 +104,13 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
         num_empty_test=_count_empty(test),
         fingerprint=_fingerprint(label_names, splits),
         test_fingerprint=_test_fingerprint(loaded.splits["test"]),
-        notes=(*_notes(loaded.task, whole_train, test, label_names), *_overlap_notes(train, validation, test), *slice_notes),
+        notes=(
+            *loaded.notes,
+            *_notes(loaded.task, whole_train, test, label_names),
+            *_overlap_notes(train, validation, test),
+            *_group_notes(loaded.task, whole_train, test),
+            *slice_notes,
+        ),
     )
 
 
@@ -107,15 +119,22 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
-        raise DataError(f"{name}: train has the single label {classes[0]!r}; a classifier needs at least two classes")
+        raise DataError(f"{name}: train has the single label {_shown(classes[0])}; a classifier needs at least two classes")
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():
         unknown = sorted(set(column) - set(classes))
         if unknown:
-            fix = f"add texts of them to train, or remove them from {split}"
-            raise DataError(f"{name}: {split} has labels that never occur in train: {_some(map(str, unknown))}; {fix}")
+            known = {label_key(str(label)): label for label in classes}
+            twins = [f"{_shown(known[key])} for {_shown(label)}" for label in unknown if (key := label_key(str(label))) in known]
+            fix = f"which has {_some(twins)}; write them alike" if twins else f"add texts of them to train, or remove them from {split}"
+            sign = "," if twins else ";"
+            raise DataError(f"{name}: {split} has labels that never occur in train: {_some(map(_shown, unknown))}{sign} {fix}")
     splits = {
-        split: _Split(table["text"].to_pylist(), np.array([position[label] for label in values[split]], dtype=np.int64))
+        split: _Split(
+            table["text"].to_pylist(),
+            np.array([position[label] for label in values[split]], dtype=np.int64),
+            table["group"].to_pylist() if "group" in table.column_names else None,
+        )
         for split, table in tables.items()
     }
     return _label_names(classes, tables["train"]), splits
@@ -140,32 +159,11 @@ def _hold_out(splits: dict[str, _Split], label_names: tuple[str, ...], config: T
         return train, train.take(nobody), []
     if "validation" in splits:
         return train, splits["validation"], []
-    held_out = _validation_mask(train, fraction=config.validation_fraction, seed=config.seed)
-    spared = set(train.labels[held_out].tolist())
-    without = [name for label, name in enumerate(label_names) if label not in spared]
+    chosen = held_out(train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed)
+    spared = set(train.labels[chosen].tolist())
+    without = [_shown(name) for label, name in enumerate(label_names) if label not in spared]
     notes = [f"classes too small for a validation slice, so wholly in train: {_some(without)}"] if without else []
-    return train.take(~held_out), train.take(held_out), notes
-
-
-def _validation_mask(train: _Split, *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which training texts are held out, bool (texts,): of each class ``fraction`` of its texts, rounded.
-
-    Equal texts go together, or the score that selects the epoch would be of texts already learnt; those with several labels stay in train.
-    """
-    labels_of: dict[str, set[int]] = {}
-    for text, label in zip(train.texts, train.labels.tolist(), strict=True):
-        labels_of.setdefault(text, set()).add(label)
-    times = Counter(train.texts)
-    room = {label: int(count * fraction + 0.5) for label, count in Counter(train.labels.tolist()).items()}
-    held_out = set()
-    unique = list(times)
-    for index in hash_order(unique, seed=seed):
-        text = unique[index]
-        label = min(labels_of[text])
-        if len(labels_of[text]) == 1 and times[text] <= room[label]:
-            held_out.add(text)
-            room[label] -= times[text]
-    return np.fromiter((text in held_out for text in train.texts), dtype=np.bool_, count=len(train.texts))
+    return train.take(~chosen), train.take(chosen), notes
 
 
 def _count_empty(split: _Split) -> int:
@@ -176,10 +174,18 @@ def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, 
     in_train = np.bincount(train.labels, minlength=len(label_names))
     in_test = np.bincount(test.labels, minlength=len(label_names))
     notes = []
-    absent = [name for name, count in zip(label_names, in_test, strict=True) if count == 0]
+    if task.test_split is not None:
+        share = f"{len(test.texts)} of {len(test.texts) + len(train.texts)} texts of train"
+        keys = f"test_fraction {task.test_split.fraction:g}, test_seed {task.test_split.seed}"
+        grouped = "" if task.group_column is None else f" and texts with the same {task.group_column!r}"
+        notes.append(f"test is {share} ({keys}); near-equal texts{grouped} are on one side")
+    absent = [_shown(name) for name, count in zip(label_names, in_test, strict=True) if count == 0]
     if absent:
-        notes.append(f"classes that do not occur in test: {_some(absent)}")
-    thin = [f"{name} {count}" for name, count in zip(label_names, in_train, strict=True) if count < task.samples_per_label]
+        why = "of which no text could be spared for" if task.test_split else "that do not occur in"
+        notes.append(f"classes {why} test: {_some(absent)}")
+    if twins := _twins(label_names):
+        notes.append(f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}")
+    thin = [f"{_shown(name)} {count}" for name, count in zip(label_names, in_train, strict=True) if count < task.samples_per_label]
     if thin:
         notes.append(f"classes with fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
     for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
@@ -197,6 +203,26 @@ def _overlap_notes(train: _Split, validation: _Split, test: _Split) -> list[str]
     return notes
 
 
+def _group_notes(task: MtebTask, train: _Split, test: _Split) -> list[str]:
+    if train.groups is None or test.groups is None:
+        return []
+    of_test = set(test.groups)
+    shared = of_test.intersection(train.groups)
+    return [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"] if shared else []
+
+
+def _twins(label_names: tuple[str, ...]) -> list[str]:
+    alike = defaultdict(list)
+    for name in label_names:
+        alike[label_key(name)].append(_shown(name))
+    return [" and ".join(names) for names in alike.values() if len(names) > 1]
+
+
+def _shown(label: str | int) -> str:
+    """A label as a message shows it: in quotation marks, and so that no two labels look the same."""
+    return ascii(label) if isinstance(label, str) and not unicodedata.is_normalized("NFKC", label) else repr(label)
+
+
 def _some(names: Iterable[str]) -> str:
     every = list(names)
     rest = len(every) - _MOST_NAMES
@@ -205,7 +231,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str:
     digest = hashlib.sha256()
-    for texts in (list(label_names), *(split.texts for split in splits.values())):
+    groups = [split.groups for split in splits.values() if split.groups is not None]  # they decide the validation slice
+    for texts in (list(label_names), *(split.texts for split in splits.values()), *groups):
         encoded = [text.encode() for text in texts]
         digest.update(np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes())  # so that no text can pose as two
         digest.update(b"".join(encoded))

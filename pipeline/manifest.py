@@ -24,7 +24,7 @@ VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-lear
 
 # The sources whose change can change a weight or a score; a report's layout cannot.
 _SOURCES = (
-    *("catalogue", "packages", "dataset", "encoder", "tokeniser", "attention", "frozen_linear"),
+    *("catalogue", "splits", "packages", "dataset", "encoder", "tokeniser", "attention", "frozen_linear"),
     *("lora", "adapter", "step_graphs", "training", "evaluation", "scores", "job"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 SelectedOn = Literal["validation", "test", "last_epoch"]
 """The split that chose the epoch. ``test`` makes the score optimistic, so it is written on every row."""
@@ -49,20 +49,35 @@ class Runtime(Record):
     """The instruction set or GPU the choice was made for."""
 
 
+class CarvedTest(Record):
+    """The part of train that becomes test where the data have no test split of their own."""
+
+    fraction: float = Field(gt=0, lt=0.5)
+    """Share of each label."""
+    seed: int = Field(ge=0)
+
+
+def _renamed_source(source: object) -> object:
+    return "files" if source == "parquet" else source  # as earlier versions wrote it
+
+
 class MtebTask(Record):
     """One classification data set and where it comes from, resolved from the config."""
 
     name: str
-    source: Literal["hub", "mirror", "parquet", "package"]
+    source: Annotated[Literal["hub", "mirror", "files", "package"], BeforeValidator(_renamed_source)]
     location: str
-    """Hub data set, mirror folder, Parquet file of the train split, or package name."""
+    """Hub data set, mirror folder, the user's training files, or package name."""
     test_location: str | None = None
-    """Parquet file of the test split; only for ``source = "parquet"``."""
+    """The user's test files. None for other sources, and where ``test_split`` says which part of train becomes test."""
+    test_split: CarvedTest | None = None
     revision: str
     """A commit, a package version, or ``sha256:…`` of the files once they have been read."""
     subset: str = "default"
     text_column: str = "text"
     label_column: str = "label"
+    group_column: str | None = None
+    """Texts with the same value in this column stay on one side of every split."""
     max_epochs: int = Field(ge=1)
     samples_per_label: int = Field(ge=1)
     """Texts per label in each of mteb's few-shot draws."""

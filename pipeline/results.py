@@ -265,9 +265,11 @@ def data_source(mteb_task: MtebTask) -> str:
         "hub": mteb_task.location,
         "package": f"Python package {mteb_task.location}",
         "mirror": "local mirror",
-        "parquet": "own Parquet files",
+        "files": "own files",
     }
-    return f"{place[mteb_task.source]} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
+    carved = "" if mteb_task.test_split is None else f", {mteb_task.test_split.fraction:.0%} of them as test"
+    grouped = "" if mteb_task.group_column is None else f", split by {mteb_task.group_column}"
+    return f"{place[mteb_task.source]}{carved}{grouped} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
 
 
 def without_local_paths(text: str) -> str:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ TWO_CLASSES = {"text": [f"{word} {i}" for i in range(10) for word in ("red fox",
 
 
 def test_own_files_go_before_packages_packages_before_the_mirror_and_the_mirror_before_the_hub() -> None:
-    assert plan("WordNetDomains", mirror="m", train="a.parquet", test="b.parquet").source == "parquet"
+    assert plan("WordNetDomains", mirror="m", train="a.parquet", test="b.parquet").source == "files"
     assert plan("WordNetDomains", mirror="m").source == "package"
     assert plan("Banking77Classification", mirror="m").source == "mirror"
     assert plan("Banking77Classification").source == "hub"
@@ -131,7 +133,8 @@ def test_a_named_subset_is_taken() -> None:
         ({"name": "EmotionVNClassification", "subset": "xx"}, "those that exist are default"),
         ({"name": "MTOPDomainClassification", "subset": "it"}, "those that exist are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),
-        ({"name": "X", "train": "a", "test": "b", "text_column": "label"}, "both name 'label'"),
+        ({"name": "X", "train": "a", "test": "b", "text_column": "label"}, "text_column and label_column both name 'label'"),
+        ({"name": "X", "train": "a", "group_column": "text"}, "text_column and group_column both name 'text'"),
     ],
 )
 def test_a_task_that_cannot_be_is_one_message_that_says_what_can(config: dict[str, str], words: str) -> None:
@@ -150,6 +153,11 @@ def test_columns_of_any_name_and_labels_of_any_kind_end_as_text_and_label(tmp_pa
         "bytes": (pa.array([3, -1, 3], pa.int8()), [3, -1, 3]),
         "booleans": (pa.array([True, False, True]), ["true", "false", "true"]),
         "whole floats": (pa.array([1.0, 0.0, 1.0]), [1, 0, 1]),
+        "half floats": (pa.array([1.0, 0.0, 1.0], pa.float16()), [1, 0, 1]),
+        "categories of numbers": (pa.array([3, -1, 3]).dictionary_encode(), [3, -1, 3]),
+        "small numbers of a large type": (pa.array([3, 1, 3], pa.uint64()), [3, 1, 3]),
+        "bytes without a type": (pa.array([b"b", b"\xc3\xa9", b"b"]), ["b", "é", "b"]),
+        "views": (pa.array(["b", "a", "b"], pa.string_view()), ["b", "a", "b"]),
     }
     for kind, (queue, expected) in kinds.items():
         columns = {"body": pa.array(["x", "y", "z"], pa.large_string()), "queue": queue, "id": [1, 2, 3]}
@@ -173,13 +181,23 @@ def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> No
     ("columns", "words"),
     [
         ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, "train is empty"),
-        ({"body": ["a", "b"], "label": [0, 1]}, "train has no column 'text', but body, label"),
+        ({"body": ["a", "b"], "label": [0, 1]}, "train.parquet has no column 'text', but 'body', 'label'"),
         ({"text": ["a", "b"], "queue": [0, 1]}, "set label_column for this MTEB task in the config"),
         ({"text": [1, 2], "label": [0, 1]}, "column 'text' is int64, not text"),
         ({"text": ["a", None], "label": [0, 1]}, "column 'text': 1 of 2 rows have no value; remove these rows or fill them"),
         ({"text": ["a", "b"], "label": [None, 1]}, "column 'label': 1 of 2 rows have no value"),
         ({"text": ["a", "b"], "label": [0.5, 1.0]}, "column 'label' is double, but not of whole numbers"),
-        ({"text": ["a", "b"], "label": [[0], [1]]}, "column 'label' is list<"),
+        ({"text": ["a", "b"], "label": [float("nan"), 1.0]}, "column 'label': 1 of 2 rows have no value"),
+        ({"text": ["a", "b"], "label": [float("inf"), 1.0]}, "column 'label' is double, but not of whole numbers"),
+        (
+            {"text": ["a", "b"], "label": [[0], [1]]},
+            "so several labels for a text; expected one label for each text, several are not supported",
+        ),
+        ({"text": ["a", "b"], "label": [{"x": 0}, {"x": 1}]}, "column 'label' is struct<x: int64>; expected strings, whole numbers or"),
+        ({"text": ["a", "b"], "label": [date(2026, 1, 1)] * 2}, "column 'label' is date32[day]; expected strings, whole numbers or"),
+        ({"text": ["a", "b"], "label": [Decimal(1), Decimal(2)]}, "column 'label' is decimal128(1, 0); expected strings"),
+        ({"text": ["a", "b"], "label": pa.array([2**63, 1], pa.uint64())}, "is uint64, but not of numbers of 64 bits with a sign"),
+        ({"text": [b"a", b"\xff"], "label": [0, 1]}, "column 'text' holds bytes that are not UTF-8"),
     ],
 )
 def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
@@ -194,24 +212,83 @@ def test_a_column_that_is_there_twice_is_one_message(tmp_path: Path, twice: str)
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
     table = pq.read_table(tmp_path / "train.parquet")
     pq.write_table(table.append_column(twice, table[twice]), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=f"Tickets: train has 2 columns named '{twice}'"):
+    with pytest.raises(DataError, match=rf"Tickets: train: .*train\.parquet has 2 columns named '{twice}'"):
         load_mteb_task(task, offline=True)
+
+
+def test_text_that_a_file_calls_json_or_leaves_untyped_is_text(tmp_path: Path) -> None:
+    for number, kind in enumerate((pa.json_(), None)):
+        text = pa.ExtensionArray.from_storage(kind, pa.array(['"a"', '"b"'])) if kind else pa.array([b'"a"', b'"b"'], pa.large_binary())
+        task = own_task(tmp_path / str(number), train={"text": text, "label": [0, 1]}, test=TWO_CLASSES | {"label": [0, 1] * 10})
+        assert load_mteb_task(task, offline=True).splits["train"]["text"].to_pylist() == ['"a"', '"b"']
+
+
+def test_shards_are_read_together_whatever_the_order_and_width_of_their_columns(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "1.parquet", text=pa.array(["a"]), label=pa.array(["x"]), label_text=["X"])
+    write(tmp_path / "in" / "2.parquet", label=pa.array(["y"]).dictionary_encode(), text=pa.array(["b"], pa.large_string()))
+    write(tmp_path / "in" / "3.parquet", id=[1], label=pa.array(["x"], pa.large_string()), text=pa.array(["c"]).dictionary_encode())
+    write(tmp_path / "in" / "4.parquet", text=pa.nulls(0), label=pa.nulls(0))
+    test = write(tmp_path / "test.parquet", text=["d"], label=["x"])
+    loaded = load_mteb_task(plan("Tickets", train=str(tmp_path / "in"), test=str(test)), offline=True)
+    assert loaded.splits["train"].to_pydict() == {"text": ["a", "b", "c"], "label": ["x", "y", "x"]}
+
+
+def test_the_revision_of_shards_is_the_hash_of_their_content(tmp_path: Path) -> None:
+    revisions = []
+    for name, label in (("here", "x"), ("there", "x"), ("there", "z")):
+        for number in range(3):
+            write(tmp_path / name / f"{number}.parquet", text=[f"text {number}"] * 4, label=["y", label] * 2)
+        task = plan("Tickets", train=str(tmp_path / name / "*.parquet"), test_fraction=0.4)
+        revisions.append(load_mteb_task(task, offline=True).task.revision)
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
+def test_shards_whose_labels_differ_in_kind_are_named_both(tmp_path: Path) -> None:
+    write(tmp_path / "1.parquet", text=["a"], label=["x"])
+    write(tmp_path / "2.parquet", text=["b"], label=[1])
+    with pytest.raises(DataError, match=r"train: labels are .*int64 in .*2\.parquet.*; write them alike") as caught:
+        load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True)
+    assert f"string in {tmp_path}/1.parquet" in str(caught.value)
+
+
+def test_a_file_that_is_in_train_and_in_test_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet", **TWO_CLASSES)
+    with pytest.raises(DataError, match=r"b\.parquet' is in train and in test"):
+        load_mteb_task(plan("Tickets", train=str(tmp_path), test=str(tmp_path / "b.parquet")), offline=True)
+
+
+def test_files_of_a_folder_that_were_not_read_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", **TWO_CLASSES)
+    (tmp_path / "README.md").write_text("x")
+    assert load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True).notes == ("left out of the folder of train: 'README.md'",)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_files_on_the_hub_are_not_asked_for_offline() -> None:
+    with pytest.raises(DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, and data\.offline = true"):
+        load_mteb_task(plan("Tickets", train="hf://datasets/somebody/x"), offline=True)
+
+
+def test_a_record_of_an_earlier_version_says_parquet_for_own_files(tmp_path: Path) -> None:
+    task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
+    assert MtebTask.model_validate(task.model_dump(exclude={"test_split", "group_column"}) | {"source": "parquet"}) == task
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
     test = tmp_path / "test.parquet"
     test.write_bytes(test.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"Tickets: test cannot be read as Parquet: .*test\.parquet"):
+    with pytest.raises(DataError, match=r"Tickets: test: .*test\.parquet: its footer cannot be read"):
         load_mteb_task(task, offline=True)
     test.unlink()
-    with pytest.raises(DataError, match=r"the test file .*test\.parquet does not exist"):
+    with pytest.raises(DataError, match=r"Tickets: test: .*test\.parquet does not exist"):
         load_mteb_task(task, offline=True)
 
 
 def test_text_that_is_not_utf_8_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     damaged = pa.array([b"caf\xe9", b"tea"]).view(pa.string())
-    with pytest.raises(DataError, match="train: holds bytes that are not UTF-8"):
+    with pytest.raises(DataError, match=r"train\.parquet: holds bytes that are not UTF-8"):
         load_mteb_task(own_task(tmp_path, train={"text": damaged, "label": [0, 1]}, test=TWO_CLASSES), offline=True)
 
 

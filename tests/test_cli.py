@@ -97,7 +97,7 @@ def test_a_dry_run_of_files_that_do_not_exist_is_a_plan_all_the_same(tmp_path: P
     path = write_config(tmp_path / "config.toml", tmp_path / "nowhere", [{"name": "Own", "train": "a.parquet", "test": "b.parquet"}])
     ended = run("train", "--config", path, "--dry-run", cwd=tmp_path)
     assert ended.code == 0
-    assert f"# Own: parquet {tmp_path}/a.parquet at unread, subset default, at most 3 epochs" in ended.out
+    assert f"# Own: your files: train on {tmp_path}/a.parquet, test on {tmp_path}/b.parquet; at most 3 epochs" in ended.out
     assert load_config(str(path)).train.learning_rate == 0.01
     assert "learning_rate = 0.01" in ended.out
 
@@ -153,11 +153,11 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
     refused(
         ended,
         tmp_path,
-        "NoColumn: train has no column 'text'",
-        "NoFile: the test file",
+        "NoColumn-train.parquet has no column 'text', but 'sentence', 'label'",
+        "missing.parquet does not exist",
         "Empty: test is empty",
-        "NotText: train: column 'text' is int64, not text",
-        "NewLabel: test has labels that never occur in train: z",
+        "NotText-train.parquet: column 'text' is int64, not text",
+        "NewLabel: test has labels that never occur in train: 'z'",
         "OneClass: train has the single label 'x'",
     )
 

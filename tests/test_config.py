@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.config import RunConfig, load_config, preset_names, validate_config
+from pipeline.config import RunConfig, anchored, load_config, preset_names, validate_config
 from pipeline.errors import ConfigError, InputError
 
 SOURCE_EPOCHS = {
@@ -158,11 +159,45 @@ def test_a_name_given_twice_is_refused() -> None:
     assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
 
 
-def test_own_files_come_in_pairs_and_columns_only_with_them() -> None:
-    assert "both Parquet files" in fault("mteb_tasks.0.train=a.parquet")
-    assert "text_column" in fault("mteb_tasks.0.text_column=body")
-    own = {"name": "Mine", "train": "a.parquet", "test": "b.parquet", "text_column": "body"}
-    assert validate_config({"mteb_tasks": [own]}, "here").mteb_tasks[0].text_column == "body"
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"test": "b"}, "test has an effect only with train"),
+        ({"text_column": "body", "group_column": "who"}, "text_column and group_column have an effect only with train"),
+        ({"train": "a", "test": "b", "test_seed": 1}, "test_seed has no effect beside test"),
+        ({"train": "a", "test": "b", "test_fraction": 0.2}, "test_fraction has no effect beside test"),
+        ({"train": "a", "test_fraction": 0.5}, "mteb_tasks.0.test_fraction: Input should be less than 0.5"),
+        ({"train": ""}, "mteb_tasks.0.train: String should have at least 1 character"),
+        ({"train": "a", "text_column": ""}, "mteb_tasks.0.text_column: String should have at least 1 character"),
+        ({"train": "a\0b"}, "without NUL characters"),
+        ({"train": "zip://a.csv::b.zip"}, "expected a path or one URL"),
+    ],
+)
+def test_a_key_of_own_files_that_is_empty_or_has_no_effect_is_refused(entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate_config({"mteb_tasks": [{"name": "Mine", **entry}]}, "here")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/a.csv", "https://me:secret@host/a.csv", "https://host/a.csv?token=secret"])
+def test_an_address_with_a_password_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(ConfigError, match="may hold a password") as caught:
+        validate_config({"mteb_tasks": [{"name": "Mine", "train": address}]}, "here")
+    assert "secret" not in str(caught.value)
+
+
+def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, expected in {
+        "a/*.csv": str(tmp_path / "a" / "*.csv"),
+        "~/a.csv": str(Path.home().resolve() / "a.csv"),
+        "~nobody-of-this-name/a.csv": str(tmp_path / "~nobody-of-this-name" / "a.csv"),
+        "file:///there/a.csv": "/there/a.csv",
+        "s3://bucket/a": "s3://bucket/a",
+        "hf://datasets/somebody/a": "hf://datasets/somebody/a",
+    }.items():
+        config = validate_config({"mteb_tasks": [{"name": "Mine", "train": given}]}, "here")
+        assert anchored(config).mteb_tasks[0].train == expected
 
 
 def test_the_head_column_cannot_be_switched_off() -> None:

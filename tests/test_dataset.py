@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,6 +14,8 @@ from pipeline.catalogue import plan_task
 from pipeline.config import DataConfig, MtebTaskConfig, TrainConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.errors import DataError
+from pipeline.records import MtebTask
+from pipeline.splits import text_key
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"
 needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason=f"no copies of the MTEB data sets in {MIRROR}")
@@ -29,6 +32,13 @@ def load_own(folder: Path, *, train: dict[str, Any], test: dict[str, Any], **set
     config = MtebTaskConfig(name="Tickets", train=str(folder / "train.parquet"), test=str(folder / "test.parquet"))
     task = plan_task(config, data=DataConfig(), default_epochs=5)
     return load_data(task, config=TrainConfig(**settings), offline=True)
+
+
+def load_carved(folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | None = None, **settings: Any) -> TaskData:
+    """From a CSV file, without a test file."""
+    pacsv.write_csv(pa.table(train), folder / "train.csv")
+    config = MtebTaskConfig(name="Tickets", train=str(folder / "train.csv"), **entry or {})
+    return load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(**settings), offline=True)
 
 
 def numbered(counts: dict[Any, int]) -> dict[str, Any]:
@@ -77,8 +87,8 @@ def test_labels_are_positions_in_the_names_that_the_data_gives_them() -> None:
 def test_a_class_without_test_texts_and_with_few_training_texts_is_reported() -> None:
     data = load("MassiveIntentClassification")
     assert data.notes == (
-        "classes that do not occur in test: cooking_query",
-        "classes with fewer texts than the 8 of a few-shot draw: cooking_query 4",
+        "classes that do not occur in test: 'cooking_query'",
+        "classes with fewer texts than the 8 of a few-shot draw: 'cooking_query' 4",
         "validation texts that are also in train: 11",
         "validation texts that are also in test: 5",
     )
@@ -149,14 +159,123 @@ def test_a_class_too_small_for_the_slice_stays_wholly_in_train_and_is_reported(t
     data = load_own(tmp_path, train=numbered({"many": 40, "few": 3}), test=numbered({"many": 1, "few": 1}))
     assert set(data.validation_labels.tolist()) == {data.label_names.index("many")}
     assert Counter(data.train_labels.tolist()) == {0: 3, 1: 36}
-    assert "classes too small for a validation slice, so wholly in train: few" in data.notes
-    assert "classes with fewer texts than the 8 of a few-shot draw: few 3" in data.notes
+    assert "classes too small for a validation slice, so wholly in train: 'few'" in data.notes
+    assert "classes with fewer texts than the 8 of a few-shot draw: 'few' 3" in data.notes
 
 
 @needs_mirror
 def test_selecting_on_test_leaves_train_whole_and_needs_no_validation() -> None:
     data = load("Banking77Classification", early_stopping_split="test")
     assert (len(data.train_texts), data.validation_texts, data.validation_labels.tolist()) == (10003, [], [])
+
+
+def test_near_equal_texts_and_groups_are_never_on_both_sides(tmp_path: Path) -> None:
+    texts = [f"{'Text' if i % 2 else 'text'} {i // 2}{'!' * (i % 2)}" for i in range(400)]
+    columns = {"text": texts, "label": [i // 2 % 2 for i in range(400)], "who": [i // 10 for i in range(400)]}
+    data = load_own(tmp_path, train=columns, test=numbered({0: 1, 1: 1}))
+    assert not set(map(text_key, data.train_texts)) & set(map(text_key, data.validation_texts))
+    who = dict(zip(texts, columns["who"], strict=True))
+    config = MtebTaskConfig(name="Tickets", train=str(tmp_path / "train.parquet"), group_column="who")
+    data = load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
+    sides = [{who[text] for text in side} for side in (data.train_texts, data.validation_texts, data.test_texts)]
+    assert [len(side) for side in sides] == [29, 3, 8]
+    assert len(set.union(*sides)) == 40
+
+
+# --- a test split carved from train ---
+
+
+def test_without_a_test_file_a_fifth_of_each_label_is_test_and_it_is_recorded(tmp_path: Path) -> None:
+    train = numbered({"a": 100, "b": 55, "c": 3, "d": 2})
+    data = load_carved(tmp_path, train=train)
+    assert Counter(data.label_names[label] for label in data.test_labels) == {"a": 20, "b": 11, "c": 1}
+    assert sorted([*data.train_texts, *data.validation_texts, *data.test_texts]) == sorted(train["text"])
+    assert data.task.test_split is not None
+    assert (data.task.test_split.fraction, data.task.test_split.seed, data.task.test_location) == (0.2, 0, None)
+    assert data.notes[:2] == (
+        "test is 32 of 160 texts of train (test_fraction 0.2, test_seed 0); near-equal texts are on one side",
+        "classes of which no text could be spared for test: 'd'",
+    )
+    assert data.mteb_task.dataset["test"]["text"] == data.test_texts
+
+
+def test_no_test_text_is_near_equal_to_one_that_is_learnt(tmp_path: Path) -> None:
+    forms = ("text {} of {}", "Text {} of {}!", "TEXT  {} OF {}", "ｔｅｘｔ {} of {}")
+    texts = [forms[i % 4].format(i // 4, "ab"[i // 4 % 2]) for i in range(400)]
+    data = load_carved(tmp_path, train={"text": texts, "label": ["ab"[i // 4 % 2] for i in range(400)]})
+    learnt, tested = (set(map(text_key, side)) for side in ([*data.train_texts, *data.validation_texts], data.test_texts))
+    assert (len(tested), len(learnt & tested), data.num_overlap) == (20, 0, 0)
+
+
+def test_the_test_split_has_a_seed_of_its_own_so_that_trainings_can_be_compared(tmp_path: Path) -> None:
+    train = numbered({"a": 100, "b": 100})
+    first, other_training, other_test = (
+        load_carved(tmp_path, train=train, entry=entry, seed=seed) for seed, entry in ((0, {}), (1, {}), (0, {"test_seed": 1}))
+    )
+    assert first.test_texts == other_training.test_texts
+    assert first.validation_texts != other_training.validation_texts
+    assert set(first.test_texts) != set(other_test.test_texts)
+    assert len({first.fingerprint, other_test.fingerprint}) == 2
+
+
+def test_what_a_run_records_gives_the_same_split_again(tmp_path: Path) -> None:
+    """As the gate of a publication reads it from ``result.json``."""
+    train = numbered({"a": 60, "b": 60}) | {"who": [str(i // 5) for i in range(120)]}
+    data = load_carved(tmp_path, train=train, entry={"test_fraction": 0.3, "test_seed": 5, "group_column": "who"})
+    recorded = MtebTask.model_validate_json(data.task.model_dump_json())
+    again = load_data(recorded, config=TrainConfig(), offline=True)
+    assert (again.test_texts, again.fingerprint, again.test_fingerprint) == (data.test_texts, data.fingerprint, data.test_fingerprint)
+
+
+def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_held_out(tmp_path: Path) -> None:
+    train, test = numbered({"a": 60, "b": 60}), numbered({"a": 1, "b": 1})
+    prints = set()
+    for size in (1, 5, 6):
+        with_groups = [columns | {"who": [i // size for i in range(len(columns["text"]))]} for columns in (train, test)]
+        for split, columns in zip(("train", "test"), with_groups, strict=True):
+            pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+        files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
+        config = MtebTaskConfig(name="Tickets", group_column="who", **files)
+        data = load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
+        prints.add(data.fingerprint)
+        assert f"groups by 'who' that are in train and in test: {min(2, -(-2 // size))} of test's {-(-2 // size)}" in data.notes
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("counts", "entry", "sizes"),
+    [
+        (dict.fromkeys("abcdefghijklmn", 3), {}, (28, 0, 14)),
+        ({"a": 3, "b": 1}, {}, (3, 0, 1)),
+        ({"a": 100, "b": 1}, {}, (73, 8, 20)),
+        ({"a": 3, "b": 2}, {"test_fraction": 0.49}, (3, 0, 2)),
+    ],
+)
+def test_small_sets_are_lawful(counts: dict[str, int], entry: dict[str, Any], sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    data = load_carved(tmp_path, train=numbered(counts), entry=entry)
+    assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
+    assert set(data.train_labels.tolist()) == set(range(len(counts)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "entry", "words"),
+    [
+        (
+            numbered({"a": 2, "b": 2}),
+            {},
+            "no text can be spared for test: train has 4 texts of 2 labels, and test_fraction is 0.2; raise it",
+        ),
+        (numbered({"a": 20, "b": 20}) | {"who": ["x"] * 40}, {"group_column": "who"}, "40 texts of 2 labels and 1 groups by 'who'"),
+        (numbered({"a": 2, "b": 2}), {"test_fraction": 0.4}, "each of the 2 labels of train has a single text"),
+        (numbered({"a": 20, "b": 20}) | {"who": ["x", ""] * 20}, {"group_column": "who"}, "column 'who': 20 of 40 rows have no value"),
+    ],
+)
+def test_a_set_that_leaves_nothing_to_test_or_to_choose_on_is_one_message(
+    columns: dict[str, Any], entry: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load_carved(tmp_path, train=columns, entry=entry)
+    assert words in str(caught.value)
 
 
 # --- labels ---
@@ -179,9 +298,20 @@ def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path
 @pytest.mark.parametrize(
     ("train", "test", "words"),
     [
-        (numbered({"a": 9, "b": 9}), numbered({"a": 1, "z": 2}), "test has labels that never occur in train: z; add texts of them"),
+        (numbered({"a": 9, "b": 9}), numbered({"a": 1, "z": 2}), "test has labels that never occur in train: 'z'; add texts of them"),
         (numbered({0: 9, 1: 9}), numbered(dict.fromkeys(range(2, 10), 1)), "2, 3, 4, 5, 6 and 3 more"),
         (numbered({"a": 9}), numbered({"a": 1}), "train has the single label 'a'; a classifier needs at least two"),
+        (
+            numbered({"a": 1, "b": 1}),
+            numbered({"a": 1, "b": 1}),
+            "each of the 2 labels of train has a single text; expected two texts of at",
+        ),
+        (
+            numbered({"Bug": 9, "b": 9}),
+            numbered({"bug ": 1}),
+            "test has labels that never occur in train: 'bug ', which has 'Bug' for 'bug '",
+        ),
+        (numbered({"é": 9, "b": 9}), numbered({"e\u0301": 1}), r"train: 'e\u0301', which has 'é' for 'e\u0301'; write them alike"),
         (numbered({0: 9, 1: 9}), numbered({"0": 1, "1": 1}), "numbers in one split and strings in another (train int64, test string)"),
     ],
 )
@@ -189,6 +319,20 @@ def test_labels_that_cannot_be_learnt_are_one_message(tmp_path: Path, train: dic
     with pytest.raises(DataError) as caught:
         load_own(tmp_path, train=train, test=test)
     assert words in str(caught.value)
+
+
+def test_labels_that_look_alike_stay_classes_and_are_named_so_that_they_can_be_told_apart(tmp_path: Path) -> None:
+    labels = dict.fromkeys(("billing", "billing ", "Bug", "bug", "é", "e\u0301", "C", "C++"), 9)
+    data = load_own(tmp_path, train=numbered(labels), test=numbered(labels))
+    assert len(data.label_names) == 8
+    told = r"'Bug' and 'bug', 'billing' and 'billing ', 'e\u0301' and 'é'"
+    assert f"labels that differ only in case, spaces or Unicode form, each a class of its own: {told}" in data.notes
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\u200b", None])
+def test_a_label_that_cannot_be_seen_counts_as_none(blank: str | None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"column 'label': 2 of 20 rows have no value; .* \(the first is row 19\)"):
+        load_own(tmp_path, train=numbered({"a": 9, "b": 9, blank: 2}), test=numbered({"a": 1, "b": 1}))
 
 
 def test_overlap_and_empty_texts_are_counted_over_the_whole_train_split(tmp_path: Path) -> None:

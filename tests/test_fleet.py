@@ -61,7 +61,7 @@ def config(**compute: Any) -> RunConfig:
 
 
 def spec(name: str = "Topics") -> JobSpec:
-    task = MtebTask(name=name, source="parquet", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8)
+    task = MtebTask(name=name, source="files", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8)
     checked = {"fingerprint": "f", "encoder_revision": "e", "key": "k"}
     return JobSpec(config=config(), mteb_task=task, runtime=CPU_FLOAT32, run_id="one", runs="runs", **checked)
 

@@ -220,7 +220,7 @@ def test_the_workers_log_is_in_the_flow_runs(mixed: Mixed, prefect_api: str) -> 
 def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_1(mixed: Mixed) -> None:
     assert mixed.ended.code == 1
     assert mixed.ended.out.splitlines()[-1] == f"run: {mixed.root}"
-    assert mixed.ended.err.count("failed: Lost (load data): Lost: the test file") == 1, mixed.ended.err
+    assert mixed.ended.err.count("failed: Lost (load data): Lost: test: ") == 1, mixed.ended.err
     (failure,) = manifest_of(mixed.root).failures
     assert (failure.mteb_task, failure.stage, failure.user_fault) == ("Lost", "load data", True)
     assert "does not exist" in failure.reason
@@ -228,7 +228,7 @@ def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_
     assert [entry.task for entry in summary.tasks] == ["Topics", "Pairs"]
     (published,) = summary.failures  # what is published names no local path
     assert (published.mteb_task, published.stage) == ("Lost", "load data")
-    assert "Lost: the test file …/Lost-test.parquet does not exist" in published.reason
+    assert "Lost: test: …/Lost-test.parquet does not exist" in published.reason
 
 
 def test_only_what_changed_is_trained_again(mixed: Mixed, finished_run: FinishedRun) -> None:

@@ -51,6 +51,22 @@ def test_data_that_changed_after_they_were_checked_are_refused(spec: JobSpec, tm
         TaskJob(spec).load()
 
 
+def test_a_set_of_three_texts_for_each_of_two_labels_in_a_csv_file_ends_as_an_adapter(encoder_folder: Folders, tmp_path: Path) -> None:
+    """Without a test file and too small for a validation slice; through the reload in a fresh process."""
+    rows = [f"{word} {number};{label}" for label, word in (("fox", "red"), ("whale", "blue")) for number in range(3)]
+    (tmp_path / "a.csv").write_text("\n".join(["body;kind", *rows]), encoding="utf-8")
+    entry = {"name": "Animals", "train": str(tmp_path / "a.csv"), "text_column": "body", "label_column": "kind"}
+    config = load_config(str(write_config(tmp_path / "c.toml", encoder_folder("bert"), [entry])))
+    plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    (task,) = plan.tasks
+    result = TaskJob(job_spec(plan, task, run_id="one", runs=tmp_path / "runs")).finish()
+    data, split = result.data, result.mteb_task.test_split
+    assert (data.num_train, data.num_validation, data.num_test, data.num_overlap) == (4, 0, 2, 0)
+    assert split is not None
+    assert (split.fraction, split.seed, result.selected_on) == (0.2, 0, "last_epoch")
+    assert data.notes[0].startswith("test is 2 of 6 texts of train (test_fraction 0.2, test_seed 0)")
+
+
 def test_an_encoder_that_changed_after_it_was_checked_is_refused(spec: JobSpec) -> None:
     with pytest.raises(EncoderError, match=r"is sha256:\w+ now, and was sha256:0 when this run checked it; start it again"):
         TaskJob(changed(spec, encoder_revision="sha256:0")).load()

@@ -27,7 +27,7 @@ from pipeline.manifest import (
 from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
 from pipeline.run_folder import RunFolder
 
-TASK = MtebTask(name="Topics", source="parquet", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
+TASK = MtebTask(name="Topics", source="files", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
 KEY = "d" * 64
 
 
@@ -85,7 +85,7 @@ def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str,
 
 
 def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> None:
-    """What the others say is in the key by its values (config, runtime, adapters gone on from), or is of no weight (a reload's check)."""
+    """The others are in the key by their values (config, runtime, texts that were read), or have no weight (a reload's check)."""
     folder, found, left = Path(pipeline.__file__).parent, set[str](), ["job"]
     while left:
         name = left.pop()
@@ -94,7 +94,7 @@ def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> Non
             for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
                     left += [str(node.module).removeprefix("pipeline.")] if node.module != "pipeline" else [a.name for a in node.names]
-    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder"}
+    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder", "sources", "storage"}
     assert found - others == set(manifest_module._SOURCES)
 
 

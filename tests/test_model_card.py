@@ -9,7 +9,7 @@ from builders import ENCODER, EUROBERT_MODULES, MINILM_MODULES, RUN_ID, WHEN, ch
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.model_card import render_card, usage_snippet
-from pipeline.records import EncoderRef, Failure, MtebTask, TaskResult
+from pipeline.records import CarvedTest, EncoderRef, Failure, MtebTask, TaskResult
 from pipeline.results import summarise
 
 HUB_ENCODER = EncoderRef(name="org/tiny", public_name="org/tiny", revision="0123456789abcdef0123456789abcdef01234567")
@@ -80,7 +80,7 @@ def test_an_encoder_that_the_hub_does_not_know_is_not_named_as_base_model() -> N
 def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
     own = MtebTask(
         name="Own",
-        source="parquet",
+        source="files",
         location="/home/anna/a.parquet",
         test_location="/home/anna/b.parquet",
         revision="sha256:1",
@@ -92,6 +92,20 @@ def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
     assert data.datasets is None
     assert {(r.dataset_type, r.dataset_revision) for r in data.eval_results or []} == {("Own", None)}
     assert "/home" not in card
+
+
+def test_the_card_says_which_part_of_the_own_files_became_test() -> None:
+    own = MtebTask(
+        name="Own",
+        source="files",
+        location="/home/anna/*.csv",
+        test_split=CarvedTest(fraction=0.25, seed=0),
+        group_column="customer",
+        revision="sha256:" + "1" * 64,
+        max_epochs=2,
+        samples_per_label=8,
+    )
+    assert "| own files, 25% of them as test, split by customer @ sha256:111111111111 |" in card_of(task_result("Own", source=own))
 
 
 def test_a_card_names_no_local_path_even_where_a_failure_does() -> None:

@@ -120,7 +120,7 @@ def test_adapters_of_two_encoders_are_not_mixed(run: RunFolder, tmp_path: Path) 
 
 def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> None:
     own = MtebTask(
-        name="A", source="parquet", location="/srv/a/train.parquet", test_location="/srv/a/test.parquet", revision="r", max_epochs=1,
+        name="A", source="files", location="/srv/a/train.parquet", test_location="/srv/a/test.parquet", revision="r", max_epochs=1,
         samples_per_label=8,
     )  # fmt: skip
     encoder = EncoderRef(name="/srv/models/minilm", public_name="minilm", revision="sha256:" + "c" * 64)

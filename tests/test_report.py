@@ -191,7 +191,7 @@ def test_the_page_names_no_local_path() -> None:
         MtebTask(name="M", source="mirror", location="/home/anna/mirror", revision="sha256:1", max_epochs=1, samples_per_label=8),
         MtebTask(
             name="P",
-            source="parquet",
+            source="files",
             location="/home/anna/a.parquet",
             test_location="/home/anna/b.parquet",
             revision="sha256:2",
