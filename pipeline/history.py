@@ -101,6 +101,8 @@ def read_store(runs: Path, *, newest: int) -> StoreHistory:
             of_run = read_scores(scores_of_run(runs, run_id))
             file = mteb_tasks_of_run(runs, run_id)
             of_tasks = read_mteb_tasks(file) if file.exists() else []
+            _check_run_id(scores_of_run(runs, run_id), run_id, of_run)
+            _check_run_id(file, run_id, of_tasks)
         except DataError as error:
             faults.append(str(error))
             continue
@@ -186,6 +188,11 @@ def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
         values = [of_run.get(label, 0.0) for of_run in shares]
         spans[label] = (min(values) - max(values), -values[-1], label)  # of equal spans the more frequent first
     return tuple(sorted(spans, key=lambda label: spans[label])[:most])
+
+
+def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | MtebTaskRow]) -> None:
+    if others := sorted({row.run_id for row in rows} - {run_id}):
+        raise DataError(f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away")
 
 
 def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow]) -> RunFacts:
