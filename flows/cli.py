@@ -429,17 +429,22 @@ def _print_summary(summary: BulkSummary) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
     for reason, count in summary.reasons.items():
         click.echo(f"without a label: {count:,} ({reason}{'; each adapter counts' if len(summary.labels) > 1 else ''})")
-    rate = "nothing was left to do" if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
+    nothing = "nothing was labelled" if summary.failures else "nothing was left to do"
+    rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {summary.rows_in:,} rows in {summary.seconds:.0f} s, {rate}"
     click.echo(f"{facts}; {summary.truncated:,} cut, {summary.duplicates:,} duplicates, {summary.failures} failures")
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    """Prefect ends every run with a line of its own; what came of a stage is said by the stage, and of the flow by the command."""
+    """Prefect ends every run with a line of its own; what came of a stage is said by the stage, and of the flow by the command.
+
+    Stages that never began, because the one before failed, and those that an interrupt stopped have nothing to say.
+    """
     if record.exc_info and type(record.exc_info[1]).__module__.startswith("httpx"):
         return False  # the flow's end that could not be reported, as a traceback
-    end = "Finished in state" if record.name == "prefect.flow_runs" else "Finished in state Completed"
-    return not record.getMessage().startswith(end)
+    stopped = "Failed('Task run encountered an exception StoppedError"
+    ends = ("",) if record.name == "prefect.flow_runs" else ("Completed", "NotReady", stopped)
+    return not record.getMessage().startswith(tuple(f"Finished in state {end}" for end in ends))
 
 
 def _print_published(published: Published, *, as_json: bool) -> None:
@@ -577,7 +582,7 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
         by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
     columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
     grid = Table("MTEB task", "run", *columns, "", box=None, pad_edge=False)
-    for (mteb_task, run_id), scores in sorted(by_run.items()):
+    for (mteb_task, run_id), scores in sorted(by_run.items(), key=lambda line: line[0][0]):  # the runs of each, oldest first, as read
         note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
         grid.add_row(mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,15 +150,27 @@ def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:
 
 
 def threshold_for(adapter: FoundAdapter, target_accuracy: float) -> float:
-    """The lowest probability from which on the adapter's coverage table promises an accuracy.
+    """Return the lowest threshold of the adapter's coverage table whose lower end is not below an accuracy.
 
-    Raises: InputError: it has no such table, or none of its thresholds does.
+    What keeps its label is then right this often, with probability 0.95 and for texts like those of the validation slice; see
+    ``scores.coverage_table``.
+
+    Raises: InputError: the table is missing, was not measured on validation or does not count its texts, or no threshold supports it.
     """
-    if adapter.calibration is None:
-        raise InputError(f"adapter {adapter.name}: no calibration.json, so --target-accuracy cannot be met; use --min-score")
-    rows = [row for row in adapter.calibration.coverage if row.accuracy is not None]
-    good = [row.threshold for row in rows if row.accuracy is not None and row.accuracy >= target_accuracy]
-    if not good:
-        best = max((row.accuracy for row in rows if row.accuracy is not None), default=0.0)
-        raise InputError(f"adapter {adapter.name}: no threshold of its coverage table reaches {target_accuracy:g}; the best is {best:.3f}")
-    return min(good)
+    refusal = f"adapter {adapter.name}: --target-accuracy {target_accuracy:g} cannot be promised"
+    calibration = adapter.calibration
+    if calibration is None:
+        raise InputError(f"{refusal}: there is no calibration.json; use --min-score")
+    if calibration.fitted_on == "none":
+        raise InputError(f"{refusal}: it was trained without a validation slice to measure its coverage on; use --min-score")
+    supported = [(row.low, row) for row in calibration.coverage if row.low is not None]
+    if not supported:
+        older = "its calibration.json counts no texts, as older versions wrote it"
+        raise InputError(f"{refusal}: {older}; train the adapter again, or use --min-score")
+    if good := [row.threshold for low, row in supported if low >= target_accuracy]:
+        return min(good)
+    low, best = max(supported, key=lambda row: row[0])
+    raise InputError(
+        f"{refusal}: its validation texts are too few or too often wrong; the highest that they support is "
+        f"{math.floor(low * 1000) / 1000:.3f}, at confidence {best.threshold:g}, which {best.num_texts} of them reach"
+    )

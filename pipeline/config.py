@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.records import Column, Record
+from pipeline.records import Column, MainMetric, Record
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
@@ -66,7 +66,7 @@ class TrainConfig(Record):
     max_epochs: int = Field(default=5, ge=1)
     """For MTEB tasks that name no own number."""
     patience: int = Field(default=3, ge=1)
-    """Epochs without a better score before training stops."""
+    """Epochs without a better score before training stops, counted from the first epoch on."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train held out where a data set has no validation split."""
     early_stopping_split: Literal["validation", "test"] = "validation"
@@ -103,6 +103,16 @@ class EvaluateConfig(Record):
     """Resamples of the test texts behind each interval."""
     probe_c: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(default=(0.1, 1.0, 10.0, 100.0), min_length=1)
     """Inverse regularisations that the full-data probe chooses from, on validation."""
+    main_metric: Literal["auto"] | MainMetric = "auto"
+    """The score by which the head is judged against the full-data probe; epoch and C are chosen by accuracy all the same.
+
+    ``auto``: mteb's main score of a task that mteb knows (accuracy or macro-F1), accuracy for other data."""
+
+    @model_validator(mode="after")
+    def _main_metric_has_an_effect(self) -> EvaluateConfig:
+        if self.main_metric != "auto" and "frozen_full_data" not in self.columns:
+            raise ValueError(f'main_metric = "{self.main_metric}" has no effect without the column "frozen_full_data" to judge against')
+        return self
 
     @model_validator(mode="after")
     def _head_is_there(self) -> EvaluateConfig:

@@ -18,7 +18,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.dataset import TaskData
 from pipeline.encoder import Encoder, FloatArray
 from pipeline.manifest import library_versions
-from pipeline.records import Calibration, Column, Comparison, Confusion, ScoreRow, SelectedOn
+from pipeline.records import Calibration, Column, Comparison, Confusion, MainMetric, ScoreRow, SelectedOn
 from pipeline.tokeniser import IntArray, Tokens
 from pipeline.training import Training
 
@@ -96,7 +96,7 @@ class RowFacts:
         predictions: IntArray | None = None,
         selected_on: SelectedOn | None = None,
         adapter_sha256: str | None = None,
-        p_value: float | None = None,
+        comparison: Comparison | None = None,
     ) -> ScoreRow:
         """One line of ``scores.parquet``; ``started`` is the ``perf_counter`` at which the work on it began."""
         data = self.data
@@ -127,8 +127,11 @@ class RowFacts:
             device=self.encoder.runtime.device,
             versions=json.dumps(library_versions(), sort_keys=True),
             created_at=datetime.now(UTC),
-            p_value=p_value,
+            p_value=comparison.p_value if comparison else None,
             test_sha256=data.test_fingerprint,
+            samples_per_label=data.task.samples_per_label if column in ("frozen_few_shot", "adapted_few_shot") else None,
+            main_metric=comparison.main_metric if comparison else None,
+            p_value_main=comparison.main_p_value if comparison else None,
         )
 
 
@@ -179,11 +182,17 @@ def evaluate_adapter(
     predictions = logits.argmax(axis=1).astype(np.int64)
     comparison = None
     if "frozen_full_data" in config.columns:
-        comparison = scores.mcnemar(data.test_labels, predictions, baselines.probe_predictions)
+        comparison = scores.compare_paired(
+            data.test_labels,
+            predictions,
+            baselines.probe_predictions,
+            num_classes=len(data.label_names),
+            main_metric=_main_metric(data, config),
+            seed=facts.seed,
+        )
     score = _score(predictions, logits[:, -1] - logits[:, 0], facts, config)
     trained = {"selected_on": training.selected_on, "adapter_sha256": adapter_sha256}
-    p_value = comparison.p_value if comparison else None
-    rows.append(facts.row("head", score, started=started, predictions=predictions, p_value=p_value, **trained))  # type: ignore[arg-type]
+    rows.append(facts.row("head", score, started=started, predictions=predictions, comparison=comparison, **trained))  # type: ignore[arg-type]
     started = time.perf_counter()
     own: dict[str, Any] = {}
     if "adapted_few_shot" in config.columns:
@@ -200,6 +209,12 @@ def unit(vectors: FloatArray) -> FloatArray:
     """The vectors at length 1, float32 (texts, width)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+
+
+def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
+    if config.main_metric != "auto":
+        return config.main_metric
+    return "macro_f1" if data.mteb_task.metadata.main_score == "f1" else "accuracy"
 
 
 def _score(predictions: IntArray, positive: npt.NDArray[Any] | None, facts: RowFacts, config: EvaluateConfig) -> scores.Score:
@@ -226,7 +241,7 @@ def _full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfi
     probe = LogisticRegression(max_iter=_PROBE_ITERATIONS, warm_start=True)
     for c in sorted(config.probe_c):
         probe.set_params(C=c).fit(*fit)
-        right = float(probe.score(*choose))
+        right = float(probe.score(*choose)) if len(choose[1]) else 0.0  # of equals the smallest C is taken, so also of unmeasured ones
         if best is None or right > best[0]:
             best = (right, (c, probe.coef_.copy(), probe.intercept_.copy()))
     assert best is not None
@@ -239,15 +254,21 @@ def _full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfi
 
 
 def _hold_out(features: FloatArray, labels: IntArray, *, seed: int) -> tuple[Any, Any]:
-    """A tenth of train, to choose the probe's C on where the task has no validation slice."""
+    """Train in two parts: what is fitted, and a tenth to choose the probe's C on where the task has no validation slice.
+
+    Each class keeps a text in what is fitted, so the tenth is empty where no class has two.
+    """
     from sklearn.model_selection import train_test_split
 
-    rows = np.arange(len(labels))
-    single = np.bincount(labels)[labels] == 1  # stays in what is fitted, or the class would be unknown there
-    stratify = labels[~single] if len(rows[~single]) // 10 >= len(np.unique(labels[~single])) else None
-    fit, choose = train_test_split(rows[~single], test_size=0.1, random_state=seed, stratify=stratify)
-    lost = np.isin(labels[choose], np.setdiff1d(labels[choose], labels[fit]))
-    fit, choose = np.concatenate([fit, choose[lost], rows[single]]), choose[~lost] if not lost.all() else choose
+    single = np.bincount(labels)[labels] == 1
+    spare = np.flatnonzero(~single)
+    if not len(spare):
+        return (features, labels), (features[spare], labels[spare])
+    stratify = labels[spare] if len(spare) // 10 >= len(np.unique(labels[spare])) else None
+    fit, choose = train_test_split(spare, test_size=0.1, random_state=seed, stratify=stratify)
+    classes, first = np.unique(labels[choose], return_index=True)
+    back = first[~np.isin(classes, labels[fit])]  # of a class that is wholly in the tenth; it has at least two
+    fit, choose = np.concatenate([fit, choose[back], np.flatnonzero(single)]), np.delete(choose, back)
     return (features[fit], labels[fit]), (features[choose], labels[choose])
 
 

@@ -121,9 +121,9 @@ def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
 
 
 def beats_probe(result: TaskResult) -> bool:
-    """Whether the head is above the full-data probe, by McNemar's test."""
+    """Whether the head is above the full-data probe by the MTEB task's main metric, beyond noise."""
     comparison = result.comparison
-    return comparison is not None and comparison.only_head > comparison.only_probe and comparison.p_value < SIGNIFICANT
+    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANT
 
 
 def measure(candidate: Candidate, task: str, published: str) -> Measured:

@@ -13,6 +13,7 @@ from pipeline.manifest import RunManifest, read_manifest
 from pipeline.metrics_table import mteb_tasks_of_run, read_mteb_tasks, read_scores, runs_in_history, scores_of_run
 from pipeline.records import Column, MtebTaskRow, ScoreRow
 from pipeline.run_folder import RunFolder
+from pipeline.run_store import oldest_first
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def read_store(runs: Path, *, newest: int) -> StoreHistory:
             of_run = read_scores(scores_of_run(runs, run_id))
             file = mteb_tasks_of_run(runs, run_id)
             of_tasks = read_mteb_tasks(file) if file.exists() else []
+            _check_run_id(scores_of_run(runs, run_id), run_id, of_run)
+            _check_run_id(file, run_id, of_tasks)
         except DataError as error:
             faults.append(str(error))
             continue
@@ -127,8 +130,8 @@ def task_histories(scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow], whe
     for name, by_run in sorted(rows.items()):
         points: list[Point] = []
         before: MtebTaskRow | None = None
-        for run_id, columns in sorted(by_run.items()):
-            now = facts.get((name, run_id))
+        for run_id in oldest_first(by_run):
+            columns, now = by_run[run_id], facts.get((name, run_id))
             known = now is not None and bool(now.label_shares)
             points.append(
                 Point(
@@ -150,16 +153,18 @@ def changed_test_data(scores: Sequence[ScoreRow]) -> frozenset[tuple[str, str]]:
 
     Runs of older versions know their test data only by the number of texts; the hash is compared with the newest one that is known.
     """
-    by_run = {(row.mteb_task, row.run_id): row for row in scores}
+    by_run: dict[str, dict[str, ScoreRow]] = {}
+    for row in scores:
+        by_run.setdefault(row.run_id, {})[row.mteb_task] = row
+    before: dict[str, tuple[int, str | None]] = {}  # MTEB task -> number and hash of its newest test texts so far
     changed = set()
-    name, num_texts, sha256 = "", 0, None
-    for (mteb_task, run_id), row in sorted(by_run.items()):
-        if mteb_task != name:
-            name, sha256 = mteb_task, None
-        elif row.num_texts != num_texts or (None not in (sha256, row.test_sha256) and row.test_sha256 != sha256):
-            changed.add((mteb_task, run_id))
-            sha256 = None  # what it is now is not known before a row says so
-        num_texts, sha256 = row.num_texts, row.test_sha256 or sha256
+    for run_id in oldest_first(by_run):
+        for mteb_task, row in by_run[run_id].items():
+            num_texts, sha256 = before.get(mteb_task, (row.num_texts, None))
+            if row.num_texts != num_texts or (None not in (sha256, row.test_sha256) and row.test_sha256 != sha256):
+                changed.add((mteb_task, run_id))
+                sha256 = None  # what it is now is not known before a row says so
+            before[mteb_task] = row.num_texts, row.test_sha256 or sha256
     return frozenset(changed)
 
 
@@ -183,6 +188,11 @@ def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
         values = [of_run.get(label, 0.0) for of_run in shares]
         spans[label] = (min(values) - max(values), -values[-1], label)  # of equal spans the more frequent first
     return tuple(sorted(spans, key=lambda label: spans[label])[:most])
+
+
+def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | MtebTaskRow]) -> None:
+    if others := sorted({row.run_id for row in rows} - {run_id}):
+        raise DataError(f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away")
 
 
 def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow]) -> RunFacts:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from pipeline.adapter import HeadStart, save_adapter
 from pipeline.adapter_ref import find_adapters
@@ -28,7 +27,7 @@ from pipeline.plan import JobSpec
 from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
 from pipeline.reload import check_reload
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
-from pipeline.training import LabelledTokens, Training, train_adapter
+from pipeline.training import LabelledTokens, Training, tensor_file, train_adapter
 
 _RELOADED_TEXTS = 32
 _LOG = logging.getLogger(__name__)
@@ -110,7 +109,8 @@ class TaskJob:
         facts = self._facts()
         evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
         reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
-        check_reload(training.adapter, self.folder, reloaded_texts, offline=self.config.data.offline)
+        is_trained = training.best_epoch > 0
+        check_reload(training.adapter, self.folder, reloaded_texts, is_trained=is_trained, offline=self.config.data.offline)
         _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
         write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
         write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
@@ -130,9 +130,8 @@ class TaskJob:
             best_epoch=training.best_epoch,
             selected_on=training.selected_on,
             refitted=training.refitted,
-            warm_start=WarmStart(sha256=self.spec.warm_start.sha256, validation_accuracy=training.start_score)
-            if self.spec.warm_start
-            else None,
+            start_accuracy=training.start_score,
+            warm_start=WarmStart(sha256=self.spec.warm_start.sha256) if self.spec.warm_start else None,
             scores=(*baselines.rows, *evaluation.rows),
             comparison=evaluation.comparison,
             calibration=evaluation.calibration,
@@ -259,8 +258,7 @@ class _BaselinesFile:
         }
         facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
         facts |= {"rows": [row.model_dump(mode="json") for row in baselines.rows], "few_shot": baselines.few_shot}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, save(tensors, metadata={"facts": json.dumps(facts)}))
+        write_atomically(self.path, tensor_file(tensors, {"facts": json.dumps(facts)}))
 
     def read(self) -> tuple[Baselines, float] | None:
         """What was written; none if nothing was, or a fault cut it short."""

@@ -18,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import AdapterError, DataError
 from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
+from pipeline.run_store import oldest_first
 
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
 """The libraries whose versions may change a weight or a score."""
@@ -88,26 +89,27 @@ def task_key(
 
 
 def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, TaskResult]]:
-    """Finished MTEB tasks under ``runs`` by key, the newest of each; damaged ones are passed over.
+    """Finished MTEB tasks under ``runs`` by key, that of the newest run each; damaged ones are passed over.
 
     A run that was killed counts for the MTEB tasks that it did finish.
     """
     found: dict[str, tuple[TaskFolder, TaskResult]] = {}
-    for path in sorted(runs.glob("*/*/result.json"), key=lambda p: p.parent.parent.name):
-        folder = TaskFolder(path.parent)
-        if folder.root.name.startswith("."):
-            continue  # a copy that was cut short
-        result = _whole_result(folder, keys)
-        if result is not None:
-            found[result.key] = (folder, result)
+    for run in oldest_first({path.parent.parent.name for path in runs.glob("*/*/result.json")}):
+        for path in sorted((runs / run).glob("*/result.json")):
+            folder = TaskFolder(path.parent)
+            if folder.root.name.startswith("."):
+                continue  # a copy that was cut short
+            result = _whole_result(folder, keys)
+            if result is not None:
+                found[result.key] = (folder, result)
     return found
 
 
 def finished_runs(runs: Path) -> Iterator[tuple[RunFolder, RunManifest]]:
     """The finished runs of a store, newest first; those whose manifest cannot be read are passed over."""
-    for path in sorted(runs.glob("*/manifest.json"), key=lambda p: p.parent.name, reverse=True):
+    for run in reversed(oldest_first(path.parent.name for path in runs.glob("*/manifest.json"))):
         with suppress(DataError):
-            yield RunFolder(path.parent), read_manifest(RunFolder(path.parent))
+            yield RunFolder(runs / run), read_manifest(RunFolder(runs / run))
 
 
 def find_unchanged(runs: Path, keys: Mapping[str, str]) -> RunFolder | None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
 from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, ScoreRow
+from pipeline.run_store import oldest_first
 
 R = TypeVar("R", bound=Record)
 
@@ -53,6 +54,10 @@ SCORES_SCHEMA = pa.schema(
         pa.field("p_value_holm", pa.float64()),
         pa.field("reused_from", pa.string()),
         pa.field("test_sha256", pa.string()),
+        pa.field("samples_per_label", pa.int64()),
+        pa.field("main_metric", pa.string()),
+        pa.field("p_value_main", pa.float64()),
+        pa.field("p_value_main_holm", pa.float64()),
     ]
 )
 """One row per MTEB task and column of the score table: the fields of ``ScoreRow``, in order."""
@@ -195,17 +200,16 @@ def read_gate(path: Path) -> list[GateDecision]:
 
 
 def read_history(runs: Path) -> list[ScoreRow]:
-    """All rows of all runs, oldest first; none where no run has finished yet.
+    """All rows of all runs, oldest run first; none where no run has finished yet.
 
     Raises: DataError: a file is damaged or lacks columns; the message names it.
     """
-    rows = [row for run_id in runs_in_history(runs) for row in read_scores(scores_of_run(runs, run_id))]
-    return sorted(rows, key=lambda row: row.created_at)
+    return [row for run_id in runs_in_history(runs) for row in read_scores(scores_of_run(runs, run_id))]
 
 
 def runs_in_history(runs: Path) -> list[str]:
-    """The ids of the runs that the history holds, oldest first: an id begins with the time at which its run began."""
-    return sorted(path.stem.removeprefix("scores-") for path in (runs / "metrics").glob("scores-*.parquet"))
+    """The ids of the runs that the history holds, oldest first."""
+    return oldest_first(path.stem.removeprefix("scores-") for path in (runs / "metrics").glob("scores-*.parquet"))
 
 
 def scores_of_run(runs: Path, run_id: str) -> Path:

@@ -9,7 +9,18 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.records import ClassificationResults, EncoderRef, ResultsEntry, ScoreRow, TaskResult
-from pipeline.results import HOW_IT_WAS_MADE, SCORE_HEADINGS, data_source, percent, points, score_row, score_table, utc
+from pipeline.results import (
+    HOW_IT_WAS_MADE,
+    SCORE_HEADINGS,
+    data_source,
+    is_of_mteb,
+    percent,
+    points,
+    score_row,
+    score_table,
+    task_heading,
+    utc,
+)
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,10 +58,11 @@ def render_card(
         encoder=encoder,
         encoder_url=f"https://huggingface.co/{encoder.public_name}" if _is_on_hub(encoder) else "",
         num_tasks=f"{len(summary.tasks)} LoRA adapter{'s' * (len(summary.tasks) != 1)} with classification heads",
-        delta_sentence=_delta_sentence(summary),
+        delta_sentence=_delta_sentence(results, summary),
         run_id=summary.run_id,
         created_at=utc(summary.created_at),
-        headings=SCORE_HEADINGS,
+        task_heading=task_heading(results),
+        headings=SCORE_HEADINGS[1:],
         rows=rows,
         table_notes=table.notes(),
         failures=summary.failures,
@@ -94,7 +106,7 @@ def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license
         library_name="peft",
         pipeline_tag="text-classification",
         license=license,
-        tags=["lora", "text-classification", "mteb", "lorafleet"],
+        tags=["lora", "text-classification", *(["mteb"] if any(is_of_mteb(r.mteb_task) for r in results) else []), "lorafleet"],
         datasets=datasets or None,
         metrics=["accuracy", "f1"],
         model_name=f"LoRA text classifiers on {encoder.public_name}" if results else None,
@@ -119,13 +131,14 @@ def _metrics(result: TaskResult) -> list[EvalResult]:
 
 def _metric(result: TaskResult, row: ScoreRow, kind: str, value: float, name: str) -> EvalResult:
     task = result.mteb_task
-    on_hub = task.source == "hub"
+    on_hub, is_own = task.source == "hub", _is_own(result)
     return EvalResult(
         task_type="text-classification",
         task_name="Text classification",
-        dataset_type=task.location if on_hub else task.name,
-        dataset_name=f"MTEB {task.name}" if on_hub else task.name,
-        dataset_config=task.subset,
+        # The Hub reads a type as the name of a data set on it, and takes two results of one type, subset and split for the same data's.
+        dataset_type=task.location if on_hub else "own-data" if is_own else task.name,
+        dataset_name=f"MTEB {task.name}" if on_hub else f"{task.name} (own data)" if is_own else task.name,
+        dataset_config=task.name if is_own else task.subset,
         dataset_split=row.split,
         dataset_revision=task.revision if _COMMIT.fullmatch(task.revision) else None,
         metric_type=kind,
@@ -134,11 +147,18 @@ def _metric(result: TaskResult, row: ScoreRow, kind: str, value: float, name: st
     )
 
 
-def _delta_sentence(summary: ClassificationResults) -> str:
-    mean, count = summary.average, sum(entry.delta is not None for entry in summary.tasks)
+def _is_own(result: TaskResult) -> bool:
+    return not is_of_mteb(result.mteb_task) and result.mteb_task.source != "package"
+
+
+def _delta_sentence(results: Sequence[TaskResult], summary: ClassificationResults) -> str:
+    mean = summary.average
     if mean.delta is None:
         return ""
-    over = f"{count} MTEB task{'s' * (count != 1)}"
+    others = {result.mteb_task.name for result in results if not is_of_mteb(result.mteb_task)}
+    is_other = [entry.task in others for entry in summary.tasks if entry.delta is not None]
+    counts = ((is_other.count(False), "MTEB task", ""), (is_other.count(True), "data set", " outside MTEB"))
+    over = " and ".join(f"{count} {word}{'s' * (count != 1)}{where}" for count, word, where in counts if count)
     return (
         f"In mteb's few-shot protocol over {over} the mean accuracy goes from {percent(mean.baseline_accuracy)} to "
         f"{percent(mean.lora_accuracy)} per cent ({points(mean.delta)} points); how the adapters compare with a probe that "
@@ -155,6 +175,7 @@ def _adapter(result: TaskResult) -> dict[str, str | int]:
         "num_lora": f"{result.num_lora_parameters:,}",
         "num_head": f"{result.num_head_parameters:,}",
         "texts": f"{data.num_train:,} / {data.num_validation:,} / {data.num_test:,}",
+        "samples_per_label": result.mteb_task.samples_per_label,
         "selected_on": result.selected_on.replace("_", " "),
     }
 
@@ -173,6 +194,8 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
     weak = [result.mteb_task.name for result in results if _is_no_better_than_majority(result)]
     if weak:
         limits.append(f"Not distinguishable from always answering the most frequent label: {', '.join(weak)}.")
+    if kept := [entry.task for entry in summary.tasks if entry.best_epoch == 0]:
+        limits.append(f"No epoch beat the start of training, so the start was kept and training has not helped: {', '.join(kept)}.")
     limits += _limits_of_selection(summary.tasks)
     if summary.failures:
         limits.append(f"The averages leave out what did not finish: {', '.join(f.mteb_task for f in summary.failures)}.")

@@ -70,15 +70,16 @@ def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder
 
 
 def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
-    """Holm's correction of the head's p-values over the MTEB tasks."""
-    values = holm([result.comparison.p_value if result.comparison else None for result in results])
-    return tuple(
-        TaskResult.model_validate(
-            result.model_dump()
-            | {"scores": tuple(rewritten(row, p_value_holm=value) if row.column == "head" else row for row in result.scores)}
-        )
-        for result, value in zip(results, values, strict=True)
-    )
+    """Holm's correction of the head's p-values over the MTEB tasks: those of McNemar's test, and those of each task's main metric."""
+    comparisons = [result.comparison for result in results]
+    accuracy = holm([comparison.p_value if comparison else None for comparison in comparisons])
+    main = holm([comparison.main_p_value if comparison else None for comparison in comparisons])
+    corrected = []
+    for result, p_value, p_value_main in zip(results, accuracy, main, strict=True):
+        values = {"p_value_holm": p_value, "p_value_main_holm": p_value_main}
+        rows = tuple(rewritten(row, **values) if row.column == "head" else row for row in result.scores)
+        corrected.append(TaskResult.model_validate(result.model_dump() | {"scores": rows}))
+    return tuple(corrected)
 
 
 def rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:

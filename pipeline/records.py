@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 SelectedOn = Literal["validation", "test", "last_epoch"]
 """The split that chose the epoch. ``test`` makes the score optimistic, so it is written on every row."""
 
 Column = Literal["majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"]
 """One way to classify a data set; together they are the columns of the score table, left to right."""
+
+MainMetric = Literal["accuracy", "macro_f1"]
+"""The score by which the head is judged against the full-data probe; the name of a field of ``ScoreRow``."""
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share or a score, 0..1."""
@@ -187,6 +190,15 @@ class ScoreRow(Record):
     """The run that computed this row, if not this one."""
     test_sha256: str | None = None
     """Of the texts and labels of test, in whatever order: where two differ, the scores are of different exams. None in older rows."""
+    samples_per_label: int | None = None
+    """Training texts per label in each few-shot draw: with another number the scores cannot be compared. None in the other columns' rows,
+    like the three below in all but the ``head`` row, and all four in older rows."""
+    main_metric: MainMetric | None = None
+    """The score by which the head is judged against ``frozen_full_data``."""
+    p_value_main: Unit | None = None
+    """The paired test of the two on the main metric: ``p_value``, or for macro-F1 a randomisation test."""
+    p_value_main_holm: Unit | None = None
+    """The same, corrected over the run's MTEB tasks."""
 
 
 class CoverageRow(Record):
@@ -197,6 +209,10 @@ class CoverageRow(Record):
     """Share of the texts that keep their label."""
     accuracy: Unit | None
     """None where no text is left."""
+    num_texts: int | None = Field(default=None, ge=0)
+    """Texts that keep their label; None in tables of older versions, like ``low``."""
+    low: Unit | None = None
+    """Lower end of a 95 % interval of the accuracy; those of all rows of a table hold together. 0 where no text is left."""
 
 
 class ReliabilityBin(Record):
@@ -305,16 +321,28 @@ class Comparison(Record):
     only_probe: int
     p_value: Unit
     """McNemar's exact test, two-sided."""
+    main_metric: MainMetric = "accuracy"
+    """The score by which the two are judged."""
+    macro_f1_gain: float | None = None
+    """How much higher the head's macro-F1 is. None where accuracy is the main metric, like the next."""
+    macro_f1_p_value: Unit | None = None
+    """Paired randomisation test of this difference, two-sided."""
+
+    @property
+    def gain(self) -> float:
+        """Positive where the head is better by the main metric, negative where the probe is."""
+        return self.macro_f1_gain if self.macro_f1_gain is not None else self.only_head - self.only_probe
+
+    @property
+    def main_p_value(self) -> float:
+        """The p-value of the test on the main metric."""
+        return self.macro_f1_p_value if self.macro_f1_p_value is not None else self.p_value
 
 
 class WarmStart(Record):
     """The published adapter that a training went on from."""
 
     sha256: str
-    validation_accuracy: Unit | None
-    """Of its head on this run's validation texts, before the first epoch; none where there are none.
-
-    It may have been trained on a few of them: most, but not all of a slice stays the same while the data grow."""
 
 
 class TaskResult(Record):
@@ -335,7 +363,13 @@ class TaskResult(Record):
     probe_c: float
     """Inverse regularisation of the full-data probe, chosen on validation."""
     epochs: tuple[EpochRow, ...]
-    best_epoch: int
+    best_epoch: int = Field(ge=0)
+    """0: no epoch beat the start, so the adapter is its start: the probe's head (or a random one) and pairs without effect, or the
+    published adapter of a warm start."""
+    start_accuracy: Unit | None = None
+    """Accuracy of the start on the split that selects the epoch; none where there is no such split, or in results of older versions.
+
+    A published adapter may have been trained on a few of these texts: most, but not all of a slice stays the same while the data grow."""
     selected_on: SelectedOn
     refitted: bool
     warm_start: WarmStart | None = None
@@ -349,6 +383,15 @@ class TaskResult(Record):
     busy_seconds: float
     """Time in which the worker computed for this MTEB task."""
     reused_from: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_versions_kept_the_start_elsewhere(cls, values: Any) -> Any:
+        start = values.get("warm_start") if isinstance(values, dict) else None
+        if not isinstance(start, dict) or "validation_accuracy" not in start:
+            return values
+        accuracy = {"start_accuracy": start["validation_accuracy"]}
+        return accuracy | values | {"warm_start": {k: v for k, v in start.items() if k != "validation_accuracy"}}
 
 
 class Failure(Record):
@@ -377,12 +420,23 @@ class ResultsEntry(Record):
     majority_accuracy: float | None
     epochs: int
     best_epoch: int
+    """0: no epoch beat the start."""
     selected_on: SelectedOn
     p_value_holm: float | None
     num_test: int
     num_overlap: int
     adapter_sha256: str
     reused_from: str | None
+    samples_per_label: int | None = None
+    """Training texts per label in mteb's few-shot draws; None in files of older versions, like all that follows."""
+    full_data_probe_macro_f1: float | None = None
+    head_macro_f1: float | None = None
+    main_metric: MainMetric | None = None
+    """The score by which the head is judged against the full-data probe."""
+    p_value_main: float | None = None
+    """Of the paired test on the main metric, as it is."""
+    p_value_main_holm: float | None = None
+    """Corrected over the run's MTEB tasks."""
 
 
 class ResultsAverage(Record):

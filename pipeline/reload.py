@@ -37,14 +37,16 @@ class Reloaded:
     """Largest absolute difference that the adapter makes to a text vector."""
     label_names: tuple[str, ...]
 
-    def check(self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float) -> float:
+    def check(self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool) -> float:
         """Compare with what was trained; returns the largest difference between two logits.
 
-        Raises: VerificationError: label names or logits differ, or the adapter has no effect.
+        Args:
+            is_trained: The adapter is that of an epoch. Only one that is still its start may be without effect on the encoder.
+        Raises: VerificationError: label names or logits differ, or a trained adapter has no effect.
         """
         if self.label_names != tuple(label_names):
             raise VerificationError(f"{name}: label names after reloading are not those trained with")
-        if not self.effect > 0:
+        if not (self.effect > 0 or (self.effect == 0 and not is_trained)):
             raise VerificationError(f"{name}: the reloaded adapter has no effect on the encoder")
         difference = float(np.abs(self.logits - logits).max()) if self.logits.shape == logits.shape else float("inf")
         if not difference <= tolerance:
@@ -61,12 +63,14 @@ class Ask:
     texts: Sequence[str]
 
 
-def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, offline: bool) -> None:
+def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, is_trained: bool, offline: bool) -> None:
     """Load the saved adapter in a fresh process and compare it with the one in memory; then leave the probe beside it.
 
     The probe is what later proves, on any machine, that a copy of these files is this adapter: its float32 logits for texts of our own.
 
-    Raises: VerificationError: logits or label names differ, the adapter has no effect, or it cannot be loaded.
+    Args:
+        is_trained: As ``Reloaded.check`` takes it.
+    Raises: VerificationError: logits or label names differ, a trained adapter has no effect, or it cannot be loaded.
     """
     encoder = adapter.encoder
     expected = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts)))
@@ -74,7 +78,7 @@ def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, 
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
     asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
     found, probed = reload_elsewhere(asks, config, offline=offline)
-    found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE)
+    found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained)
     probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
 

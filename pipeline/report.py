@@ -21,9 +21,10 @@ from pipeline.results import (
     ScoreTable,
     data_source,
     percent,
-    said_of_warm_start,
+    said_of_start,
     score_row,
     score_table,
+    task_heading,
     utc,
     without_local_paths,
 )
@@ -60,7 +61,8 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
         summary=summary,
         created_at=utc(summary.created_at),
         runtimes=_runtimes(results),
-        headings=SCORE_HEADINGS,
+        task_heading=task_heading(results),
+        headings=SCORE_HEADINGS[1:],
         table=table,
         rows=[(line, line.cells()) for line in table.lines],
         anchors={task.line.task: task.anchor for task in tasks},
@@ -84,7 +86,7 @@ def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
         anchor=f"task-{number + 1}",
         panels=_panels(result),
         source=data_source(result.mteb_task),
-        notes=(*(without_local_paths(note) for note in result.data.notes), *([said_of_warm_start(result)] if result.warm_start else [])),
+        notes=(*(without_local_paths(note) for note in result.data.notes), *filter(None, [said_of_start(result)])),
         head_without_overlap=percent(None if head is None else head.accuracy_without_overlap),
         metrics=", ".join(parts),
     )
@@ -173,7 +175,8 @@ def _panels(result: TaskResult) -> Markup:
         _draw_accuracy(accuracy, searched, result)
         for axes in (loss, accuracy):
             last = max(row.epoch for row in result.epochs)
-            axes.set_xlim(0.7, last + 0.3)
+            first = 0 if axes is accuracy and searched and result.start_accuracy is not None else 1
+            axes.set_xlim(first - 0.3, last + 0.3)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.grid(axis="y")
@@ -182,12 +185,15 @@ def _panels(result: TaskResult) -> Markup:
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> None:
+    """Accuracy over the epochs, from the start of training on, where that was measured."""
     axes.set(title=f"accuracy on {'test' if result.selected_on == 'test' else 'validation'}, per cent", xlabel="epoch")
     if not rows:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=INK)
         axes.set_yticks([])
         return
     epochs, scores = [row.epoch for row in rows], [100 * (row.validation_accuracy or 0.0) for row in rows]
+    if result.start_accuracy is not None:
+        epochs, scores = [0, *epochs], [100 * result.start_accuracy, *scores]
     axes.plot(epochs, scores, color=ADAPTED, marker="o", markersize=4, markerfacecolor=PAPER)
     for epoch, score in zip(epochs, scores, strict=True):
         if epoch == result.best_epoch:

@@ -13,6 +13,7 @@ from pipeline.records import (
     Column,
     EncoderRef,
     Failure,
+    MainMetric,
     MtebTask,
     ResultsAverage,
     ResultsEntry,
@@ -21,7 +22,7 @@ from pipeline.records import (
 )
 
 Verdict = Literal["above", "below", "within noise"]
-"""The head against the full-data probe on the same test texts; ``within noise`` unless Holm-corrected McNemar p < 0.05."""
+"""The head against the full-data probe on the same test texts; ``within noise`` unless the Holm-corrected p is below 0.05."""
 
 SIGNIFICANCE = 0.05
 
@@ -34,6 +35,7 @@ SCORE_HEADINGS = (
     "Delta",
     "Frozen, full-data probe",
     "LoRA, own head",
+    "Macro-F1, probe / head",
     "Head against probe",
     "Best epoch",
 )
@@ -44,7 +46,7 @@ HOW_IT_WAS_MADE = (
     (
         "Frozen, few-shot",
         "mteb's own protocol on the frozen encoder: a logistic regression on a few texts per label, repeated over random draws; "
-        "the mean over the draws. The interval is over the draws.",
+        "the mean over the draws. The interval is over the draws. Scores with another number of texts per label cannot be compared.",
     ),
     ("LoRA, few-shot", "The same protocol on the encoder with the adapter attached. Delta is this column minus the one before."),
     (
@@ -54,9 +56,19 @@ HOW_IT_WAS_MADE = (
     ),
     ("LoRA, own head", "The adapter with the head it was trained with: what classifies when the adapter is used."),
     (
+        "Macro-F1, probe / head",
+        "Mean of the classes' F1, in which a rare class counts as much as a frequent one, of the full-data probe and of the own head.",
+    ),
+    (
         "Head against probe",
-        "McNemar's exact test on the same test texts, corrected after Holm over the MTEB tasks of the run. "
-        "Above or below only where p < 0.05, otherwise within noise.",
+        "McNemar's exact test on the same test texts; where macro-F1 is the main metric, a paired randomisation test of it. "
+        "Above or below only where p < 0.05 after Holm's step-down correction over the tasks of the run, otherwise within noise. "
+        "The correction often makes several p-values equal.",
+    ),
+    (
+        "Best epoch",
+        "The one with the highest accuracy on the texts that choose it, the latest of equals. The start of training competes as epoch 0: "
+        "the head that training begins with, on LoRA pairs that do nothing yet, or the published adapter of a warm start.",
     ),
     (
         "Intervals",
@@ -101,9 +113,17 @@ class ScoreLine:
     """``lora_few_shot - few_shot``, 0..1."""
     probe: Accuracy | None
     head: Accuracy | None
+    probe_macro_f1: float | None
+    head_macro_f1: float | None
+    main_metric: MainMetric
+    """The score that the verdict is about."""
     verdict: Verdict | None
     """None where head or probe was not computed."""
+    p_value: float | None
+    """Of the test behind the verdict, before Holm's correction; None for runs of older versions."""
     p_value_holm: float | None
+    samples_per_label: int | None
+    """Texts per label in the few-shot columns; None where there are none, and for runs of older versions."""
     best_epoch: int
     epochs: int
     selected_on_test: bool
@@ -125,7 +145,8 @@ class ScoreLine:
             Cell(points(self.delta)),
             _cell(self.probe),
             _cell(self.head),
-            Cell(self.verdict or "–"),
+            Cell(f"{percent(self.probe_macro_f1)} / {percent(self.head_macro_f1)}"),
+            Cell((self.verdict or "–") + " (macro-F1)" * (self.verdict is not None and self.main_metric == "macro_f1")),
             Cell(f"{self.best_epoch} of {self.epochs}"),
         )
 
@@ -151,11 +172,19 @@ class ScoreTable:
             Cell(percent(mean.head_accuracy)),
             nothing,
             nothing,
+            nothing,
         )
 
     def notes(self) -> tuple[str, ...]:
-        """The legend of the marks that occur."""
+        """What the lines do not say of themselves: texts per few-shot draw, kept starts, and the legend of the marks that occur."""
         notes = []
+        samples = {line.task: line.samples_per_label for line in self.lines if line.samples_per_label is not None}
+        if samples:
+            numbers = set(samples.values())
+            each = ", ".join(f"{task} {number}" for task, number in samples.items()) if len(numbers) > 1 else str(numbers.pop())
+            notes.append(f"Few-shot texts per label: {each}.")
+        if kept := [line.task for line in self.lines if line.best_epoch == 0]:
+            notes.append(f"Best epoch 0: no epoch beat the start of training, which was kept: {', '.join(kept)}.")
         if any(line.selected_on_test for line in self.lines):
             notes.append("† The epoch was chosen on the test split itself, so this row's scores are optimistic.")
         runs = sorted({line.reused_from for line in self.lines if line.reused_from is not None})
@@ -247,16 +276,28 @@ def head_change(result: TaskResult, before: TaskResult | None) -> str:
     return f"{points(now.accuracy - then.accuracy)} (run {before.run_id})"
 
 
-def said_of_warm_start(result: TaskResult) -> str:
-    """What going on from a published adapter gave, on validation."""
-    start = result.warm_start
-    assert start is not None
-    fact = f"started from published adapter {start.sha256[:12]}"
-    best = max((row.validation_accuracy for row in result.epochs if row.validation_accuracy is not None), default=None)
-    if start.validation_accuracy is None or best is None:
-        return fact
-    gain = points(best - start.validation_accuracy)
-    return f"{fact}: validation {percent(start.validation_accuracy)} before, {percent(best)} after training ({gain})"
+def said_of_start(result: TaskResult) -> str:
+    """What training made of its start, if that was a published adapter or was kept; empty otherwise."""
+    start, is_kept = result.warm_start, result.best_epoch == 0
+    if start is None and not is_kept:
+        return ""
+    fact = "started from scratch" if start is None else f"started from published adapter {start.sha256[:12]}"
+    before = result.start_accuracy
+    after = max((row.validation_accuracy for row in result.epochs if row.validation_accuracy is not None), default=None)
+    if before is not None and after is not None:
+        split = "test" if result.selected_on == "test" else "validation"
+        fact += f": {split} {percent(before)} before, {percent(after)} after training ({points(after - before)})"
+    return fact + "; the start was kept" * is_kept
+
+
+def is_of_mteb(mteb_task: MtebTask) -> bool:
+    """Whether mteb knows these data; false for own files and for those of a Python package."""
+    return mteb_task.source in ("hub", "mirror")
+
+
+def task_heading(results: Sequence[TaskResult]) -> str:
+    """What published pages call the tasks of a run."""
+    return SCORE_HEADINGS[0] if all(is_of_mteb(result.mteb_task) for result in results) else "Data set"
 
 
 def data_source(mteb_task: MtebTask) -> str:
@@ -290,6 +331,7 @@ def _entry(result: TaskResult) -> ResultsEntry:
     rows = {row.column: row for row in result.scores}
     accuracy = {column: row.accuracy for column, row in rows.items()}
     baseline, lora, head = accuracy.get("frozen_few_shot"), accuracy.get("adapted_few_shot"), rows.get("head")
+    macro_f1 = {column: row.macro_f1 for column, row in rows.items()}
     return ResultsEntry(
         task=result.mteb_task.name,
         num_classes=len(result.data.label_names),
@@ -307,6 +349,12 @@ def _entry(result: TaskResult) -> ResultsEntry:
         num_overlap=result.data.num_overlap,
         adapter_sha256=result.adapter.sha256,
         reused_from=result.reused_from,
+        samples_per_label=result.mteb_task.samples_per_label,
+        full_data_probe_macro_f1=macro_f1.get("frozen_full_data"),
+        head_macro_f1=macro_f1.get("head"),
+        main_metric=None if head is None else head.main_metric,
+        p_value_main=None if head is None else head.p_value_main,
+        p_value_main_holm=None if head is None else head.p_value_main_holm,
     )
 
 
@@ -331,8 +379,13 @@ def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
         delta=entry.delta,
         probe=score(entry.full_data_probe_accuracy, "frozen_full_data"),
         head=score(entry.head_accuracy, "head"),
+        probe_macro_f1=entry.full_data_probe_macro_f1,
+        head_macro_f1=entry.head_macro_f1,
+        main_metric=entry.main_metric or "accuracy",
         verdict=_verdict(entry),
-        p_value_holm=entry.p_value_holm,
+        p_value=entry.p_value_main,
+        p_value_holm=_corrected_p_value(entry),
+        samples_per_label=None if entry.baseline_accuracy is None and entry.lora_accuracy is None else entry.samples_per_label,
         best_epoch=entry.best_epoch,
         epochs=entry.epochs,
         selected_on_test=entry.selected_on == "test",
@@ -341,13 +394,21 @@ def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
 
 
 def _verdict(entry: ResultsEntry) -> Verdict | None:
-    head, probe, p_value = entry.head_accuracy, entry.full_data_probe_accuracy, entry.p_value_holm
+    head, probe = entry.head_accuracy, entry.full_data_probe_accuracy
+    if entry.main_metric == "macro_f1":
+        head, probe = entry.head_macro_f1, entry.full_data_probe_macro_f1
+    p_value = _corrected_p_value(entry)
     if head is None or probe is None or p_value is None:
         return None
     if p_value >= SIGNIFICANCE or head == probe:
         return "within noise"
     # On the same test texts the sign of the accuracies is the sign of only_head - only_probe.
     return "above" if head > probe else "below"
+
+
+def _corrected_p_value(entry: ResultsEntry) -> float | None:
+    """The p-value behind the verdict; older versions had only that of accuracy."""
+    return entry.p_value_holm if entry.main_metric is None else entry.p_value_main_holm
 
 
 def _cell(score: Accuracy | None) -> Cell:

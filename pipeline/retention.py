@@ -20,7 +20,7 @@ from typing import Literal
 from pipeline.errors import DataError, InputError, LockedError, LorafleetError
 from pipeline.manifest import RunManifest, read_manifest
 from pipeline.run_folder import RunFolder
-from pipeline.run_store import hold_run, hold_store
+from pipeline.run_store import hold_run, hold_store, oldest_first
 
 ABANDONED_DAYS = 7
 """Work that was begun and not finished is somebody's to go on with before that, whatever the policy."""
@@ -166,8 +166,8 @@ def _manifest(path: Path) -> RunManifest | Verdict | None:
 def _newest(runs: Path, finished: Mapping[str, RunManifest]) -> dict[str, list[str]]:
     """MTEB task -> the runs that hold it, finished without failure, newest first."""
     newest: defaultdict[str, list[str]] = defaultdict(list)
-    for name, manifest in sorted(finished.items(), key=lambda run: (run[1].created_at, run[0]), reverse=True):
-        for mteb_task in manifest.mteb_tasks:
+    for name in reversed(oldest_first(finished)):
+        for mteb_task in finished[name].mteb_tasks:
             if RunFolder(runs / name).task(mteb_task.name).result.is_file():
                 newest[mteb_task.name].append(name)
     return newest
@@ -184,6 +184,8 @@ def _judge_run(path: Path, manifest: RunManifest, newest: Mapping[str, Sequence[
         return _kept(path, "run", f"the last good run of {', '.join(last_good)}")
     if among_newest:
         return _kept(path, "run", f"among the newest {policy.keep} runs of {', '.join(among_newest)}")
+    if days < 0:
+        return _kept(path, "run", "finished at a time that has not come yet, so its age is not known")
     if days <= policy.older_than_days:
         return _kept(path, "run", f"finished {_ago(days)}, not more than {policy.older_than_days:g} days")
     try:

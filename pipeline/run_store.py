@@ -1,14 +1,25 @@
-"""The run store: one run at a time may write to it."""
+"""The run store: one run at a time may write to it, and which of its runs is the newest."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import InputError, LockedError
+
+
+def oldest_first(run_ids: Iterable[str]) -> list[str]:
+    """Sort run ids by the time at which their runs began, which an id begins with; the last one is the newest run.
+
+    A time that has not come yet is from a clock that was wrong, and a name that is no run id has none: nothing tells when these
+    runs were, so they count as older than all others.
+    """
+    now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return sorted(run_ids, key=lambda run_id: (run_id[: len(now)] <= now, run_id))
 
 
 @contextmanager

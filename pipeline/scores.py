@@ -16,7 +16,7 @@ from scipy import optimize, special, stats
 from sklearn import metrics
 
 from pipeline.errors import LorafleetError
-from pipeline.records import Calibration, Comparison, Confusion, CoverageRow, ReliabilityBin
+from pipeline.records import Calibration, Comparison, Confusion, CoverageRow, MainMetric, ReliabilityBin
 
 Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.floating[Any]]
@@ -25,8 +25,10 @@ Bools = npt.NDArray[np.bool_]
 CONFIDENCE = 0.95
 """Of every interval here."""
 
-COVERAGE_THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+COVERAGE_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
 """Least probability of the predicted label, one per row of a coverage table."""
+
+_RANDOMISATION_ROUNDS, _SWAPS_PER_ROUND = 40, 50  # in parts, because all draws at once may not fit in memory
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 """Where a temperature is looked for; a head that needs one outside is not repaired by dividing its logits."""
@@ -143,6 +145,24 @@ def mcnemar(labels: Ints, first: Ints, second: Ints) -> Comparison:
     p_value = float(stats.binomtest(only_first, num_discordant, 0.5).pvalue) if num_discordant else 1.0
     # The sum over both tails of a symmetric distribution may come out a rounding error above 1.
     return Comparison(only_head=only_first, only_probe=only_second, p_value=min(p_value, 1.0))
+
+
+def compare_paired(labels: Ints, first: Ints, second: Ints, *, num_classes: int, main_metric: MainMetric, seed: int) -> Comparison:
+    """Compare two predictions of the same texts by McNemar's test and, where that is the main metric, by their macro-F1.
+
+    Args:
+        labels: Int (n,).
+        first: The head's predictions, int (n,).
+        second: The probe's, int (n,).
+        num_classes: Number of classes in the data set.
+        main_metric: The score by which the two are judged.
+        seed: Seed of the randomisation test.
+    """
+    comparison = mcnemar(labels, first, second)
+    if main_metric == "accuracy":
+        return comparison
+    gain, p_value = _macro_f1_test(labels, first, second, num_classes=num_classes, seed=seed)
+    return comparison.model_copy(update={"main_metric": main_metric, "macro_f1_gain": gain, "macro_f1_p_value": p_value})
 
 
 def paired_difference(labels: Ints, first: Ints, second: Ints, *, draws: int = 10_000, seed: int = 0) -> Interval:
@@ -285,15 +305,27 @@ def reliability(probabilities: Floats, labels: Ints, *, bins: int = 15) -> tuple
 def coverage_table(probabilities: Floats, labels: Ints) -> tuple[CoverageRow, ...]:
     """What is left, and how right it is, if less confident texts get no label (Geifman & El-Yaniv 2017).
 
+    The lower ends are one-sided (Clopper & Pearson 1934), at level 1 - 0.05 / number of rows (Bonferroni): with probability 0.95 the
+    accuracy on new texts of the same kind is above all of them at once. So a row may be chosen by its lower end, for any number of
+    target accuracies that are tried on the table. The thresholds are fixed beforehand. That these texts have also chosen the epoch
+    and the temperature, which flatters them a little, is not corrected for.
+
     Args:
         probabilities: Float (n, classes), n at least 1.
         labels: Int (n,).
     Returns: One row per ``COVERAGE_THRESHOLDS``; a text exactly at a threshold keeps its label.
     """
     confidence, right = _confidence(probabilities, labels)
+    level = (1 - CONFIDENCE) / len(COVERAGE_THRESHOLDS)
     kept = [(threshold, right[confidence >= threshold]) for threshold in COVERAGE_THRESHOLDS]
     return tuple(
-        CoverageRow(threshold=threshold, coverage=len(rest) / len(right), accuracy=float(rest.mean()) if len(rest) else None)
+        CoverageRow(
+            threshold=threshold,
+            coverage=len(rest) / len(right),
+            accuracy=float(rest.mean()) if len(rest) else None,
+            num_texts=len(rest),
+            low=_lower_end(int(rest.sum()), len(rest), level=level),
+        )
         for threshold, rest in kept
     )
 
@@ -343,6 +375,48 @@ def _clopper_pearson(num_right: int, num_texts: int) -> Interval:
     # All right or all wrong: every resample is the same and the bootstrap would claim certainty, even from one text.
     exact = stats.binomtest(num_right, num_texts).proportion_ci(CONFIDENCE, method="exact")
     return Interval(float(exact.low), float(exact.high))
+
+
+def _lower_end(num_right: int, num_texts: int, *, level: float) -> float:
+    """The lowest share of right texts that is not refuted at the level by so many right ones: 0 where none is right."""
+    return float(special.betaincinv(num_right, num_texts - num_right + 1, level)) if num_right else 0.0
+
+
+def _macro_f1_test(labels: Ints, first: Ints, second: Ints, *, num_classes: int, seed: int) -> tuple[float, float]:
+    """How much higher the macro-F1 of ``first`` is, and the p-value of a paired randomisation test (Noreen 1989; Yeh 2000), two-sided.
+
+    If both are equally good, it does not matter which of the two a prediction comes from: each draw swaps the two predictions of every
+    text with probability 1/2. The observed difference counts as a draw, so the p-value is never 0.
+    """
+    one, other = (np.stack(_counts(labels, predicted, num_classes)) for predicted in (first, second))
+    present = np.bincount(labels, minlength=num_classes)
+    observed = _macro_f1(one, present) - _macro_f1(other, present)
+    differing = first != second
+    labels, first, second = labels[differing], first[differing], second[differing]
+    eye = np.eye(num_classes, dtype=np.float32)
+    moved = np.stack([eye[second] * (second == labels)[:, None] - eye[first] * (first == labels)[:, None], eye[second] - eye[first]])
+    random = np.random.default_rng(seed)
+    extreme = 1
+    for _ in range(_RANDOMISATION_ROUNDS):
+        swapped = random.integers(2, size=(_SWAPS_PER_ROUND, len(labels))).astype(np.float32) @ moved  # (2, draws, classes)
+        differences = _macro_f1(one[:, None] + swapped, present) - _macro_f1(other[:, None] - swapped, present)
+        extreme += int(np.count_nonzero(np.abs(differences) >= abs(observed) - 1e-9))
+    return float(observed), extreme / (_RANDOMISATION_ROUNDS * _SWAPS_PER_ROUND + 1)
+
+
+def _counts(labels: Ints, predictions: Ints, num_classes: int) -> tuple[Ints, Ints]:
+    """Texts of each class that are found, and texts that each class is predicted for, both (classes,)."""
+    return np.bincount(labels[labels == predictions], minlength=num_classes), np.bincount(predictions, minlength=num_classes)
+
+
+def _macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
+    """Mean F1 over the classes that occur in labels or predictions, (...), from counts (2, ..., classes) as ``_counts`` gives them."""
+    found, predicted = counts
+    total = predicted + present
+    occurs = total > 0.5  # counts are sums of float32, exact up to 2 ** 24
+    f1 = np.divide(2 * found, total, out=np.zeros(total.shape), where=occurs)
+    scores: npt.NDArray[Any] = f1.sum(axis=-1) / occurs.sum(axis=-1)
+    return scores
 
 
 def _average_precision(labels: Ints, positive_scores: Floats | None) -> float | None:

@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,11 @@ class Training:
     adapter: Adapter
     epochs: tuple[EpochRow, ...]
     best_epoch: int
+    """0: no epoch beat the start, whose weights these are."""
     selected_on: SelectedOn
     refitted: bool
     start_score: float | None
-    """Accuracy on ``selection`` before the first epoch of a warm start."""
+    """Accuracy on ``selection`` before the first epoch; none without a selection."""
 
 
 def train_adapter(
@@ -75,8 +76,9 @@ def train_adapter(
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Training:
-    """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``.
+    """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``, or the start if none beats it.
 
+    The start is what the first epoch begins with: pairs without effect and the given or a random head, or a saved adapter.
     The result depends on the arguments and the encoder's runtime only: started again after a kill, training goes on
     from the last finished epoch in ``checkpoint`` and ends with the same bits.
 
@@ -115,9 +117,9 @@ def train_adapter(
         return _Loop(adapter, data, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
     loop = fresh_loop(train, checkpoint)
-    loop.run(selection, on_epoch, score_start=warm_start is not None)
+    loop.run(selection, on_epoch)
     state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
-    refit = train_config.refit and selection is not None
+    refit = train_config.refit and selection is not None and state.best_epoch > 0  # zero epochs on more texts are the same start
     if refit:
         assert selection is not None
         loop.adapter.detach()
@@ -135,7 +137,9 @@ class _State:
 
     epochs: list[EpochRow] = field(default_factory=list)
     best_epoch: int = 0
-    best_score: float = -1.0
+    best_score: float = 0.0
+    last_gain: int = 1
+    """The first epoch that reached the best score; 1 for the start, because patience begins with the first epoch."""
     steps: int = 0
     finished: bool = False
     start_score: float | None = None
@@ -177,22 +181,25 @@ class _Loop:
             state = [self.weights, *self.optimizer.state[self.weights].values()]
             self.learn, self.length_step = StepGraphs(self._learn, batch_size=config.batch_size, state=state), LENGTH_STEP
 
-    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, score_start: bool = False) -> None:
+    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place."""
         self._resume()
-        if score_start and selection is not None and not self.state.epochs:
-            self.state.start_score = accuracy(self.adapter, selection)
+        if selection is not None and not self.state.epochs:
+            self.state.start_score = self.state.best_score = accuracy(self.adapter, selection)
         while not self.state.finished:
             epoch = len(self.state.epochs) + 1
             row = self._epoch(epoch)
             score = accuracy(self.adapter, selection) if selection is not None else None
-            is_best = score is None or score > self.state.best_score
+            if score is None or score > self.state.best_score:
+                self.state.last_gain = epoch
+            # Of equals the latest, also over the start: measured best on small data, where ties are frequent (CHANGELOG, Experiments).
+            is_best = score is None or score >= self.state.best_score
             if is_best:
                 self.best.copy_(self.weights.detach())
                 self.state.best_epoch, self.state.best_score = epoch, score if score is not None else 0.0
             row = _changed(row, validation_accuracy=score, is_best=is_best)
             self.state.epochs.append(row)
-            patience_ends = epoch - self.state.best_epoch >= self.config.patience
+            patience_ends = epoch - self.state.last_gain >= self.config.patience
             self.state.finished = epoch >= self.stop_after or (selection is not None and patience_ends)
             self._save()
             on_epoch(row)
@@ -344,11 +351,9 @@ class Checkpoint:
     def write(self, tensors: dict[str, Tensor], state: _State) -> None:
         """Replace the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        described = {"epochs": [row.model_dump() for row in state.epochs], "best_epoch": state.best_epoch}
-        described |= {"best_score": state.best_score, "steps": state.steps, "finished": state.finished, "start_score": state.start_score}
+        described = vars(state) | {"epochs": [row.model_dump() for row in state.epochs]}
         metadata = {"state": json.dumps(described), "conditions": json.dumps(self.conditions, sort_keys=True)}
-        content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
-        write_atomically(self.path, content)
+        write_atomically(self.path, tensor_file(tensors, metadata))
 
     def read(self) -> tuple[dict[str, Tensor], _State] | None:
         """The saved state; none if there is no file, or one that a fault cut short.
@@ -371,6 +376,11 @@ class Checkpoint:
         state = json.loads(metadata["state"])
         epochs = [EpochRow.model_validate(row) for row in state.pop("epochs")]
         return tensors, _State(epochs=epochs, **state)
+
+
+def tensor_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file; its own ``save`` refuses a tensor that is not contiguous, such as a transposed one."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata)
 
 
 def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:

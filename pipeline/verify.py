@@ -84,7 +84,8 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
     for adapter, probe, reloaded in zip(found, probes, reload_elsewhere(asks, config, offline=offline), strict=True):
         logits = np.array(probe.logits, dtype=np.float32)
         name = adapter.folder.root.name
-        difference = reloaded.check(name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance)
+        is_trained = read_record(adapter.folder.result, TaskResult).best_epoch > 0
+        difference = reloaded.check(name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=is_trained)
         verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
     return verified
 

@@ -33,7 +33,7 @@ from pipeline.records import (
     ScoreRow,
     TaskResult,
 )
-from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent, said_of_warm_start, score_table
+from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent, said_of_start, score_table
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
@@ -158,8 +158,8 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
         result.best_epoch,
         result.busy_seconds,
     )
-    if result.warm_start is not None:
-        get_run_logger().info("%s: %s", name, said_of_warm_start(result))
+    if said := said_of_start(result):
+        get_run_logger().info("%s: %s", name, said)
     return result
 
 
@@ -181,7 +181,7 @@ def collect(
         rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)  # what a laptop shows first
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
     facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
-    facts += [f"- {result.mteb_task.name}: {said_of_warm_start(result)}" for result in corrected if result.warm_start]
+    facts += [f"- {result.mteb_task.name}: {said}" for result in corrected if (said := said_of_start(result))]
     create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
     create_link_artifact(_report_url(folder), key="report", link_text=f"report of run {run_id}")
     return summary, corrected

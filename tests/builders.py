@@ -63,6 +63,7 @@ def task_result(
     labels: Sequence[str] = ("card arrival", "lost card", "top up"),
     num_epochs: int = 4,
     best_epoch: int | None = None,
+    start_accuracy: float | None = None,
     selected_on: SelectedOn = "validation",
     p_value_holm: float | None = 0.001,
     reused_from: str | None = None,
@@ -102,7 +103,7 @@ def task_result(
         )
         for column, accuracy in chosen.items()
     ]
-    best = best_epoch or num_epochs
+    best = num_epochs if best_epoch is None else best_epoch
     return TaskResult(
         mteb_task=mteb_task,
         key="d" * 64,
@@ -129,6 +130,7 @@ def task_result(
         probe_c=10.0,
         epochs=tuple(_epoch(e, best=best) for e in range(1, num_epochs + 1)),
         best_epoch=best,
+        start_accuracy=start_accuracy,
         selected_on=selected_on,
         refitted=False,
         scores=tuple(rows),
@@ -157,7 +159,13 @@ def calibration() -> Calibration:
         error_before=0.081,
         error_after=0.019,
         coverage=tuple(
-            CoverageRow(threshold=t, coverage=round(1 - t**3, 4), accuracy=round(0.89 + 0.1 * t**2, 4) if t < 0.99 else None)
+            CoverageRow(
+                threshold=t,
+                coverage=round(1 - t**3, 4) if t < 0.99 else 0.0,
+                accuracy=round(0.89 + 0.1 * t**2, 4) if t < 0.99 else None,
+                num_texts=round(10_000 * (1 - t**3)) if t < 0.99 else 0,
+                low=round(0.885 + 0.1 * t**2, 4) if t < 0.99 else 0.0,
+            )
             for t in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
         ),
         reliability=tuple(
@@ -287,6 +295,10 @@ def _score_row(
         p_value=None if p_value_holm is None else p_value_holm / 2,
         p_value_holm=p_value_holm,
         reused_from=reused_from,
+        samples_per_label=8 if column in ("frozen_few_shot", "adapted_few_shot") else None,
+        main_metric=None if p_value_holm is None else "accuracy",
+        p_value_main=None if p_value_holm is None else p_value_holm / 2,
+        p_value_main_holm=p_value_holm,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from builders import COMMIT, calibration, finished_run, save_tiny_encoder, task_result
 from bulk import LABELS, save_bulk_adapter
@@ -14,6 +17,7 @@ from bulk import LABELS, save_bulk_adapter
 from pipeline.adapter_ref import FoundAdapter, find_adapters, threshold_for
 from pipeline.errors import AdapterError, InputError
 from pipeline.run_folder import adapter_sha256
+from pipeline.scores import coverage_table
 
 Folders = Callable[[str], Path]
 
@@ -179,23 +183,60 @@ def test_what_the_cache_lacks_is_told(published: Path) -> None:
 # The threshold of an accuracy
 
 
-def test_the_threshold_is_the_lowest_of_the_table_that_reaches_the_accuracy(run: Path) -> None:
+def measured(run: Path, **changes: Any) -> FoundAdapter:
+    """An adapter whose ``calibration.json`` has other fields."""
+    path = run / "Topics" / "calibration.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return find(run / "Topics")[0]
+
+
+def test_the_threshold_is_the_lowest_of_the_table_whose_lower_end_reaches_the_accuracy(run: Path) -> None:
     (adapter,) = find(run / "Topics")
-    accuracies = {row.threshold: row.accuracy for row in calibration().coverage}
-    assert accuracies[0.7] == 0.939
-    assert threshold_for(adapter, 0.939) == 0.7
-    assert threshold_for(adapter, 0.94) == 0.8
+    assert [(row.accuracy, row.low) for row in calibration().coverage if row.threshold == 0.7] == [(0.939, 0.934)]
+    assert threshold_for(adapter, 0.934) == 0.7
+    assert threshold_for(adapter, 0.935) == 0.8
     assert threshold_for(adapter, 0.1) == 0.0
 
 
-def test_an_accuracy_that_no_threshold_reaches_is_refused_with_the_best(run: Path) -> None:
-    with pytest.raises(InputError, match=r"Topics: no threshold of its coverage table reaches 0\.999; the best is 0\.980"):
-        threshold_for(find(run / "Topics")[0], 0.999)
+def test_five_right_texts_of_seven_hundred_promise_no_accuracy_of_four_nines(run: Path) -> None:
+    confidence = np.linspace(0.4, 0.98, 695)
+    right = np.random.default_rng(0).random(695) < confidence
+    probabilities = np.full((700, 3), 0.0025)
+    probabilities[:695, 0], probabilities[:695, 1:] = confidence, (1 - confidence[:, None]) / 2
+    probabilities[695:, 0] = 0.995
+    table = coverage_table(probabilities, np.where(np.append(right, [True] * 5), 0, 1))
+    assert (table[-1].threshold, table[-1].num_texts, table[-1].accuracy) == (0.99, 5, 1.0)
+    adapter = measured(run, coverage=[row.model_dump() for row in table])
+    with pytest.raises(
+        InputError, match=r"0\.9999 cannot be promised: its validation texts are too few or too often wrong; the"
+    ) as refused:
+        threshold_for(adapter, 0.9999)
+    best = re.search(r"support is (\S+), at confidence (\S+), which (\d+) of them reach", str(refused.value))
+    assert best is not None
+    assert threshold_for(adapter, float(best[1])) == float(best[2]), "what the message offers is granted"
+    assert int(best[3]) > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"coverage": [{"threshold": 0.9, "coverage": 0.5, "accuracy": 1.0}]}, "its calibration.json counts no texts, as older versions"),
+        ({"coverage": []}, "its calibration.json counts no texts"),
+        ({"fitted_on": "none"}, "it was trained without a validation slice to measure its coverage on; use --min-score"),
+    ],
+)
+def test_a_table_that_supports_no_promise_still_loads_and_a_target_accuracy_on_it_is_refused(
+    changes: dict[str, Any], told: str, run: Path
+) -> None:
+    adapter = measured(run, **changes)
+    assert adapter.calibration is not None
+    with pytest.raises(InputError, match=f"adapter Topics: --target-accuracy 0.5 cannot be promised: {re.escape(told)}"):
+        threshold_for(adapter, 0.5)
 
 
 def test_an_adapter_without_calibration_promises_no_accuracy(run: Path) -> None:
     (run / "Topics" / "calibration.json").unlink()
     (adapter,) = find(run / "Topics")
     assert adapter.calibration is None
-    with pytest.raises(InputError, match=r"Topics: no calibration\.json, so --target-accuracy cannot be met; use --min-score"):
+    with pytest.raises(InputError, match=r"Topics: --target-accuracy 0\.5 cannot be promised: there is no calibration\.json; use --min"):
         threshold_for(adapter, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_task
 
+from flows.cli import _print_summary, _says_something
+from pipeline.bulk_records import BulkSummary
 from pipeline.config import load_config, preset_names
 
 Folders = Callable[[str], Path]
@@ -194,6 +197,34 @@ def test_train_prints_the_score_table_and_the_run_folder_last(finished_run: Fini
     assert [line.split()[0] for line in lines[:4]] == ["MTEB", "Topics", "Pairs", "Average"]
     assert lines[-1] == f"run: runs/{finished_run.root.name}"
     assert "Traceback" not in finished_run.ended.err
+
+
+@pytest.mark.parametrize(
+    ("logger", "message", "is_shown"),
+    [
+        ("prefect.task_runs", "Finished in state Completed()", False),
+        ("prefect.task_runs", "Finished in state NotReady(\"Upstream task run 'x' did not reach a 'COMPLETED' state.\")", False),
+        ("prefect.task_runs", "Finished in state Failed('Task run encountered an exception StoppedError: stopped')", False),
+        ("prefect.task_runs", "Finished in state Failed('Task run encountered an exception DataError: no text')", True),
+        ("prefect.flow_runs", "Finished in state Failed('1 of 2 failed')", False),
+        ("prefect.task_runs", "Topics: epoch 1: loss 0.5", True),
+    ],
+)
+def test_of_prefects_lines_only_those_are_shown_that_say_something(logger: str, message: str, is_shown: bool) -> None:
+    assert _says_something(logging.LogRecord(logger, logging.INFO, "", 0, message, None, None)) == is_shown
+
+
+@pytest.mark.parametrize(
+    ("failures", "rows_per_second", "told"),
+    [(0, None, "nothing was left to do; 0 cut"), (3, None, "nothing was labelled; 0 cut"), (3, 20.0, "20 rows/s; 0 cut")],
+)
+def test_a_job_that_failed_is_not_said_to_have_had_nothing_to_do(
+    failures: int, rows_per_second: float | None, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts: dict[str, Any] = dict.fromkeys(("rows_in", "rows_out", "truncated", "duplicates", "units", "units_done_before"), 0)
+    counts |= {name: {} for name in ("null_labels", "reasons", "labels")} | {"job": "a", "lorafleet_version": "0", "seconds": 1.0}
+    _print_summary(BulkSummary(**counts, failures=failures, rows_per_second=rows_per_second))
+    assert told in capsys.readouterr().out
 
 
 def test_show_prints_what_train_printed(finished_run: FinishedRun, tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_p_values_are_corrected_over_the_tasks_that_have_one() -> None:
     assert corrected(0.01) == [0.01]
 
 
+def test_the_p_value_of_the_main_metric_is_corrected_by_itself() -> None:
+    """One task is judged by macro-F1; McNemar's p-values are corrected over all tasks as ever."""
+    by_macro_f1 = Comparison(only_head=1, only_probe=1, p_value=0.5, main_metric="macro_f1", macro_f1_gain=0.1, macro_f1_p_value=0.001)
+    first, second = with_p_value("A", 0.04), with_p_value("B", 0.5)
+    results = correct_over_tasks([first, TaskResult.model_validate(second.model_dump() | {"comparison": by_macro_f1})])
+    heads = [row for result in results for row in result.scores if row.column == "head"]
+    assert [row.p_value_holm for row in heads] == pytest.approx([0.08, 0.5])
+    assert [row.p_value_main_holm for row in heads] == pytest.approx([0.04, 0.002])
+
+
 def test_a_reused_task_keeps_its_times_and_names_the_run_that_trained_it(tmp_path: Path) -> None:
     first = finished_run(tmp_path / "one", [task_result("Topics")])
     original = read_record(first.task("Topics").result, TaskResult)

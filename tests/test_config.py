@@ -155,6 +155,14 @@ def test_a_refit_after_selection_on_test_is_refused() -> None:
     assert load_config("quickstart", overrides=("train.refit=true",)).train.refit
 
 
+def test_a_main_metric_without_the_probe_to_judge_against_is_refused() -> None:
+    columns = 'evaluate.columns=["majority", "head"]'
+    with pytest.raises(ConfigError, match='main_metric = "macro_f1" has no effect without the column "frozen_full_data"'):
+        load_config("quickstart", overrides=(columns, "evaluate.main_metric=macro_f1"))
+    assert load_config("quickstart", overrides=(columns,)).evaluate.main_metric == "auto"
+    assert load_config("quickstart", overrides=("evaluate.main_metric=macro_f1",)).evaluate.main_metric == "macro_f1"
+
+
 def test_a_name_given_twice_is_refused() -> None:
     assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
 

@@ -290,8 +290,8 @@ def test_minilm_has_its_published_scores(name: str) -> None:
     assert found == pytest.approx(PUBLISHED[name], abs=0.001)
 
 
-@pytest.mark.parametrize("counts", [(30, 30, 1), (19, 1)])
-def test_a_class_of_one_text_never_leaves_what_the_probe_is_fitted_on(counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("counts", [(30, 30, 1), (19, 1), (2, 2), (1, 2), (2,) * 10, (3,) * 14])
+def test_a_class_never_leaves_what_the_probe_is_fitted_on(counts: tuple[int, ...]) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     features = np.arange(2 * len(labels), dtype=np.float32).reshape(-1, 2)
     for seed in range(40):
@@ -299,3 +299,40 @@ def test_a_class_of_one_text_never_leaves_what_the_probe_is_fitted_on(counts: tu
         assert set(fitted_labels) == set(labels)
         assert len(chosen_labels) > 0
         assert sorted([*fitted[:, 0], *chosen[:, 0]]) == sorted(features[:, 0])
+
+
+def test_where_every_class_has_one_text_all_are_fitted_on_and_none_chooses() -> None:
+    labels, features = np.arange(3), np.eye(3, dtype=np.float32)
+    (fitted, fitted_labels), (chosen, chosen_labels) = _hold_out(features, labels, seed=0)
+    assert (fitted.tolist(), fitted_labels.tolist()) == (features.tolist(), labels.tolist())
+    assert (len(chosen), len(chosen_labels)) == (0, 0)
+
+
+# --- the main metric ---
+
+
+@pytest.mark.parametrize(
+    ("of_mteb", "config", "expected"),
+    [("accuracy", "auto", "accuracy"), ("f1", "auto", "macro_f1"), ("accuracy", "macro_f1", "macro_f1"), ("f1", "accuracy", "accuracy")],
+)
+def test_the_head_is_judged_by_mtebs_main_score_or_by_what_the_config_says(
+    of_mteb: str, config: Any, expected: str, bert: Encoder, data: TaskData
+) -> None:
+    data.mteb_task.metadata.main_score = of_mteb
+    columns: tuple[Column, ...] = ("frozen_full_data", "head")
+    settings = EvaluateConfig(columns=columns, bootstrap_draws=100, main_metric=config)
+    baselines = evaluate_frozen(facts_of(data, bert), settings, tokens=bert.tokenise(data.train_texts))
+    training = as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names)))
+    found = evaluate_adapter(facts_of(data, bert), settings, training=training, adapter_sha256=SHA, baselines=baselines)
+    head, comparison = by_column(found.rows)["head"], found.comparison
+    assert comparison is not None
+    assert (head.main_metric, head.p_value, head.p_value_main) == (expected, comparison.p_value, comparison.main_p_value)
+    gain = head.macro_f1 - by_column(baselines.rows)["frozen_full_data"].macro_f1
+    assert comparison.macro_f1_gain == (pytest.approx(gain) if expected == "macro_f1" else None)
+
+
+def test_rows_of_few_shot_columns_say_how_many_texts_per_label_they_are_from(bert: Encoder, data: TaskData) -> None:
+    baselines = frozen(data, bert)
+    found = adapted(data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names))), baselines)
+    samples = {row.column: row.samples_per_label for row in (*baselines.rows, *found.rows)}
+    assert samples == {"majority": None, "frozen_full_data": None, "head": None, "frozen_few_shot": 8, "adapted_few_shot": 8}

@@ -316,6 +316,16 @@ def test_a_head_beats_the_probe_only_beyond_noise_and_upwards() -> None:
     assert not beats_probe(compared(0, 0, 1.0))
 
 
+def test_a_head_beats_the_probe_by_the_main_metric() -> None:
+    for gain, p_value, beats in ((0.13, 0.01, True), (0.13, 0.06, False), (-0.13, 0.01, False)):
+        by_macro_f1 = {"main_metric": "macro_f1", "macro_f1_gain": gain, "macro_f1_p_value": p_value}
+        for only_head, only_probe in ((40, 20), (20, 40)):
+            result = compared(only_head, only_probe, 0.0135)
+            assert result.comparison is not None
+            comparison = result.comparison.model_copy(update=by_macro_f1)
+            assert beats_probe(result.model_copy(update={"comparison": comparison})) == beats
+
+
 def test_a_head_without_a_probe_beside_it_does_not_beat_it() -> None:
     assert not beats_probe(task_result("A", accuracies={"head": 0.9}))
 

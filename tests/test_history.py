@@ -194,6 +194,35 @@ def test_the_order_is_that_of_the_runs_and_not_of_the_times_at_which_scores_were
     assert changed_weeks(*weeks) == changed_weeks(*reversed(weeks)) == [1, 2]
 
 
+def test_a_run_from_a_clock_that_was_ahead_comes_first_in_the_history(tmp_path: Path) -> None:
+    a, b = "a" * 64, "b" * 64
+    ahead = 52 * 70
+    weeks = [scores(ahead, sha256=b), scores(0, sha256=a), scores(1, sha256=a)]
+    rows = [row for of_week in weeks for row in of_week]
+    assert changed_test_data(rows) == {("Tickets", run_name(0))}
+    assert [point.run_id for point in one_task(rows).points] == [run_name(week) for week in (ahead, 0, 1)]
+    for week, of_week in zip((ahead, 0, 1), weeks, strict=True):
+        append_history(tmp_path, run_name(week), of_week)
+    assert [line.run_id for line in read_store(tmp_path, newest=2).runs] == [run_name(1), run_name(0)]
+
+
+def test_a_file_that_was_renamed_to_another_run_is_left_out_and_named(tmp_path: Path) -> None:
+    for week in (0, 1):
+        append_history(tmp_path, run_name(week), scores(week))
+        append_mteb_tasks(tmp_path, run_name(week), [facts(week)])
+    for place in (scores_of_run, mteb_tasks_of_run):
+        place(tmp_path, run_name(1)).rename(place(tmp_path, run_name(5200)))
+    history = read_store(tmp_path, newest=NEWEST_RUNS)
+    assert [line.run_id for line in history.runs] == [run_name(0)]
+    (fault,) = history.faults
+    assert (
+        fault
+        == f"{scores_of_run(tmp_path, run_name(5200))}: holds rows of run {run_name(1)}; give it the name of its run again, or move it away"
+    )
+    mteb_tasks_of_run(tmp_path, run_name(5200)).rename(mteb_tasks_of_run(tmp_path, run_name(0)))
+    assert "mteb_tasks" in read_store(tmp_path, newest=NEWEST_RUNS).faults[0]
+
+
 def test_another_number_of_test_texts_tells_where_an_older_version_kept_no_hash() -> None:
     assert changed_weeks(scores(0, sha256=None), scores(1, sha256=None), scores(2, sha256=None, num_texts=400)) == [2]
     assert changed_weeks(scores(0, sha256=None), scores(1), scores(2)) == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from bulk import save_bulk_adapter
 from commands import write_config, write_task
@@ -30,6 +33,49 @@ def spec(encoder_folder: Folders, tmp_path: Path) -> JobSpec:
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
     (task,) = plan.tasks
     return job_spec(plan, task, run_id="one", runs=tmp_path / "runs")
+
+
+def job_of(folder: Path, encoder: Path, counts: Sequence[int], **sections: Any) -> TaskJob:
+    """A job on so many training texts of each label, all different, and one test text of each."""
+    words = ["ship", "harbour", "wave", "sailor", "soup", "oven", "pepper", "knife", "flower", "soil", "tree", "seed"]
+    rows = [
+        (f"{words[number % 12]} {words[copy % 12]} label{number}", f"label{number:02}")
+        for number, n in enumerate(counts)
+        for copy in range(n)
+    ]
+    tests = {label: f"{text} old" for text, label in rows}
+    entry = {"name": "Small", "train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")}
+    pq.write_table(pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]}), entry["train"])
+    pq.write_table(pa.table({"text": list(tests.values()), "label": list(tests)}), entry["test"])
+    config = load_config(str(write_config(folder / "c.toml", encoder, [entry], **sections)))
+    plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    return TaskJob(job_spec(plan, plan.tasks[0], run_id="one", runs=folder / "runs"))
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (1,) * 5, (3,) * 14])
+def test_whatever_is_lawful_can_be_trained_however_little_it_is(counts: tuple[int, ...], encoder_folder: Folders, tmp_path: Path) -> None:
+    job = job_of(tmp_path, encoder_folder("bert"), counts)
+    assert [row.column for row in job.evaluate_frozen()] == ["majority", "frozen_full_data", "frozen_few_shot"]
+    assert TaskJob(job.spec).evaluate_frozen() == job.evaluate_frozen(), "read back from its file"
+    assert len(job.train(lambda row: None, lambda progress: None).sha256) == 64
+
+
+def test_a_run_of_three_classes_that_selects_on_test_is_trained_and_evaluated(encoder_folder: Folders, tmp_path: Path) -> None:
+    result = job_of(tmp_path, encoder_folder("bert"), (20, 20, 20), train={"early_stopping_split": "test"}).finish()
+    assert {row.selected_on for row in result.scores} == {None, "test"}
+    assert result.calibration.fitted_on == "none"
+
+
+def test_a_start_that_no_epoch_beats_is_a_finished_adapter_without_effect(encoder_folder: Folders, tmp_path: Path) -> None:
+    job = job_of(tmp_path, encoder_folder("bert"), (20, 20), train={"learning_rate": 1.0, "validation_fraction": 0.4})
+    result = job.finish()
+    assert (result.best_epoch, result.start_accuracy) == (0, 1.0)
+    assert max(row.validation_accuracy or 0 for row in result.epochs) < 1
+    accuracy = {row.column: row.accuracy for row in result.scores}
+    assert accuracy["head"] == accuracy["frozen_full_data"]
+    assert accuracy["adapted_few_shot"] == accuracy["frozen_few_shot"]
+    assert job.evaluate_frozen()[-1].accuracy == accuracy["frozen_few_shot"]
+    assert json.loads(job.folder.meta.read_text(encoding="utf-8"))["best_epoch"] == 0
 
 
 def test_a_mirror_that_is_not_there_is_told_once(encoder_folder: Folders, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.manifest import (
     RunManifest,
     find_finished,
     find_unchanged,
+    finished_runs,
     latest_results,
     read_manifest,
     sources_sha256,
@@ -26,6 +28,7 @@ from pipeline.manifest import (
 )
 from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
 from pipeline.run_folder import RunFolder
+from pipeline.run_store import oldest_first
 
 TASK = MtebTask(name="Topics", source="files", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
 KEY = "d" * 64
@@ -94,7 +97,7 @@ def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> Non
             for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
                     left += [str(node.module).removeprefix("pipeline.")] if node.module != "pipeline" else [a.name for a in node.names]
-    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder", "sources", "storage"}
+    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder", "run_store", "sources", "storage"}
     assert found - others == set(manifest_module._SOURCES)
 
 
@@ -188,6 +191,39 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_not_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a finished run"):
         read_manifest(RunFolder(tmp_path))
+
+
+# --- which run is the newest ---
+
+
+def test_runs_are_in_the_order_of_their_times_and_one_whose_time_has_not_come_is_the_oldest() -> None:
+    now = datetime.now(UTC)
+    times = [now + timedelta(days=days) for days in (-400, -1, 0, 1, 27_000)]
+    before, yesterday, today, tomorrow, far = (f"{time:%Y%m%d-%H%M%S}-abcd" for time in times)
+    assert oldest_first([far, today, before, tomorrow, yesterday]) == [tomorrow, far, before, yesterday, today]
+    assert oldest_first(["copy of a run", today, "~old"]) == ["copy of a run", "~old", today]
+
+
+FUTURE = "20990101-000000-abcd"
+
+
+def test_a_run_from_a_clock_that_was_ahead_hides_no_newer_one(tmp_path: Path) -> None:
+    """Its data and config were others; by its name it would be the newest for ever."""
+    for run_id, keys in ((FUTURE, "e"), ("20260101-000000-abcd", "d")):
+        result = changed(task_result("Topics"), run_id=run_id, key=keys * 64)
+        finished_run(tmp_path / run_id, [result], run_id=run_id)
+    found = find_unchanged(tmp_path, {"Topics": KEY})
+    assert found is not None
+    assert found.root.name == "20260101-000000-abcd"
+    assert latest_results(tmp_path, ["Topics"])["Topics"].run_id == "20260101-000000-abcd"
+    assert [folder.root.name for folder, _ in finished_runs(tmp_path)] == ["20260101-000000-abcd", FUTURE]
+
+
+def test_what_only_a_run_from_the_future_has_finished_is_found_all_the_same(tmp_path: Path) -> None:
+    finished_run(tmp_path / FUTURE, [task_result("Topics")], run_id=FUTURE)
+    assert find_finished(tmp_path, {KEY})[KEY][0].root == tmp_path / FUTURE / "Topics"
+    finished_run(tmp_path / "20260101-000000-abcd", [task_result("Topics")])
+    assert find_finished(tmp_path, {KEY})[KEY][0].root == tmp_path / "20260101-000000-abcd" / "Topics"
 
 
 # --- nothing to do ---

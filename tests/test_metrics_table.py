@@ -34,7 +34,9 @@ from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, ScoreRow
 NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
 
-def score_row(run_id: str = "run-1", *, column: Column = "head", accuracy: float = 0.875, created_at: datetime = NOON) -> ScoreRow:
+def score_row(
+    run_id: str = "run-1", *, column: Column = "head", accuracy: float = 0.875, created_at: datetime = NOON, seed: int = 2**32 - 1
+) -> ScoreRow:
     return ScoreRow(
         run_id=run_id,
         mteb_task="Banking77Classification",
@@ -56,7 +58,7 @@ def score_row(run_id: str = "run-1", *, column: Column = "head", accuracy: float
         encoder_revision="sha256:ab",
         dataset_revision="0.1.5",
         adapter_sha256="cd" if column == "head" else None,
-        seed=2**32 - 1,
+        seed=seed,
         dtype="float32",
         device="cpu",
         versions='{"torch": "2.13.0"}',
@@ -184,21 +186,45 @@ def test_the_files_are_compressed_with_zstd(tmp_path: Path) -> None:
 
 
 def test_history_keeps_one_file_per_run_and_reads_oldest_first(tmp_path: Path) -> None:
-    late = [
-        score_row("a-late", created_at=NOON + timedelta(days=1)),
-        score_row("a-late", column="majority", created_at=NOON + timedelta(days=1)),
-    ]
-    early = [score_row("b-early")]
-    assert append_history(tmp_path, "a-late", late) == tmp_path / "metrics" / "scores-a-late.parquet"
-    append_history(tmp_path, "b-early", early)
-    assert sorted(p.name for p in (tmp_path / "metrics").iterdir()) == ["scores-a-late.parquet", "scores-b-early.parquet"]
-    assert read_history(tmp_path) == [*early, *late]
+    late, early, ahead = "20260102-000000-abcd", "20260101-000000-abcd", "20990101-000000-abcd"
+    rows = {
+        late: [score_row(late), score_row(late, column="majority", created_at=NOON - timedelta(days=99))],  # taken over
+        early: [score_row(early)],
+        ahead: [score_row(ahead, created_at=NOON + timedelta(days=27_000))],
+    }
+    for run_id, of_run in rows.items():
+        assert append_history(tmp_path, run_id, of_run) == tmp_path / "metrics" / f"scores-{run_id}.parquet"
+    assert sorted(p.name for p in (tmp_path / "metrics").iterdir()) == [f"scores-{run_id}.parquet" for run_id in sorted(rows)]
+    assert read_history(tmp_path) == [*rows[ahead], *rows[early], *rows[late]]
 
 
 def test_appending_a_run_again_replaces_it(tmp_path: Path) -> None:
     append_history(tmp_path, "run-1", [score_row(accuracy=0.25)])
     append_history(tmp_path, "run-1", [score_row(accuracy=0.75)])
     assert [row.accuracy for row in read_history(tmp_path)] == [0.75]
+
+
+def means_over_seeds(runs: Path) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parent / "benchmarks" / "seeds.py"
+    return subprocess.run([sys.executable, str(script), str(runs)], capture_output=True, text=True, check=False)
+
+
+def test_the_table_over_seeds_is_made_of_one_run_for_each_and_refused_of_anything_else(tmp_path: Path) -> None:
+    empty = means_over_seeds(tmp_path)
+    assert (empty.returncode, empty.stdout) == (2, "")
+    assert f"error: {tmp_path}: there is no finished run in it; expected a run store with one run for each seed" in empty.stderr
+    columns: tuple[Column, ...] = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+    for seed in (0, 1):
+        run_id = f"2026010{seed + 1}-000000-abcd"
+        append_history(tmp_path, run_id, [score_row(run_id, column=column, seed=seed, accuracy=0.25 + seed / 2) for column in columns])
+    table = means_over_seeds(tmp_path)
+    assert (table.returncode, table.stderr) == (0, "")
+    assert "| Mean | 50.0 | 50.0 | +0.0 | 50.0 | 50.0 " in table.stdout
+    append_history(tmp_path, "20260103-000000-abcd", [score_row("20260103-000000-abcd", seed=1)])
+    twice = means_over_seeds(tmp_path)
+    assert twice.returncode == 2
+    assert "head: expected one row for each seed of [0, 1], found those of [0, 1, 1]" in twice.stderr
+    assert "Traceback" not in twice.stderr + empty.stderr
 
 
 def test_a_row_of_another_run_is_not_appended(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import pytest
 from builders import ENCODER, EUROBERT_MODULES, MINILM_MODULES, RUN_ID, WHEN, check_golden, task_result
@@ -77,20 +78,27 @@ def test_an_encoder_that_the_hub_does_not_know_is_not_named_as_base_model() -> N
     assert "huggingface.co/minilm" not in card
 
 
-def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
-    own = MtebTask(
-        name="Own",
-        source="files",
-        location="/home/anna/a.parquet",
-        test_location="/home/anna/b.parquet",
+def own(name: str, *, source: Literal["files", "mirror", "package"] = "files", samples_per_label: int = 8) -> TaskResult:
+    location = f"/home/anna/{name}.parquet"
+    task = MtebTask(
+        name=name,
+        source=source,
+        location=location,
+        test_location=location,
         revision="sha256:1",
         max_epochs=2,
-        samples_per_label=8,
+        samples_per_label=samples_per_label,
     )
-    card = card_of(task_result("Own", source=own))
+    return task_result(name, source=task)
+
+
+def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
+    card = card_of(own("Own"), own("Other"))
     data = data_in(card)
     assert data.datasets is None
-    assert {(r.dataset_type, r.dataset_revision) for r in data.eval_results or []} == {("Own", None)}
+    named = {(r.dataset_type, r.dataset_name, r.dataset_revision) for r in data.eval_results or []}
+    assert named == {("own-data", "Own (own data)", None), ("own-data", "Other (own data)", None)}, "each under its own name"
+    assert len(data.eval_results or []) == 6
     assert "/home" not in card
 
 
@@ -106,6 +114,35 @@ def test_the_card_says_which_part_of_the_own_files_became_test() -> None:
         samples_per_label=8,
     )
     assert "| own files, 25% of them as test, split by customer @ sha256:111111111111 |" in card_of(task_result("Own", source=own))
+
+
+@pytest.mark.parametrize(
+    ("results", "told", "is_mteb", "heading"),
+    [
+        ([task_result("A"), own("B", source="mirror")], "over 2 MTEB tasks the", True, "MTEB task"),
+        ([own("A"), own("B", source="package")], "over 2 data sets outside MTEB the", False, "Data set"),
+        ([own("A")], "over 1 data set outside MTEB the", False, "Data set"),
+        ([task_result("A"), own("B"), own("C")], "over 1 MTEB task and 2 data sets outside MTEB the", True, "Data set"),
+    ],
+)
+def test_own_data_are_not_called_mteb_tasks(results: list[TaskResult], told: str, is_mteb: bool, heading: str) -> None:
+    card = card_of(*results)
+    assert f"In mteb's few-shot protocol {told} mean accuracy goes from" in card
+    assert ("mteb" in (data_in(card).tags or [])) == is_mteb
+    assert {line.split(" | ")[0] for line in card.splitlines() if re.match(r"\| (MTEB task|Data set) \|", line)} == {f"| {heading}"}
+
+
+def test_the_card_says_how_many_texts_per_label_the_few_shot_scores_are_from() -> None:
+    card = card_of(task_result("A"), own("B", samples_per_label=16))
+    head, _, *rows = [line.split(" | ") for line in card[card.index("## Adapters") :].splitlines() if line.startswith("|")]
+    assert [row[head.index("Few-shot texts per label")] for row in rows] == ["8", "16"]
+    assert "Few-shot texts per label: A 8, B 16." in card
+
+
+def test_a_kept_start_is_a_limit_of_the_card() -> None:
+    told = "No epoch beat the start of training, so the start was kept and training has not helped: Kept."
+    assert told in card_of(task_result("Kept", best_epoch=0), task_result("Trained"))
+    assert "No epoch beat" not in card_of(task_result("Trained"))
 
 
 def test_a_card_names_no_local_path_even_where_a_failure_does() -> None:
@@ -125,7 +162,7 @@ def test_every_table_row_has_as_many_cells_as_its_heading() -> None:
     card = card_of(task_result("A", selected_on="test"), task_result("B", accuracies={"head": 0.5}))
     scores = card[card.index("## Scores") : card.index("## Adapters")]
     counts = {len(re.split(r"(?<!\\)\|", line)) for line in scores.splitlines() if line.startswith("|")}
-    assert counts == {12}
+    assert counts == {13}
 
 
 def test_limits_name_overlap_truncation_selection_on_test_and_an_adapter_that_learnt_nothing() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import CPU_FLOAT32, give_effect, toy_texts
@@ -13,7 +15,7 @@ from pipeline.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig
 from pipeline.encoder import Encoder, find_encoder
 from pipeline.errors import VerificationError
-from pipeline.reload import check_reload
+from pipeline.reload import Reloaded, check_reload
 from pipeline.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")
@@ -33,8 +35,8 @@ def adapter(bert: Encoder, folder: TaskFolder) -> Adapter:
     return adapter
 
 
-def check(adapter: Adapter, folder: TaskFolder) -> None:
-    check_reload(adapter, folder, TEXTS, offline=True)
+def check(adapter: Adapter, folder: TaskFolder, *, is_trained: bool = True) -> None:
+    check_reload(adapter, folder, TEXTS, is_trained=is_trained, offline=True)
 
 
 def test_a_saved_adapter_passes_in_a_fresh_process(adapter: Adapter, folder: TaskFolder) -> None:
@@ -56,7 +58,7 @@ def test_swapped_labels_are_noticed(adapter: Adapter, folder: TaskFolder) -> Non
 
 
 @pytest.mark.faults
-def test_an_adapter_without_effect_does_not_pass(bert: Encoder, folder: TaskFolder) -> None:
+def test_an_adapter_without_effect_passes_only_where_it_is_the_start_of_training(bert: Encoder, folder: TaskFolder) -> None:
     adapter = give_effect(Adapter(bert, AdapterConfig(), LABELS))
     with torch.no_grad():
         for lora in adapter.projections.values():
@@ -64,6 +66,22 @@ def test_an_adapter_without_effect_does_not_pass(bert: Encoder, folder: TaskFold
     save_adapter(adapter, folder, meta={})
     with pytest.raises(VerificationError, match="no effect"):
         check(adapter, folder)
+    check(adapter, folder, is_trained=False)
+
+
+@pytest.mark.parametrize(
+    ("effect", "is_trained", "passes"), [(1.0, True, True), (1.0, False, True), (0.0, False, True), (0.0, True, False)]
+)
+def test_which_effects_pass(effect: float, is_trained: bool, passes: bool) -> None:
+    logits = np.zeros((1, 2), dtype=np.float32)
+
+    def check_effect(value: float) -> None:
+        Reloaded(logits, value, ("a", "b")).check("A", logits=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained)
+
+    with contextlib.nullcontext() if passes else pytest.raises(VerificationError, match="no effect"):
+        check_effect(effect)
+    with pytest.raises(VerificationError, match="no effect"):
+        check_effect(float("nan"))
 
 
 @pytest.mark.faults

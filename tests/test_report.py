@@ -185,6 +185,55 @@ def test_the_verdict_against_the_probe_is_marked() -> None:
     assert '<span class="noise">within noise</span>' in page
 
 
+def test_the_p_value_of_the_test_and_the_corrected_one_stand_side_by_side() -> None:
+    results = []
+    for name, p_value in (("A", 0.101), ("B", 0.2)):
+        result = task_result(name)
+        test = {"main_metric": "accuracy", "p_value_main": p_value, "p_value_main_holm": 0.202}
+        rows = tuple(row.model_copy(update=test) if row.column == "head" else row for row in result.scores)
+        results.append(result.model_copy(update={"scores": rows}))
+    page = page_of(*results)
+    assert "p 0.101, corrected 0.202" in page
+    assert "p 0.200, corrected 0.202" in page
+
+
+def calibrated(before: float, after: float) -> TaskResult:
+    result = task_result()
+    return result.model_copy(update={"calibration": result.calibration.model_copy(update={"error_before": before, "error_after": after})})
+
+
+def test_a_calibration_error_that_rose_is_said_to_have_risen() -> None:
+    assert "3.8 before and 4.2 after temperature 1.40: it rose" in " ".join(parse(page_of(calibrated(0.038, 0.042))).text.split())
+    assert "it rose" not in page_of(calibrated(0.042, 0.042))
+
+
+def test_a_kept_start_is_drawn_and_told() -> None:
+    page = page_of(task_result("Kept", best_epoch=0, start_accuracy=0.912))
+    text = " ".join(parse(page).text.split())
+    assert "epoch 0 of 4 (the start), chosen on validation" in text
+    assert "started from scratch: validation 91.2 before, 85.1 after training (-6.1); the start was kept" in text
+    assert "91.2" in texts(figures(page)[1]), "the best point of the curve is the start"
+
+
+def test_own_data_are_not_called_mteb_tasks_and_their_few_shot_texts_are_counted() -> None:
+    own = task_result("Own").mteb_task.model_copy(update={"source": "files", "samples_per_label": 16})
+    page = page_of(task_result("Own", source=own))
+    assert "<dt>Data sets</dt>" in page
+    assert "<th>MTEB task</th>" not in page
+    assert "<th>Few-shot texts per label</th></tr>" in page
+    assert "<td>16</td></tr>" in page
+
+
+def test_the_lower_ends_of_a_coverage_table_are_shown_where_they_were_measured_on_validation() -> None:
+    told = "at least, with 95 % confidence"
+    result = task_result()
+    assert told in page_of(result)
+    blind = result.calibration.model_copy(update={"fitted_on": "none"})
+    older = tuple(row.model_copy(update={"num_texts": None, "low": None}) for row in result.calibration.coverage)
+    for calibration in (blind, result.calibration.model_copy(update={"coverage": older})):
+        assert told not in page_of(result.model_copy(update={"calibration": calibration}))
+
+
 def test_the_page_names_no_local_path() -> None:
     encoder = EncoderRef(name="/home/anna/encoders/minilm", public_name="minilm", revision="sha256:0")
     sources = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from builders import ENCODER, RUN_ID, WHEN, task_result
 
-from pipeline.records import ClassificationResults, EncoderRef, Failure, TaskResult, WarmStart
-from pipeline.results import SCORE_HEADINGS, head_change, percent, points, said_of_warm_start, score_table, summarise, without_local_paths
+from pipeline.records import ClassificationResults, EncoderRef, Failure, MainMetric, TaskResult, WarmStart
+from pipeline.results import SCORE_HEADINGS, head_change, percent, points, said_of_start, score_table, summarise, without_local_paths
 
 
 def summary_of(*results: TaskResult, failures: tuple[Failure, ...] = ()) -> ClassificationResults:
@@ -85,6 +88,7 @@ def test_cells_show_per_cent_and_a_dash_for_what_was_not_computed() -> None:
     assert cells["LoRA, own head"].text == "89.3"
     assert cells["LoRA, own head"].interval == "87.3–91.1"
     assert cells["Delta"].text == "–"
+    assert cells["Macro-F1, probe / head"].text == "– / 87.5"
     assert cells["Best epoch"].text == "4 of 4"
 
 
@@ -92,12 +96,29 @@ def test_rows_chosen_on_test_and_reused_rows_are_marked_and_explained() -> None:
     results = [task_result("A", selected_on="test"), task_result("B", reused_from="earlier-run"), task_result("C")]
     table = score_table(summary_of(*results), results)
     assert [line.cells()[0].text for line in table.lines] == ["A †", "B ↺", "C"]
-    assert len(table.notes()) == 2
-    assert "earlier-run" in table.notes()[1]
+    assert len(table.notes()) == 3
+    assert "earlier-run" in table.notes()[2]
 
 
-def test_an_unmarked_table_has_no_legend() -> None:
-    assert score_table(summary_of(task_result())).notes() == ()
+def test_an_unmarked_table_has_no_legend_and_one_without_few_shot_columns_no_notes() -> None:
+    assert score_table(summary_of(task_result())).notes() == ("Few-shot texts per label: 8.",)
+    assert score_table(summary_of(task_result(accuracies={"head": 0.5}))).notes() == ()
+
+
+def with_samples(name: str, number: int) -> TaskResult:
+    result = task_result(name)
+    return result.model_copy(update={"mteb_task": result.mteb_task.model_copy(update={"samples_per_label": number})})
+
+
+def test_few_shot_texts_per_label_are_told_of_each_task_where_they_differ() -> None:
+    table = score_table(summary_of(with_samples("Own", 8), with_samples("Imdb", 32)))
+    assert table.notes() == ("Few-shot texts per label: Own 8, Imdb 32.",)
+
+
+def test_a_kept_start_is_told_below_the_table() -> None:
+    table = score_table(summary_of(task_result("Kept", best_epoch=0), task_result("Trained")))
+    assert [line.cells()[-1].text for line in table.lines] == ["0 of 4", "4 of 4"]
+    assert table.notes()[1:] == ("Best epoch 0: no epoch beat the start of training, which was kept: Kept.",)
 
 
 def test_a_difference_has_a_sign_and_nothing_has_none() -> None:
@@ -141,8 +162,67 @@ def test_the_change_from_run_to_run_is_now_less_then_where_the_same_texts_were_s
     assert head_change(scored_on(now, "b"), scored_on(before, "c")) == f"test data changed (run {RUN_ID}: 50.0)"
 
 
-def test_what_a_warm_start_gave_is_told_of_the_best_epoch() -> None:
-    result = task_result("Topics", num_epochs=3)
+def started(start_accuracy: float | None, **changes: Any) -> TaskResult:
+    result = task_result("Topics", num_epochs=3, start_accuracy=start_accuracy)
     epochs = tuple(row.model_copy(update={"validation_accuracy": score}) for row, score in zip(result.epochs, (0.7, 0.8, 0.6), strict=True))
-    warm = result.model_copy(update={"epochs": epochs, "warm_start": WarmStart(sha256="f" * 64, validation_accuracy=0.5)})
-    assert said_of_warm_start(warm).endswith("validation 50.0 before, 80.0 after training (+30.0)")
+    return result.model_copy(update={"epochs": epochs} | changes)
+
+
+def test_what_a_warm_start_gave_is_told_of_the_best_epoch() -> None:
+    warm = {"warm_start": WarmStart(sha256="f" * 64)}
+    fact = "started from published adapter ffffffffffff"
+    assert said_of_start(started(0.5, **warm)) == f"{fact}: validation 50.0 before, 80.0 after training (+30.0)"
+    assert said_of_start(started(None, **warm)) == fact
+    kept = f"{fact}: validation 85.0 before, 80.0 after training (-5.0); the start was kept"
+    assert said_of_start(started(0.85, best_epoch=0, **warm)) == kept
+
+
+def test_a_training_from_scratch_is_told_of_only_where_it_did_not_help() -> None:
+    assert said_of_start(started(0.5)) == ""
+    kept = "started from scratch: test 85.0 before, 80.0 after training (-5.0); the start was kept"
+    assert said_of_start(started(0.85, best_epoch=0, selected_on="test")) == kept
+
+
+def test_a_result_of_an_older_version_keeps_its_score_at_the_start() -> None:
+    older = started(None).model_dump(mode="json")
+    del older["start_accuracy"]
+    older["warm_start"] = {"sha256": "f" * 64, "validation_accuracy": 0.5}
+    assert TaskResult.model_validate_json(json.dumps(older)) == started(0.5, warm_start=WarmStart(sha256="f" * 64))
+
+
+def judged(metric: MainMetric | None, *, p_value: float, **macro_f1: float) -> TaskResult:
+    """A head that is above the probe in accuracy, by a test whose p is 0.001; of macro-F1 and its test as given."""
+    result = task_result("Topics")
+    rows = []
+    for row in result.scores:
+        changes: dict[str, Any] = {"macro_f1": macro_f1.get(row.column, row.macro_f1)}
+        if row.column == "head":
+            changes |= {"main_metric": metric, "p_value_main": p_value / 2, "p_value_main_holm": p_value}
+        rows.append(row.model_copy(update=changes))
+    return result.model_copy(update={"scores": tuple(rows)})
+
+
+@pytest.mark.parametrize(
+    ("metric", "p_value", "macro_f1", "told"),
+    [
+        ("macro_f1", 0.01, {"head": 0.4, "frozen_full_data": 0.5}, "below (macro-F1)"),
+        ("macro_f1", 0.01, {"head": 0.5, "frozen_full_data": 0.4}, "above (macro-F1)"),
+        ("macro_f1", 0.2, {"head": 0.4, "frozen_full_data": 0.5}, "within noise (macro-F1)"),
+        ("accuracy", 0.01, {"head": 0.4, "frozen_full_data": 0.5}, "above"),
+        (None, 0.2, {"head": 0.4, "frozen_full_data": 0.5}, "above"),
+    ],
+)
+def test_the_verdict_is_about_the_main_metric(metric: MainMetric | None, p_value: float, macro_f1: dict[str, float], told: str) -> None:
+    (line,) = score_table(summary_of(judged(metric, p_value=p_value, **macro_f1))).lines
+    cells = dict(zip(SCORE_HEADINGS, line.cells(), strict=True))
+    assert cells["Head against probe"].text == told
+    assert cells["Macro-F1, probe / head"].text == "{frozen_full_data:.1%} / {head:.1%}".format(**macro_f1).replace("%", "")
+    assert (line.p_value, line.p_value_holm) == (p_value / 2, p_value if metric else 0.001)
+
+
+def test_a_summary_of_an_older_version_still_has_its_verdict() -> None:
+    values = summary_of(task_result()).model_dump(mode="json")
+    for name in ("samples_per_label", "full_data_probe_macro_f1", "head_macro_f1", "main_metric", "p_value_main", "p_value_main_holm"):
+        del values["tasks"][0][name]
+    table = score_table(ClassificationResults.model_validate_json(json.dumps(values)))
+    assert (table.lines[0].verdict, table.notes()) == ("above", ())

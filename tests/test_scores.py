@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import f1_score
 
 from pipeline import scores
 from pipeline.errors import LorafleetError
+from pipeline.records import Comparison
 from pipeline.scores import score_of_draws, score_predictions
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -179,6 +182,66 @@ def test_mcnemar_of_equal_predictions_or_equal_merit_is_one() -> None:
         assert scores.mcnemar(labels, first, 1 - first).p_value == pytest.approx(1.0)
 
 
+def macro_f1_of(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def by_macro_f1(labels: np.ndarray, first: np.ndarray, second: np.ndarray, *, num_classes: int = 4) -> Comparison:
+    return scores.compare_paired(labels, first, second, num_classes=num_classes, main_metric="macro_f1", seed=0)
+
+
+def test_the_test_of_macro_f1_is_the_share_of_all_swaps_that_differ_as_much() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 0, 0])
+    first = np.array([0, 0, 1, 0, 1, 1, 1, 2, 2, 0, 1])
+    second = np.array([0, 0, 0, 0, 0, 1, 0, 0, 2, 1, 1])
+    found, differences = by_macro_f1(labels, first, second), []
+    for swaps in itertools.product([False, True], repeat=len(labels)):
+        one, other = np.where(swaps, second, first), np.where(swaps, first, second)
+        differences.append(macro_f1_of(labels, one) - macro_f1_of(labels, other))
+    assert found.gain == pytest.approx(differences[0])
+    expected = float(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-9))
+    assert found.main_p_value == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
+
+
+def test_the_test_of_macro_f1_turns_with_the_order_and_sees_no_difference_between_equals() -> None:
+    rng = np.random.default_rng(1)
+    labels, first, second = (rng.integers(4, size=300) for _ in range(3))
+    forward, backward = by_macro_f1(labels, first, second), by_macro_f1(labels, second, first)
+    assert forward.gain == pytest.approx(-backward.gain)
+    assert forward.main_p_value == backward.main_p_value
+    assert (by_macro_f1(labels, first, first).gain, by_macro_f1(labels, first, first).main_p_value) == (0.0, 1.0)
+
+
+def test_a_true_difference_is_found_and_none_is_found_where_there_is_none_in_19_of_20_tests() -> None:
+    rng, false_alarms = np.random.default_rng(2), 0
+
+    def predictions(labels: np.ndarray, share_right: float) -> np.ndarray:
+        return np.where(rng.random(len(labels)) < share_right, labels, rng.integers(4, size=len(labels)))
+
+    for _ in range(200):
+        labels = rng.choice(4, size=200, p=[0.66, 0.2, 0.1, 0.04])
+        false_alarms += by_macro_f1(labels, predictions(labels, 0.7), predictions(labels, 0.7)).main_p_value < 0.05
+    assert false_alarms / 200 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+    labels = rng.choice(4, size=1000, p=[0.66, 0.2, 0.1, 0.04])
+    assert by_macro_f1(labels, predictions(labels, 0.8), predictions(labels, 0.6)).main_p_value == pytest.approx(1 / 2001)
+
+
+def test_on_an_unbalanced_set_accuracy_and_macro_f1_can_judge_in_opposite_ways() -> None:
+    """The one always answers the frequent class; the other finds the rare ones, at the price of some of the frequent."""
+    labels = np.repeat([0, 1, 2, 3], [660, 140, 120, 80])
+    lazy = np.zeros(1000, dtype=int)
+    keen = labels.copy()
+    keen[:400] = 1
+    by_accuracy = scores.compare_paired(labels, keen, lazy, num_classes=4, main_metric="accuracy", seed=0)
+    assert by_accuracy == scores.mcnemar(labels, keen, lazy)
+    assert by_accuracy.gain < 0
+    assert by_accuracy.main_p_value == by_accuracy.p_value < 0.05
+    found = by_macro_f1(labels, keen, lazy)
+    assert found.gain > 0.3
+    assert found.main_p_value < 0.05
+    assert found.p_value == by_accuracy.p_value, "what it means does not change with the main metric"
+
+
 def test_holm_agrees_with_a_hand_computed_example() -> None:
     # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 = 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
     assert scores.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -294,9 +357,48 @@ def test_temperature_stays_in_its_range_and_is_one_where_nothing_is_wrong() -> N
 def test_coverage_falls_with_the_threshold_and_is_none_where_no_text_is_left() -> None:
     probabilities = np.array([[0.5, 0.5], [0.65, 0.35], [0.2, 0.8], [0.04, 0.96]])
     rows = scores.coverage_table(probabilities, np.array([1, 0, 1, 1]))
-    assert [row.threshold for row in rows] == [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-    assert [row.coverage for row in rows] == [1.0, 1.0, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0]
-    assert [row.accuracy for row in rows] == [0.75, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, None]
+    assert [row.threshold for row in rows] == [0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99]
+    assert [row.num_texts for row in rows] == [4, 4, 4, 4, 3, 2, 2, 1, 1, 1, 0, 0]
+    assert [row.coverage for row in rows] == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.5, 0.25, 0.25, 0.25, 0.0, 0.0]
+    assert [row.accuracy for row in rows] == [0.75, 0.75, 0.75, 0.75, *[1.0] * 6, None, None]
+
+
+def test_a_lower_end_is_what_the_binomial_test_does_not_refute_at_its_share_of_five_per_cent() -> None:
+    logits, labels = planted(temperature=1.5, num_texts=900)
+    rows = scores.coverage_table(scores.softmax(logits), labels)
+    for row in rows:
+        if not row.num_texts:
+            assert row.low == 0
+            continue
+        assert row.accuracy is not None and row.low is not None
+        right = round(row.accuracy * row.num_texts)
+        refuted = stats.binomtest(right, row.num_texts, row.low, alternative="greater").pvalue
+        assert refuted == pytest.approx(0.05 / len(rows), rel=1e-6)
+
+
+def test_five_right_texts_support_no_high_accuracy_and_wrong_ones_none() -> None:
+    probabilities = np.tile([0.999, 0.001], (5, 1))
+    for labels, low in ((np.zeros(5, dtype=int), (0.05 / 12) ** (1 / 5)), (np.ones(5, dtype=int), 0.0)):
+        assert scores.coverage_table(probabilities, labels)[-1].low == pytest.approx(low)
+
+
+def test_all_lower_ends_of_a_table_hold_together_in_19_of_20_tables() -> None:
+    random, tables, broken, lowest = np.random.default_rng(0), 400, 0, 1.0
+
+    def chance(confidence: Any) -> Any:
+        """Of being right; the head is too sure of itself."""
+        return confidence**1.5
+
+    many = random.uniform(0.5, 1.0, size=1_000_000)
+    true = [float(chance(many[many >= threshold]).mean()) for threshold in scores.COVERAGE_THRESHOLDS]
+    for _ in range(tables):
+        confidence = random.uniform(0.5, 1.0, size=600)
+        labels = np.where(random.random(600) < chance(confidence), 0, 1)
+        rows = scores.coverage_table(np.stack([confidence, 1 - confidence], axis=1), labels)
+        broken += any((row.low or 0) > accuracy for row, accuracy in zip(rows, true, strict=True))
+        lowest = min(lowest, rows[0].low or 0)
+    assert broken / tables < 0.05
+    assert lowest > true[0] - 0.15, "and they are not so low that they say nothing"
 
 
 def test_calibration_repairs_an_overconfident_head() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from pipeline.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
@@ -26,7 +26,18 @@ from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
 from pipeline.run_folder import TaskFolder
 from pipeline.tokeniser import IntArray
-from pipeline.training import LabelledTokens, Training, _class_weights, _cross_entropy, accuracy, epoch_batches, train_adapter
+from pipeline.training import (
+    Checkpoint,
+    LabelledTokens,
+    Training,
+    _class_weights,
+    _cross_entropy,
+    _State,
+    accuracy,
+    epoch_batches,
+    tensor_file,
+    train_adapter,
+)
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")
@@ -282,14 +293,79 @@ def test_the_weights_of_the_best_epoch_are_kept_and_patience_stops(encoder_folde
         encoder = load_encoder(encoder_folder("bert"))
         selection = tokens(encoder, 60, seed=1)
         training = train(encoder, selection=selection, max_epochs=12, patience=2, learning_rate=learning_rate, seed=seed)
-        scores = [e.validation_accuracy or 0 for e in training.epochs]
-        assert scores.index(max(scores)) + 1 == training.best_epoch, "the first of equals"
-        assert len(scores) == min(training.best_epoch + 2, 12), "stopped two epochs after the best"
+        scores = [training.start_score or 0, *(e.validation_accuracy or 0 for e in training.epochs)]
+        assert max(epoch for epoch, score in enumerate(scores) if score == max(scores)) == training.best_epoch, "the last of equals"
+        assert len(training.epochs) == min(max(scores.index(max(scores)), 1) + 2, 12), "stopped two epochs after the first of equals"
         assert accuracy(training.adapter, selection) == max(scores)
         assert [e.is_best for e in training.epochs] == [e.epoch == training.best_epoch for e in training.epochs]
         assert not training.adapter.head.training
         lost.append(max(scores) - scores[-1])
     assert max(lost) > 0.05, "keeping the last epoch would have been noticed"
+
+
+def probe_of(encoder: Encoder, data: LabelledTokens) -> HeadStart:
+    """A head that already classifies the toy texts, without an adapter."""
+    vectors = encoder.embed(data.tokens)
+    one_hot = np.eye(3, dtype=np.float32)[data.labels]
+    ridge = np.linalg.solve(vectors.T @ vectors + 10 * np.eye(32, dtype=np.float32), vectors.T @ (one_hot * 5)).T
+    return HeadStart(np.ascontiguousarray(ridge, dtype=np.float32), np.zeros(3, dtype=np.float32))
+
+
+RUINOUS: dict[str, Any] = {"learning_rate": 0.5, "max_epochs": 6, "patience": 3}
+"""Every epoch is worse than a head start."""
+
+
+def test_a_start_that_no_epoch_beats_is_kept(encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    start, selection = probe_of(encoder, tokens(encoder, NUM_TRAIN)), tokens(encoder, 60, seed=1)
+    training = train(encoder, head_start=start, selection=selection, **RUINOUS)
+    untrained = Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS)
+    untrained.start_head(start)
+    assert bits(training) == b"".join(p.detach().numpy().tobytes() for p in untrained.parameters)
+    assert (training.best_epoch, [row.is_best for row in training.epochs]) == (0, [False] * 4), "patience counts from the first epoch"
+    assert training.start_score == accuracy(training.adapter, selection)
+    assert training.start_score > max(row.validation_accuracy or 0 for row in training.epochs)
+
+
+def test_a_kept_start_survives_a_stop_and_is_not_refitted(encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    start = probe_of(encoder, tokens(encoder, NUM_TRAIN))
+    whole = train(encoder, head_start=start, refit=True, **RUINOUS)
+    assert (whole.best_epoch, whole.refitted, len(whole.epochs)) == (0, False, 4)
+    for epoch in (1, 2, 3):
+        path = tmp_path / f"{epoch}.safetensors"
+        with pytest.raises(Stop):
+            train(
+                load_encoder(encoder_folder("bert")), head_start=start, refit=True, checkpoint=path, on_epoch=stop_after(epoch), **RUINOUS
+            )
+        resumed = train(load_encoder(encoder_folder("bert")), head_start=start, refit=True, checkpoint=path, **RUINOUS)
+        assert (bits(resumed), facts(resumed), resumed.start_score) == (bits(whole), facts(whole), whole.start_score)
+
+
+def test_an_epoch_that_equals_the_start_is_taken(encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    start = probe_of(encoder, tokens(encoder, NUM_TRAIN))
+    training = train(encoder, head_start=start, learning_rate=1e-9, max_epochs=2)
+    assert {row.validation_accuracy for row in training.epochs} == {training.start_score}
+    assert training.best_epoch == 2
+    assert all(lora.lora_B.any() for lora in training.adapter.projections.values())
+
+
+def test_a_checkpoint_keeps_all_that_the_rest_of_a_training_depends_on(undisturbed: Training, tmp_path: Path) -> None:
+    state = _State(list(undisturbed.epochs), best_epoch=2, best_score=0.75, last_gain=3, steps=90, finished=True, start_score=0.25)
+    assert all(getattr(state, name) != value for name, value in vars(_State()).items()), "no field has the value that it begins with"
+    file = Checkpoint(tmp_path / "c", {"seed": 0})
+    file.write({"weights": torch.ones(3)}, state)
+    found = file.read()
+    assert found is not None
+    assert (found[0]["weights"].tolist(), found[1]) == ([1.0] * 3, state)
+
+
+def test_a_tensor_of_any_layout_is_written_as_it_is_read() -> None:
+    whole = torch.arange(12.0)
+    tensors = {"plain": whole, "transposed": whole.view(3, 4).t(), "every second": whole[::2], "trained": whole.clone().requires_grad_()}
+    found = load(tensor_file(tensors, {"made": "here"}))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
 def test_a_resume_keeps_the_best_epoch_too(encoder_folder: Folders, tmp_path: Path) -> None:
@@ -401,11 +477,7 @@ def test_class_weights_change_nothing_where_classes_are_even(undisturbed: Traini
 
 def test_a_head_start_is_where_training_starts(encoder_folder: Folders) -> None:
     encoder = load_encoder(encoder_folder("bert"))
-    data = tokens(encoder, NUM_TRAIN)
-    vectors = encoder.embed(data.tokens)
-    one_hot = np.eye(3, dtype=np.float32)[data.labels]
-    ridge = np.linalg.solve(vectors.T @ vectors + 10 * np.eye(32, dtype=np.float32), vectors.T @ (one_hot * 5)).T
-    start = HeadStart(np.ascontiguousarray(ridge, dtype=np.float32), np.zeros(3, dtype=np.float32))
+    start = probe_of(encoder, tokens(encoder, NUM_TRAIN))
     settings: dict[str, Any] = {"max_epochs": 1, "learning_rate": 1e-6}
     started, random = train(encoder, head_start=start, **settings), train(load_encoder(encoder_folder("bert")), **settings)
     assert started.epochs[0].train_loss < 0.8 * random.epochs[0].train_loss
@@ -517,7 +589,13 @@ def test_the_score_at_the_start_is_that_of_the_published_adapter(
 ) -> None:
     warm = train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1)
     assert warm.start_score == undisturbed.epochs[undisturbed.best_epoch - 1].validation_accuracy
-    assert undisturbed.start_score is None
+    assert undisturbed.start_score is not None
+    assert undisturbed.start_score < warm.start_score
+
+
+def test_a_published_adapter_that_no_epoch_beats_is_kept(published: TaskFolder, undisturbed: Training, encoder_folder: Folders) -> None:
+    warm = train(load_encoder(encoder_folder("bert")), warm_start=published, **RUINOUS)
+    assert (warm.best_epoch, bits(warm)) == (0, bits(undisturbed))
 
 
 def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_first_score(

@@ -8,12 +8,13 @@ Prints Markdown; accuracies in per cent on test, the spread over seeds behind th
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from pipeline.errors import LorafleetError
 from pipeline.metrics_table import read_history
 from pipeline.records import ScoreRow
 
@@ -21,15 +22,25 @@ COLUMNS = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
 SIGNIFICANT = 0.05
 
 
-def main(runs: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The README's result table, in Markdown.")
+    parser.add_argument("runs", type=Path, help="a run store with one run for each seed")
+    runs = parser.parse_args(arguments).runs
+    try:
+        history = read_history(runs)
+    except LorafleetError as error:
+        parser.error(str(error))
+    if not history:
+        parser.error(f"{runs}: there is no finished run in it; expected a run store with one run for each seed")
     rows: dict[str, dict[str, list[ScoreRow]]] = defaultdict(lambda: defaultdict(list))
-    history = read_history(runs)
     for row in history:
         rows[row.mteb_task][row.column].append(row)
     seeds = sorted({row.seed for row in history})
     for task, columns in rows.items():
-        for column, found in columns.items():
-            assert sorted(row.seed for row in found) == seeds, f"{task}, {column}: expected one row for each seed of {seeds}"
+        for column in COLUMNS:
+            found = sorted(row.seed for row in columns[column])
+            if found != seeds:
+                parser.error(f"{runs}: {task}, {column}: expected one row for each seed of {seeds}, found those of {found}")
     print(f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n")
     print("| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |")
     print("|---|---|---|---|---|---|---|")
@@ -50,12 +61,13 @@ def spread(heads: Sequence[ScoreRow]) -> str:
 
 
 def verdicts(columns: dict[str, list[ScoreRow]]) -> str:
-    probe_of = {row.run_id: row.accuracy for row in columns["frozen_full_data"]}
+    probe_of = {row.run_id: row for row in columns["frozen_full_data"]}
     above = within = below = 0
     for row in columns["head"]:
-        if row.p_value_holm is None or row.p_value_holm >= SIGNIFICANT:
+        metric, p_value = (row.main_metric, row.p_value_main_holm) if row.main_metric else ("accuracy", row.p_value_holm)
+        if p_value is None or p_value >= SIGNIFICANT:
             within += 1
-        elif row.accuracy > probe_of[row.run_id]:
+        elif getattr(row, metric) > getattr(probe_of[row.run_id], metric):
             above += 1
         else:
             below += 1
@@ -63,4 +75,4 @@ def verdicts(columns: dict[str, list[ScoreRow]]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
