@@ -1,0 +1,68 @@
+"""The Prefect server of one run, on this machine: who may use it, and what is told where it cannot start."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect_server import answers_to_strangers
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from tasks.embedded import PrefectServer
+server = PrefectServer(Path(sys.argv[1]))
+server.start()
+server.ready()
+print(os.environ["PREFECT_API_URL"], os.environ["PREFECT_API_AUTH_STRING"], flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+def start(home: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process that has the server as a run has it, until its standard input ends."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM, str(home)],
+        env=inherited | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, Path, str, str]]:
+    """A running one: its process, its home, its address, its login."""
+    home = tmp_path_factory.mktemp("embedded") / ".prefect"
+    process = start(home)
+    assert process.stdout is not None
+    url, login = process.stdout.readline().split()
+    yield psutil.Process(process.pid), home, url, login
+    process.communicate()
+
+
+def test_the_server_of_a_run_answers_nobody_who_does_not_know_its_password(server: tuple[psutil.Process, Path, str, str]) -> None:
+    _, _, url, login = server
+    assert answers_to_strangers(url, login=login) == []
+
+
+def test_the_password_is_another_one_each_time_and_is_written_nowhere(server: tuple[psutil.Process, Path, str, str]) -> None:
+    process, home, _, login = server
+    password = login.partition(":")[2]
+    assert len(password) >= 32
+    commands = [argument for child in (process, *process.children(recursive=True)) for argument in child.cmdline()]
+    assert "tasks.embedded" in commands
+    assert not any(password in argument for argument in commands)
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert files
+    assert [path for path in files if password.encode() in path.read_bytes()] == []
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
