@@ -341,7 +341,7 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
 
     with fleet_ahead(config) as fleet:
         if force or start_check_ahead(config, store) is None:
-            fleet.start()  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+            fleet.start_ahead()  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
         from flows.train_adapters import train_adapters
 
         server.start()  # not before: on few cores it would keep the workers waiting

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import LorafleetError
+from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import check_room
 from tasks.children import die_with_parent, last_fault
 from tasks.loopback import ask, prepare_http
 from tasks.passwords import CLIENT, given_login, login_for, new_login, private_folder, server_settings
+from tasks.servers import refuses_login
 from tasks.temporary import temporary_folder
 
 _START_SECONDS = 120.0
@@ -87,9 +88,13 @@ class PrefectServer:
     def ready(self) -> None:
         """Wait until the server answers.
 
-        Raises: LorafleetError: it ended, or did not answer in two minutes.
+        Raises:
+            InputError: it is one that the user has configured, and refuses the password.
+            LorafleetError: it ended, or did not answer in two minutes.
         """
         if self._process is None:
+            if refuses_login(os.environ["PREFECT_API_URL"]):
+                raise InputError("the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD")
             return
         deadline = time.monotonic() + _START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from pipeline.config import ComputeConfig, RunConfig
 from pipeline.errors import ConfigError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from tasks.children import last_fault
-from tasks.temporary import ray_folder
+from tasks.temporary import ray_base, ray_folder
 from tasks.worker import Worker
 
 if TYPE_CHECKING:
@@ -86,10 +86,21 @@ class Fleet:
         self._keeper = threading.Thread(target=self._keep_ray, name="keep-ray", daemon=True)
         self._keeper.start()
 
+    def start_ahead(self) -> None:
+        """``start``, before anything else is: where a local Ray has no place for its files, that is raised at once.
+
+        Raises: InputError, LorafleetError: as ``ray_base``.
+        """
+        if self.address is None:
+            ray_base()
+        self.start()
+
     def ready(self) -> None:
         """Wait for Ray.
 
-        Raises: ConfigError: no cluster at ``compute.ray_address``, or it is too small for one worker.
+        Raises:
+            ConfigError: no cluster at ``compute.ray_address``, or it is too small for one worker.
+            RayStartError, InputError, LorafleetError: a local Ray does not start; as ``ray_base``.
         """
         assert self._keeper is not None, "start() comes first"
         self._started.wait()

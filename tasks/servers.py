@@ -90,6 +90,17 @@ def check_prefect() -> Check:
     return _compare_versions(place, server)
 
 
+def refuses_login(url: str) -> bool:
+    """Whether a Prefect API refuses the password that the environment has for it. What else may be wrong there is left to its client."""
+    try:
+        _get(f"{url.rstrip('/')}/admin/version")
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return False
+
+
 def check_proxy() -> Check:
     """The proxies and certificates that the environment names for all that asks a network."""
     try:

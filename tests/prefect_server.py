@@ -172,6 +172,16 @@ def _is_let_in(url: str, path: str, subprotocols: list[str] | None, token: str |
         return False
 
 
+def start_stand_in(api: str, runs: Path, *, login: str = "lorafleet:x", title: str = "supervisor.supervisord") -> subprocess.Popen[bytes]:
+    """A process that looks like the supervisor of a `lorafleet up`, until its standard input ends."""
+    environment = os.environ | {"PREFECT_API_URL": api, "LORAFLEET_UP_RUNS": str(runs), "PREFECT_API_AUTH_STRING": login}
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", title]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 class Server:
     """A Prefect server with a home of its own, on one port for all its lives."""
 

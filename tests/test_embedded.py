@@ -66,3 +66,16 @@ def test_the_password_is_another_one_each_time_and_is_written_nowhere(server: tu
     assert files
     assert [path for path in files if password.encode() in path.read_bytes()] == []
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_server_of_the_users_that_refuses_the_password_is_one_message(
+    server: tuple[psutil.Process, Path, str, str], tmp_path: Path
+) -> None:
+    _, _, url, login = server
+    right = start(tmp_path / "home", PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=login)
+    assert right.communicate()[0] == f"{url} {login}\n"
+    wrong = start(tmp_path / "home", PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=login[:-1])
+    out, err = wrong.communicate()
+    assert out == ""
+    assert "InputError: the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD" in err
+    assert not (tmp_path / "home").exists()

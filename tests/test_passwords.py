@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect_server import start_stand_in
 
 from pipeline.errors import InputError
 from tasks.passwords import given_login, kept_secret, login_for, new_login, private_folder, running_ups, server_settings
@@ -25,15 +25,11 @@ def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start_up() -> Iterator[StartUp]:
-    """Start a process that looks like the supervisor of a `lorafleet up`, at an address, with a run store."""
+    """``start_stand_in``; ended after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(api: str, runs: Path, *, login: str = "lorafleet:x", title: str = "supervisor.supervisord") -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PREFECT_API_URL": api, "LORAFLEET_UP_RUNS": str(runs), "PREFECT_API_AUTH_STRING": login}
-        command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", title]
-        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert started[-1].stdout is not None
-        started[-1].stdout.readline()
+    def start(*arguments: Any, **options: str) -> subprocess.Popen[bytes]:
+        started.append(start_stand_in(*arguments, **options))
         return started[-1]
 
     yield start
