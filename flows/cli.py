@@ -336,12 +336,13 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     with hold_store(store, "being checked"):
         pass  # who cannot have the store must not start a server on its database; the flow takes it for good
     server = PrefectServer(store / ".prefect")
-    from tasks.early_check import start_check_ahead
+    from tasks.early_check import refuse_wrong_files, start_check_ahead
     from tasks.fleet import fleet_ahead
 
     with fleet_ahead(config) as fleet:
         if force or start_check_ahead(config, store) is None:
             fleet.start_ahead()  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+        refuse_wrong_files(config)
         from flows.train_adapters import train_adapters
 
         server.start()  # not before: on few cores it would keep the workers waiting

@@ -91,6 +91,16 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
     )
 
 
+def files_look_wrong(config: RunConfig) -> bool:
+    """Whether a file of the user's own is not there, or is a Parquet file without the columns: a look that takes no time.
+
+    ``load_mteb_task`` says what is wrong, here and where this look sees nothing.
+    """
+    given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
+    local = [(t, Path(location).expanduser()) for t, location in given if "://" not in location and not set("*?[") & set(location)]
+    return any(not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
+
+
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
     """Read the splits of a planned task and put them into a real mteb task, so that ``mteb.evaluate`` needs no network.
 
@@ -170,6 +180,14 @@ def _plan_own(config: MtebTaskConfig, train: str, test: str, max_epochs: int) ->
 def _absolute(path: str) -> str:
     # A worker may have another working directory than the command line.
     return str(Path(path).expanduser().absolute())
+
+
+def _lacks_columns(config: MtebTaskConfig, path: Path) -> bool:
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return True
+    return not {config.text_column or "text", config.label_column or "label"} <= set(names)
 
 
 def _find_mteb_task(name: str, *, subset: str | None = None) -> Any:

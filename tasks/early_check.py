@@ -61,6 +61,17 @@ def start_check_ahead(config: RunConfig, runs: Path) -> EarlyCheck | None:
     return check
 
 
+def refuse_wrong_files(config: RunConfig) -> None:
+    """Check the inputs of a run at once where a file looks wrong, so that nobody waits for Prefect to be told.
+
+    Raises: InputError, LorafleetError: as ``preflight``.
+    """
+    from pipeline.catalogue import files_look_wrong
+
+    if not _is_on_cluster(config) and files_look_wrong(config):
+        EarlyCheck(config).keys()
+
+
 def early_check(config: RunConfig, runs: Path) -> EarlyCheck | None:
     """The check that was started ahead, or a new one; None where it is not worth it.
 
@@ -69,9 +80,13 @@ def early_check(config: RunConfig, runs: Path) -> EarlyCheck | None:
     """
     if _AHEAD:
         return _AHEAD.pop()
-    if config.compute.ray_address or os.environ.get("RAY_ADDRESS") or not _same_as_before(config, runs):
+    if _is_on_cluster(config) or not _same_as_before(config, runs):
         return None
     return EarlyCheck(config)
+
+
+def _is_on_cluster(config: RunConfig) -> bool:
+    return bool(config.compute.ray_address or os.environ.get("RAY_ADDRESS"))
 
 
 def _same_as_before(config: RunConfig, runs: Path) -> bool:

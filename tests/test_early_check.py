@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import FinishedRun
+from commands import FinishedRun, write_task
 
-from pipeline.config import RunConfig, load_config
+from pipeline.catalogue import files_look_wrong
+from pipeline.config import RunConfig, load_config, validate_config
 from pipeline.errors import InputError
 from pipeline.manifest import read_manifest
 from pipeline.records import TaskResult
@@ -74,3 +75,20 @@ def test_what_is_wrong_with_the_data_is_raised_and_a_process_that_dies_says_noth
         EarlyCheck(RunConfig.model_validate(data)).keys()
     monkeypatch.setattr(module.sys, "executable", shutil.which("false"))
     assert EarlyCheck(config_of(finished_run)).keys() is None
+
+
+def test_a_file_that_is_not_there_or_has_not_the_columns_is_seen_at_a_look(tmp_path: Path) -> None:
+    task = write_task(tmp_path, "Topics")
+
+    def looks_wrong(**changes: str) -> bool:
+        return files_look_wrong(validate_config({"mteb_tasks": [task | changes]}, "test"))
+
+    assert not looks_wrong()
+    assert looks_wrong(test=str(tmp_path / "nowhere.parquet"))
+    assert looks_wrong(text_column="sentence")
+    assert not looks_wrong(text_column="label", label_column="text")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    assert looks_wrong(train=str(tmp_path / "damaged.parquet"))
+    for elsewhere in ("s3://lake/train.parquet", str(tmp_path / "*.parquet")):  # who reads it will see
+        assert not looks_wrong(train=elsewhere)
+    assert not files_look_wrong(validate_config({"mteb_tasks": [{"name": "Banking77Classification"}]}, "test"))
