@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import LORAFLEET, Command, write_config, write_task
 from prefect_server import answers_to_strangers
 
 PROGRAM = """
@@ -79,3 +81,34 @@ def test_a_server_of_the_users_that_refuses_the_password_is_one_message(
     assert out == ""
     assert "InputError: the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD" in err
     assert not (tmp_path / "home").exists()
+
+
+def can_mount() -> bool:
+    return (
+        shutil.which("unshare") is not None and subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="may not mount a small disk")
+@pytest.mark.parametrize(
+    ("command", "what"), [("train", "store"), ("train", "TMPDIR"), ("classify", "TMPDIR"), ("up", "store"), ("up", "TMPDIR")]
+)
+def test_a_full_disk_is_one_message_before_anything_is_started(command: str, what: str, tmp_path: Path) -> None:
+    """With exit code 1: on another try it may work."""
+    disk, data = tmp_path / "disk", write_task(tmp_path / "data", "Topics")
+    disk.mkdir()
+    config = write_config(tmp_path / "config.toml", tmp_path, [data])
+    runs = disk / "runs" if what == "store" else tmp_path / "runs"
+    arguments: dict[str, list[str | Path]] = {
+        "train": ["train", "--config", config, "--runs", runs],
+        "classify": ["classify", data["train"], runs, "--adapter", tmp_path],
+        "up": ["up", "--no-ray", "--runs", runs],
+    }
+    fill = f"mount -t tmpfs -o size=1m tmpfs {disk} && mkdir {disk}/runs && head --quiet -c 2M /dev/zero > {disk}/fill 2> /dev/null; "
+    program = ("unshare", "-m", "bash", "-c", f'{fill} exec "$@"', "bash", *LORAFLEET)
+    environment = {"TMPDIR": str(disk)} if what == "TMPDIR" else {}
+    ended = Command(*arguments[command], program=program, cwd=tmp_path, **environment).wait(seconds=60)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1), ended.err
+    assert f"error: {disk}" in ended.err
+    assert "0.0 MB free, but a start needs 50 MB; free some space, or " in ended.err
+    assert (what == "TMPDIR") == ("set TMPDIR to another folder" in ended.err)

@@ -53,8 +53,7 @@ def spoil_mode(file: Path) -> None:
 
 
 def spoil_link(file: Path) -> None:
-    (file.parent / "elsewhere").write_text("planted", encoding="utf-8")
-    file.unlink()
+    file.rename(file.parent / "elsewhere")
     file.symlink_to(file.parent / "elsewhere")
 
 
