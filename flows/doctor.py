@@ -229,6 +229,7 @@ def _local(runs: Path) -> dict[str, Callable[[], Check]]:
         "bytecode": checkup.check_bytecode,
         "disk": lambda: checkup.check_disk(runs),
         "temporary files": check_temporary,
+        "home": checkup.check_home,
         "shared memory": checkup.check_shared_memory,
         "memory": checkup.check_memory,
         "open files": checkup.check_open_files,

@@ -107,6 +107,19 @@ def check_disk(runs: Path) -> Check:
     return _at_least(free, LEAST_DISK_BYTES, Check("warning", "disk", f"{readable_bytes(free)} free where the run store lies", advice))
 
 
+def check_home() -> Check:
+    """Where libraries keep what they download and remember; a user of a container may have none."""
+    try:
+        home = Path.home()
+        with tempfile.TemporaryFile(dir=existing(home / ".cache")):
+            return Check("ok", "home", f"{home} can be written")
+    except (OSError, RuntimeError) as error:
+        found = f"the home folder cannot be written: {getattr(error, 'strerror', None) or error}"
+        return Check(
+            "warning", "home", found, "set HOME to a folder that can: libraries keep their caches there, and some do not start without"
+        )
+
+
 def check_shared_memory() -> Check:
     """Where Ray keeps what its processes share."""
     place = Path("/dev/shm")

@@ -284,8 +284,11 @@ class FleetWorker:
             return result
         except RayTaskError as error:
             raise error.cause from None
-        except RayError:  # died, out of memory, its node is gone, no place for it any more
+        except RayError as error:  # died, out of memory, its node is gone, no place for it any more
             self._actor = None
+            if getattr(error, "actor_init_failed", False):  # as the next one would
+                why = str(error).strip().splitlines()[-1][:300]
+                raise LorafleetError(f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks") from error
             self._fleet.check()
             raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
 

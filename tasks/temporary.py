@@ -133,4 +133,6 @@ def _is_short(base: Path) -> bool:
 
 
 def _is_open(base: Path) -> bool:
-    return base.is_dir() and os.access(base, os.W_OK | os.X_OK)
+    with suppress(OSError), tempfile.TemporaryFile(dir=base):
+        return True
+    return False

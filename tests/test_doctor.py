@@ -495,6 +495,16 @@ def test_a_disk_without_room_for_a_start_is_a_fault_and_one_that_does_not_say_is
     assert check_disk(Path()).found.endswith("free where the run store lies: no run can start")
 
 
+def test_a_home_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkup.check_home() == Check("ok", "home", f"{tmp_path} can be written")
+    for nowhere in ("/proc", __file__):
+        monkeypatch.setenv("HOME", nowhere)
+        assert checkup.check_home().status == "warning"
+        assert "set HOME to a folder that can" in checkup.check_home().advice
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_no_process_can_be_tried_each_step_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")

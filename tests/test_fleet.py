@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from builders import CPU_FLOAT32
-from commands import Command, FinishedRun, run, session_folders, write_config
+from commands import Command, FinishedRun, run, session_folders, write_config, write_task
 
 from pipeline.config import ComputeConfig, RunConfig, validate_config
 from pipeline.errors import ConfigError, InputError
@@ -26,6 +26,7 @@ from pipeline.records import MtebTask
 from pipeline.run_folder import RunFolder
 from tasks.fleet import Fleet, FleetWorker, StoppedError, WorkerDiedError
 
+Folders = Callable[[str], Path]
 CLUSTER = """
 import sys, ray
 ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20, _node_ip_address="127.0.0.1",
@@ -177,6 +178,16 @@ def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(
     with pytest.raises(InputError, match=r"RAY_TMPDIR .*; set it to a folder with a shorter path"):
         fleet.ready()
     fleet.stop()
+
+
+@pytest.mark.faults
+def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> None:
+    """mteb keeps a cache in the home folder, and cannot be imported where there is none."""
+    path = write_config(tmp_path / "config.toml", encoder_folder("bert"), [write_task(tmp_path / "data", "Topics")])
+    ended = run("train", "--config", path, cwd=tmp_path, PREFECT_API_URL=prefect_api, HOME="/proc")
+    assert ended.code == 1
+    assert ended.err.count("a worker cannot start: FileNotFoundError: [Errno 2] No such file or directory: '/proc/.cache'") == 1, ended.err
+    assert "Traceback" not in ended.err
 
 
 # What `lorafleet doctor --start` does, in a process of its own: Ray reads the environment once.

@@ -80,7 +80,7 @@ def test_a_folder_that_is_named_for_ray_is_taken_or_refused_with_the_limit(base:
     with pytest.raises(InputError, match=rf"RAY_TMPDIR .*leave room for {LONGEST_BASE}; set it to a folder with a shorter path"):
         ray_base()
     assert check_temporary().status == "fault"
-    for nowhere in ("nowhere", str(base / "nowhere"), __file__):
+    for nowhere in ("nowhere", str(base / "nowhere"), "/proc", __file__):
         monkeypatch.setenv("RAY_TMPDIR", nowhere)
         with pytest.raises(InputError, match=r"RAY_TMPDIR .*: not a folder that can be written"):
             ray_base()
