@@ -19,7 +19,7 @@ _PREFIX = "lorafleet-ray-"
 _OF_RAY = "session_2026-01-02_03-04-05_678901_4194304/sockets/plasma_store"
 LONGEST_BASE = 107 - len(f"/{_PREFIX}12345678/r/{_OF_RAY}")
 """Bytes in the path of the folder that holds Ray's: Linux has room for 107 in the path of a socket."""
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+_SHORT = ("/tmp", "/dev/shm")
 
 
 def temporary_folder() -> Path:
