@@ -39,15 +39,20 @@ class EarlyCheck:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as config_in:
             config_in.write(anchored(config).model_dump_json())
+        self._process.stdin = None  # or communicate() would want to close it
+        self._timeout_seconds = config.compute.timeout_seconds
 
     def keys(self) -> Mapping[str, str] | None:
-        """MTEB task -> ``task_key``; None if the process ended without an answer.
+        """MTEB task -> ``task_key``; None if the process ended without an answer, or took longer than a stage may.
 
         Raises: InputError, LorafleetError: as ``preflight``.
         """
-        assert self._process.stdout is not None
-        answer: dict[str, Any] = json.loads(self._process.stdout.read() or "{}")
-        self._process.wait()
+        try:
+            out, _ = self._process.communicate(timeout=self._timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            out, _ = self._process.communicate()
+        answer: dict[str, Any] = json.loads(out or "{}")
         if "error" in answer:
             raise (InputError if answer["user_fault"] else LorafleetError)(answer["error"])
         return answer.get("keys")
