@@ -129,7 +129,9 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], as_js
     from pipeline.config import publish_config
     from pipeline.publication import read_candidate
     from pipeline.publish import publish as publish_run
+    from tasks.loopback import prepare_http
 
+    prepare_http()
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
     published = publish_run(run, to, config)
     _print_published(published, as_json=as_json)
@@ -147,7 +149,9 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
     Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
     """
     from pipeline.verify import verify as verify_ref
+    from tasks.loopback import prepare_http
 
+    prepare_http()
     _print_verified(verify_ref(ref, encoder=encoder, offline=offline), as_json=as_json)
 
 
@@ -162,7 +166,9 @@ def rollback(repository: str, revision: str, encoder: str | None, offline: bool)
     Example: lorafleet rollback hf:me/support-classifiers --to run-20261113-181500-9c8d
     """
     from pipeline.publish import rollback as roll_back
+    from tasks.loopback import prepare_http
 
+    prepare_http()
     landed, verified = roll_back(repository, revision, encoder=encoder, offline=offline)
     _print_verified(verified, as_json=False)
     click.echo(f"{repository} is at {landed} now, with the files of {revision}")
@@ -186,7 +192,9 @@ def export(ref: str, target: Path, form: Form, encoder: str | None, offline: boo
     """
     from pipeline.adapter_ref import find_adapters
     from pipeline.export import export_adapter
+    from tasks.loopback import prepare_http
 
+    prepare_http()
     (adapter,) = find_adapters([ref], offline=offline)
     exported = export_adapter(adapter, target, form=form, encoder=encoder, offline=offline)
     click.echo(f"exported {exported.adapter} to {target}: within {exported.largest_difference:.2g} of the adapter itself")
@@ -328,16 +336,22 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     with hold_store(store, "being checked"):
         pass  # who cannot have the store must not start a server on its database; the flow takes it for good
     server = PrefectServer(store / ".prefect")
-    from tasks.fleet import start_ahead
+    from tasks.early_check import refuse_wrong_files, start_check_ahead
+    from tasks.fleet import fleet_ahead
 
-    with start_ahead(config) as fleet:  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+    with fleet_ahead(config) as fleet:
+        if force or start_check_ahead(config, store) is None:
+            fleet.start_ahead()  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+        refuse_wrong_files(config)
         from flows.train_adapters import train_adapters
 
         server.start()  # not before: on few cores it would keep the workers waiting
 
         def run() -> Any:
-            with fleet:  # stopped here too: without an answer from Prefect's server the process ends at once
+            try:
                 return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
+            finally:
+                fleet.stop()  # here too: without an answer from Prefect's server the process ends at once
 
         result: RunOutcome = _run_flow(server, run)
         return result
@@ -397,8 +411,9 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
 def _classify(request: BulkRequest) -> BulkOutcome:
     """Run the flow with what it needs around it; its Prefect history is kept only by a server of your own."""
     from tasks.embedded import PrefectServer
+    from tasks.temporary import temporary_folder
 
-    home = tempfile.mkdtemp(prefix="lorafleet-")
+    home = tempfile.mkdtemp(prefix="lorafleet-", dir=temporary_folder())
     atexit.register(shutil.rmtree, home, ignore_errors=True)  # before the server's own, so run after it
     server = PrefectServer(Path(home))
     server.start()

@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.server.schemas import schedules as server_schedules
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from prefect.utilities.schema_tools.validation import ValidationError as ParameterError
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.urls import url_for
@@ -29,12 +29,13 @@ from prefect.workers.process import ProcessWorker
 
 from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
 from pipeline.errors import InputError, LorafleetError
-from tasks.loopback import unproxied
+from tasks.loopback import prepare_http
 from tasks.notifying import notify_of_failures
+from tasks.passwords import login_for, running_ups
 
 FILE = Path(__file__).parents[1] / "deploy" / "prefect.yaml"
 TAG = "lorafleet"
-_SERVER_OF_UP = "http://127.0.0.1:4200/api"
+_USUAL = "http://127.0.0.1:4200/api"
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,11 @@ def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) 
 
 @contextmanager
 def _server() -> Iterator[SyncPrefectClient]:
-    """The server of ``PREFECT_API_URL``, or that of `lorafleet up`."""
-    url = os.environ.get("PREFECT_API_URL") or _SERVER_OF_UP
-    os.environ.update(unproxied())
-    with temporary_settings({PREFECT_API_URL: url}):
+    """The server of ``PREFECT_API_URL``, or that of `lorafleet up`, whose password is found where none is set."""
+    url = os.environ.get("PREFECT_API_URL") or _server_of_up()
+    prepare_http()
+    login = login_for(url)
+    with temporary_settings({PREFECT_API_URL: url} | ({PREFECT_API_AUTH_STRING: login} if login else {})):
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
             fault = client.api_healthcheck()
         if fault is not None:
@@ -131,10 +133,26 @@ def _server() -> Iterator[SyncPrefectClient]:
                 yield client
         except PrefectHTTPStatusError as error:
             if error.response.status_code in (401, 403):
-                raise InputError(f"the Prefect server at {url} asks who you are; set PREFECT_API_AUTH_STRING, NAME:PASSWORD") from None
+                raise InputError(f"the Prefect server at {url} asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD") from None
             raise LorafleetError(f"the Prefect server at {url} fails: {error.response.status_code} {error.response.text[:300]}") from None
         except HTTPError as error:
             raise LorafleetError(f"the Prefect server at {url} does not answer any more: {error}; give the same command again") from None
+
+
+def _server_of_up() -> str:
+    """The API of this user's `lorafleet up`, of the one whose run store is in the working folder where there are several.
+
+    Raises: InputError: it cannot be said which one is meant.
+    """
+    ups = running_ups()
+    match [up for up in ups if up.runs.is_relative_to(Path.cwd())] or ups:
+        case []:
+            return _USUAL
+        case [up]:
+            return up.api
+        case several:
+            there = ", ".join(f"{up.api} (run store {up.runs})" for up in several)
+            raise InputError(f"several `lorafleet up` are running: {there}; set PREFECT_API_URL to that of one")
 
 
 def _register(

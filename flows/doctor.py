@@ -25,7 +25,8 @@ from pipeline import checkup
 from pipeline.checkup import Check, readable_bytes
 from pipeline.errors import first_line
 from pipeline.machine import local_cpus
-from tasks.servers import Later, check_address, check_hub, check_prefect, in_time
+from tasks.servers import Later, check_address, check_hub, check_prefect, check_proxy, in_time
+from tasks.temporary import check_temporary
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -34,7 +35,8 @@ Answers = Mapping[str, Mapping[str, Any]]
 """Step of ``tasks.trial`` -> its ``facts``, or its ``error``."""
 
 _TRIAL_SECONDS = 180.0  # a cold disk takes its time over torch
-_RAY_SECONDS = 45.0  # where a cluster asks for a token and gets none, Ray tries for minutes
+_CLUSTER_SECONDS = 45.0  # where a cluster asks for a token and gets none, Ray tries for minutes
+_START_SECONDS = 120.0  # a local Ray is started twice where the first start takes too long
 _MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # those that are not called as their distribution
 _OVER_TORCH = ("torch", "transformers", "datasets", "mteb", "peft", "safetensors", "sentence-transformers", "scikit-learn", "scipy")
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -53,6 +55,7 @@ def examine(runs: Path, *, ray_address: str | None = None, start_ray: bool = Fal
         start_ray: Where no cluster is named, start a local Ray and stop it again.
     """
     address = ray_address or os.environ.get("RAY_ADDRESS") or None
+    proxy = _guarded("proxy", check_proxy)  # first: the others ask through it
     prefect, hub = Later(lambda: _guarded("Prefect API", check_prefect)), Later(lambda: _guarded("Hub", check_hub))
     listening = Later(lambda: check_address(address or ""))
     libraries = _Libraries()
@@ -60,7 +63,7 @@ def examine(runs: Path, *, ray_address: str | None = None, start_ray: bool = Fal
     others = Later(lambda: try_out(libraries.modules(over_torch=False)))
     unreachable = _unreachable(listening)
     ray = [f"@ray={address or ''}"] if (address or start_ray) and unreachable is None else []
-    joined = Later(lambda: try_out(ray, seconds=_RAY_SECONDS))
+    joined = Later(lambda: try_out(ray, seconds=_CLUSTER_SECONDS if address else _START_SECONDS))
     local = [_guarded(name, check) for name, check in _local(runs).items()]
     answers = {**over_torch.result(), **others.result(), **joined.result()}
     return [
@@ -68,6 +71,7 @@ def examine(runs: Path, *, ray_address: str | None = None, start_ray: bool = Fal
         _guarded("computing", lambda: _check_computing(answers["@compute"])),
         _guarded("GPU", lambda: check_gpu(answers["@gpu"], driver=_gpu_driver())),
         unreachable or _guarded("Ray", lambda: _check_ray(address, answers[ray[0]] if ray else None)),
+        proxy,
         in_time("Prefect API", prefect),
         in_time("Hub", hub),
         *local,
@@ -89,7 +93,10 @@ def try_out(steps: Sequence[str], *, seconds: float = _TRIAL_SECONDS) -> Answers
     answers: dict[str, Mapping[str, Any]] = {}
     todo = list(steps)
     while todo:
-        out, ending = _trial(todo, seconds)
+        try:
+            out, ending = _trial(todo, seconds)
+        except OSError as error:  # no process, or no temporary folder for it
+            out, ending = b"", f"it cannot be tried: {first_line(error)}"
         lines = [json.loads(line) for line in out.splitlines()]
         answers |= {line["step"]: line for line in lines}
         if len(lines) < len(todo):
@@ -209,7 +216,7 @@ def _check_ray(address: str | None, answer: Mapping[str, Any] | None) -> Check:
         return Check("ok", "Ray", "no cluster is named: a run starts a local Ray and stops it (--start tries that)")
     what = f"the cluster at {address}" if address else "a local Ray"
     if "error" in answer:
-        advice = _CLUSTER_ADVICE if address else "mend the libraries first"
+        advice = _CLUSTER_ADVICE if address else "do what it says; if it names a library, mend that first"
         return Check("warning", "Ray", f"{what} cannot be used: {answer['error']}", advice)
     facts = answer["facts"]
     share = f"{facts['cpus_per_worker']:g} CPUs and {facts['gpus_per_worker']:g} GPUs"
@@ -221,6 +228,8 @@ def _local(runs: Path) -> dict[str, Callable[[], Check]]:
     return {
         "bytecode": checkup.check_bytecode,
         "disk": lambda: checkup.check_disk(runs),
+        "temporary files": check_temporary,
+        "home": checkup.check_home,
         "shared memory": checkup.check_shared_memory,
         "memory": checkup.check_memory,
         "open files": checkup.check_open_files,

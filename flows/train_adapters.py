@@ -27,6 +27,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.run_store import hold_store
 from tasks import stages
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
+from tasks.early_check import early_check
 from tasks.fleet import Fleet, FleetWorker, WorkerDiedError, fleet_of_run
 
 
@@ -77,6 +78,9 @@ def train_adapters(
 
 def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
     started = time.monotonic()
+    check = None if force else early_check(config, store)
+    if check is not None and (found := stages.find_unchanged_early(check, config.publish, store)) is not None:
+        return _not_begun(run_id, found) if isinstance(found, LorafleetError) else _unchanged(found, config.publish)
     with fleet_of_run(config) as fleet:
         first = fleet.worker()
         plan = _check(config, first, store)

@@ -5,31 +5,27 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.machine import local_cpus
+from pipeline.machine import check_room, local_cpus
 from pipeline.run_store import hold
-from tasks.loopback import unproxied
+from tasks.loopback import ask, prepare_http
+from tasks.passwords import given_login, kept_secret, new_login, private_folder, server_settings
 from tasks.programs import Programs
+from tasks.temporary import ray_folder, temporary_folder
 
 CONFIG = Path(__file__).parents[1] / "deploy" / "supervisord.conf"
 _WORKER = "lorafleet-up"
-_RAY_FOLDER = "lorafleet-ray-"
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_PASSWORD, _RAY_TOKEN = "prefect-password", "ray-token"
 
 
 @dataclass(frozen=True)
@@ -69,46 +65,28 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         with_ray: Whether to start Ray; without it each run starts its own, or joins that of ``RAY_ADDRESS``.
         say: Takes each line for the person who started it.
     Raises:
-        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already.
-        LorafleetError: a program does not start, or supervisor itself has ended.
+        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; or the environment is wrong.
+        LorafleetError: a program does not start, or supervisor itself has ended; or a disk is full.
     """
+    prepare_http()
+    check_room(runs, what="choose another disk with --runs")
+    temporary_folder()
     addresses, stop = Addresses(port, with_ray), threading.Event()
     state, refusal = (runs / ".up").resolve(), "`lorafleet up` is there already ({}); stop it"
     lock = hold(state / "lock", runs, holder=f"process {os.getpid()}", refusal=refusal)
-    with lock, _ray_folder(state, with_ray=with_ray) as ray_folder, _told_to_stop(stop):
+    with lock, ray_folder() if with_ray else nullcontext() as folder_of_ray, _told_to_stop(stop):
         _check_ports(addresses)
-        programs = Programs(CONFIG, state, _environment(runs, state, addresses, ray_folder))
+        private_folder(state)
+        login = given_login() or kept_secret(state / _PASSWORD, new_login())
+        programs = Programs(CONFIG, state, _environment(runs, state, addresses, login, folder_of_ray))
         try:
-            if programs.wait_until(lambda: _all_answer(addresses, programs.started), stop):
-                for line in _welcome(addresses, state):
+            if programs.wait_until(lambda: _all_answer(addresses, login, programs.started), stop):
+                for line in _welcome(addresses, state, login):
                     say(line)
                 programs.watch(stop)
         finally:
             programs.stop()
     say("stopped")
-
-
-@contextmanager
-def _ray_folder(state: Path, *, with_ray: bool) -> Iterator[Path | None]:
-    """A folder with a short path: Ray puts sockets under it, and a socket's whole path has room for about 100 characters.
-
-    ``ray`` in the state folder leads to it, and tells the next start of one that a killed `up` has left.
-    """
-    link = state / "ray"
-    if link.is_symlink():
-        if link.readlink().name.startswith(_RAY_FOLDER):
-            shutil.rmtree(link.readlink(), ignore_errors=True)
-        link.unlink()
-    if not with_ray:
-        yield None
-        return
-    folder = Path(tempfile.mkdtemp(prefix=_RAY_FOLDER))
-    link.symlink_to(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        link.unlink()
 
 
 @contextmanager
@@ -134,7 +112,7 @@ def _check_ports(addresses: Addresses) -> None:
                 raise InputError(f"port {port}, for {use}, cannot be had: {error.strerror}; choose others with --port") from None
 
 
-def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path | None) -> dict[str, str]:
+def _environment(runs: Path, state: Path, addresses: Addresses, login: str, folder_of_ray: Path | None) -> dict[str, str]:
     """What all programs, and the flow runs that the worker starts, find in their environment."""
     ours = {
         "LORAFLEET_UP_PYTHON": sys.executable,
@@ -145,7 +123,7 @@ def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path
         "LORAFLEET_UP_RAY": str(addresses.with_ray).lower(),
         "LORAFLEET_UP_RAY_PORT": str(addresses.port + 2),
         "LORAFLEET_UP_RAY_CLIENT_PORT": str(addresses.port + 3),
-        "LORAFLEET_UP_RAY_FOLDER": str(ray_folder),
+        "LORAFLEET_UP_RAY_FOLDER": str(folder_of_ray),
         "LORAFLEET_UP_CPUS": str(local_cpus()),
         "LORAFLEET_REPORTS_URL": addresses.reports,
         "PREFECT_HOME": str(state / "prefect"),
@@ -153,31 +131,16 @@ def _environment(runs: Path, state: Path, addresses: Addresses, ray_folder: Path
         # Deployments say `python`, and mean the one that lorafleet is installed for.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
-    if auth := _authorisation():
-        ours["PREFECT_API_AUTH_STRING"] = auth
     if addresses.with_ray:
-        ours |= {"RAY_ADDRESS": addresses.ray, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_ray_token(state))}
-    return os.environ | unproxied() | ours
+        ours |= {"RAY_ADDRESS": addresses.ray, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / _RAY_TOKEN)}
+        kept_secret(state / _RAY_TOKEN, secrets.token_hex(32))
+    return os.environ | server_settings(addresses.ui, login) | ours
 
 
-def _authorisation() -> str | None:
-    """``NAME:PASSWORD``, where the server is to ask for it."""
-    return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
-
-
-def _ray_token(state: Path) -> Path:
-    """The file with the token that Ray asks of who connects; only its owner can read it."""
-    path = state / "ray-token"
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32), encoding="utf-8")
-    return path
-
-
-def _all_answer(addresses: Addresses, started: datetime) -> bool:
+def _all_answer(addresses: Addresses, login: str, started: datetime) -> bool:
     try:
-        _ask(f"{addresses.api}/health")
-        workers = json.loads(_ask(f"{addresses.api}/work_pools/lorafleet/workers/filter", content=b"{}"))
+        ask(f"{addresses.api}/health")
+        workers = json.loads(ask(f"{addresses.api}/work_pools/lorafleet/workers/filter", login=login, content=b"{}"))
         ports = range(addresses.port + 1, addresses.port + (3 if addresses.with_ray else 2))
         for port in ports:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -187,23 +150,14 @@ def _all_answer(addresses: Addresses, started: datetime) -> bool:
     return any(worker["name"] == _WORKER and datetime.fromisoformat(worker["last_heartbeat_time"]) >= started for worker in workers)
 
 
-def _ask(url: str, *, content: bytes | None = None) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    if auth := _authorisation():
-        headers["Authorization"] = "Basic " + b64encode(auth.encode()).decode()
-    request = urllib.request.Request(url, data=content, headers=headers)
-    with _DIRECT.open(request, timeout=5) as answer:
-        body: bytes = answer.read()
-        return body
-
-
-def _welcome(addresses: Addresses, state: Path) -> list[str]:
-    deploy = "lorafleet deploy" if addresses.port == 4200 else f"PREFECT_API_URL={addresses.api} lorafleet deploy"
+def _welcome(addresses: Addresses, state: Path, login: str) -> list[str]:
+    password = "the one that you have set" if given_login() else f"{login} (the Prefect UI asks for it once; kept in {state / _PASSWORD})"
     return [
         f"Prefect UI: {addresses.ui}",
+        f"password:   {password}",
         f"reports:    {addresses.reports}",
-        *([f"Ray:        {addresses.ray}, token in {state / 'ray-token'}"] if addresses.with_ray else []),
+        *([f"Ray:        {addresses.ray}, token in {state / _RAY_TOKEN}"] if addresses.with_ray else []),
         f"logs:       {state}",
-        f"schedules:  {deploy}",
+        "schedules:  lorafleet deploy",
         f"stop:       Ctrl-C, or kill {os.getpid()}",
     ]

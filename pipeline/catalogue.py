@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
 from pipeline.errors import ConfigError, DataError, InputError, LorafleetError, first_line
@@ -94,6 +95,16 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
         label_column=mteb_task.label_column_name,
         **common,
     )
+
+
+def files_look_wrong(config: RunConfig) -> bool:
+    """Whether a file of the user's own is not there, or is a Parquet file without the columns: a look that takes no time.
+
+    ``load_mteb_task`` says what is wrong, here and where this look sees nothing.
+    """
+    given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
+    local = [(t, Path(location).expanduser()) for t, location in given if "://" not in location and not set("*?[") & set(location)]
+    return any(not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
 
 
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
@@ -197,6 +208,14 @@ def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
         samples_per_label=_OWN_SAMPLES_PER_LABEL,
         **columns,  # type: ignore[arg-type]
     )
+
+
+def _lacks_columns(config: MtebTaskConfig, path: Path) -> bool:
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return True
+    return not {config.text_column or "text", config.label_column or "label"} <= set(names)
 
 
 def _find_mteb_task(name: str, *, subset: str | None = None) -> Any:

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from pipeline.machine import LEAST_ROOM_BYTES, existing, free_bytes
+
 Status = Literal["ok", "warning", "fault"]
 """``fault``: no run will work. ``warning``: some will not, or not as well as they could."""
 
@@ -40,7 +42,7 @@ class Check:
 
 def check_store(runs: Path) -> Check:
     """Whether a run could write there, and whether one does."""
-    place = _existing(runs)
+    place = existing(runs)
     if not place.is_dir():
         return Check("fault", "run store", f"{runs}: {place} is not a folder", "choose another store with --runs")
     elsewhere = "give this user the right to write there, or choose another store with --runs"
@@ -85,8 +87,8 @@ def check_bytecode(library: str = "torch") -> Check:
         return Check("ok", "bytecode", "the libraries are compiled")
     if sys.dont_write_bytecode:
         why, advice = "PYTHONDONTWRITEBYTECODE is set", "unset it"
-    elif not os.access(_existing(cache), os.W_OK):
-        why, advice = f"{_existing(cache)} cannot be written", "set PYTHONPYCACHEPREFIX to a folder that can"
+    elif not os.access(existing(cache), os.W_OK):
+        why, advice = f"{existing(cache)} cannot be written", "set PYTHONPYCACHEPREFIX to a folder that can"
     else:
         return Check("ok", "bytecode", "the libraries are compiled when they are first imported")
     found = f"the libraries are not compiled, and {why}: each process of a run compiles them anew, for some ten seconds"
@@ -95,9 +97,27 @@ def check_bytecode(library: str = "torch") -> Check:
 
 def check_disk(runs: Path) -> Check:
     """Where the run store lies, or will."""
-    free = shutil.disk_usage(_existing(runs)).free
-    advice = "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs"
+    free, advice = free_bytes(runs), "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs"
+    if free is None:
+        return Check(
+            "warning", "disk", f"the file system of {existing(runs)} does not say how much is free", "see that a run has room there"
+        )
+    if free < LEAST_ROOM_BYTES:
+        return Check("fault", "disk", f"{readable_bytes(free)} free where the run store lies: no run can start", advice)
     return _at_least(free, LEAST_DISK_BYTES, Check("warning", "disk", f"{readable_bytes(free)} free where the run store lies", advice))
+
+
+def check_home() -> Check:
+    """Where libraries keep what they download and remember; a user of a container may have none."""
+    try:
+        home = Path.home()
+        with tempfile.TemporaryFile(dir=existing(home / ".cache")):
+            return Check("ok", "home", f"{home} can be written")
+    except (OSError, RuntimeError) as error:
+        found = f"the home folder cannot be written: {getattr(error, 'strerror', None) or error}"
+        return Check(
+            "warning", "home", found, "set HOME to a folder that can: libraries keep their caches there, and some do not start without"
+        )
 
 
 def check_shared_memory() -> Check:
@@ -147,12 +167,6 @@ def readable_bytes(num_bytes: float) -> str:
 
 def _at_least(there: int, least: int, otherwise: Check) -> Check:
     return otherwise if there < least else Check("ok", otherwise.name, otherwise.found)
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _holder(lock: Path) -> str:

@@ -84,8 +84,7 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
             lock.seek(0)
             there = lock.read().strip() or "somebody else"
             raise LockedError(f"run store {runs}: {refusal.format(there)}, or choose another with --runs") from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(holder)
-        lock.flush()
+        os.ftruncate(lock.fileno(), 0)
+        with suppress(OSError):  # on a full disk who comes next is told no name
+            os.write(lock.fileno(), holder.encode())
         yield

@@ -7,20 +7,22 @@ started it, killed or not.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import LorafleetError
-from tasks.loopback import unproxied
+from pipeline.errors import InputError, LorafleetError
+from pipeline.machine import check_room
+from tasks.children import die_with_parent, last_fault
+from tasks.loopback import ask, prepare_http
+from tasks.passwords import CLIENT, given_login, login_for, new_login, private_folder, server_settings
+from tasks.servers import refuses_login
+from tasks.temporary import temporary_folder
 
 _START_SECONDS = 120.0
 _QUIET = {
@@ -42,50 +44,71 @@ class PrefectServer:
     """A Prefect server for one run, if no other is configured."""
 
     def __init__(self, home: Path) -> None:
-        """Set the environment for it, with its SQLite database under ``home``; Prefect reads that when it is imported."""
+        """Set the environment for it, with its SQLite database under ``home``; Prefect reads that when it is imported.
+
+        Raises:
+            InputError: the environment names proxies or certificates that cannot be used.
+            LorafleetError: the disk of its files is full.
+        """
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         if sys.stderr.isatty():  # there a live table shows what the lines would say
             os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+        prepare_http()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         # Registered before Prefect is imported, so run after it: Prefect sends its last logs when the interpreter ends.
         atexit.register(self.stop)
-        if os.environ.get("PREFECT_API_URL"):
+        if url := os.environ.get("PREFECT_API_URL"):
+            if login := login_for(url):
+                os.environ[CLIENT] = login
             return
-        home.mkdir(parents=True, exist_ok=True)
+        check_room(home, what="choose another disk")
+        temporary_folder()
+        private_folder(home)
         self._socket = socket.socket()  # held until the server has it: what is free now may be Ray's in a second
         self._socket.bind(("127.0.0.1", 0))
+        self._login = given_login() or new_login()  # every web page and every user of this machine can reach loopback
         os.environ["PREFECT_HOME"] = str(home.resolve())
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self._socket.getsockname()[1]}/api"
-        os.environ.update(unproxied())
+        os.environ[CLIENT] = self._login
         self._log = home / "server.log"
 
     def start(self) -> None:
         """Begin to start it; must be called from the main thread."""
         if self._socket is None:
             return
+        ours = server_settings(os.environ["PREFECT_API_URL"].removesuffix("/api"), self._login)
         with self._socket as bound, self._log.open("wb") as log:
             # -P: the working folder may hold a tasks.py of its own
             command = [sys.executable, "-P", "-m", "tasks.embedded", str(bound.getsockname()[1]), str(bound.fileno())]
             streams: dict[str, Any] = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, **streams, start_new_session=True, pass_fds=[bound.fileno()])
+            self._process = subprocess.Popen(command, **streams, env=os.environ | ours, start_new_session=True, pass_fds=[bound.fileno()])
 
     def ready(self) -> None:
         """Wait until the server answers.
 
-        Raises: LorafleetError: it ended, or did not answer in two minutes.
+        Raises:
+            InputError: it is one that the user has configured, and refuses the password.
+            LorafleetError: it ended, or did not answer in two minutes.
         """
         if self._process is None:
+            if refuses_login(os.environ["PREFECT_API_URL"]):
+                raise InputError("the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD")
             return
         deadline = time.monotonic() + _START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
+                ask(f"{os.environ['PREFECT_API_URL']}/health")
+                return
+            except OSError:
                 time.sleep(0.1)
-        raise LorafleetError(f"the embedded Prefect server did not start; see {self._log}, or set PREFECT_API_URL to a running one")
+        ended = self._process.poll() is not None
+        why = last_fault(self._log) or (f"exit code {self._process.returncode}" if ended else f"no answer in {_START_SECONDS:.0f} s")
+        raise LorafleetError(
+            f"the embedded Prefect server did not start: {why}; see {self._log}, "
+            f"{'or' if ended else 'give the same command again when the machine is less busy, or'} set PREFECT_API_URL to a running one"
+        )
 
     def stop(self) -> None:
         """Stop the server; one that the user configured is left alone."""
@@ -98,17 +121,12 @@ class PrefectServer:
             self._process.kill()
             self._process.wait()
         self._process = None
-        os.environ.pop("PREFECT_API_URL", None)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        for name in ("PREFECT_API_URL", CLIENT):
+            os.environ.pop(name, None)
 
 
 def _serve(port: int, *descriptors: int) -> None:
-    _die_with_parent()
+    die_with_parent(signal.SIGKILL)
     import uvicorn
 
     app = "prefect.server.api.server:create_app"

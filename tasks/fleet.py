@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from pipeline.config import ComputeConfig, RunConfig
-from pipeline.errors import ConfigError, LorafleetError
+from pipeline.errors import ConfigError, LorafleetError, first_line
 from pipeline.machine import local_cpus
+from tasks.children import last_fault
+from tasks.temporary import ray_base, ray_folder
 from tasks.worker import Worker
 
 if TYPE_CHECKING:
@@ -22,11 +26,16 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
 _ANSWER_SECONDS = 10
+_STARTS = 2  # Ray gives itself half a minute, which a busy machine may exceed
 _HEAD_LOST_SECONDS = 10  # then Ray ends this process: on one machine a head that is gone does not come back
 
 
 class WorkerDiedError(LorafleetError):
     """The worker's process is gone: killed, out of memory, or its node is lost. A new one can go on."""
+
+
+class RayStartError(LorafleetError):
+    """A local Ray does not start; on another try it may."""
 
 
 class FleetLostError(LorafleetError):
@@ -77,10 +86,21 @@ class Fleet:
         self._keeper = threading.Thread(target=self._keep_ray, name="keep-ray", daemon=True)
         self._keeper.start()
 
+    def start_ahead(self) -> None:
+        """``start``, before anything else is: where a local Ray has no place for its files, that is raised at once.
+
+        Raises: InputError, LorafleetError: as ``ray_base``.
+        """
+        if self.address is None:
+            ray_base()
+        self.start()
+
     def ready(self) -> None:
         """Wait for Ray.
 
-        Raises: ConfigError: no cluster at ``compute.ray_address``, or it is too small for one worker.
+        Raises:
+            ConfigError: no cluster at ``compute.ray_address``, or it is too small for one worker.
+            RayStartError, InputError, LorafleetError: a local Ray does not start; as ``ray_base``.
         """
         assert self._keeper is not None, "start() comes first"
         self._started.wait()
@@ -169,17 +189,20 @@ class Fleet:
         worker = ray.remote(Worker).options(**shares, max_concurrency=2, max_restarts=0)
         return worker.remote(threads=max(1, int(self.cpus_per_worker)), use_gpu=self.gpus_per_worker > 0)
 
-    def _keep_ray(self) -> None:
-        """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it."""
-        self._start()
-        self._started.set()
-        self._released.wait()
-        import ray
+    def _keep_ray(self, starts: int = _STARTS) -> None:
+        """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it, whatever has become of it."""
+        with ExitStack() as ends:
+            fault = self._start(ends)
+            if starts == 1 or not isinstance(fault, RayStartError):
+                self._fault = fault
+                self._started.set()
+                self._released.wait()
+                return
+        self._keeper = threading.Thread(target=self._keep_ray, args=(starts - 1,), name="keep-ray", daemon=True)
+        self._keeper.start()
 
-        if ray.is_initialized():
-            ray.shutdown()
-
-    def _start(self) -> None:
+    def _start(self, ends: ExitStack) -> Exception | None:
+        """Start Ray, or join a cluster, and enter what undoes it; returns what went wrong."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let every other process of the machine go first
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -191,9 +214,12 @@ class Fleet:
                 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_LOST_SECONDS))  # read by the import of Ray
                 # Says whether Ray may be more than this machine. If so it listens on all interfaces, whatever address it is given.
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+                if not _token_can_be_kept():
+                    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 # Without "local", Ray would join whatever cluster a stale file names.
                 options |= {"address": "local", "num_cpus": max(local_cpus(), int(self.cpus_per_worker))}
                 options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+                options["_temp_dir"] = str(ends.enter_context(ray_folder()))
             else:
                 options["address"] = self.address
                 _check_answers(self.address)
@@ -203,17 +229,19 @@ class Fleet:
             if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # Ray marks a submitted job so; its folder may be the code itself
                 # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
                 options["job_config"] = JobConfig(_client_job=True)
+            ends.callback(ray.shutdown)
             if not ray.is_initialized():
-                ray.init(**options)
+                _init(options)
             num_workers = self.num_workers
             if self._make_ahead and self.address is None:  # of a cluster of others nothing is held that early
                 self._made_ahead = [self._make_actor() for _ in range(min(num_workers, self._num_tasks))]
             self._slots.release(num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
-            self._fault = error
-            if self.address is not None and isinstance(error, OSError | ValueError | RuntimeError):
-                where = f"Ray address {self.address!r}"
-                self._fault = ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
+            if self.address is None or not isinstance(error, OSError | ValueError | RuntimeError):
+                return error
+            where = f"Ray address {self.address!r}"
+            return ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
+        return None
 
 
 class FleetWorker:
@@ -256,8 +284,11 @@ class FleetWorker:
             return result
         except RayTaskError as error:
             raise error.cause from None
-        except RayError:  # died, out of memory, its node is gone, no place for it any more
+        except RayError as error:  # died, out of memory, its node is gone, no place for it any more
             self._actor = None
+            if getattr(error, "actor_init_failed", False):  # as the next one would
+                why = str(error).strip().splitlines()[-1][:300]
+                raise LorafleetError(f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks") from error
             self._fleet.check()
             raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
 
@@ -312,20 +343,55 @@ class FleetWorker:
 _AHEAD: list[Fleet] = []
 
 
-def start_ahead(config: RunConfig) -> Fleet:
-    """Start the fleet of a run that this process is about to make: Ray and the workers' imports take seconds, as Prefect's server does.
+@contextmanager
+def fleet_ahead(config: RunConfig) -> Iterator[Fleet]:
+    """The fleet of a run that this process is about to make, which may be started before: Ray and the workers' imports take seconds.
 
-    To be entered at once, so that it is stopped whatever comes of the run; a fleet may be stopped twice.
+    It is stopped at the end, whatever has come of the run; a fleet may be stopped twice.
     """
     fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
-    fleet.start()
     _AHEAD.append(fleet)
-    return fleet
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
 
 
 def fleet_of_run(config: RunConfig) -> Fleet:
-    """The fleet of a run, to be entered: what ``start_ahead`` started, else a new one."""
+    """The fleet of a run, to be entered: that of ``fleet_ahead``, else a new one."""
     return _AHEAD.pop() if _AHEAD else Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
+
+
+def _init(options: dict[str, Any]) -> None:
+    """Start a local Ray, or join a cluster.
+
+    Raises: RayStartError: a local one does not start; where Ray names a reason of the machine's, and not of ours.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        of_the_machine = type(error) is Exception or isinstance(error, OSError | RuntimeError | RayError)
+        if options["address"] != "local" or not of_the_machine:
+            raise
+        logs = Path(options["_temp_dir"]) / "session_latest" / "logs"
+        said = next(filter(None, (last_fault(logs / name) for name in ("gcs_server.err", "raylet.err"))), "")
+        raise RayStartError(
+            f"Ray does not start on this machine: {first_line(error)}{f' ({said})' if said else ''}; give the same command again when "
+            "the machine is less busy; `lorafleet doctor --start` says what it lacks"
+        ) from error
+
+
+def _token_can_be_kept() -> bool:
+    """Whether Ray can keep the token of a local Ray where it does, in the home folder; in a container a user may have none."""
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return False
+    return (folder / "auth_token").exists() or os.access(folder, os.W_OK)
 
 
 def _check_answers(address: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import secrets
@@ -15,11 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import LorafleetError
+from tasks.children import die_with_parent, last_fault
 
 _MARK = "LORAFLEET_UP_MARK"
 _START_SECONDS = 180.0
@@ -46,7 +47,8 @@ class Programs:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,  # Ctrl-C is for us
-                preexec_fn=_stop_with_parent,
+                # Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear.
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
 
     def wait_until(self, answers: Callable[[], bool], stop: threading.Event) -> bool:
@@ -62,7 +64,7 @@ class Programs:
             log = self._log.read_bytes()[self._log_before :].decode(errors="replace") if self._log.exists() else ""
             for name, count in Counter(re.findall(r"exited: (\S+) ", log)).items():
                 if count >= _STARTS_THAT_ARE_ENOUGH:
-                    raise LorafleetError(f"{name} does not start: {_last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
+                    raise LorafleetError(f"{name} does not start: {last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
             if time.monotonic() > deadline:
                 raise LorafleetError(f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}")
         return True
@@ -109,19 +111,5 @@ class Programs:
 
     def _check_supervisor(self) -> None:
         if self._process.poll() is not None:
-            why = _last_fault(self._state / "supervisord.err") or _last_fault(self._log)
+            why = last_fault(self._state / "supervisord.err") or last_fault(self._log)
             raise LorafleetError(f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}")
-
-
-def _stop_with_parent() -> None:
-    """Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
-
-
-def _last_fault(log: Path) -> str:
-    """The last line of a log that says what went wrong, or else the last one."""
-    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
-    lines = re.findall(r"^[\w.]+(?:Error|Exception): .+", text, re.MULTILINE) or text.splitlines()
-    return lines[-1].strip()[:300] if lines else ""

@@ -15,13 +15,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from base64 import b64encode
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline.checkup import Check
-from pipeline.errors import first_line
+from pipeline.errors import InputError, first_line
+from tasks.loopback import basic, prepare_http, proxies_set
+from tasks.passwords import login_for
 
 T = TypeVar("T")
 
@@ -30,8 +31,8 @@ NETWORK_SECONDS = 5.0
 
 _PREFECT_ADVICE = "start that server (`prefect server start`), or unset PREFECT_API_URL: then a run starts its own"
 _PREFECT_REFUSES = {
-    401: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for",
-    403: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for",
+    401: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for; that of `lorafleet up` is in .up of its run store",
+    403: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for; that of `lorafleet up` is in .up of its run store",
     404: "set PREFECT_API_URL to that server's API, whose address ends in /api",
 }
 _HUB_ADVICE = "look after network and proxy; without the Hub, train on data.mirror or files of your own, with an encoder from a folder"
@@ -89,6 +90,26 @@ def check_prefect() -> Check:
     return _compare_versions(place, server)
 
 
+def refuses_login(url: str) -> bool:
+    """Whether a Prefect API refuses the password that the environment has for it. What else may be wrong there is left to its client."""
+    try:
+        _get(f"{url.rstrip('/')}/admin/version")
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return False
+
+
+def check_proxy() -> Check:
+    """The proxies and certificates that the environment names for all that asks a network."""
+    try:
+        prepare_http()
+    except InputError as error:
+        return Check("fault", "proxy", str(error))
+    return Check("ok", "proxy", f"{proxies_set()}: used for all but this machine" if proxies_set() else "none is set")
+
+
 def check_hub() -> Check:
     """The Hugging Face Hub, and whose token this is.
 
@@ -140,14 +161,14 @@ def in_time(name: str, later: Later[Check], advice: str = "look after network, p
 def _get(url: str) -> bytes:
     parts = urlsplit(url)
     request = urllib.request.Request(parts._replace(netloc=_place(url)).geturl())
-    key, login = os.environ.get("PREFECT_API_KEY"), os.environ.get("PREFECT_API_AUTH_STRING")
+    key, login = os.environ.get("PREFECT_API_KEY"), login_for(url)
     if parts.username and not login:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     # Unredirected: not for wherever the server sends us.
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     elif login:
-        request.add_unredirected_header("Authorization", f"Basic {b64encode(login.encode()).decode()}")
+        request.add_unredirected_header("Authorization", basic(login))
     with urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as answer:
         content: bytes = answer.read(10_000)
     return content

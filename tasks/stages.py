@@ -36,6 +36,7 @@ from pipeline.records import (
 from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent, said_of_start, score_table
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
+from tasks.early_check import EarlyCheck
 from tasks.fleet import FleetWorker, WorkerDiedError
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
@@ -82,6 +83,17 @@ def check_inputs(config: RunConfig, worker: FleetWorker, runs: Path) -> Plan | L
         if name in before and (changes := label_changes(before[name].data.label_names, planned.label_names)):
             logger.warning("%s: its labels are not those of run %s: %s", name, before[name].run_id, changes)
     return plan
+
+
+@task(name="preflight", task_run_name="preflight without Ray", cache_policy=NO_CACHE)
+def find_unchanged_early(check: EarlyCheck, config: PublishConfig, runs: Path) -> RunFolder | LorafleetError | None:
+    """The newest run, if it was made from these very inputs; or what is wrong with them, as ``check_inputs``."""
+    try:
+        _check_target(config)
+        keys = check.keys()
+    except LorafleetError as error:
+        return error
+    return None if keys is None else find_unchanged_run(runs, keys)
 
 
 @task(name="find unchanged", task_run_name="find unchanged", cache_policy=NO_CACHE)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,13 @@ def _line(process: psutil.Process) -> str:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return " ".join(process.cmdline())[:200].strip()
     return ""
+
+
+def session_folders(process: psutil.Process) -> Iterator[Path]:
+    """The folder of ours that holds the session of a Ray process."""
+    for argument in process.cmdline():
+        if found := re.match(r"--session[-_]dir=(.*)/r/session_", argument):
+            yield Path(found[1])
 
 
 def eventually(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:

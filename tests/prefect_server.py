@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -10,11 +11,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from commands import Command, eventually
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.sync.client import connect
 
 POOL = "lorafleet-tests"
 
@@ -24,6 +28,8 @@ class Api:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.login: str | None = None
+        """``NAME:PASSWORD``, where it asks for one."""
 
     def get(self, path: str) -> Any:
         """The answer as JSON."""
@@ -79,6 +85,8 @@ class Api:
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, method=method, headers={"Content-Type": "application/json"})
+        if self.login is not None:
+            request.add_header("Authorization", "Basic " + b64encode(self.login.encode()).decode())
         for _ in range(30):
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -88,6 +96,90 @@ class Api:
                     raise
                 time.sleep(1)
         raise AssertionError(f"{self.url}{path}: busy for half a minute")
+
+
+def answers_to_strangers(url: str, *, login: str) -> list[str]:
+    """What a Prefect server answers to a page of another site, or another user of the machine, who does not know its login.
+
+    Each is one of the ways by which a deployment was started on a server without a password, and every websocket that Prefect has.
+
+    Args:
+        url: Of the API, on loopback.
+        login: The right one, to see that the same question is answered with it.
+    """
+    host = url.split("/")[2]
+    body = json.dumps({"name": "planted"}).encode()
+    wrong = "Basic " + b64encode(login[:-1].encode()).decode()
+    taken = []
+    for name, headers in {
+        "without a content type": {"Content-Type": None},
+        "from a foreign host": {"Host": "evil.example"},
+        "from a foreign origin": {"Origin": "http://evil.example"},
+        "from a page on loopback": {"Origin": f"http://{host}"},
+        "with a wrong password": {"Authorization": wrong},
+    }.items():
+        status, _ = _raw("POST", url + "/flows/", body, {"Content-Type": "application/json"} | headers)
+        taken += [f"POST {name}: {status}"] * (status != 401)
+    for path in ("/flows/filter", "/deployments/filter", "/block_documents/filter", "/admin/settings", "/docs", "/openapi.json"):
+        status, _ = _raw("GET" if "filter" not in path else "POST", url + path, b"{}" if "filter" in path else None, {})
+        taken += [f"{path}: {status}"] * (status != 401)
+    for path in _WEBSOCKETS:
+        for subprotocols in (None, ["prefect"]):
+            for token in (None, login[:-1]):
+                if _is_let_in(url, path, subprotocols, token):
+                    taken.append(f"websocket {path}, {subprotocols}, {token}")
+        assert _is_let_in(url, path, ["prefect"], login), f"{path} is not open to who knows the password, so this test sees nothing"
+    status, headers = _raw("POST", url + "/flows/", body, {"Authorization": "Basic " + b64encode(login.encode()).decode()})
+    assert status in (200, 201), "the right password is refused, so this test sees nothing"
+    origin = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    _, headers = _raw("OPTIONS", url + "/flows/", None, origin)
+    taken += [f"{name}: {value}" for name, value in headers.items() if name == "access-control-allow-origin"]
+    return taken
+
+
+_WEBSOCKETS = (
+    *("/events/in", "/events/out", "/logs/out"),
+    *("/task_runs/subscriptions/scheduled", "/work_pools/lorafleet/workers/connect"),
+)
+
+
+def _raw(method: str, url: str, body: bytes | None, headers: Mapping[str, str | None]) -> tuple[int, dict[str, str]]:
+    """Status and headers of the answer; a header without a value is not sent."""
+    parts = url.split("/", 3)
+    connection = http.client.HTTPConnection(parts[2], timeout=30)
+    connection.putrequest(method, f"/{parts[3]}", skip_host="Host" in headers)
+    for name, value in headers.items():
+        if value is not None:
+            connection.putheader(name, value)
+    connection.putheader("Content-Length", str(len(body or b"")))
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}
+
+
+def _is_let_in(url: str, path: str, subprotocols: list[str] | None, token: str | None) -> bool:
+    """Whether a websocket is open after the first message, in which Prefect's client gives its password."""
+    address = f"ws{url.removeprefix('http')}{path}"
+    try:
+        with connect(address, subprotocols=subprotocols, origin="http://evil.example", proxy=None, open_timeout=30) as socket:  # type: ignore[arg-type]
+            socket.send(json.dumps({"type": "auth", "token": token}))
+            return "auth_success" in str(socket.recv(timeout=3))
+    except TimeoutError:  # open, and waiting for what comes next
+        return True
+    except (InvalidHandshake, ConnectionClosed):
+        return False
+
+
+def start_stand_in(api: str, runs: Path, *, login: str = "lorafleet:x", title: str = "supervisor.supervisord") -> subprocess.Popen[bytes]:
+    """A process that looks like the supervisor of a `lorafleet up`, until its standard input ends."""
+    environment = os.environ | {"PREFECT_API_URL": api, "LORAFLEET_UP_RUNS": str(runs), "PREFECT_API_AUTH_STRING": login}
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", title]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 class Server:

@@ -163,6 +163,7 @@ def test_every_fault_of_the_data_is_in_one_message(encoder_folder: Folders, pref
         "NewLabel: test has labels that never occur in train: 'z'",
         "OneClass: train has the single label 'x'",
     )
+    assert "Beginning flow run" not in ended.err  # a file that is not there is seen before
 
 
 @pytest.mark.faults

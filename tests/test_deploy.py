@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import Command, eventually, run, write_config, write_task
-from prefect_server import POOL, Api, start_worker
+from prefect_server import POOL, Api, start_stand_in, start_worker
 
 from flows.cli import main
 from flows.deploying import FILE, deploy
@@ -188,6 +188,24 @@ def test_registering_an_interval_again_does_not_move_its_runs(api: Api, project:
 @pytest.mark.parametrize("name", ["weekly", "train-adapters/weekly"])
 def test_a_name_chooses_one_deployment_of_the_file(name: str, api: Api, project: Path) -> None:
     assert [deployed.name for deployed in deploy(names=[name])] == ["train-adapters/weekly"]
+
+
+def test_where_no_address_is_set_the_up_whose_store_is_in_this_folder_is_found_by_itself(
+    api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")
+    ups = [start_stand_in("http://127.0.0.1:9/api", project.parent / "elsewhere"), start_stand_in(api.url, project / "runs")]
+    try:
+        assert deploy(names=["weekly"])[0].url.startswith(api.url.removesuffix("/api"))
+        ups.append(start_stand_in("http://127.0.0.1:8/api", project / "other"))
+        with pytest.raises(InputError, match=r"several `lorafleet up` are running: .*; set PREFECT_API_URL") as raised:
+            deploy(names=["weekly"])
+        told = [f"{api.url} (run store {project}/runs)", f"http://127.0.0.1:8/api (run store {project}/other)"]
+        assert [one for one in told if one not in str(raised.value)] == []
+        assert "elsewhere" not in str(raised.value)
+    finally:
+        for up in ups:
+            up.communicate()
 
 
 # --- faults ---

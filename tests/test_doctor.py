@@ -118,6 +118,19 @@ def test_a_local_ray_is_really_started_and_nothing_is_left_of_it(tmp_path: Path)
 
 
 @pytest.mark.faults
+def test_what_keeps_a_run_from_starting_on_this_machine_is_told_with_its_remedy(tmp_path: Path) -> None:
+    """A proxy that no client can use, and a folder for Ray whose path is too long; a local Ray then fails for that reason, and says so."""
+    ended = run("doctor", "--start", "--json", cwd=tmp_path, ALL_PROXY="ftp://127.0.0.1:9", RAY_TMPDIR=str(tmp_path))
+    assert (ended.code, ended.err) == (1, "")
+    found = lines(ended)
+    assert set(with_status(ended, "fault")) == {"proxy", "temporary files"}
+    assert found["proxy"][1].startswith("ALL_PROXY: not an address that can be used; expected http://HOST:PORT")
+    assert f"RAY_TMPDIR {tmp_path}: " in found["temporary files"][1]
+    assert "set it to a folder with a shorter path" in found["temporary files"][1]
+    assert f"a local Ray cannot be used: RAY_TMPDIR {tmp_path}: " in found["Ray"][1]
+
+
+@pytest.mark.faults
 def test_a_cluster_is_joined_and_said_how_many_workers_it_has_room_for(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     try:
@@ -472,6 +485,32 @@ def test_what_is_short_is_a_warning_with_advice(limit: str, check: Callable[[], 
     monkeypatch.setattr(checkup, limit, 2**62)
     assert check().status == "warning"
     assert check().advice
+
+
+def test_a_disk_without_room_for_a_start_is_a_fault_and_one_that_does_not_say_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    unsaid = check_disk(Path("/proc/x"))
+    assert (unsaid.status, unsaid.found) == ("warning", "the file system of /proc does not say how much is free")
+    monkeypatch.setattr(checkup, "LEAST_ROOM_BYTES", 2**62)
+    assert check_disk(Path()).status == "fault"
+    assert check_disk(Path()).found.endswith("free where the run store lies: no run can start")
+
+
+def test_a_home_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkup.check_home() == Check("ok", "home", f"{tmp_path} can be written")
+    for nowhere in ("/proc", __file__):
+        monkeypatch.setenv("HOME", nowhere)
+        assert checkup.check_home().status == "warning"
+        assert "set HOME to a folder that can" in checkup.check_home().advice
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_process_can_be_tried_each_step_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    answers = try_out(["json", "csv"])
+    assert list(answers) == ["json", "csv"]
+    assert all(answer["error"].startswith("it cannot be tried: [Errno 2] No such file") for answer in answers.values())
 
 
 def test_libraries_that_each_process_would_compile_anew_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +16,17 @@ from typing import Any
 
 import pytest
 from builders import CPU_FLOAT32
-from commands import FinishedRun, run, write_config
+from commands import Command, FinishedRun, run, session_folders, write_config, write_task
 
 from pipeline.config import ComputeConfig, RunConfig, validate_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.manifest import read_manifest
 from pipeline.plan import JobSpec
 from pipeline.records import MtebTask
 from pipeline.run_folder import RunFolder
 from tasks.fleet import Fleet, FleetWorker, StoppedError, WorkerDiedError
 
+Folders = Callable[[str], Path]
 CLUSTER = """
 import sys, ray
 ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20, _node_ip_address="127.0.0.1",
@@ -165,6 +169,81 @@ def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None
     assert process_of(begun(fleet)) == ahead
     assert fleet._made_ahead == []
     fleet.stop()
+
+
+def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(Path(__file__).parent))
+    fleet = Fleet(ComputeConfig(), num_tasks=1)
+    fleet.start()
+    with pytest.raises(InputError, match=r"RAY_TMPDIR .*; set it to a folder with a shorter path"):
+        fleet.ready()
+    fleet.stop()
+
+
+@pytest.mark.faults
+def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> None:
+    """mteb keeps a cache in the home folder, and cannot be imported where there is none."""
+    path = write_config(tmp_path / "config.toml", encoder_folder("bert"), [write_task(tmp_path / "data", "Topics")])
+    ended = run("train", "--config", path, cwd=tmp_path, PREFECT_API_URL=prefect_api, HOME="/proc")
+    assert ended.code == 1
+    assert ended.err.count("a worker cannot start: FileNotFoundError: [Errno 2] No such file or directory: '/proc/.cache'") == 1, ended.err
+    assert "Traceback" not in ended.err
+
+
+# What `lorafleet doctor --start` does, in a process of its own: Ray reads the environment once.
+TRIAL = [sys.executable, "-P", "-m", "tasks.trial", "@ray="]
+
+
+def try_ray(cwd: Path, **environment: str) -> Command:
+    return Command(*TRIAL[1:], program=TRIAL[:1], cwd=cwd, **environment)
+
+
+def answer_of(command: Command) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(command.wait(seconds=200).out)
+    return answer
+
+
+@pytest.mark.faults
+def test_a_local_ray_starts_where_the_path_for_temporary_files_is_long_and_the_user_has_no_home(tmp_path: Path) -> None:
+    """As on a SLURM node, or in a container; nobody else can enter its folder, and nothing is left of it."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    command = try_ray(tmp_path, TMPDIR=str(long), HOME="/proc")
+    command.wait_until(lambda: command.family("gcs_server"))
+    (folder,) = {folder for process in command.family("gcs_server") for folder in session_folders(process)}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert answer_of(command)["facts"]["workers"] >= 1
+    assert command.left(seconds=10) == []
+    assert not folder.exists()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_ray_that_does_not_come_up_in_time_is_started_once_more(tmp_path: Path) -> None:
+    """As on a busy machine: the first raylet is stopped as soon as it is there."""
+    command = try_ray(tmp_path)
+    (first,) = command.wait_until(lambda: command.family("raylet/raylet"))
+    first.suspend()
+    assert answer_of(command)["facts"]["workers"] >= 1
+    assert command.left(seconds=10) == []
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_ray_that_never_comes_up_is_one_message_with_what_to_do(tmp_path: Path) -> None:
+    command = try_ray(tmp_path)
+    stopped: set[int] = set()
+    while command.process.poll() is None:
+        for raylet in command.family("raylet/raylet"):
+            if raylet.pid not in stopped:
+                raylet.suspend()
+                stopped.add(raylet.pid)
+        time.sleep(0.05)
+    assert len(stopped) == 2
+    error = answer_of(command)["error"]
+    assert error.startswith("Ray does not start on this machine: The current node timed out during startup")
+    assert "give the same command again when the machine is less busy" in error
+    assert command.left(seconds=10) == []
 
 
 def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:

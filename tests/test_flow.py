@@ -172,8 +172,9 @@ def test_no_file_that_is_published_names_a_local_path(finished_run: FinishedRun)
 
 @pytest.fixture(scope="module")
 def again(finished_run: FinishedRun, prefect_api: str) -> Ended:
-    """The same command in the same store."""
-    return run("train", "--config", finished_run.config, "--runs", "runs", cwd=finished_run.cwd, PREFECT_API_URL=prefect_api)
+    """The same command in the same store, where no Ray can start: none is needed."""
+    nowhere = {"PREFECT_API_URL": prefect_api, "RAY_TMPDIR": "nowhere"}
+    return run("train", "--config", finished_run.config, "--runs", "runs", cwd=finished_run.cwd, **nowhere)
 
 
 def test_a_second_run_with_the_same_inputs_does_nothing_and_names_the_first(finished_run: FinishedRun, again: Ended) -> None:

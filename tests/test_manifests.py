@@ -39,6 +39,7 @@ GROUPS = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
 PODS = {group.get("groupName", "head"): group["template"] for group in GROUPS}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line)
+SECRETS = ("POSTGRES_PASSWORD", "RAY_AUTH_TOKEN", "PREFECT_API_AUTH_STRING")
 _CODE = re.compile(r"^```\w*\n(?P<block>.*?)^```$|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
 _VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
 
@@ -69,7 +70,7 @@ def configured(compose: list[str], *options: str, **environment: str) -> subproc
 
 
 def test_compose_reads_the_file_as_it_is_meant(compose: list[str]) -> None:
-    needed = {"POSTGRES_PASSWORD": secrets.token_hex(8), "RAY_AUTH_TOKEN": secrets.token_hex(8)}
+    needed = {name: secrets.token_hex(8) for name in SECRETS}
     done = configured(compose, "--profile", "gpu", **needed, LORAFLEET_WORKERS="3", LORAFLEET_DATA="/srv/store")
     assert done.returncode == 0, done.stderr
     services = json.loads(done.stdout)["services"]
@@ -82,9 +83,20 @@ def test_compose_reads_the_file_as_it_is_meant(compose: list[str]) -> None:
     assert services["prefect-server"]["environment"]["PREFECT_SERVER_DATABASE_PASSWORD"] == needed["POSTGRES_PASSWORD"]
 
 
-@pytest.mark.parametrize("missing", ["POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"])
+def test_prefects_api_asks_for_a_password_that_its_clients_have_and_only_its_own_pages_read_its_answers() -> None:
+    asked = SERVICES["prefect-server"]["environment"]
+    required = _VARIABLE.fullmatch(asked["PREFECT_SERVER_API_AUTH_STRING"])
+    assert required is not None
+    assert (required[1], required[2]) == ("PREFECT_API_AUTH_STRING", "?")  # without it nothing starts
+    clients = {name for name, service in SERVICES.items() if "PREFECT_API_URL" in service.get("environment", ())}
+    assert "prefect-worker" in clients
+    assert {SERVICES[name]["environment"]["PREFECT_API_AUTH_STRING"] for name in clients} == {asked["PREFECT_SERVER_API_AUTH_STRING"]}
+    assert filled(asked["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]) == "http://127.0.0.1:4200,http://localhost:4200"
+
+
+@pytest.mark.parametrize("missing", SECRETS)
 def test_compose_names_the_secret_that_is_missing(missing: str, compose: list[str]) -> None:
-    given = {name: "x" for name in ("POSTGRES_PASSWORD", "RAY_AUTH_TOKEN") if name != missing}
+    given = {name: "x" for name in SECRETS if name != missing}
     done = configured(compose, **given)
     assert done.returncode != 0
     assert missing in done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import json
+import re
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -16,8 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Command, epochs_done, eventually, run, write_config, write_task
-from prefect_server import Api
+from commands import Command, epochs_done, eventually, run, session_folders, write_config, write_task
+from prefect_server import Api, answers_to_strangers
 
 Folders = Callable[[str], Path]
 
@@ -37,11 +39,11 @@ def free_ports() -> int:
 class Up(Command):
     """A running `lorafleet up`."""
 
-    def __init__(self, cwd: Path, *arguments: str) -> None:
+    def __init__(self, cwd: Path, *arguments: str, **environment: str) -> None:
         self.port = free_ports()
         self.api = Api(f"http://127.0.0.1:{self.port}/api")
         self.reports = f"http://127.0.0.1:{self.port + 1}"
-        super().__init__("up", "--port", str(self.port), *arguments, cwd=cwd)
+        super().__init__("up", "--port", str(self.port), *arguments, cwd=cwd, **environment)
 
     def told(self) -> str:
         """What is on standard output so far."""
@@ -49,6 +51,7 @@ class Up(Command):
 
     def wait_until_all_answer(self) -> None:
         self.wait_until(lambda: "stop:" in self.told(), seconds=180)
+        self.api.login = re.findall(r"^password:   (\S+) ", self.told(), re.MULTILINE)[0]
 
 
 @pytest.fixture
@@ -56,8 +59,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     """Start `lorafleet up`; whatever a test leaves of it is killed."""
     started: list[Up] = []
 
-    def up(*arguments: str) -> Up:
-        started.append(Up(tmp_path, *arguments))
+    def up(*arguments: str, **environment: str) -> Up:
+        started.append(Up(tmp_path, *arguments, **environment))
         return started[-1]
 
     yield up
@@ -65,8 +68,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         for process in command.family():
             process.kill()
         command.sweep()
-    for link in tmp_path.glob("*/.up/ray"):  # one that was killed has left its folder
-        shutil.rmtree(link.readlink(), ignore_errors=True)
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
@@ -97,6 +98,9 @@ def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start
     (worker,) = up.api.post("/work_pools/lorafleet/workers/filter")
     assert worker["status"] == "ONLINE"
 
+    check_that_only_who_knows_the_password_is_answered(up, tmp_path)
+    check_that_its_own_commands_find_it(up, tmp_path)
+
     again = run("up", "--no-ray", "--port", str(free_ports()), cwd=tmp_path)
     assert (again.code, again.out, again.err.count("\n")) == (2, "", 1), again.err
     assert "`lorafleet up` is there already" in again.err
@@ -116,6 +120,55 @@ def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start
     assert ended.out.endswith("stopped\n")
     assert up.left(seconds=1) == []
     assert not any(answers(port) for port in range(up.port, up.port + 4))
+
+
+def check_that_only_who_knows_the_password_is_answered(up: Up, tmp_path: Path) -> None:
+    assert up.api.login is not None
+    assert answers_to_strangers(up.api.url, login=up.api.login) == []
+    state = tmp_path / "runs" / ".up"
+    file = state / "prefect-password"
+    assert file.read_text(encoding="utf-8") == up.api.login
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (state, file)] == [0o700, 0o600]
+    secret = up.api.login.partition(":")[2]
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert written == [file]
+    assert up.log() == ""
+    assert not any(secret in argument for process in up.family() for argument in process.cmdline())
+
+
+def check_that_its_own_commands_find_it(up: Up, tmp_path: Path) -> None:
+    """At a port that is not the usual one, without a variable; and by the address alone, from elsewhere."""
+    deployed = run("deploy", cwd=tmp_path)
+    assert deployed.code == 0, deployed.err
+    assert f"http://127.0.0.1:{up.port}/deployments/" in deployed.out
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert run("deploy", cwd=elsewhere, PREFECT_API_URL=up.api.url).code == 0
+    wrong = run("deploy", cwd=elsewhere, PREFECT_API_URL=up.api.url, PREFECT_API_AUTH_STRING="me:wrong")
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1), wrong.err
+    assert "asks for a password; set PREFECT_API_AUTH_STRING" in wrong.err
+    examined = run("doctor", "--json", cwd=elsewhere, PREFECT_API_URL=up.api.url)
+    (check,) = [check for check in json.loads(examined.out)["checks"] if check["name"] == "Prefect API"]
+    assert check["status"] == "ok", check
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(120)
+def test_the_password_stays_from_one_start_to_the_next_and_one_that_the_user_sets_wins(start: Callable[..., Up], tmp_path: Path) -> None:
+    first = start("--no-ray")
+    first.wait_until_all_answer()
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait(seconds=60).code == 0
+    second = start("--no-ray", PREFECT_SERVER_API_AUTH_STRING="me:mine")
+    second.wait_until(lambda: "stop:" in second.told(), seconds=100)
+    assert "password:   the one that you have set\n" in second.told()
+    assert "me:mine" not in second.told()
+    assert second.api.login is None
+    with pytest.raises(urllib.error.HTTPError):
+        second.api.post("/flows/filter")
+    second.api.login = "me:mine"
+    assert second.api.post("/flows/filter") == []
+    assert (tmp_path / "runs" / ".up" / "prefect-password").read_text(encoding="utf-8") == first.api.login
 
 
 @pytest.mark.faults
@@ -190,6 +243,8 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
 
     up.wait_until(lambda: up.family("ray::Worker"), seconds=120)
     assert len(up.family("gcs_server")) == 1  # the run has not started another Ray
+    (folder_of_ray,) = {argument for process in up.family("gcs_server") for argument in session_folders(process)}
+    assert stat.S_IMODE(folder_of_ray.stat().st_mode) == 0o700
     assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
 
     write_training(tmp_path, encoder_folder("bert"), "Quick", "Long")
@@ -208,7 +263,7 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     with contextlib.closing(sqlite3.connect(tmp_path / "runs" / ".up" / "prefect" / "prefect.db")) as database:
         states = dict(database.execute("SELECT name, state_name FROM flow_run").fetchall())
     assert states[flow_run["name"]] == "Crashed"  # and not Running for ever
-    assert not (tmp_path / "runs" / ".up" / "ray").is_symlink()
+    assert not folder_of_ray.exists()
     assert other.process.poll() is None
     assert other.api.answers()
     assert answers(other.port + 2)
