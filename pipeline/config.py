@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.records import Column, Record
+from pipeline.records import Column, Record, TaskName
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
@@ -172,7 +172,7 @@ class PublishConfig(Record):
 class MtebTaskConfig(Record):
     """One data set: a task that mteb knows, one of the quickstart's, or your own Parquet files."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: TaskName
     max_epochs: int | None = Field(default=None, ge=1)
     """Overrides ``train.max_epochs``."""
     subset: str | None = None

@@ -16,7 +16,7 @@ import tomli_w
 import pipeline
 from pipeline.config import RunConfig
 from pipeline.errors import AdapterError, DataError
-from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, TaskResult
+from pipeline.records import EncoderRef, Failure, MtebTask, Record, RunId, Runtime, Sha256, TaskName, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
@@ -32,14 +32,14 @@ _SOURCES = (
 class RunManifest(Record):
     """A run, whole: enough to make it again, or to see why another one differs."""
 
-    run_id: str
+    run_id: RunId
     created_at: datetime
     config: RunConfig
     encoder: EncoderRef
     runtime: Runtime
     mteb_tasks: tuple[MtebTask, ...]
     """Those that finished, with resolved revisions."""
-    adapters: dict[str, str]
+    adapters: dict[TaskName, Sha256]
     """MTEB task -> sha256 of its adapter."""
     reused: dict[str, str]
     """MTEB task -> the run that trained it, where that was another one."""

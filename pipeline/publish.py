@@ -17,7 +17,7 @@ from pipeline.hub import HubRepository, MovedError, repository_url
 from pipeline.metrics_table import read_gate, write_gate
 from pipeline.publication import Base, Candidate, files_below, read_candidate, stage
 from pipeline.records import GateDecision, Publication
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.run_folder import RunFolder, open_inside, read_record
 from pipeline.run_store import hold_run
 from pipeline.verify import Verified, verify_folder
 
@@ -149,6 +149,13 @@ class PublishedFolder:
                 "choose another folder"
             )
         publication = read_record(folder.publication, Publication)
+        for path in (folder.publication.name, *publication.files):
+            try:
+                open_inside(self.root, path).close()
+            except FileNotFoundError:
+                pass  # somebody deleted it, and it is written again
+            except OSError as error:
+                raise InputError(f"cannot publish to {self.root}: {error.filename}: {error.strerror}; choose another folder") from None
         foreign = sorted({*files_below(self.root)} - {*publication.files, folder.publication.name})
         if foreign:
             more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
@@ -177,8 +184,8 @@ class PublishedFolder:
             shutil.copytree(staged.root, beside)
             check(beside)
             _swap(beside, self.root)
-        except VerificationError as error:
-            raise VerificationError(f"{self.root} is left as it was: {error}") from error
+        except (VerificationError, InputError) as error:
+            raise type(error)(f"{self.root} is left as it was: {error}") from error
         except OSError as error:
             raise LorafleetError(f"publishing run {publication.run_id} to {self.root} failed, and left it as it was: {error}") from error
         finally:

@@ -440,7 +440,7 @@ def test_the_source_documents_snippet_gives_our_labels_on_eurobert(encoder_folde
 
 def our_snippet(adapter: Adapter, folder: TaskFolder, *, encoder: Path, text: str = TEXTS[0]) -> str:
     """The card's program with the two places put in that only its reader knows, and another text."""
-    ref = EncoderRef(name=str(encoder), public_name=str(encoder), revision="sha256:0")
+    ref = EncoderRef.model_construct(name=str(encoder), public_name=str(encoder), revision="sha256:0")  # a card names no place
     program = usage_snippet(task=folder.root.name, encoder=ref, adapted_modules=list(adapter.projections))
     program = program.replace('REPOSITORY = "."', f"REPOSITORY = {str(folder.root.parent)!r}")
     return program.replace('TEXT = "I need to transfer money to another account"', f"TEXT = {text!r}")
