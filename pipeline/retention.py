@@ -88,7 +88,7 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
     if not (math.isfinite(policy.older_than_days) and policy.older_than_days >= 0 and policy.keep >= 0):
         raise InputError(f"expected numbers from 0 on, found {policy.keep} runs to keep and {policy.older_than_days:g} days")
     if kind_of(runs) != "run store":
-        raise InputError(f"cannot prune {explain(runs)}; name the run store, the folder that `lorafleet train --runs` was given")
+        raise InputError(f"cannot prune {runs}: {explain(runs)}; name the run store, the folder that `lorafleet train --runs` was given")
     if dry_run:
         with hold_store(runs, "being looked at"):
             pass  # a store in use is refused as it would be without --dry-run

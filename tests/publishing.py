@@ -51,7 +51,7 @@ BOTH = {"Topics", "Pairs"}
 STAGING = "staging/both"
 
 _WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported, and share no thread with us
-_WARM.set_forkserver_preload(["publishing", "mteb", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
+_WARM.set_forkserver_preload(["publishing", "mteb", "peft", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
 
 
 @dataclass(frozen=True)

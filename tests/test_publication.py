@@ -161,7 +161,7 @@ def test_a_run_without_manifest_is_not_finished(run: RunFolder, tmp_path: Path) 
 
 
 def test_a_folder_that_is_no_run_is_called_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a run folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         publish_to_folder(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -188,7 +188,7 @@ def test_an_adapter_that_is_not_the_measured_one_stops_everything(run: RunFolder
     assert names(tmp_path) == ["out", "runs"]
 
 
-@pytest.mark.parametrize("name", ["A/adapter_config.json", "B/calibration.json"])
+@pytest.mark.parametrize("name", ["A/adapter_config.json", "B/probe.json"])
 def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_path: Path, name: str) -> None:
     (run.root / name).write_text(f'{{"path": "{run.root}/A"}}', encoding="utf-8")
     with pytest.raises(LorafleetError, match=f"{name} names the local path"):
