@@ -32,11 +32,11 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter import Adapter, HeadStart, check_both_forms, load_adapter, projection_paths, save_adapter
+from pipeline.adapter import Adapter, HeadStart, check_both_forms, check_peft, load_adapter, projection_paths, save_adapter
 from pipeline.adapter_ref import describe_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
-from pipeline.errors import AdapterError, VerificationError
+from pipeline.errors import AdapterError, LorafleetError, VerificationError
 from pipeline.lora import LoraLinear
 from pipeline.model_card import usage_snippet
 from pipeline.records import EncoderRef
@@ -685,6 +685,78 @@ def test_a_head_of_very_many_classes_is_not_made_before_its_file_is_read(saved: 
     with pytest.raises(AdapterError, match=r"head\.safetensors: bias: expected shape \(100000,\), found \(3,\)"):
         load_adapter(folder, saved.encoder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+# What PEFT loads
+
+
+def check_with_peft(folder: TaskFolder, encoder: Encoder) -> None:
+    found, tokens = describe_adapter(folder), encoder.tokenise(TEXTS)
+    adapter = load_adapter(folder, encoder, found=found)
+    expected = logits(adapter)
+    adapter.detach()
+    check_peft(adapter, found, tokens, logits=expected, tolerance=1e-3)
+
+
+@pytest.mark.usefixtures("saved")
+def test_the_check_with_peft_leaves_the_encoder_as_it_was(folder: TaskFolder, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    before, modules = embed(encoder), list(encoder.model.modules())
+    check_with_peft(folder, encoder)
+    assert list(encoder.model.modules()) == modules
+    assert embed(encoder).tobytes() == before.tobytes()
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"lora_alpha": 32}, "lora_alpha is 32"),
+        ({"r": 4}, "r is 4"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": r"encoder\.layer\.0\.attention\.self\.query"}, "target_modules"),
+        ({"target_modules": "(a+)+$"}, "target_modules"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"query": 99}}, "alpha_pattern"),
+        ({"exclude_modules": "query"}, "exclude_modules"),
+        ({"modules_to_save": ["pooler"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1000]]}, "layer_replication"),
+        ({"megatron_core": "os.path", "megatron_config": {"x": 1}}, "megatron_co"),
+        ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, "auto_mapping"),
+        ({"base_model_name_or_path": "someone/else"}, "base_model_name_or_path"),
+        ({"revision": "a" * 40}, "revision"),
+    ],
+)
+def test_a_configuration_by_which_peft_would_load_something_else_is_refused(
+    changes: dict[str, Any], says: str, folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    config = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    folder.adapter_config.write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(VerificationError, match=rf"adapter_config\.json: {says}"):
+        check_with_peft(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_configuration_of_another_version_of_peft_is_no_fault(folder: TaskFolder, encoder_folder: Folders) -> None:
+    config = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    left_out = {key: value for key, value in config.items() if key not in ("velora_config", "use_bdlora", "peft_version")}
+    folder.adapter_config.write_text(json.dumps(left_out | {"of_a_later_version": None}), encoding="utf-8")
+    check_with_peft(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"{}"])
+def test_a_configuration_that_is_damaged_or_gone_is_refused(content: bytes | None, folder: TaskFolder, encoder_folder: Folders) -> None:
+    folder.adapter_config.unlink()
+    if content is not None:
+        folder.adapter_config.write_bytes(content)
+    with pytest.raises(LorafleetError, match=r"adapter_config\.json"):
+        check_with_peft(folder, load_encoder(encoder_folder("bert")))
 
 
 # The .pt files
