@@ -95,7 +95,7 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
         _copy_what_stays(base, task, staging)
     for task in promoted:
         for path in candidate.folder.task(task).published():
-            copy_inside(candidate.folder.root, f"{task}/{path.name}", staging.task(task).root / path.name)
+            _copy(candidate.folder, f"{task}/{path.name}", staging)
         results[task] = _public(candidate.results[task])
         write_atomically(staging.task(task).result, results[task].model_dump_json(indent=1))
     ordered = [results[task] for task in dict.fromkeys([*base.tasks(), *promoted])]
@@ -155,11 +155,18 @@ def _check_files(root: Path, paths: Iterable[Path]) -> None:
         raise InputError(f"{missing[0].parent}: {names} is missing from a finished run; run `lorafleet train` again")
 
 
+def _copy(source: RunFolder, path: str, staging: RunFolder) -> None:
+    try:
+        copy_inside(source.root, path, staging.root / path)
+    except OSError as error:
+        raise InputError(f"{source.root / path}: {error.strerror}; nothing was published") from None
+
+
 def _copy_what_stays(base: Base, task: str, staging: RunFolder) -> None:
     assert base.folder is not None
     for path in _files_that_stay(base, [task]):
         if base.revision is None:
-            copy_inside(base.folder.root, path, staging.root / path)
+            _copy(base.folder, path, staging)
         elif (base.folder.root / path).exists():  # the rest stays on the Hub; its cache is made of links
             write_atomically(staging.root / path, (base.folder.root / path).read_bytes())
 

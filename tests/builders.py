@@ -413,6 +413,19 @@ def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: in
     return folder
 
 
+def save_overflowing_encoder(folder: Path, word: str) -> Path:
+    """A tiny BERT whose numbers are not finite for a text with this word, and ordinary for every other."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+
+    save_tiny_encoder(folder, "bert")
+    weights = load_file(folder / "model.safetensors")
+    number = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(word)
+    weights["embeddings.word_embeddings.weight"][number] *= 1e30
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def load_encoder(name: str | Path, *, pooling: Literal["mean", "cls", "max"] = "mean", max_tokens: int = 24) -> Encoder:
     """An encoder on the CPU in float32, as a run would load it."""
     from pipeline.config import EncoderConfig
