@@ -113,6 +113,8 @@ class Adapter:
         Raises: AdapterError: files missing or damaged, or of another shape.
         """
         found = describe_adapter(folder)
+        if found.config.rank != self.config.rank:
+            raise AdapterError(f"{folder.root}: cannot be started from: expected rank {self.config.rank}, found {found.config.rank}")
         pairs, head = _read_weights(found, self.encoder, {path: lora.base for path, lora in self.projections.items()})
         linear = self.head[1]
         assert isinstance(linear, nn.Linear)

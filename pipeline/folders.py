@@ -26,7 +26,7 @@ def kind_of(root: Path) -> FolderKind:
         return "run"
     if os.path.lexists(TaskFolder(root).adapter_weights):
         return "adapter"
-    if os.path.lexists(run.results) or (os.path.lexists(run.config) and not _runs_in(root)):
+    if os.path.lexists(run.results) or (RUN_NAME.fullmatch(root.absolute().name) and os.path.lexists(run.config)):
         return "unfinished run"
     return "run store" if os.path.lexists(root / ".lock") or _runs_in(root) else "other"
 

@@ -57,13 +57,12 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
             root, task = download(hub["repository"], hub["revision"] or "main", cache=Path(cache)), hub["task"]
         else:
             place, task = split_folder(ref)
-            root = Path(place) if place else Path()
-            if kind_of(root) == "adapter" and task is None:  # part of what its parent is, if that is anything
+            root = Path(place)
+            if place and task is None and kind_of(root) == "adapter":  # part of what its parent is, if that is anything
                 root, task = root.absolute().parent, root.absolute().name
-            elif kind_of(root) not in ("run", "publication") and task not in adapters_in(root):
-                raise AdapterError(
-                    f"cannot verify {ref}: {explain(root, task=task)}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME"
-                )
+            elif not place or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
+                found = explain(root, task=task) if place else "no folder is named"
+                raise AdapterError(f"cannot verify {ref!r}: {found}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME")
         return verify_folder(root, tasks=None if task is None else [task], encoder=encoder, offline=offline)
 
 
@@ -80,8 +79,10 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
     listed = publication or manifest
     there = list(listed.adapters) if listed else adapters_in(root)
     asked = there if tasks is None else tasks
-    if not asked or not set(asked) <= set(there):
-        raise AdapterError(f"{root}: there is no adapter {', '.join(sorted({*asked} - {*there}))} in it, but {', '.join(there) or 'none'}")
+    missing = [task for task in asked if task not in there]
+    if missing or not asked:
+        named = f" {', '.join(missing)}" if missing else ""
+        raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(there) or 'none'}")
     checked = {task: check_task(folder.task(task)) for task in asked}
     for adapter, result in checked.values():
         if publication is not None:
