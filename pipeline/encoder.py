@@ -24,6 +24,7 @@ from pipeline.errors import EncoderError, first_line
 from pipeline.frozen_linear import pack_linears
 from pipeline.hub_errors import hub_error, hub_faults
 from pipeline.records import EncoderRef, Runtime
+from pipeline.run_folder import open_regular
 from pipeline.tokeniser import IntArray, Tokeniser, Tokens
 
 FloatArray = npt.NDArray[np.float32]
@@ -342,13 +343,19 @@ def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
 
 
 def files_sha256(folder: Path) -> str:
-    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules."""
+    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules.
+
+    Raises: EncoderError: one of them is no regular file, or cannot be read.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in _LOADED_FROM):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with open_regular(path) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise EncoderError(f"encoder {folder}: {path.name} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import AwareDatetime
 
 import pipeline
 from pipeline.config import RunConfig
@@ -33,7 +33,7 @@ class RunManifest(Record):
     """A run, whole: enough to make it again, or to see why another one differs."""
 
     run_id: RunId
-    created_at: datetime
+    created_at: AwareDatetime
     config: RunConfig
     encoder: EncoderRef
     runtime: Runtime

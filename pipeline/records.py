@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, RootModel, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, FailFast, Field, RootModel, model_validator
 
 SelectedOn = Literal["validation", "test", "last_epoch"]
 """The split that chose the epoch. ``test`` makes the score optimistic, so it is written on every row."""
@@ -486,7 +486,7 @@ class ClassificationResults(Record):
     average: ResultsAverage
     failures: tuple[Failure, ...]
     run_id: RunId
-    created_at: datetime
+    created_at: AwareDatetime
 
 
 class Publication(Record):

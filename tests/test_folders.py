@@ -129,3 +129,20 @@ def test_what_is_no_number_of_days_deletes_nothing(days: str, tmp_path: Path, ca
     assert ended.value.code == 2
     assert capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    root = store(tmp_path / "runs")
+    (tmp_path / "precious").write_text("mine", encoding="utf-8")
+    (root / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match="cannot be written"):
+        prune(root, Policy(), dry_run=False)
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_manifest_whose_time_has_no_zone_is_kept_and_called_damaged(tmp_path: Path) -> None:
+    root = store(tmp_path / "runs")
+    manifest = root / NAME / "manifest.json"
+    manifest.write_text(re.sub(r'("created_at":\s*"[^"]*?)Z"', r'\1"', manifest.read_text(encoding="utf-8")), encoding="utf-8")
+    (verdict,) = prune(root, Policy(keep=0, older_than_days=0), dry_run=False).verdicts
+    assert (verdict.goes, "timezone" in verdict.reason) == (False, True)
