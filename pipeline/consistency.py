@@ -84,15 +84,15 @@ def check_publication(folder: RunFolder, publication: Publication, result: TaskR
             _check_few_shot(name, path, read_record(folder.root / path, FewShotResult), result, _FEW_SHOT)
 
 
-def check_tables(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
-    """Compare ``classification_results.json`` and the scores in the card's metadata with what was measured.
+def check_summary(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
+    """Compare what ``classification_results.json`` says of some MTEB tasks with what was measured.
 
     Args:
         folder: A run or a publication.
-        results: MTEB task -> its result; all of the folder's, or some.
+        results: MTEB task -> its result.
     Raises:
-        VerificationError: they claim something else.
-        DataError: one is missing or damaged.
+        VerificationError: it claims something else.
+        DataError: it is missing or damaged.
     """
     summary = read_record(folder.results, ClassificationResults)
     claimed = {entry.task: entry for entry in summary.tasks}
@@ -105,24 +105,18 @@ def check_tables(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
             value = getattr(claimed[name], what)
             if what != "p_value_holm" and value is not None:  # corrected over all MTEB tasks; not known to an older version
                 _check(name, folder.results.name, what, value, getattr(measured, what))
-    if set(claimed) == set(results):
-        _check_card(folder, results)
 
 
-def _check(name: str, file: str, what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise VerificationError(f"{name}: {file}: {what} is {found!r:.200}, but that of what was trained is {expected!r:.200}")
+def check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
+    """Compare the scores and the base model in the card's metadata, which the Hub reads, with what was measured.
 
-
-def _check_few_shot(name: str, file: str, found: FewShotResult, result: TaskResult, columns: tuple[Column, ...]) -> None:
-    measured = [row.accuracy for row in (score_row(result, column) for column in columns) if row is not None]
-    claimed = [scores.accuracy for scores in found.scores.get("test", ())]
-    _check(name, file, "task_name", found.task_name, name)
-    if not claimed or not all(any(abs(one - other) < 1e-6 for other in measured) for one in claimed):
-        raise VerificationError(f"{name}: {file}: accuracy is {claimed!r:.200}, but {measured!r:.200} was measured")
-
-
-def _check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
+    Args:
+        folder: A run or a publication.
+        results: MTEB task -> its result, of all that are in the folder.
+    Raises:
+        VerificationError: it claims something else.
+        DataError: it is missing or damaged.
+    """
     scores = [row for result in results.values() for row in result.scores]
     measured = {round(value, 6) for row in scores for value in (row.accuracy, row.macro_f1, row.average_precision) if value is not None}
     try:
@@ -141,6 +135,19 @@ def _check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
     encoders = [result.encoder.public_name for result in results.values()]
     if base_model is not None and base_model not in encoders:
         raise VerificationError(f"{folder.readme.name}: its metadata name the base model {base_model!r:.100}, but it is {encoders[0]}")
+
+
+def _check(name: str, file: str, what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise VerificationError(f"{name}: {file}: {what} is {found!r:.200}, but that of what was trained is {expected!r:.200}")
+
+
+def _check_few_shot(name: str, file: str, found: FewShotResult, result: TaskResult, columns: tuple[Column, ...]) -> None:
+    measured = [row.accuracy for row in (score_row(result, column) for column in columns) if row is not None]
+    claimed = [scores.accuracy for scores in found.scores.get("test", ())]
+    _check(name, file, "task_name", found.task_name, name)
+    if not claimed or not all(any(abs(one - other) < 1e-6 for other in measured) for one in claimed):
+        raise VerificationError(f"{name}: {file}: accuracy is {claimed!r:.200}, but {measured!r:.200} was measured")
 
 
 def _read_yaml(text: str) -> Any:

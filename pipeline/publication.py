@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.consistency import check_run, check_tables, check_task
+from pipeline.consistency import check_run, check_summary, check_task
 from pipeline.errors import InputError, LorafleetError
 from pipeline.folders import explain, kind_of
 from pipeline.manifest import RunManifest, read_manifest
@@ -75,7 +75,7 @@ def read_candidate(run: Path) -> Candidate:
         _check_files(folder.root, (*task.published(), task.result))
         found, results[entry.task] = check_task(task)
         check_run(manifest, found, results[entry.task])
-    check_tables(folder, results)
+    check_summary(folder, results)
     return Candidate(folder, manifest, summary, results)
 
 

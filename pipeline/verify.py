@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.adapter_ref import HUB_REF, split_folder
 from pipeline.classifier import encoder_config_of
 from pipeline.config import EncoderConfig
-from pipeline.consistency import check_publication, check_run, check_tables, check_task
+from pipeline.consistency import check_card, check_publication, check_run, check_summary, check_task
 from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
 from pipeline.folders import adapters_in, explain, kind_of
@@ -90,7 +90,10 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
         if manifest is not None:
             check_run(manifest, adapter, result)
     if listed:
-        check_tables(folder, {task: result for task, (_, result) in checked.items()})
+        results = {task: result for task, (_, result) in checked.items()}
+        check_summary(folder, results)
+        if results.keys() == listed.adapters.keys():
+            check_card(folder, results)
     found = [adapter for adapter, _ in checked.values()]
     probes = [read_record(adapter.folder.probe, Probe) for adapter in found]
     runtime = exact_runtime(threads=local_cpus(), use_gpu=False)
