@@ -108,6 +108,8 @@ def test_a_name_before_the_reference_is_the_adapters_name(run: Path) -> None:
 def test_two_adapters_of_one_name_are_refused_until_one_is_named(run: Path) -> None:
     with pytest.raises(AdapterError, match=r"two adapters are called Topics.*--adapter NAME=REF"):
         find(run / "Topics", f"{run}#Topics")
+    with pytest.raises(AdapterError, match="two adapters are called Topics, topics"):
+        find(run / "Topics", f"topics={run}#Pairs")  # DuckDB and others take their columns for one
     assert [adapter.name for adapter in find(run / "Topics", f"other={run}#Topics")] == ["Topics", "other"]
 
 
