@@ -237,9 +237,10 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
         raise AdapterError(f"{folder.meta}: adapted_modules are not in the encoder's order, in which the pairs are numbered")
     pairs, head = _read_weights(found, encoder, {path: encoder.model.get_submodule(path) for path in paths})
     adapter = Adapter(encoder, found.config, found.label_names)
+    weights = pairs | head
     with torch.no_grad():
         for name, parameter in (*_peft_names(adapter.projections), *adapter.head[1].named_parameters()):
-            parameter.copy_((pairs | head)[name])
+            parameter.copy_(weights[name])
     adapter.head.eval()
     return adapter
 
@@ -254,8 +255,7 @@ def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
     num_bytes = sum(parameter.nbytes for parameter in adapter.parameters)
     for path, state in expected.items():
         found = _read_pt(path, at_most=num_bytes + _BYTES_AROUND_TENSORS + _BYTES_AROUND_TENSOR * len(state))
-        same = found.keys() == state.keys() and all(_is_same(found[name], tensor) for name, tensor in state.items())
-        if not same:
+        if found.keys() != state.keys() or not all(_is_same(found[name], tensor) for name, tensor in state.items()):
             raise VerificationError(f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it")
 
 

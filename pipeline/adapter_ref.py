@@ -35,7 +35,7 @@ class FoundAdapter:
     encoder: EncoderConfig
     """Public name, revision, pooling and length it was trained with."""
     config: AdapterConfig
-    """Its pairs; ``target`` lists the layers that have one."""
+    """Configuration of its pairs; ``target`` lists the layers that have one."""
     meta: AdapterMeta
     label_names: tuple[str, ...]
     calibration: Calibration | None

@@ -139,7 +139,7 @@ def check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
 
 def _check(name: str, file: str, what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise VerificationError(f"{name}: {file}: {what} is {found!r:.200}, but that of what was trained is {expected!r:.200}")
+        raise VerificationError(f"{name}: {file}: {what} is {found!r:.200}, but what was trained has {expected!r:.200}")
 
 
 def _check_few_shot(name: str, file: str, found: FewShotResult, result: TaskResult, columns: tuple[Column, ...]) -> None:

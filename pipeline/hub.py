@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
-from pipeline.errors import InputError, LorafleetError, VerificationError, first_line
-from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_status
+from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_said, hub_status
 from pipeline.publication import Base, files_below
 from pipeline.records import Publication
 from pipeline.run_folder import RunFolder, read_record
@@ -270,7 +270,7 @@ def download(name: str, revision: str, *, cache: Path | None = None, patterns: S
         try:
             return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
         except RemoteEntryNotFoundError as error:
-            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {first_line(error)}") from error
+            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {hub_said(error)}") from error
 
     return ask(f"hf:{name}", fetch)
 

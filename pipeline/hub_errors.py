@@ -39,12 +39,12 @@ def hub_error(error: BaseException, what: str, *, offline: bool = False, kind: t
     if isinstance(error, HFValidationError):
         return kind(f"{what}: {first_line(error)}")
     if status in (401, 403, 404):
-        return kind(f"{what}: {_said(error)}{TOKEN_ADVICE if status != 404 else ''}")
+        return kind(f"{what}: {hub_said(error)}{TOKEN_ADVICE if status != 404 else ''}")
     not_cached = isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, OfflineModeIsEnabled) or (not_cached and (offline or constants.HF_HUB_OFFLINE)):
         return kind(f"{what}: not in the local cache, and offline; fetch it once while online, or name a folder")
     out_of_reach = status is None and (not_cached or any(isinstance(e, TransportError) for e in (error, error.__cause__)))
-    return LorafleetError(f"{what}: {_said(error)}{_REACH if out_of_reach else ''}")
+    return LorafleetError(f"{what}: {hub_said(error)}{_REACH if out_of_reach else ''}")
 
 
 def hub_status(error: BaseException) -> int | None:
@@ -55,7 +55,7 @@ def hub_status(error: BaseException) -> int | None:
     return None if response is None else int(response.status_code)
 
 
-def _said(error: BaseException) -> str:
-    """In one line, without what is signed in an address."""
+def hub_said(error: BaseException) -> str:
+    """What an error says, in one line, without what is signed in an address."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")]
     return re.sub(r"\?[^\s'\"]*", "?…", " ".join(lines[:3]))[:300] or type(error).__name__

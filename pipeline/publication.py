@@ -54,7 +54,7 @@ class Base:
 
 
 def read_candidate(run: Path) -> Candidate:
-    """A finished run: complete, its files of one mind about each adapter, and none of them a link to somewhere else.
+    """A finished run whose files are all there, agree about each adapter, and lie in the run folder itself.
 
     Raises:
         InputError: no run folder, not finished, or a file is missing, damaged or a link.
@@ -141,7 +141,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _check_files(root: Path, paths: Iterable[Path]) -> None:
-    """That they are there, and in the folder itself: what a symbolic link leads to is not the run's to publish."""
+    """Check that files are there and lie in the folder itself: what a symbolic link leads to is not the run's to publish."""
     missing = []
     for path in paths:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -27,7 +26,7 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=
 """Name of a run folder, and part of a tag and of a branch."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""In hexadecimal."""
+"""SHA-256 in hexadecimal."""
 
 EncoderRevision = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]+$", max_length=71)]
 """A commit of the Hub, or ``sha256:…`` of an encoder's files."""
@@ -116,7 +115,9 @@ class LabelNames(RootModel[Annotated[tuple[LabelName, ...], FailFast(), Field(mi
 
     @model_validator(mode="after")
     def _no_name_twice(self) -> Self:
-        _check_no_name_twice(self.root)
+        name, count = Counter(self.root).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{name!r:.200} is there {count} times")
         return self
 
 
@@ -530,9 +531,3 @@ class GateDecision(Record):
     published_revision: str | None
     """Commit of the repository; none for a folder."""
     created_at: datetime
-
-
-def _check_no_name_twice(names: Sequence[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r:.200} is there twice")

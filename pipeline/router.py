@@ -27,7 +27,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an adapter says of one text: nothing where the text is empty or blank, or the adapter overflows, as ``lorafleet classify``."""
+    """What an adapter says of one text: nothing if the text is empty or blank, or if the adapter overflows on it."""
 
     label: str | None
     """The most probable one; None where there is nothing to say."""
