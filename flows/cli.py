@@ -120,8 +120,9 @@ def classify(as_json: bool, **given: Any) -> None:
 @click.option("--to", required=True, metavar="DIR|hf:OWNER/NAME", help="A folder, or a repository of the Hugging Face Hub.")
 @click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]; may be repeated.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the run's encoder comes with, where it needs some.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
     """Publish what the promotion gate lets through of a finished run: verified, in one commit.
 
     Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
@@ -133,7 +134,7 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], as_js
 
     prepare_http()
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
-    published = publish_run(run, to, config)
+    published = publish_run(run, to, config, trust_remote_code=trust_remote_code)
     _print_published(published, as_json=as_json)
     sys.exit(1 if published.blocked else 0)
 

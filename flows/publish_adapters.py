@@ -16,7 +16,9 @@ from tasks import stages
 
 
 @flow(name="publish-adapters")
-def publish_adapters(run: str, to: str, private: bool = False, overrides: list[str] | None = None) -> State[Any]:
+def publish_adapters(
+    run: str, to: str, private: bool = False, overrides: list[str] | None = None, trust_remote_code: bool = False
+) -> State[Any]:
     """Publish what the promotion gate lets through of a finished run; ends failed if it blocks an adapter.
 
     Args:
@@ -24,13 +26,14 @@ def publish_adapters(run: str, to: str, private: bool = False, overrides: list[s
         to: A folder, or hf:OWNER/NAME.
         private: Make the repository private, if it has to be made.
         overrides: Keys of the run's [publish] to override, each as KEY=VALUE, such as publish.gate.min_gain=0.002.
+        trust_remote_code: Run the Python code that comes with the run's encoder, where it needs some.
     """
     try:
         candidate = read_candidate(Path(run))
         config = publish_config(candidate.manifest.config, to=to, private=private, overrides=tuple(overrides or ()))
     except LorafleetError as error:
         return Failed(message=f"not published: {error}")
-    published = stages.publish(candidate.folder, config)
+    published = stages.publish(candidate.folder, config, trust_remote_code=trust_remote_code)
     if isinstance(published, LorafleetError):
         return Failed(message=f"not published: {published}")
     blocked = ", ".join(f"{decision.mteb_task} (gate: {decision.reason})" for decision in published.blocked)

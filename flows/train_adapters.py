@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from pipeline.config import PublishConfig, RunConfig, load_config, narrowed
+from pipeline.config import RunConfig, load_config, narrowed
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
@@ -80,14 +80,14 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
     started = time.monotonic()
     check = None if force else early_check(config, store)
     if check is not None and (found := stages.find_unchanged_early(check, config.publish, store)) is not None:
-        return _not_begun(run_id, found) if isinstance(found, LorafleetError) else _unchanged(found, config.publish)
+        return _not_begun(run_id, found) if isinstance(found, LorafleetError) else _unchanged(found, config)
     with fleet_of_run(config) as fleet:
         first = fleet.worker()
         plan = _check(config, first, store)
         if isinstance(plan, LorafleetError):
             return _not_begun(run_id, plan)
         if not force and (unchanged := stages.find_unchanged(plan, store)) is not None:
-            return _unchanged(unchanged, plan.config.publish)
+            return _unchanged(unchanged, plan.config)
         folder = RunFolder(store / run_id)
         write_config(plan.config, folder)
         reused = [] if force else stages.reuse_finished(plan, store, run_id)
@@ -95,7 +95,7 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         _, results = stages.collect(plan, _in_config_order(plan, [*reused, *trained]), failures, run_id, folder)
         stages.finish_run(plan, results, failures, run_id, folder, time.monotonic() - started)
         if plan.config.publish.to is not None and results:
-            failures += _publish(folder, plan.config.publish)
+            failures += _publish(folder, plan.config)
         num_trained = sum(result.reused_from is None for result in results)
         message = f"{num_trained} adapters trained, {len(results) - num_trained} unchanged"
         return _ended(RunOutcome(run_id, folder, results, tuple(failures)), message)
@@ -121,9 +121,9 @@ def _fan_out(
     return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
 
 
-def _publish(folder: RunFolder, config: PublishConfig) -> list[Failure]:
+def _publish(folder: RunFolder, config: RunConfig) -> list[Failure]:
     """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
-    published = stages.publish(folder, config)
+    published = stages.publish(folder, config.publish, trust_remote_code=config.encoder.trust_remote_code)
     if isinstance(published, LorafleetError):
         return [Failure(mteb_task="", stage="publish", reason=str(published), user_fault=isinstance(published, InputError))]
     return [Failure(mteb_task=decision.mteb_task, stage="gate", reason=decision.reason) for decision in published.blocked]
@@ -174,11 +174,12 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
     return sorted(results, key=lambda result: order[result.mteb_task.name])
 
 
-def _unchanged(folder: RunFolder, config: PublishConfig) -> State[Any]:
+def _unchanged(folder: RunFolder, config: RunConfig) -> State[Any]:
     """Nothing to train; a publication that did not come to its end is tried again."""
     run_id = folder.root.name
-    settled = folder.gate.is_file() and any(decision.to == config.to for decision in read_gate(folder.gate))
-    failures = _publish(folder, config) if config.to is not None and not settled else []
+    to = config.publish.to
+    settled = folder.gate.is_file() and any(decision.to == to for decision in read_gate(folder.gate))
+    failures = _publish(folder, config) if to is not None and not settled else []
     message = f"nothing to do: data and config are those of run {run_id}"
     get_run_logger().info(message)
     return _ended(RunOutcome(run_id, folder, (), tuple(failures)), message)

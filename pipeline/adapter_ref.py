@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import EncoderConfig
-from pipeline.errors import AdapterError, DataError, InputError, first_line
-from pipeline.manifest import finished_runs
-from pipeline.records import Calibration
-from pipeline.run_folder import TaskFolder, adapter_sha256, read_record
+from pipeline.config import AdapterConfig, EncoderConfig
+from pipeline.errors import AdapterError, InputError
+from pipeline.folders import adapters_in, explain, is_folder
+from pipeline.hub_errors import hub_error, hub_faults
+from pipeline.records import AdapterMeta, Calibration, LabelNames
+from pipeline.run_folder import LARGEST_RECORD_BYTES, TaskFolder, adapter_sha256, parse_record, read_file
 
 _NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
-HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[^/#]+))?")
+HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[A-Za-z0-9][A-Za-z0-9_.-]*))?")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class FoundAdapter:
     """Of meta.json and calibration.json, which also decide what it says."""
     encoder: EncoderConfig
     """Public name, revision, pooling and length it was trained with."""
+    config: AdapterConfig
+    """Configuration of its pairs; ``target`` lists the layers that have one."""
+    meta: AdapterMeta
     label_names: tuple[str, ...]
     calibration: Calibration | None
     """None where the adapter came without one: its probabilities are then as the head gives them."""
@@ -51,11 +55,11 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
     """
     found: list[FoundAdapter] = []
     for ref in refs:
-        named = _NAMED.fullmatch(ref)
-        adapter = _describe(_folder(named["ref"] if named else ref, offline=offline))
+        named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may hold the sign
+        adapter = describe_adapter(_folder(named["ref"] if named else ref, offline=offline))
         found.append(replace(adapter, name=named["name"]) if named else adapter)
-    names = [adapter.name for adapter in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = [adapter.name.casefold() for adapter in found]  # columns whose names differ only in case are one to many readers
+    twice = sorted({adapter.name for adapter in found if names.count(adapter.name.casefold()) > 1})
     if twice:
         raise AdapterError(f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF")
     for other in found[1:]:
@@ -68,76 +72,86 @@ def _folder(ref: str, *, offline: bool) -> TaskFolder:
     if hub:
         return _hub_folder(hub, offline=offline)
     place, task = split_folder(ref)
-    root = Path(place)
-    if not root.is_dir():
-        raise AdapterError(f"adapter {ref}: no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
-    return _pick(root, task, ref)
+    if not place or ref.startswith("hf:"):
+        raise AdapterError(f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
+    return _pick(Path(place), task, ref)
 
 
 def split_folder(ref: str) -> tuple[str, str | None]:
     """``FOLDER#TASK`` as both, or a folder alone; the sign may also be part of a folder's name."""
-    if "#" not in ref or Path(ref).is_dir():
+    if "#" not in ref or is_folder(ref):
         return ref, None
     place, _, task = ref.rpartition("#")
     return place, task
 
 
 def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
-    folder = TaskFolder(root / task if task else root)
-    if folder.adapter_weights.is_file():
-        return folder
-    there = sorted(path.parent.name for path in root.glob(f"*/{folder.adapter_weights.name}"))
-    if len(there) == 1 and not task:
-        return TaskFolder(root / there[0])
-    newest = next((run.root for run, _ in finished_runs(root)), None)
+    there = adapters_in(root)
+    if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
+        return TaskFolder(root)
+    if task in there or (task is None and len(there) == 1):
+        return TaskFolder(root / (task or there[0]))
     if there and task:
         fault = f"there is no adapter {task} in it, but {', '.join(there)}"
     elif there:
         fault = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})"
-    elif newest is not None:
-        fault = f"{root} is a run store; name one of its runs, such as {newest}#{task or 'TASK'}"
     else:
-        fault = "there is no adapter in it"
+        fault = f"{explain(root, task=task)}; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
     raise AdapterError(f"adapter {ref}: {fault}")
 
 
 def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: say which of the repository's adapters: {ref[0]}#TASK")
     try:
-        patterns = [f"{ref['task']}/*.json", f"{ref['task']}/*.safetensors"]
+        folder = TaskFolder(Path(ref["task"]))
+        patterns = [path.as_posix() for path in folder.published() if path.suffix != ".pt"]
         root = snapshot_download(ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline)
-    except LocalEntryNotFoundError:
-        raise AdapterError(f"adapter {ref[0]}: not in the local cache, and the Hub cannot be reached") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise AdapterError(f"adapter {ref[0]}: cannot be fetched from the Hub: {first_line(error)}") from None
+    except hub_faults() as error:
+        raise hub_error(error, f"adapter {ref[0]}", offline=offline, kind=AdapterError) from None
     return _pick(Path(root), ref["task"], ref[0])
 
 
-def _describe(folder: TaskFolder) -> FoundAdapter:
+def describe_adapter(folder: TaskFolder) -> FoundAdapter:
+    """What an adapter's files say of it, but for its weights.
+
+    Raises: AdapterError: one is missing, damaged, or contradicts another.
+    """
+    meta_content, labels_content = _read(folder.meta), _read(folder.labels)
+    meta = parse_record(meta_content, AdapterMeta, folder.meta, fault=AdapterError)
+    labels = parse_record(labels_content, LabelNames, folder.labels, fault=AdapterError).root
+    if meta.label_names != labels or meta.num_classes != len(labels):
+        raise AdapterError(f"{folder.root}: meta.json and labels.json do not list the same label names in the same order")
+    calibration, calibration_content = None, b"none"
+    if os.path.lexists(folder.calibration):
+        calibration_content = _read(folder.calibration)
+        calibration = parse_record(calibration_content, Calibration, folder.calibration, fault=AdapterError)
     try:
-        meta: dict[str, Any] = json.loads(folder.meta.read_text(encoding="utf-8"))
-        labels = json.loads(folder.labels.read_text(encoding="utf-8"))
-        encoder = EncoderConfig(
-            name=meta["encoder"]["name"], revision=meta["encoder"]["revision"], pooling=meta["pooling"], max_tokens=meta["max_tokens"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise AdapterError(f"{folder.root}: meta.json or labels.json is missing or damaged: {first_line(error)}") from None
-    if not isinstance(labels, list) or not labels:
-        raise AdapterError(f"{folder.labels}: expected a list of label names")
+        encoder = EncoderConfig(name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens)
+        config = AdapterConfig(rank=meta.rank, alpha=meta.alpha, dropout=meta.dropout, target=meta.adapted_modules)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise AdapterError(f"{folder.meta}: {fault['loc'][0]}: {fault['msg']}, found {fault['input']!r:.100}") from None
+    return FoundAdapter(
+        name=meta.task or folder.root.name,
+        folder=folder,
+        sha256=adapter_sha256(folder.root),
+        described_sha256=hashlib.sha256(meta_content + calibration_content).hexdigest(),
+        encoder=encoder,
+        config=config,
+        meta=meta,
+        label_names=labels,
+        calibration=calibration,
+    )
+
+
+def _read(path: Path) -> bytes:
     try:
-        calibration = read_record(folder.calibration, Calibration) if folder.calibration.is_file() else None
-    except DataError as error:
-        raise AdapterError(str(error)) from None
-    sha256 = adapter_sha256(folder.root)
-    described = hashlib.sha256()
-    for path in (folder.meta, folder.calibration):
-        described.update(path.read_bytes() if path.is_file() else b"none")
-    name = meta.get("task", folder.root.name)
-    return FoundAdapter(name, folder, sha256, described.hexdigest(), encoder, tuple(map(str, labels)), calibration)
+        return read_file(path, at_most=LARGEST_RECORD_BYTES)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:

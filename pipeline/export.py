@@ -89,7 +89,7 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
     files, config = find_encoder_of(adapter, encoder, offline=offline)
     # As for a compiler: plain layers and transformers' own attention, which torch.onnx can follow, instead of ours.
     runtime = choose_runtime(TrainConfig(precision="float32", compile=True), threads=torch.get_num_threads(), use_gpu=False)
-    loaded = load_adapter(adapter.folder, Encoder(files, config, runtime))
+    loaded = load_adapter(adapter.folder, Encoder(files, config, runtime), found=adapter)
     if form == "transformers":
         _check_own_head(adapter.name, loaded)
     library = _LIBRARIES[form]

@@ -161,11 +161,11 @@ def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measu
 def _predict(
     adapters: Sequence[FoundAdapter], texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool
 ) -> list[IntArray]:
-    """Of adapters over one encoder: class numbers of the data, -1 where the data do not know the label."""
+    """Of adapters over one encoder: class numbers of the data, -1 where the data do not know the label, or there is none."""
     classifier = load_classifier(adapters, encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
     known = [np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters]
     answered = classifier.classify(classifier.tokenise(texts))
-    return [numbers[answers.labels] for numbers, answers in zip(known, answered, strict=True)]
+    return [np.where(answers.finite, numbers[answers.labels], -1) for numbers, answers in zip(known, answered, strict=True)]
 
 
 def _local(encoder: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
-from pipeline.errors import InputError, LorafleetError, VerificationError, first_line
+from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_said, hub_status
 from pipeline.publication import Base, files_below
 from pipeline.records import Publication
 from pipeline.run_folder import RunFolder, read_record
@@ -77,7 +77,7 @@ class HubRepository:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise InputError(f"hf:{self.name}: no token to publish with{_ADVICE}")
+            raise InputError(f"hf:{self.name}: no token to publish with{TOKEN_ADVICE}")
         self._ask(self._api.whoami)
         self.read()
 
@@ -140,9 +140,9 @@ class HubRepository:
         with TemporaryDirectory(prefix="lorafleet-verify-") as cache:
             try:
                 check(download(self.name, staged, cache=Path(cache)))
-            except VerificationError as error:
+            except (VerificationError, InputError) as error:
                 self._drop_branch(branch)
-                raise VerificationError(f"hf:{self.name} is left as it was: {error}") from error
+                raise type(error)(f"hf:{self.name} is left as it was: {error}") from error
         try:
             landed = head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
         except MovedError:
@@ -180,7 +180,7 @@ class HubRepository:
             return self._ask(commit)
         except LorafleetError as error:
             cause = error.__cause__
-            if not isinstance(cause, HfHubHTTPError) or _status(cause) != _MOVED:
+            if not isinstance(cause, HfHubHTTPError) or hub_status(cause) != _MOVED:
                 raise
             # Our own commit, if its answer got lost: then the branch is one ahead of the parent and has this message.
             newest = self._ask(self._api.list_repo_commits, self.name, revision=branch)[:2]
@@ -240,7 +240,7 @@ class HubRepository:
             try:
                 delete(self.name, **what)
             except HfHubHTTPError as error:
-                if _status(error) != _MISSING:
+                if hub_status(error) != _MISSING:
                     raise
 
         self._ask(gone)
@@ -270,7 +270,7 @@ def download(name: str, revision: str, *, cache: Path | None = None, patterns: S
         try:
             return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
         except RemoteEntryNotFoundError as error:
-            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {_said(error)}") from error
+            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {hub_said(error)}") from error
 
     return ask(f"hf:{name}", fetch)
 
@@ -282,44 +282,20 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
         InputError: it may not be read or written.
         LorafleetError: it cannot be reached, or refused.
     """
-    from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
+    faults: tuple[type[Exception], ...] = (*hub_faults(), RuntimeError)
     wait = _FIRST_WAIT_SECONDS
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return call(*args, **options)
-        except (HFValidationError, OfflineModeIsEnabled) as error:
-            raise InputError(f"{what}: {first_line(error)}") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, TransportError, RuntimeError) as error:
-            if type(error) is RuntimeError and not isinstance(error.__cause__, (HfHubHTTPError, OSError, TransportError)):
+        except faults as error:
+            if type(error) is RuntimeError and not isinstance(error.__cause__, hub_faults()):
                 raise  # huggingface_hub's word for an upload that failed has a cause
-            status = _status(error)
-            if attempt == _ATTEMPTS or (status is not None and status not in _PATIENT_WITH):
-                kind = InputError if status in (401, 403, 404) else LorafleetError
-                out_of_reach = any(isinstance(e, (TransportError, LocalEntryNotFoundError)) for e in (error, error.__cause__))
-                advice = _ADVICE if status in (401, 403) else _REACH if out_of_reach and status is None else ""
-                raise kind(f"{what}: {_said(error)}{advice}") from error
+            fault, status = hub_error(error, what), hub_status(error)
+            if attempt == _ATTEMPTS or isinstance(fault, InputError) or (status is not None and status not in _PATIENT_WITH):
+                raise fault from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2
     raise AssertionError("unreachable")
-
-
-_ADVICE = "; give a token that may write there: HF_TOKEN, `hf auth login`, or publish.token_block"
-_REACH = "; is the Hub in reach (network, HTTPS_PROXY, HF_ENDPOINT)? Nothing is lost: run the command again"
-
-
-def _said(error: BaseException) -> str:
-    """In one line, without what is signed in an address."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")]
-    return re.sub(r"\?[^\s'\"]*", "?…", " ".join(lines[:3]))[:300] or type(error).__name__
-
-
-def _status(error: BaseException) -> int | None:
-    response: Any = getattr(error, "response", None)
-    if response is None and isinstance(error.__cause__, Exception):
-        response = getattr(error.__cause__, "response", None)
-    return None if response is None else int(response.status_code)
 
 
 def _retry_after(error: BaseException) -> float | None:

@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import AwareDatetime
 
 import pipeline
 from pipeline.config import RunConfig
 from pipeline.errors import AdapterError, DataError
-from pipeline.records import EncoderRef, Failure, MtebTask, Record, Runtime, TaskResult
+from pipeline.records import EncoderRef, Failure, MtebTask, Record, RunId, Runtime, Sha256, TaskName, TaskResult
 from pipeline.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 from pipeline.run_store import oldest_first
 
@@ -33,14 +33,14 @@ _SOURCES = (
 class RunManifest(Record):
     """A run, whole: enough to make it again, or to see why another one differs."""
 
-    run_id: str
-    created_at: datetime
+    run_id: RunId
+    created_at: AwareDatetime
     config: RunConfig
     encoder: EncoderRef
     runtime: Runtime
     mteb_tasks: tuple[MtebTask, ...]
     """Those that finished, with resolved revisions."""
-    adapters: dict[str, str]
+    adapters: dict[TaskName, Sha256]
     """MTEB task -> sha256 of its adapter."""
     reused: dict[str, str]
     """MTEB task -> the run that trained it, where that was another one."""

@@ -21,6 +21,7 @@ from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, ScoreR
 from pipeline.run_store import oldest_first
 
 R = TypeVar("R", bound=Record)
+_MOST_ROWS = 1_000_000  # a table may come with a stranger's run
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -227,6 +228,8 @@ def _read(path: Path, schema: pa.Schema, record_type: type[R], what: str) -> lis
         raise DataError(f"{path}: expected a {what} file, found none; name a run folder that lorafleet train has finished")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise DataError(f"{path}: has {file.metadata.num_rows:,} rows, more than a run can write; move it away")
             there = set(file.schema_arrow.names)
             missing = [field.name for field in schema if field.name not in there and not field.nullable]
             if missing:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pipeline.metrics_table import write_epochs, write_scores
 from pipeline.model_card import render_card
-from pipeline.records import ClassificationResults, EncoderRef, Failure, ScoreRow, TaskResult
+from pipeline.records import ClassificationResults, EncoderRef, Failure, FewShot, ScoreRow, TaskResult
 from pipeline.report import render_report
 from pipeline.results import summarise
-from pipeline.run_folder import RunFolder, TaskFolder, write_atomically
+from pipeline.run_folder import RunFolder, TaskFolder, read_record, write_atomically
 from pipeline.scores import holm
 
 
@@ -59,13 +59,12 @@ def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder
         "frozen_few_shot": (public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)),
         "adapted_few_shot": (f"lorafleet/{public_name.rpartition('/')[2]}-{task}", result.adapter.sha256[:40]),
     }
-    own: dict[str, Any] = json.loads(source.few_shot.read_text(encoding="utf-8"))
-    for column, task_result in own.items():
+    for column, few_shot in read_record(source.few_shot, FewShot).root.items():
         name, revision = names[column]
         meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
         path = ResultCache(cache_path=folder.mteb_results).get_task_result_path(task, meta)
         path.parent.mkdir(parents=True, exist_ok=True)
-        MtebTaskResult.model_validate(task_result).to_disk(path)
+        MtebTaskResult.model_validate(few_shot.model_dump(mode="json")).to_disk(path)
         write_atomically(path.with_name("model_meta.json"), json.dumps(meta.to_dict(), indent=1, sort_keys=True, default=str))
 
 

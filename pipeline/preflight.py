@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,14 +71,13 @@ def _find_warm_start(config: RunConfig, name: str, encoder: EncoderRef, paths: S
         (adapter,) = find_adapters([ref], offline=config.data.offline)
     except AdapterError as error:
         return f"nothing to start from: {error}"
-    meta = json.loads(adapter.folder.meta.read_text(encoding="utf-8"))
     expected = {
         "rank": config.adapter.rank,
         "alpha": config.adapter.alpha,
-        "adapted_modules": list(paths),
+        "adapted_modules": tuple(paths),
         "pooling": config.encoder.pooling,
     }
-    other = [what for what, value in expected.items() if meta.get(what) != value]
+    other = [what for what, value in expected.items() if getattr(adapter.meta, what) != value]
     if adapter.encoder.revision != encoder.revision:
         other.append("encoder revision")
     if other:

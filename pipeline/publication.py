@@ -6,19 +6,20 @@ import hashlib
 import html
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.consistency import check_run, check_summary, check_task
+from pipeline.errors import InputError, LorafleetError
+from pipeline.folders import explain, kind_of
 from pipeline.manifest import RunManifest, read_manifest
 from pipeline.outputs import write_mteb_results, write_outputs
-from pipeline.records import ClassificationResults, Publication, TaskResult
+from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
 from pipeline.results import without_local_paths
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+from pipeline.run_folder import RunFolder, add_file, copy_inside, open_inside, read_record, write_atomically
 
 
 @dataclass(frozen=True)
@@ -53,40 +54,29 @@ class Base:
 
 
 def read_candidate(run: Path) -> Candidate:
-    """A finished run, complete.
+    """A finished run whose files are all there, agree about each adapter, and lie in the run folder itself.
 
-    Raises: InputError: no run folder, not finished, or something is missing from it.
+    Raises:
+        InputError: no run folder, not finished, or a file is missing, damaged or a link.
+        VerificationError: a file says something else of an adapter than what was measured.
     """
-    folder = RunFolder(run.resolve())
-    if not folder.manifest.is_file():
-        if folder.publication.is_file():
-            raise InputError(f"{folder.root} is a publication; name the run folder that it was published from")
-        there = "is not finished" if folder.results.is_file() or folder.config.is_file() else "is not a run folder"
+    if kind_of(run) != "run":
         raise InputError(
-            f"{folder.root} {there}: manifest.json is missing, which is written last; "
-            "let `lorafleet train` finish, or name the folder that its last line prints"
+            f"cannot publish {run}: {explain(run)}; expected the folder of a finished run, as the last line of `lorafleet train` names it"
         )
-    missing = [path.name for path in folder.published() if not path.is_file()]
-    if missing:
-        raise InputError(f"{folder.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
+    folder = RunFolder(run.resolve())
+    _check_files(folder.root, (folder.manifest, *folder.published()))
     summary = read_record(folder.results, ClassificationResults)
     if not summary.tasks:
         raise InputError(f"{folder.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish")
+    manifest, results = read_manifest(folder), {}
     for entry in summary.tasks:
         task = folder.task(entry.task)
-        missing = [path.name for path in (*task.published(), task.result) if not path.is_file()]
-        if missing:
-            raise InputError(f"{task.root}: {', '.join(missing)} is missing from a finished run; run `lorafleet train` again")
-    results = {entry.task: read_record(folder.task(entry.task).result, TaskResult) for entry in summary.tasks}
-    candidate = Candidate(folder, read_manifest(folder), summary, results)
-    for entry in summary.tasks:
-        found, measured = adapter_sha256(folder.task(entry.task).root), results[entry.task].adapter.sha256
-        if not found == measured == entry.adapter_sha256:
-            raise VerificationError(
-                f"{entry.task}: the adapter's files have sha256 {found}, but the scores were measured with {measured} "
-                f"(classification_results.json: {entry.adapter_sha256}); train it again"
-            )
-    return candidate
+        _check_files(folder.root, (*task.published(), task.result))
+        found, results[entry.task] = check_task(task)
+        check_run(manifest, found, results[entry.task])
+    check_summary(folder, results)
+    return Candidate(folder, manifest, summary, results)
 
 
 def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: RunFolder) -> Publication:
@@ -102,17 +92,14 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
     _check_encoder(candidate, stay, base)
     results: dict[str, TaskResult] = {task: base.result(task) for task in stay}
     for task in stay:
-        assert base.folder is not None
-        shutil.copytree(base.folder.task(task).root, staging.task(task).root)
+        _copy_what_stays(base, task, staging)
     for task in promoted:
-        source, target = candidate.folder.task(task), staging.task(task)
-        target.root.mkdir(parents=True)
-        for path in source.published():
-            shutil.copyfile(path, target.root / path.name)
+        for path in candidate.folder.task(task).published():
+            _copy(candidate.folder, f"{task}/{path.name}", staging)
         results[task] = _public(candidate.results[task])
-        write_atomically(target.result, results[task].model_dump_json(indent=1))
+        write_atomically(staging.task(task).result, results[task].model_dump_json(indent=1))
     ordered = [results[task] for task in dict.fromkeys([*base.tasks(), *promoted])]
-    meta = json.loads(staging.task(ordered[-1].mteb_task.name).meta.read_text(encoding="utf-8"))
+    meta = read_record(staging.task(ordered[-1].mteb_task.name).meta, AdapterMeta)
     write_outputs(
         ordered,
         candidate.summary.failures,
@@ -120,7 +107,7 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
         encoder=candidate.summary.encoder,
         run_id=candidate.summary.run_id,
         created_at=candidate.summary.created_at,
-        adapted_modules=meta["adapted_modules"],
+        adapted_modules=meta.adapted_modules,
         trust_remote_code=candidate.manifest.config.encoder.trust_remote_code,
         license=candidate.manifest.config.publish.license,
     )
@@ -139,14 +126,49 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
 
 
 def files_below(root: Path) -> list[str]:
-    """Relative paths of all files, with slashes, sorted."""
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
+    """Relative paths of all files and symbolic links, with slashes, sorted."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def file_sha256(path: Path) -> str:
-    """Of its bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of its bytes.
+
+    Raises: OSError: as ``run_folder.add_file``.
+    """
+    digest = hashlib.sha256()
+    add_file(digest, path)
+    return digest.hexdigest()
+
+
+def _check_files(root: Path, paths: Iterable[Path]) -> None:
+    """Check that files are there and lie in the folder itself: what a symbolic link leads to is not the run's to publish."""
+    missing = []
+    for path in paths:
+        try:
+            open_inside(root, path.relative_to(root).as_posix()).close()
+        except FileNotFoundError:
+            missing.append(path)
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; nothing was published") from None
+    if missing:
+        names = ", ".join(path.name for path in missing)
+        raise InputError(f"{missing[0].parent}: {names} is missing from a finished run; run `lorafleet train` again")
+
+
+def _copy(source: RunFolder, path: str, staging: RunFolder) -> None:
+    try:
+        copy_inside(source.root, path, staging.root / path)
+    except OSError as error:
+        raise InputError(f"{source.root / path}: {error.strerror}; nothing was published") from None
+
+
+def _copy_what_stays(base: Base, task: str, staging: RunFolder) -> None:
+    assert base.folder is not None
+    for path in _files_that_stay(base, [task]):
+        if base.revision is None:
+            _copy(base.folder, path, staging)
+        elif (base.folder.root / path).exists():  # the rest stays on the Hub; its cache is made of links
+            write_atomically(staging.root / path, (base.folder.root / path).read_bytes())
 
 
 def _check_encoder(candidate: Candidate, stay: Sequence[str], base: Base) -> None:

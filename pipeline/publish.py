@@ -17,7 +17,7 @@ from pipeline.hub import HubRepository, MovedError, repository_url
 from pipeline.metrics_table import read_gate, write_gate
 from pipeline.publication import Base, Candidate, files_below, read_candidate, stage
 from pipeline.records import GateDecision, Publication
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.run_folder import RunFolder, open_inside, read_record
 from pipeline.run_store import hold_run
 from pipeline.verify import Verified, verify_folder
 
@@ -61,13 +61,15 @@ class Target(Protocol):
         """End what an interrupted ``land`` had left to do."""
 
 
-def publish(run: Path, to: str, config: PublishConfig) -> Published:
+def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: bool = False) -> Published:
     """Publish what the gate promotes of a finished run; MTEB tasks that are published and not in the run stay.
 
     Args:
         run: A run folder with its manifest. MTEB tasks that failed are listed in the results, the others are published.
         to: A folder, or ``hf:OWNER/NAME``.
         config: The gate, and how a repository is made.
+        trust_remote_code: Run the Python code that comes with the encoder. That the run's own config says so is not enough:
+            the run may be a stranger's.
     Raises:
         InputError: the run is not finished or is being deleted, the target holds something else or may not be written.
         VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
@@ -75,7 +77,14 @@ def publish(run: Path, to: str, config: PublishConfig) -> Published:
     Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
     """
     with hold_run(run, alone=False):
-        return _publish(read_candidate(run), to, config)
+        candidate = read_candidate(run)
+        encoder = candidate.manifest.config.encoder
+        if encoder.trust_remote_code and not trust_remote_code:
+            raise InputError(
+                f"{run}: its encoder {encoder.name} at {encoder.revision} needs Python code that comes with it; "
+                "look at that code, and give --trust-remote-code if you trust it"
+            )
+        return _publish(candidate, to, config)
 
 
 def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
@@ -149,6 +158,13 @@ class PublishedFolder:
                 "choose another folder"
             )
         publication = read_record(folder.publication, Publication)
+        for path in (folder.publication.name, *publication.files):
+            try:
+                open_inside(self.root, path).close()
+            except FileNotFoundError:
+                pass  # somebody deleted it, and it is written again
+            except OSError as error:
+                raise InputError(f"cannot publish to {self.root}: {error.filename}: {error.strerror}; choose another folder") from None
         foreign = sorted({*files_below(self.root)} - {*publication.files, folder.publication.name})
         if foreign:
             more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
@@ -177,8 +193,8 @@ class PublishedFolder:
             shutil.copytree(staged.root, beside)
             check(beside)
             _swap(beside, self.root)
-        except VerificationError as error:
-            raise VerificationError(f"{self.root} is left as it was: {error}") from error
+        except (VerificationError, InputError) as error:
+            raise type(error)(f"{self.root} is left as it was: {error}") from error
         except OSError as error:
             raise LorafleetError(f"publishing run {publication.run_id} to {self.root} failed, and left it as it was: {error}") from error
         finally:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, RootModel, model_validator
 
 SelectedOn = Literal["validation", "test", "last_epoch"]
 """The split that chose the epoch. ``test`` makes the score optimistic, so it is written on every row."""
@@ -19,6 +20,29 @@ MainMetric = Literal["accuracy", "macro_f1"]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share or a score, 0..1."""
 
+# Strings that become part of a path, an address or a git reference: a record with another one cannot be read.
+
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+"""Name of an MTEB task: a folder of the run, and part of a column's name."""
+
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+"""Name of a run folder, and part of a tag and of a branch."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal."""
+
+EncoderRevision = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]+$", max_length=71)]
+"""A commit of the Hub, or ``sha256:…`` of an encoder's files."""
+
+PublicName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
+"""``OWNER/NAME`` of the Hub, or the name of a package or folder."""
+
+FilePath = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$", max_length=1000)]
+"""Path of a file inside its folder, with slashes; no part begins with a dot."""
+
+LabelName = Annotated[str, Field(min_length=1, max_length=10_000)]
+"""Name of a class, as it stands in the data."""
+
 
 class Record(BaseModel):
     """A frozen record; an unknown field is an error, and the text under a field is its description."""
@@ -31,9 +55,9 @@ class EncoderRef(Record):
 
     name: str
     """As the config names it: a Hub id, a folder, or ``package:<name>``."""
-    public_name: str
+    public_name: PublicName
     """The name that others can load it by; never a local path."""
-    revision: str
+    revision: EncoderRevision
     """A commit of the Hub, or ``sha256:…`` of the weights for a folder or a package."""
 
 
@@ -67,7 +91,7 @@ def _renamed_source(source: object) -> object:
 class MtebTask(Record):
     """One classification data set and where it comes from, resolved from the config."""
 
-    name: str
+    name: TaskName
     source: Annotated[Literal["hub", "mirror", "files", "package"], BeforeValidator(_renamed_source)]
     location: str
     """Hub data set, mirror folder, the user's training files, or package name."""
@@ -89,20 +113,95 @@ class MtebTask(Record):
 class Probe(Record):
     """What an adapter says of some texts, to tell on any machine whether its files still are that adapter."""
 
-    texts: tuple[str, ...]
+    texts: tuple[str, ...] = Field(min_length=1)
     logits: tuple[tuple[float, ...], ...]
     """(texts, classes), with encoder and adapter in float32."""
-    tolerance: float
+    tolerance: float = Field(gt=0, le=0.01)
     """Largest difference of a logit that another machine may show."""
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Self:
+        if len(self.logits) != len(self.texts) or len({len(row) for row in self.logits}) != 1:
+            raise ValueError("logits: expected one row per text, all of the same length")
+        return self
+
+
+class LabelNames(RootModel[Annotated[tuple[LabelName, ...], FailFast(), Field(min_length=2, max_length=100_000)]]):
+    """The content of ``labels.json``: label names in the order of the head's outputs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="after")
+    def _no_name_twice(self) -> Self:
+        name, count = Counter(self.root).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{name!r:.200} is there {count} times")
+        return self
+
+
+class EncoderName(Record):
+    """Which encoder an adapter was trained on."""
+
+    name: PublicName
+    revision: EncoderRevision
+
+
+class AdapterMeta(Record):
+    """The content of ``meta.json``, as far as an adapter is loaded by it; it also tells how the adapter was trained."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_classes: int
+    label_names: Annotated[tuple[LabelName, ...], FailFast(), Field(max_length=100_000)]
+    rank: int
+    alpha: float
+    dropout: float
+    pooling: Literal["mean", "cls", "max"]
+    max_tokens: int
+    hidden_size: int
+    encoder: EncoderName
+    adapted_modules: Annotated[tuple[str, ...], FailFast(), Field(min_length=1, max_length=10_000)]
+    """Paths of the linear layers that have a pair, in the order of the pairs."""
+    task: TaskName | None = None
+    """The MTEB task; none where the adapter was saved by itself."""
+
+
+class FewShotScores(BaseModel):
+    """mteb's scores of one subset, as far as they are read here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    accuracy: Unit
+
+
+class FewShotResult(BaseModel):
+    """mteb's ``TaskResult``, as far as it is read here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    task_name: TaskName
+    scores: dict[Literal["test"], tuple[FewShotScores, ...]]
+
+
+class FewShot(RootModel[dict[Column, FewShotResult]]):
+    """The content of ``few_shot.json``: mteb's own results of the few-shot columns."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class JsonObject(RootModel[dict[str, Any]]):
+    """Any JSON object, of another library's making."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class AdapterRef(Record):
     """A trained adapter on disk."""
 
     path: str
-    sha256: str
+    sha256: Sha256
     """Of ``adapter_model.safetensors`` and ``head.safetensors``, in that order."""
-    encoder_revision: str
+    encoder_revision: EncoderRevision
 
 
 class EpochRow(Record):
@@ -227,7 +326,7 @@ class ReliabilityBin(Record):
 class Calibration(Record):
     """How far the head's probabilities can be believed. Fitted on validation, measured on test."""
 
-    temperature: float = Field(gt=0)
+    temperature: float = Field(ge=0.01, le=100)
     fitted_on: Literal["validation", "none"]
     """``none``: there was no validation slice left to fit on, and the temperature is 1."""
     error_before: Unit
@@ -342,7 +441,7 @@ class Comparison(Record):
 class WarmStart(Record):
     """The published adapter that a training went on from."""
 
-    sha256: str
+    sha256: Sha256
 
 
 class TaskResult(Record):
@@ -351,7 +450,7 @@ class TaskResult(Record):
     mteb_task: MtebTask
     key: str
     """Hash of all that the weights and scores depend on; equal keys need no second run."""
-    run_id: str
+    run_id: RunId
     data: DataSummary
     encoder: EncoderRef
     runtime: Runtime
@@ -382,7 +481,7 @@ class TaskResult(Record):
     """The most frequent ones, at most ten."""
     busy_seconds: float
     """Time in which the worker computed for this MTEB task."""
-    reused_from: str | None = None
+    reused_from: RunId | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -408,7 +507,7 @@ class Failure(Record):
 class ResultsEntry(Record):
     """One MTEB task in ``classification_results.json``; accuracies 0..1."""
 
-    task: str
+    task: TaskName
     num_classes: int
     baseline_accuracy: float | None
     """mteb's few-shot protocol on the frozen encoder."""
@@ -425,8 +524,8 @@ class ResultsEntry(Record):
     p_value_holm: float | None
     num_test: int
     num_overlap: int
-    adapter_sha256: str
-    reused_from: str | None
+    adapter_sha256: Sha256
+    reused_from: RunId | None
     samples_per_label: int | None = None
     """Training texts per label in mteb's few-shot draws; None in files of older versions, like all that follows."""
     full_data_probe_macro_f1: float | None = None
@@ -456,20 +555,20 @@ class ClassificationResults(Record):
     tasks: tuple[ResultsEntry, ...]
     average: ResultsAverage
     failures: tuple[Failure, ...]
-    run_id: str
-    created_at: datetime
+    run_id: RunId
+    created_at: AwareDatetime
 
 
 class Publication(Record):
     """The content of ``publication.json``: what a published repository consists of."""
 
-    run_id: str
+    run_id: RunId
     """The run that was published last; adapters that it did not bring stay."""
     lorafleet_version: str
     encoder: EncoderRef
-    adapters: dict[str, str]
+    adapters: dict[TaskName, Sha256]
     """MTEB task -> sha256 of its adapter."""
-    files: dict[str, str]
+    files: dict[FilePath, Sha256]
     """Path -> sha256 of every published file but this one."""
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapter import Adapter, check_both_forms, load_adapter
+from pipeline import errors
+from pipeline.adapter import Adapter, check_both_forms, check_peft, load_adapter
+from pipeline.adapter_ref import describe_adapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, FloatArray, exact_runtime, find_encoder
-from pipeline.errors import VerificationError
+from pipeline.errors import AdapterError, LorafleetError, VerificationError
 from pipeline.records import Probe, Runtime
 from pipeline.run_folder import TaskFolder, write_atomically
 
@@ -77,7 +79,10 @@ def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, 
     config = EncoderConfig.model_validate(encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)})
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
     asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
-    found, probed = reload_elsewhere(asks, config, offline=offline)
+    try:
+        found, probed = reload_elsewhere(asks, config, offline=offline)
+    except AdapterError as error:  # the files are not a user's but ours, of a moment ago
+        raise VerificationError(str(error)) from None
     found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained)
     probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
@@ -86,7 +91,7 @@ def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, 
 def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bool) -> list[Reloaded]:
     """What a fresh process says.
 
-    Raises: VerificationError: it cannot load an adapter.
+    Raises: LorafleetError: what kept it from loading an adapter, of the kind that it would be in this process.
     """
     request = {
         "asks": [{"folder": str(ask.folder.root), "runtime": ask.runtime.model_dump(), "texts": list(ask.texts)} for ask in asks],
@@ -101,18 +106,30 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
             stderr=subprocess.PIPE,
             check=False,
         )
+        names = ", ".join(dict.fromkeys(ask.folder.root.name for ask in asks))
+        cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
         if process.returncode != 0:
             reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            names = ", ".join(dict.fromkeys(ask.folder.root.name for ask in asks))
-            raise VerificationError(f"{names}: the saved adapter cannot be loaded in a fresh process: {reason[0]}")
+            raise VerificationError(f"{cannot}: {reason[0]}")
         answer.seek(0)
-        answers: list[dict[str, Any]] = json.loads(answer.read())
-    return [Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in answers]
+        said: dict[str, Any] = json.loads(answer.read())
+    if "fault" in said:
+        kind: type[LorafleetError] = getattr(errors, said["fault"])
+        raise kind(f"{cannot}: {said['message']}")
+    return [Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in said["answers"]]
 
 
 def _hub_commit(encoder: Encoder) -> str | None:
     local = encoder.config.name.startswith("package:") or Path(encoder.config.name).is_dir()
     return None if local else encoder.ref.revision
+
+
+def _say(request: dict[str, Any]) -> dict[str, Any]:
+    """The answers, or the kind and the words of the error that there is in their place."""
+    try:
+        return {"answers": list(_answers(request))}
+    except LorafleetError as error:
+        return {"fault": type(error).__name__, "message": str(error)}
 
 
 def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -130,11 +147,14 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str, Any]:
     tokens = encoder.tokenise(texts)
     frozen = encoder.embed(tokens)
-    adapter = load_adapter(folder, encoder)
+    found = describe_adapter(folder)
+    adapter = load_adapter(folder, encoder, found=found)
     check_both_forms(adapter, folder)
     adapted = encoder.embed(tokens)
     logits = adapter.logits_of_vectors(adapted)
     adapter.detach()  # the next one finds the encoder as it was
+    if encoder.runtime.dtype == "float32":  # as others load it
+        check_peft(adapter, found, tokens, logits=logits, tolerance=PROBE_TOLERANCE)
     return {"logits": logits.tolist(), "effect": float(np.abs(adapted - frozen).max()), "label_names": list(adapter.label_names)}
 
 
@@ -178,4 +198,4 @@ PROBE_TEXTS = (
 
 
 if __name__ == "__main__":
-    json.dump(list(_answers(json.load(sys.stdin))), sys.stdout)
+    json.dump(_say(json.load(sys.stdin)), sys.stdout)

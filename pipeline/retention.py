@@ -5,6 +5,7 @@ Looks only at folders that are named as a run or a checkpoint is; everything els
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import DataError, InputError, LockedError, LorafleetError
+from pipeline.folders import RUN_NAME, explain, kind_of
 from pipeline.manifest import RunManifest, read_manifest
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import LARGEST_RECORD_BYTES, RunFolder, read_file
 from pipeline.run_store import hold_run, hold_store, oldest_first
 
 ABANDONED_DAYS = 7
 """Work that was begun and not finished is somebody's to go on with before that, whatever the policy."""
 
-_RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _DELETED = ".deleted-"
 _DELETED_MANIFEST = "manifest.deleted.json"
@@ -80,14 +81,14 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
     """Delete what the policy does not keep. Killed anywhere, no run and no checkpoint is half of one, and the next call goes on.
 
     Raises:
-        InputError: no such store, or a run folder in its place.
+        InputError: something else than a run store lies there, or a number is none.
         LockedError: a run holds the store.
         LorafleetError: the store cannot be read.
     """
-    if not runs.is_dir():
-        raise InputError(f"run store {runs}: no such folder; name the one that `lorafleet train --runs` was given")
-    if RunFolder(runs).manifest.is_file() or _RUN_ID.fullmatch(runs.resolve().name):
-        raise InputError(f"{runs} is a run folder; name the run store that it lies in, {runs.resolve().parent}")
+    if not (math.isfinite(policy.older_than_days) and policy.older_than_days >= 0 and policy.keep >= 0):
+        raise InputError(f"expected numbers from 0 on, found {policy.keep} runs to keep and {policy.older_than_days:g} days")
+    if kind_of(runs) != "run store":
+        raise InputError(f"cannot prune {runs}: {explain(runs)}; name the run store, the folder that `lorafleet train --runs` was given")
     if dry_run:
         with hold_store(runs, "being looked at"):
             pass  # a store in use is refused as it would be without --dry-run
@@ -111,7 +112,7 @@ def judge(runs: Path, policy: Policy, *, now: datetime) -> list[Verdict]:
     """What would become of each run of a store, finished or not, by name, and then of each checkpoint. Changes nothing."""
     verdicts: list[Verdict] = []
     finished: dict[str, RunManifest] = {}
-    for path in _folders(runs, _RUN_ID):
+    for path in _folders(runs, RUN_NAME):
         manifest = _manifest(path)
         if isinstance(manifest, RunManifest):
             finished[path.name] = manifest
@@ -281,8 +282,8 @@ def _deletion_begun(path: Path) -> bool:
 
 def _is_our_config(path: Path) -> bool:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = tomllib.loads(read_file(path, at_most=LARGEST_RECORD_BYTES).decode())
+    except (OSError, ValueError, RecursionError):
         return False
     return {"encoder", "mteb_tasks"} <= set(values)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.adapter_ref import find_adapters
-from pipeline.classifier import load_classifier
+from pipeline.classifier import Answers, load_classifier
 from pipeline.encoder import FloatArray
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.machine import local_cpus
@@ -27,14 +27,14 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an adapter says of one text: nothing where the text is empty or blank, as in ``lorafleet classify``."""
+    """What an adapter says of one text: nothing if the text is empty or blank, or if the adapter overflows on it."""
 
     label: str | None
-    """The most probable one; None for an empty text."""
+    """The most probable one; None where there is nothing to say."""
     score: float | None
-    """Its calibrated probability, 0..1; None for an empty text."""
+    """Its calibrated probability, 0..1; None where the label is."""
     top: tuple[Scored, ...]
-    """The ``top_k`` most probable labels, best first; none for an empty text."""
+    """The ``top_k`` most probable labels, best first; none where the label is None."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class Router:
         for index, asked in groups.items():
             rows, names = asked[not_blank[asked]], self._label_names[index]
             answers = self._classifier.classify_with(index, tokens, rows, top_k=top_k)
-            for row, labels, scores in zip(rows.tolist(), answers.top_labels.tolist(), answers.top_scores.tolist(), strict=True):
+            kept, answers = rows[answers.finite], Answers(answers.top_labels[answers.finite], answers.top_scores[answers.finite])
+            for row, labels, scores in zip(kept.tolist(), answers.top_labels.tolist(), answers.top_scores.tolist(), strict=True):
                 top = tuple(Scored(names[label], score) for label, score in zip(labels, scores, strict=True))
                 predictions[row] = Prediction(*top[0], top)
         return predictions

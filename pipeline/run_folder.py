@@ -1,20 +1,31 @@
-"""Every path of a run, and the two ways its files are written and read. Knows nothing of what the files mean."""
+"""Every path of a run, and the two ways its files are written and read. Knows nothing of what the files mean.
+
+A folder may come from a stranger. So a file is read only if it is a regular one, and only up to a size.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import shutil
+import stat
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import AdapterError, ConfigError, DataError
-from pipeline.records import Record
+from pipeline.errors import AdapterError, ConfigError, DataError, InputError
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=BaseModel)
+
+LARGEST_RECORD_BYTES = 8 * 1024**2
+"""The logits of 32 texts for 10,000 classes take 7 MB."""
+LARGEST_WEIGHTS_BYTES = 4 * 1024**3
+"""Rank 256 on every linear layer of an encoder of 7 billion parameters takes 3 GB."""
 
 
 @dataclass(frozen=True)
@@ -189,26 +200,100 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_record(path: Path, record_type: type[R]) -> R:
+def read_record(path: Path, record_type: type[R], *, fault: type[InputError] = DataError) -> R:
     """Read a JSON file as the record it was written from.
 
-    Raises: DataError: the file is missing, cannot be read, or does not hold such a record.
+    Raises: ``fault``: the file is missing, cannot be read, or does not hold such a record.
     """
     try:
-        content = path.read_bytes()
+        return parse_record(read_file(path, at_most=LARGEST_RECORD_BYTES), record_type, path, fault=fault)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; expected a {record_type.__name__} as JSON") from None
+        raise fault(f"{path} is missing; expected a {record_type.__name__} as JSON") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise fault(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_record(content: bytes, record_type: type[R], path: Path, *, fault: type[InputError] = DataError) -> R:
+    """The record that a file holds, read before.
+
+    Raises: ``fault``: it holds none of this type.
+    """
     try:
         return record_type.model_validate_json(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise DataError(
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:200]
+        raise fault(
             f"{path} is damaged, or was written by another version: expected a {record_type.__name__}; "
-            f"{where + ': ' if where else ''}{fault['msg']}"
+            f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')[:300]}"
         ) from None
+
+
+def read_file(path: Path, *, at_most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises: OSError: it is missing, a folder, a pipe or a device, or has more bytes than ``at_most``.
+    """
+    with open_regular(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+    return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. A pipe would be waited for and a device has no end, so neither is opened.
+
+    Raises: OSError: it is missing, or anything else than a regular file.
+    """
+    return _open(path, path, follow=True)
+
+
+def open_inside(root: Path, path: str) -> BinaryIO:
+    """Open a regular file that lies in a folder itself: neither it nor a folder on the way to it is a symbolic link.
+
+    Raises: OSError: it is missing, not a regular file, or reached by a link.
+    """
+    *folders, name = path.split("/")
+    with ExitStack() as stack:
+        place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, place)
+        for depth, part in enumerate(folders, start=1):
+            _check_kind(os.stat(part, dir_fd=place, follow_symlinks=False), stat.S_IFDIR, root.joinpath(*folders[:depth]))
+            place = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            stack.callback(os.close, place)
+        return _open(name, root / path, follow=False, dir_fd=place)
+
+
+def _open(name: str | Path, path: Path, *, follow: bool, dir_fd: int | None = None) -> BinaryIO:
+    _check_kind(os.stat(name, dir_fd=dir_fd, follow_symlinks=follow), stat.S_IFREG, path)
+    # What lies there may have been replaced since: a pipe is not waited for, a link not followed, and what was opened is looked at.
+    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW), dir_fd=dir_fd)
+    try:
+        _check_kind(os.fstat(file), stat.S_IFREG, path)
+    except OSError:
+        os.close(file)
+        raise
+    return os.fdopen(file, "rb")
+
+
+def copy_inside(root: Path, path: str, target: Path) -> None:
+    """Copy a file that ``open_inside`` opens; makes its folder.
+
+    Raises: OSError: as ``open_inside``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_inside(root, path) as source, target.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+
+
+_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe"}
+
+
+def _check_kind(found: os.stat_result, expected: int, path: Path) -> None:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != expected:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device or socket')}, not {_KINDS[expected]}", str(path))
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -219,9 +304,19 @@ def adapter_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in (TaskFolder(folder).adapter_weights, TaskFolder(folder).head):
         try:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+            add_file(digest, path)
         except OSError as error:
             raise AdapterError(f"{path} cannot be read ({error.strerror}); an adapter needs both its weights and its head") from None
     return digest.hexdigest()
+
+
+def add_file(digest: hashlib._Hash, path: Path) -> None:
+    """Add the bytes of a regular file to a hash.
+
+    Raises: OSError: as ``open_regular``, or it is larger than an adapter's files can be.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_WEIGHTS_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {LARGEST_WEIGHTS_BYTES:,} bytes", str(path))
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)

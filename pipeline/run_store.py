@@ -74,7 +74,8 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+", encoding="utf-8")
+        # Never through a link: who holds the store is written into this file.
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"run store {runs}: cannot be written: {error.strerror}; choose another with --runs") from None
     with lock:

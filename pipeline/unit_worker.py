@@ -302,15 +302,14 @@ class _AdapterColumns:
         safe = np.where(there, ids, 0)
         if not len(known.labels):  # a unit of nulls
             known, safe = _NOTHING, np.zeros_like(ids)
-        scores = known.scores[safe]
+        scores, overflow = known.scores[safe], there & ~known.finite[safe]
+        there &= ~overflow
         low = there & (scores < self.adapter.threshold) if self.adapter.threshold is not None else np.zeros(len(ids), dtype=np.bool_)
         labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
-        why = np.select([ids == _NULL, ids == _EMPTY, ids == _NOT_UTF8, low], [0, 1, 2, 3], default=-1)
+        why = np.select([ids == _NULL, ids == _EMPTY, ids == _NOT_UTF8, low, overflow], [0, 1, 2, 3, 4], default=-1)
         threshold = self.adapter.threshold
-        wording = pa.array(
-            ["text is null", "text is empty", "text is not UTF-8", f"score below {threshold:g}" if threshold is not None else ""],
-            pa.string(),
-        )
+        below = f"score below {threshold:g}" if threshold is not None else ""
+        wording = pa.array(["text is null", "text is empty", "text is not UTF-8", below, "score is not a number"], pa.string())
         reasons = wording.take(pa.array(why, mask=why < 0))
         columns = [labels, pa.array(scores, pa.float32(), mask=~there), reasons]
         if self.top_k > 1:

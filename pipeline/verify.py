@@ -1,4 +1,4 @@
-"""Is a published adapter still the one that was trained: files against their hashes, and in a fresh process logits against the probe."""
+"""Is a published adapter still the one that was trained: all its files against each other, and in a fresh process against the probe."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pipeline.adapter_ref import HUB_REF, FoundAdapter, find_adapters, split_folder
+from pipeline.adapter_ref import HUB_REF, split_folder
 from pipeline.classifier import encoder_config_of
 from pipeline.config import EncoderConfig
+from pipeline.consistency import check_card, check_publication, check_run, check_summary, check_task
 from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
+from pipeline.folders import adapters_in, explain, kind_of
 from pipeline.machine import local_cpus
+from pipeline.manifest import read_manifest
 from pipeline.publication import file_sha256
-from pipeline.records import Probe, Publication, TaskResult
+from pipeline.records import Probe, Publication
 from pipeline.reload import Ask, reload_elsewhere
 from pipeline.run_folder import RunFolder, read_record
 
@@ -55,37 +58,53 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
         else:
             place, task = split_folder(ref)
             root = Path(place)
-            if not root.is_dir():
-                raise AdapterError(f"{ref}: no such folder; expected a run, a published folder, an adapter's folder, or hf:OWNER/NAME")
-            if not RunFolder(root).results.is_file():  # an adapter's own folder
-                root, task = root.parent, task or root.name
+            if place and task is None and kind_of(root) == "adapter":  # part of what its parent is, if that is anything
+                root, task = root.absolute().parent, root.absolute().name
+            elif not place or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
+                found = explain(root, task=task) if place else "no folder is named"
+                raise AdapterError(f"cannot verify {ref!r}: {found}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME")
         return verify_folder(root, tasks=None if task is None else [task], encoder=encoder, offline=offline)
 
 
 def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | EncoderConfig | None, offline: bool) -> list[Verified]:
-    """Verify adapters of a folder, all of them where none is named; the files of a publication are checked whole.
+    """Verify adapters of a folder, all of them where none is named; a publication's files, and a run's records, are checked whole.
 
     Raises: VerificationError, AdapterError: as ``verify``.
     """
-    folder = RunFolder(root)
-    there = sorted(path.parent.name for path in root.glob("*/adapter_model.safetensors") if not path.parent.name.startswith("."))
-    if folder.publication.is_file():
-        publication = read_record(folder.publication, Publication)
+    folder, kind = RunFolder(root), kind_of(root)
+    publication = read_record(folder.publication, Publication) if kind == "publication" else None
+    manifest = read_manifest(folder) if kind == "run" else None
+    if publication is not None:
         check_files(folder, publication)
-        there = list(publication.adapters)
-    if not there:
-        raise AdapterError(f"{root}: there is no adapter in it; expected a run, a published folder, or an adapter's folder")
-    found = [_find(folder, task) for task in (tasks if tasks is not None else there)]
+    listed = publication or manifest
+    there = list(listed.adapters) if listed else adapters_in(root)
+    asked = there if tasks is None else tasks
+    missing = [task for task in asked if task not in there]
+    if missing or not asked:
+        named = f" {', '.join(missing)}" if missing else ""
+        raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(there) or 'none'}")
+    checked = {task: check_task(folder.task(task)) for task in asked}
+    for adapter, result in checked.values():
+        if publication is not None:
+            check_publication(folder, publication, result)
+        if manifest is not None:
+            check_run(manifest, adapter, result)
+    if listed:
+        results = {task: result for task, (_, result) in checked.items()}
+        check_summary(folder, results)
+        if results.keys() == listed.adapters.keys():
+            check_card(folder, results)
+    found = [adapter for adapter, _ in checked.values()]
+    is_trained = [result.best_epoch > 0 for _, result in checked.values()]
     probes = [read_record(adapter.folder.probe, Probe) for adapter in found]
     runtime = exact_runtime(threads=local_cpus(), use_gpu=False)
     asks = [Ask(adapter.folder, runtime, probe.texts) for adapter, probe in zip(found, probes, strict=True)]
     config = encoder if isinstance(encoder, EncoderConfig) else encoder_config_of(found[0], encoder)
     verified = []
-    for adapter, probe, reloaded in zip(found, probes, reload_elsewhere(asks, config, offline=offline), strict=True):
-        logits = np.array(probe.logits, dtype=np.float32)
-        name = adapter.folder.root.name
-        is_trained = read_record(adapter.folder.result, TaskResult).best_epoch > 0
-        difference = reloaded.check(name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=is_trained)
+    answers = reload_elsewhere(asks, config, offline=offline)
+    for adapter, trained, probe, reloaded in zip(found, is_trained, probes, answers, strict=True):
+        logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.root.name
+        difference = reloaded.check(name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained)
         verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
     return verified
 
@@ -93,21 +112,18 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
 def check_files(folder: RunFolder, publication: Publication) -> None:
     """Compare every file with its hash.
 
-    Raises: VerificationError: one is missing, or has other bytes.
+    Raises: VerificationError: one is missing, has other bytes, or is one of an adapter's for which there is no hash.
     """
+    for name in publication.adapters:
+        for file in (*folder.task(name).published(), folder.task(name).result):
+            if f"{name}/{file.name}" not in publication.files:
+                raise VerificationError(f"{name}/{file.name}: publication.json has no hash of it")
     for path, sha256 in publication.files.items():
-        file = folder.root / path
-        if not file.is_file():
-            raise VerificationError(f"{path}: is missing, and was published by run {publication.run_id}")
-        if file_sha256(file) != sha256:
-            raise VerificationError(f"{path}: its sha256 is {file_sha256(file)}, but {sha256} was published")
-
-
-def _find(folder: RunFolder, task: str) -> FoundAdapter:
-    (adapter,) = find_adapters([f"{folder.root}#{task}"], offline=True)
-    result = read_record(adapter.folder.result, TaskResult)
-    if adapter.sha256 != result.adapter.sha256:
-        raise VerificationError(f"{task}: the adapter's files have sha256 {adapter.sha256}, but {result.adapter.sha256} was trained")
-    if adapter.label_names != result.data.label_names:
-        raise VerificationError(f"{task}: labels.json is not the list of label names that it was trained with")
-    return adapter
+        try:
+            found = file_sha256(folder.root / path)
+        except FileNotFoundError:
+            raise VerificationError(f"{path}: is missing, and was published by run {publication.run_id}") from None
+        except OSError as error:
+            raise VerificationError(f"{path}: cannot be read: {error.strerror}") from None
+        if found != sha256:
+            raise VerificationError(f"{path}: its sha256 is {found}, but {sha256} was published")

@@ -206,7 +206,7 @@ def _report_url(folder: RunFolder) -> str:
 
 
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
-def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetError:
+def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool) -> Published | LorafleetError:
     """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
     from pipeline.publish import publish as publish_run
 
@@ -214,7 +214,7 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
     logger = get_run_logger()
     try:
         with _hub_token(config.token_block):
-            published = publish_run(folder.root, config.to, config)
+            published = publish_run(folder.root, config.to, config, trust_remote_code=trust_remote_code)
     except LorafleetError as error:
         logger.error("not published: %s", error)
         return error

@@ -18,6 +18,7 @@ import tomli_w
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
 from pipeline.manifest import RunManifest, write_manifest
 from pipeline.records import (
+    AdapterMeta,
     AdapterRef,
     Calibration,
     Column,
@@ -25,6 +26,7 @@ from pipeline.records import (
     Confusion,
     CoverageRow,
     DataSummary,
+    EncoderName,
     EncoderRef,
     EpochRow,
     Failure,
@@ -200,7 +202,8 @@ def finished_run(
         for path in folder.published():
             path.write_bytes(f"{result.mteb_task.name} {path.name}".encode())
         folder.few_shot.write_text("{}", encoding="utf-8")
-        folder.meta.write_text(json.dumps({"adapted_modules": MINILM_MODULES}), encoding="utf-8")
+        folder.meta.write_text(_meta(result).model_dump_json(), encoding="utf-8")
+        folder.calibration.write_text(result.calibration.model_dump_json(), encoding="utf-8")
         if adapters is not None and result.mteb_task.name in adapters:
             shutil.copytree(adapters[result.mteb_task.name], folder.root, dirs_exist_ok=True)
         adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
@@ -229,6 +232,22 @@ def finished_run(
     )
     write_manifest(manifest, run)
     return run
+
+
+def _meta(result: TaskResult) -> AdapterMeta:
+    return AdapterMeta(
+        num_classes=len(result.data.label_names),
+        label_names=result.data.label_names,
+        rank=8,
+        alpha=16.0,
+        dropout=0.1,
+        pooling="mean",
+        max_tokens=128,
+        hidden_size=384,
+        encoder=EncoderName(name=result.encoder.public_name, revision=result.encoder.revision),
+        adapted_modules=MINILM_MODULES,
+        task=result.mteb_task.name,
+    )
 
 
 def check_golden(name: str, text: str) -> None:
@@ -403,6 +422,19 @@ def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: in
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
+    return folder
+
+
+def save_overflowing_encoder(folder: Path, word: str) -> Path:
+    """A tiny BERT whose numbers are not finite for a text with this word, and ordinary for every other."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+
+    save_tiny_encoder(folder, "bert")
+    weights = load_file(folder / "model.safetensors")
+    number = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(word)
+    weights["embeddings.word_embeddings.weight"][number] *= 1e30
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -51,7 +51,7 @@ BOTH = {"Topics", "Pairs"}
 STAGING = "staging/both"
 
 _WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported, and share no thread with us
-_WARM.set_forkserver_preload(["publishing", "mteb", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
+_WARM.set_forkserver_preload(["publishing", "mteb", "peft", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
 
 
 @dataclass(frozen=True)
@@ -590,7 +590,7 @@ def plant_pickle(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
 
 
 _HARMS = [
-    Harm("labels swapped in the run", swap_labels, r"Pairs: labels\.json is not the list"),
+    Harm("labels swapped in the run", swap_labels, r"Pairs: labels\.json: label names"),
     Harm("an adapter without effect", zero, "Pairs: the reloaded adapter has no effect"),
     Harm("weights changed in the run", touch_weights, "Pairs: the adapter's files have sha256"),
     Harm("a pickle that acts", plant_pickle, r"Pairs.* fresh process: .*lora_adapter\.pt: missing or damaged"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,11 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter import Adapter, HeadStart, load_adapter, projection_paths, save_adapter
+from pipeline.adapter import Adapter, HeadStart, check_both_forms, check_peft, load_adapter, projection_paths, save_adapter
+from pipeline.adapter_ref import describe_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
-from pipeline.errors import AdapterError
+from pipeline.errors import AdapterError, LorafleetError, VerificationError
 from pipeline.lora import LoraLinear
 from pipeline.model_card import usage_snippet
 from pipeline.records import EncoderRef
@@ -440,7 +445,7 @@ def test_the_source_documents_snippet_gives_our_labels_on_eurobert(encoder_folde
 
 def our_snippet(adapter: Adapter, folder: TaskFolder, *, encoder: Path, text: str = TEXTS[0]) -> str:
     """The card's program with the two places put in that only its reader knows, and another text."""
-    ref = EncoderRef(name=str(encoder), public_name=str(encoder), revision="sha256:0")
+    ref = EncoderRef.model_construct(name=str(encoder), public_name=str(encoder), revision="sha256:0")  # a card names no place
     program = usage_snippet(task=folder.root.name, encoder=ref, adapted_modules=list(adapter.projections))
     program = program.replace('REPOSITORY = "."', f"REPOSITORY = {str(folder.root.parent)!r}")
     return program.replace('TEXT = "I need to transfer money to another account"', f"TEXT = {text!r}")
@@ -545,6 +550,316 @@ def test_a_head_that_does_not_fit_the_labels_is_refused(
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder.head)
     with pytest.raises(AdapterError, match=r"Topics.*(weight|bias)"):
         load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+def _replace(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state = load_file(path)
+    save_file(state | {name: change(state[name])}, path)
+
+
+def _set(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.double() if abs(value) > 1e38 else tensor.clone()
+        changed.view(-1)[0] = value
+        return changed
+
+    return change
+
+
+PAIR = f"base_model.model.{BERT_PATHS[0]}.lora_A.weight"
+FILES = [("adapter_model.safetensors", PAIR), ("head.safetensors", "weight"), ("head.safetensors", "bias")]
+WRONG_NUMBERS: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
+    (_set(float("nan")), "not finite"),
+    (_set(float("inf")), "not finite"),
+    (_set(-float("inf")), "not finite"),
+    (_set(1e300), "not finite"),  # in float64, which float32 cannot hold
+    (lambda t: t.to(torch.int8), "expected floats, found torch.int8"),
+    (lambda t: t.to(torch.int64), "expected floats, found torch.int64"),
+    (lambda t: t > 0, "expected floats, found torch.bool"),
+    (lambda t: t.to(torch.complex64), "expected floats, found torch.complex64"),
+    (lambda t: t.to(torch.float8_e4m3fn), "expected floats, found torch.float8_e4m3fn"),
+    (lambda t: t.reshape(-1), "expected shape"),
+    (lambda t: t[None], "expected shape"),
+    (lambda t: t[:0], "expected shape"),
+    (lambda t: t.reshape(-1)[0], "expected shape"),
+]
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize(("change", "says"), WRONG_NUMBERS)
+@pytest.mark.parametrize(("file", "name"), FILES)
+def test_a_weight_that_cannot_be_computed_with_is_refused_by_its_name(
+    file: str, name: str, change: Callable[[torch.Tensor], torch.Tensor], says: str, folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    if says == "expected shape" and name == "bias" and change(torch.zeros(3)).shape == (3,):
+        pytest.skip("a bias has this shape")
+    _replace(folder.root / file, name, change)
+    encoder = load_encoder(encoder_folder("bert"))
+    before = embed(encoder)
+    with pytest.raises(AdapterError, match=rf"{file}: {name}: .*{says}"):
+        load_adapter(folder, encoder)
+    assert embed(encoder).tobytes() == before.tobytes()
+    with pytest.raises(AdapterError, match=says):  # as a warm start reads it
+        Adapter(encoder, AdapterConfig(), LABELS).start_from(folder)
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_float_type_are_loaded_as_float32(dtype: torch.dtype, folder: TaskFolder, encoder_folder: Folders) -> None:
+    for file, name in FILES:
+        _replace(folder.root / file, name, lambda tensor: tensor.to(dtype))
+    loaded = load_adapter(folder, load_encoder(encoder_folder("bert")))
+    assert {parameter.dtype for parameter in loaded.parameters} == {torch.float32}
+    assert torch.equal(loaded.head[1].bias, load_file(folder.head)["bias"].float())  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize(("alpha", "factor"), [(1e308, 1.0), (1e31, 0.0), (16.0, 1e30), (1e20, 1e12)])
+def test_an_update_that_would_overflow_is_refused(alpha: float, factor: float, folder: TaskFolder, encoder_folder: Folders) -> None:
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    folder.meta.write_text(json.dumps(meta | {"alpha": alpha}), encoding="utf-8")
+    _replace(folder.adapter_weights, PAIR, lambda tensor: tensor / tensor.abs().max() * factor)
+    with pytest.raises(AdapterError, match="too large to be computed with"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+def test_pairs_in_another_order_than_the_encoders_are_refused(folder: TaskFolder, encoder_folder: Folders) -> None:
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    for modules in (meta["adapted_modules"][::-1], meta["adapted_modules"] * 2):
+        folder.meta.write_text(json.dumps(meta | {"adapted_modules": modules}), encoding="utf-8")
+        with pytest.raises(AdapterError, match=r"meta\.json: adapted_modules are not in the encoder's order"):
+            load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("changes", [{"max_tokens": 32}, {"hidden_size": 64}])
+def test_an_encoder_of_another_length_or_width_is_refused(changes: dict[str, int], folder: TaskFolder, encoder_folder: Folders) -> None:
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    folder.meta.write_text(json.dumps(meta | changes), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"trained on an encoder of (max_tokens 32, but .* 24|width 64, but .* 32)"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+def test_files_that_are_replaced_after_they_were_looked_at_are_not_loaded(folder: TaskFolder, encoder_folder: Folders) -> None:
+    found = describe_adapter(folder)
+    _replace(folder.head, "bias", lambda tensor: tensor + 1)
+    with pytest.raises(AdapterError, match="was replaced while it was being loaded"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")), found=found)
+
+
+def _header(entries: str) -> bytes:
+    return len(entries).to_bytes(8, "little") + entries.encode()
+
+
+LONG_FILES: list[tuple[Callable[[], bytes], str]] = [
+    (lambda: _header("{" + ",".join(f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(400_000)) + "}"), "bytes"),
+    (lambda: _header('{"__metadata__":{"x":"' + "x" * 99_000_000 + '"}}'), "bytes"),
+    (lambda: (1 << 62).to_bytes(8, "little"), "damaged"),
+    (lambda: _header("{}") + b"x", "damaged"),
+    (lambda: _header("[" * 20_000), "damaged"),
+    (lambda: _header('{"weight":{"dtype":"F32","shape":[0,18446744073709551615],"data_offsets":[0,0]}}'), "damaged"),
+]
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("content", "says"), LONG_FILES)
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "head.safetensors"])
+def test_a_file_that_would_be_read_for_long_is_refused_at_once(
+    file: str, content: Callable[[], bytes], says: str, folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    (folder.root / file).write_bytes(content())
+    with pytest.raises(AdapterError, match=rf"{file}.*{says}"):
+        load_adapter(folder, load_encoder(encoder_folder("bert")))
+
+
+def test_a_head_of_very_many_classes_is_not_made_before_its_file_is_read(saved: Adapter, folder: TaskFolder, tmp_path: Path) -> None:
+    names = [str(number) for number in range(100_000)]
+    folder.labels.write_text(json.dumps(names), encoding="utf-8")
+    meta = json.loads(folder.meta.read_text(encoding="utf-8"))
+    folder.meta.write_text(json.dumps(meta | {"label_names": names, "num_classes": len(names)}), encoding="utf-8")
+    saved.detach()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterError, match=r"head\.safetensors: bias: expected shape \(100000,\), found \(3,\)"):
+        load_adapter(folder, saved.encoder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+# What PEFT loads
+
+
+def check_with_peft(folder: TaskFolder, encoder: Encoder) -> None:
+    found, tokens = describe_adapter(folder), encoder.tokenise(TEXTS)
+    adapter = load_adapter(folder, encoder, found=found)
+    expected = logits(adapter)
+    adapter.detach()
+    check_peft(adapter, found, tokens, logits=expected, tolerance=1e-3)
+
+
+@pytest.mark.usefixtures("saved")
+def test_the_check_with_peft_leaves_the_encoder_as_it_was(folder: TaskFolder, encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+    before, modules = embed(encoder), list(encoder.model.modules())
+    check_with_peft(folder, encoder)
+    assert list(encoder.model.modules()) == modules
+    assert embed(encoder).tobytes() == before.tobytes()
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"lora_alpha": 32}, "lora_alpha is 32"),
+        ({"r": 4}, "r is 4"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": r"encoder\.layer\.0\.attention\.self\.query"}, "target_modules"),
+        ({"target_modules": "(a+)+$"}, "target_modules"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"query": 99}}, "alpha_pattern"),
+        ({"exclude_modules": "query"}, "exclude_modules"),
+        ({"modules_to_save": ["pooler"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1000]]}, "layer_replication"),
+        ({"megatron_core": "os.path", "megatron_config": {"x": 1}}, "megatron_co"),
+        ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, "auto_mapping"),
+        ({"base_model_name_or_path": "someone/else"}, "base_model_name_or_path"),
+        ({"revision": "a" * 40}, "revision"),
+    ],
+)
+def test_a_configuration_by_which_peft_would_load_something_else_is_refused(
+    changes: dict[str, Any], says: str, folder: TaskFolder, encoder_folder: Folders
+) -> None:
+    config = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    folder.adapter_config.write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(VerificationError, match=rf"adapter_config\.json: {says}"):
+        check_with_peft(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_configuration_of_another_version_of_peft_is_no_fault(folder: TaskFolder, encoder_folder: Folders) -> None:
+    config = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
+    left_out = {key: value for key, value in config.items() if key not in ("velora_config", "use_bdlora", "peft_version")}
+    folder.adapter_config.write_text(json.dumps(left_out | {"of_a_later_version": None}), encoding="utf-8")
+    check_with_peft(folder, load_encoder(encoder_folder("bert")))
+
+
+@pytest.mark.usefixtures("saved")
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"{}"])
+def test_a_configuration_that_is_damaged_or_gone_is_refused(content: bytes | None, folder: TaskFolder, encoder_folder: Folders) -> None:
+    folder.adapter_config.unlink()
+    if content is not None:
+        folder.adapter_config.write_bytes(content)
+    with pytest.raises(LorafleetError, match=r"adapter_config\.json"):
+        check_with_peft(folder, load_encoder(encoder_folder("bert")))
+
+
+# The .pt files
+
+
+def _bomb(path: Path) -> None:
+    """The same names and more numbers, packed: a thousandth of what it unpacks to."""
+    state = torch.load(path, weights_only=True)
+    torch.save({name: torch.zeros(4_000_000) for name in state}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def _overlapping(path: Path) -> None:
+    """Many entries of the directory that stand for the same bytes."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(BytesIO(content)) as archive:
+        entries = archive.infolist()
+        largest = max(entries, key=lambda entry: entry.file_size)
+        archive.mode, archive.fp, archive._didModify = "a", BytesIO(content[: archive.start_dir]), True  # type: ignore[attr-defined,assignment]
+        archive.fp.seek(archive.start_dir)  # type: ignore[union-attr,attr-defined]
+        for number in range(500):
+            twin = copy.copy(largest)
+            twin.filename = f"{largest.filename}{number}"
+            archive.filelist.append(twin)
+        file = archive.fp
+        archive._write_end_record()  # type: ignore[attr-defined]
+        path.write_bytes(file.getvalue())  # type: ignore[union-attr]
+        archive._didModify = False  # type: ignore[attr-defined]
+
+
+def _list(path: Path) -> None:
+    torch.save([torch.zeros(3)], path)
+
+
+def _words(path: Path) -> None:
+    torch.save(dict.fromkeys(torch.load(path, weights_only=True), "a"), path)
+
+
+def _as_float64(path: Path) -> None:
+    torch.save({name: tensor.double() for name, tensor in torch.load(path, weights_only=True).items()}, path)
+
+
+def _one_more(path: Path) -> None:
+    torch.save(torch.load(path, weights_only=True) | {"more": torch.zeros(3)}, path)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("file", ["lora_adapter.pt", "classifier_head.pt"])
+@pytest.mark.parametrize("harm", [_bomb, _overlapping, _list, _words, _as_float64, _one_more, _empty, _pipe])
+def test_a_pt_file_that_is_not_the_adapter_is_refused_before_it_is_unpacked(
+    harm: Callable[[Path], None], file: str, saved: Adapter, folder: TaskFolder
+) -> None:
+    check_both_forms(saved, folder)
+    harm(folder.root / file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(VerificationError, match=rf"{file}: (missing or damaged|expected tensors by name|not the weights)"):
+        check_both_forms(saved, folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
+
+
+def _one_vector(adapter: Adapter) -> Adapter:
+    """As the training loop holds the weights: views of one vector."""
+    parameters = adapter.parameters
+    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return adapter
+
+
+@pytest.mark.parametrize("num_classes", [2, 77])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_tensor_file_holds_its_tensors_and_little_more(num_classes: int, rank: int, encoder_folder: Folders, folder: TaskFolder) -> None:
+    names = [f"class {number}" for number in range(num_classes)]
+    adapter = _one_vector(give_effect(Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(rank=rank), names)))
+    save_adapter(adapter, folder, meta={})
+    head = sum(parameter.nbytes for parameter in adapter.head.parameters())
+    pairs = sum(parameter.nbytes for parameter in adapter.lora_parameters)
+    assert head < folder.classifier_head_pt.stat().st_size <= head + 2_500
+    assert pairs < folder.lora_adapter_pt.stat().st_size <= pairs + 500 * 3 * len(adapter.projections)
+    assert head < folder.head.stat().st_size <= head + 500
+    assert pairs < folder.adapter_weights.stat().st_size <= pairs + 300 * 2 * len(adapter.projections)
+    check_both_forms(adapter, folder)
+
+
+def test_pt_files_of_older_versions_which_held_more_still_are_the_adapter(encoder_folder: Folders, folder: TaskFolder) -> None:
+    adapter = _one_vector(trained(load_encoder(encoder_folder("bert"))))
+    save_adapter(adapter, folder, meta={})
+    torch.save({name: tensor.detach() for name, tensor in adapter.head.state_dict().items()}, folder.classifier_head_pt)
+    assert folder.classifier_head_pt.stat().st_size > sum(parameter.nbytes for parameter in adapter.parameters)
+    check_both_forms(adapter, folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -65,8 +65,8 @@ def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
 def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> None:
     for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
         finished_run(run.parent / name, [task_result("Topics")])
-    for ref, task in ((run.parent, "TASK"), (f"{run.parent}#Topics", "Topics")):
-        with pytest.raises(AdapterError, match=rf"is a run store; name one of its runs, such as \S+/20261108-000000-bbbb#{task}"):
+    for ref, newest in ((run.parent, "20261108-000000-bbbb;"), (f"{run.parent}#Topics", "20261108-000000-bbbb#Topics;")):
+        with pytest.raises(AdapterError, match=rf"is a run store; name one of its runs, such as \S+/{newest}"):
             find(ref)
 
 
@@ -76,12 +76,33 @@ def test_a_run_with_one_adapter_is_that_adapter(run: Path) -> None:
 
 
 def test_a_folder_without_adapter_and_no_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="there is no adapter in it"):
+    with pytest.raises(AdapterError, match="is neither a run folder, nor a publication, nor an adapter's folder"):
         find(tmp_path)
-    with pytest.raises(
-        AdapterError, match=r"no such folder; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME\[@REVISION\]#TASK"
-    ):
+    with pytest.raises(AdapterError, match=r"there is no folder .*; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME\[@"):
         find(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "ref", ["", "#Topics", "mine=", "hf:", "hf:someone", "hf:someone/adapters#", "hf:someone/adapters#../x", "hf:a/b#c d"]
+)
+def test_what_is_no_reference_is_not_taken_for_the_current_folder(ref: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    with pytest.raises(AdapterError, match="expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME"):
+        find(ref)
+
+
+@pytest.mark.parametrize("task", ["../run/Topics", "..", ".", "Topics/", "x" * 300])
+def test_a_task_behind_the_folder_is_a_name_and_not_a_path(task: str, run: Path) -> None:
+    with pytest.raises(AdapterError, match="there is no adapter"):
+        find(f"{run}#{task}")
+
+
+def test_a_folder_whose_name_has_an_equals_sign_is_a_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "ex=1" / "run")
+    monkeypatch.chdir(tmp_path)
+    for ref in ("ex=1/run#Topics", "ex=1/run/Topics"):
+        assert [(a.name, str(a.folder.root)) for a in find(ref)] == [("Topics", "ex=1/run/Topics")]
+    assert [(a.name, str(a.folder.root)) for a in find("mine=ex=1/run#Topics")] == [("mine", "ex=1/run/Topics")]
 
 
 def test_a_name_before_the_reference_is_the_adapters_name(run: Path) -> None:
@@ -91,34 +112,90 @@ def test_a_name_before_the_reference_is_the_adapters_name(run: Path) -> None:
 def test_two_adapters_of_one_name_are_refused_until_one_is_named(run: Path) -> None:
     with pytest.raises(AdapterError, match=r"two adapters are called Topics.*--adapter NAME=REF"):
         find(run / "Topics", f"{run}#Topics")
+    with pytest.raises(AdapterError, match="two adapters are called Topics, topics"):
+        find(run / "Topics", f"topics={run}#Pairs")  # DuckDB and others take their columns for one
     assert [adapter.name for adapter in find(run / "Topics", f"other={run}#Topics")] == ["Topics", "other"]
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("meta.json", "{"),
-        ("meta.json", "[]"),
-        ("meta.json", "{}"),
-        ("meta.json", '{"encoder": {"name": "x", "revision": null}, "pooling": "sum", "max_tokens": 8, "adapted_modules": []}'),
-        ("labels.json", "nothing"),
-        ("labels.json", None),
-        ("meta.json", None),
-    ],
-)
-def test_a_damaged_description_is_told_by_its_folder(file: str, content: str | None, run: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b'"sea"', b"\xff"])
+@pytest.mark.parametrize("file", ["meta.json", "labels.json", "calibration.json"])
+def test_a_damaged_description_is_told_by_its_file(file: str, content: bytes | None, run: Path) -> None:
+    (run / "Topics" / file).unlink()
     if content is None:
-        (run / "Topics" / file).unlink()
+        (run / "Topics" / file).mkdir()
     else:
-        (run / "Topics" / file).write_text(content)
-    with pytest.raises(AdapterError, match=r"run/Topics: meta\.json or labels\.json is missing or damaged"):
+        (run / "Topics" / file).write_bytes(content)
+    with pytest.raises(AdapterError, match=rf"run/Topics/{file} (is damaged|cannot be read: it is a folder)"):
         find(run / "Topics")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '"sea"'])
-def test_labels_that_are_no_list_of_names_are_refused(content: str, run: Path) -> None:
-    (run / "Topics" / "labels.json").write_text(content)
-    with pytest.raises(AdapterError, match=r"labels\.json: expected a list of label names"):
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [],
+        ["sea"],
+        ["sea", "sea", "garden"],
+        ["sea", "", "garden"],
+        ["sea", ["kitchen"], "garden"],
+        ["sea", 1, "garden"],
+        ["sea", None, "garden"],
+        {"0": "sea", "1": "kitchen"},
+        ["x" * 10_001, "kitchen", "garden"],
+        [str(number) for number in range(100_001)],
+    ],
+)
+def test_labels_that_are_no_list_of_different_names_are_refused(labels: object, run: Path) -> None:
+    meta = run / "Topics" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"label_names": LABELS}))
+    (run / "Topics" / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(AdapterError, match=r"Topics/labels\.json is damaged") as raised:
+        find(run / "Topics")
+    assert len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize("changes", [{"label_names": LABELS[::-1]}, {"label_names": LABELS[:2]}, {"num_classes": 2}])
+def test_two_lists_of_label_names_that_differ_are_refused(changes: dict[str, object], run: Path) -> None:
+    meta = run / "Topics" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    with pytest.raises(AdapterError, match=r"run/Topics: meta\.json and labels\.json do not list the same label names"):
+        find(run / "Topics")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "../x"}, "task"),
+        ({"task": "x" * 300}, "task"),
+        ({"task": "a\nerror: forged"}, "task"),
+        ({"encoder": {"name": "../x", "revision": "a" * 40}}, r"encoder\.name"),
+        ({"encoder": {"name": "x", "revision": "../../x"}}, r"encoder\.revision"),
+        ({"encoder": {"name": "x", "revision": None}}, r"encoder\.revision"),
+        ({"pooling": "sum"}, "pooling"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 257}, "rank"),
+        ({"rank": 2**70}, "rank"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"dropout": 1}, "dropout"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"adapted_modules": []}, "adapted_modules"),
+        ({"adapted_modules": ["a"] * 10_001}, "adapted_modules"),
+    ],
+)
+def test_a_description_out_of_range_is_told_by_its_key(changes: dict[str, object], says: str, run: Path) -> None:
+    meta = run / "Topics" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    with pytest.raises(AdapterError, match=rf"Topics/meta\.json.*{says}") as raised:
+        find(run / "Topics")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, 1e-320, 1e300, float("nan"), float("inf"), None])
+def test_a_temperature_that_no_head_needs_is_refused(temperature: float | None, run: Path) -> None:
+    path = run / "Topics" / "calibration.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": temperature}))
+    with pytest.raises(AdapterError, match=r"Topics/calibration\.json is damaged.*temperature"):
         find(run / "Topics")
 
 

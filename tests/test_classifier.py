@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, give_effect, load_encoder, save_tiny_encoder, toy_texts
+from builders import FAMILIES, give_effect, load_encoder, save_overflowing_encoder, save_tiny_encoder, toy_texts
 from torch import nn
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
@@ -18,6 +18,7 @@ from pipeline.classifier import CLOSE_CALL, Answers, Classifier, find_encoder_of
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Encoder, choose_runtime, known_package
 from pipeline.errors import AdapterError, EncoderError
+from pipeline.gate import _predict
 from pipeline.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
@@ -105,6 +106,7 @@ def test_layers_that_no_adapter_changes_are_computed_once_per_batch(
     encoder.model.encoder.layer[0].intermediate.register_forward_hook(lambda *_: calls.append(0))
     encoder.model.encoder.layer[1].intermediate.register_forward_hook(lambda *_: calls.append(1))
     classifier = Classifier(found(*folders), encoder)
+    calls.clear()  # each adapter is asked about a text when it is loaded
     classifier.classify(classifier.tokenise(TEXTS))
     assert (calls.count(0), calls.count(1)) == (times, 3)
 
@@ -293,3 +295,27 @@ def test_one_adapter_about_some_texts_says_what_it_says_about_all(
         alone = Classifier(adapters[index : index + 1], rough)
         np.testing.assert_allclose(both.embed_with(index, tokens, rows), alone.embed_with(0, tokens, np.arange(60))[rows], atol=1e-5)
     assert 0 < sum(decided) < len(decided)
+
+
+def test_float32_is_asked_where_the_fast_dtype_overflows(encoder_folder: Folders, tmp_path: Path) -> None:
+    """A referee that does not overflow stands in for float32, whose range is bfloat16's."""
+    overflowing = save_overflowing_encoder(tmp_path / "encoder", "storm")
+    adapters = found(saved(tmp_path / "Topics", overflowing))
+    texts = ["a storm near the harbour", "soup with pepper"]
+    tame = load_encoder(overflowing)
+    with torch.no_grad():
+        tame.model.embeddings.word_embeddings.weight.clamp_(-1, 1)
+    (alone,) = classify(adapters, overflowing, texts)
+    assert alone.finite.tolist() == [False, True]
+    classifier = Classifier(adapters, load_encoder(overflowing), referee=tame)
+    (answers,) = classifier.classify(classifier.tokenise(texts))
+    assert answers.finite.tolist() == [True, True]
+
+
+def test_the_gate_takes_a_score_that_is_no_number_for_no_label(tmp_path: Path) -> None:
+    overflowing = save_overflowing_encoder(tmp_path / "encoder", "storm")
+    adapters = found(saved(tmp_path / "Topics", overflowing))
+    names = {f"class {number}": number for number in range(3)}
+    (predicted,) = _predict(adapters, ["a storm", "soup with pepper"], names, str(overflowing), True)
+    assert predicted[0] == -1
+    assert predicted[1] in range(3)

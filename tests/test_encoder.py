@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -364,3 +365,20 @@ def test_a_revision_that_is_not_what_lies_there_is_refused(encoder_folder: Calla
     config = EncoderConfig(name=str(encoder_folder("bert")), revision="whatever", trust_remote_code=True, max_tokens=24)
     with pytest.raises(EncoderError, match=r"encoder\.revision is whatever, but what is here is sha256:"):
         find_encoder(config, offline=True)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "extra.txt"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_among_an_encoders_files_is_not_waited_for(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = save_tiny_encoder(tmp_path / "encoder", "bert")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(EncoderError, match=rf"{name} cannot be read: it is a|expected config.json and"):
+        find_encoder(EncoderConfig(name=str(folder)), offline=True)
+
+
+@pytest.mark.parametrize(("folder", "public"), [("my model (v2)", "my-model-v2"), ("..x", "x"), ("modèle", "modèle"), ("+", "encoder")])
+def test_a_folder_is_named_in_public_as_a_path_or_an_address_may_be(folder: str, public: str, tmp_path: Path) -> None:
+    save_tiny_encoder(tmp_path / folder, "bert")
+    assert find_encoder(EncoderConfig(name=str(tmp_path / folder)), offline=True).ref.public_name == public

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from httpx2 import ConnectError
+from hub_server import HubServer, go_online
 from huggingface_hub.errors import LocalEntryNotFoundError
+from publishing import hub_of_our_own
 
-from pipeline.errors import LorafleetError
-from pipeline.hub import ask
+from pipeline.adapter_ref import find_adapters
+from pipeline.config import EncoderConfig
+from pipeline.encoder import find_encoder
+from pipeline.errors import InputError, LorafleetError
+from pipeline.hub import HubRepository, ask, download
 
 
 def upload_failed() -> Exception:
@@ -30,6 +37,7 @@ def upload_failed() -> Exception:
 def test_only_a_hub_out_of_reach_is_looked_for_in_the_network(
     error: Exception, is_out_of_reach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    go_online(monkeypatch)
     monkeypatch.setattr("pipeline.hub._FIRST_WAIT_SECONDS", 0.001)
 
     def call() -> None:
@@ -38,3 +46,54 @@ def test_only_a_hub_out_of_reach_is_looked_for_in_the_network(
     with pytest.raises(LorafleetError, match=r"^hf:team/adapters: ") as raised:
         ask("hf:team/adapters", call)
     assert ("HTTPS_PROXY" in str(raised.value)) == is_out_of_reach
+    assert not isinstance(raised.value, InputError)
+
+
+Asks = dict[str, Callable[[], object]]
+ASKS: Asks = {
+    "an adapter": lambda: find_adapters(["hf:team/adapters#Topics"], offline=False),
+    "an encoder": lambda: find_encoder(EncoderConfig(name="team/encoder"), offline=False),
+    "a repository": lambda: HubRepository("team/adapters").read(),
+    "a download": lambda: download("team/adapters", "main"),
+}
+"""Everything of ours that asks the Hub for something, but for a data set."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub without a repository, and an empty cache."""
+    with hub_of_our_own(tmp_path) as place:
+        yield place.hub
+
+
+@pytest.mark.parametrize("what", ASKS)
+@pytest.mark.parametrize("fault", [500, 503, "no server"])
+def test_a_hub_out_of_reach_or_broken_is_worth_another_try(
+    what: str, fault: int | str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(fault, int):
+        hub.fail(times=10_000, status=fault)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(LorafleetError, match=r"team/") as raised:
+        ASKS[what]()
+    assert not isinstance(raised.value, InputError), "exit code 1"
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("what", [what for what in ASKS if what != "a repository"])  # one that is not there is made
+@pytest.mark.parametrize("status", [None, 401, 403])
+def test_what_is_not_there_or_not_allowed_is_not_worth_one(what: str, status: int | None, hub: HubServer) -> None:
+    if status is not None:
+        hub.fail(times=10_000, status=status)
+    with pytest.raises(InputError, match=r"team/") as raised:
+        ASKS[what]()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_what_is_not_in_the_cache_while_offline_is_not_worth_one(what: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"team/"):
+        ASKS[what]()
+    assert hub.requests == []

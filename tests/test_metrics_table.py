@@ -22,6 +22,7 @@ from pipeline.metrics_table import (
     SCORES_SCHEMA,
     append_history,
     append_mteb_tasks,
+    read_gate,
     read_history,
     read_mteb_tasks,
     read_scores,
@@ -275,6 +276,12 @@ def test_missing_columns_are_listed(tmp_path: Path) -> None:
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["seed", "low"]), path)
     with pytest.raises(DataError, match=r"scores-run-1\.parquet: lacks the columns low, seed;"):
         read_history(tmp_path)
+
+
+def test_a_table_of_more_rows_than_a_run_can_write_is_not_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"run_id": pa.array(["x"]).take(pa.array([0] * 1_000_001))}), tmp_path / "gate.parquet")
+    with pytest.raises(DataError, match=r"gate\.parquet: has 1,000,001 rows"):
+        read_gate(tmp_path / "gate.parquet")
 
 
 def test_a_value_that_no_score_can_have_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ from builders import finished_run, task_result
 
 from pipeline.config import EncoderConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError, LorafleetError, VerificationError
-from pipeline.publication import read_candidate, stage
+from pipeline.publication import Base, read_candidate, stage
 from pipeline.publish import PublishedFolder
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MtebTask, Publication, TaskResult
 from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
@@ -161,7 +162,7 @@ def test_a_run_without_manifest_is_not_finished(run: RunFolder, tmp_path: Path) 
 
 
 def test_a_folder_that_is_no_run_is_called_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a run folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         publish_to_folder(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -188,7 +189,7 @@ def test_an_adapter_that_is_not_the_measured_one_stops_everything(run: RunFolder
     assert names(tmp_path) == ["out", "runs"]
 
 
-@pytest.mark.parametrize("name", ["A/adapter_config.json", "B/calibration.json"])
+@pytest.mark.parametrize("name", ["A/adapter_config.json", "B/probe.json"])
 def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_path: Path, name: str) -> None:
     (run.root / name).write_text(f'{{"path": "{run.root}/A"}}', encoding="utf-8")
     with pytest.raises(LorafleetError, match=f"{name} names the local path"):
@@ -208,6 +209,88 @@ def test_a_longer_name_that_begins_like_a_local_path_is_none(tmp_path: Path) -> 
     run = finished_run(tmp_path / "run", [task_result("A")])
     run.task("A").adapter_config.write_text(f"{run.root}ning, https://example.org{run.root}", encoding="utf-8")
     assert publish_to_folder(run.root, tmp_path / "out")
+
+
+# What is not the run's to publish
+
+RUN_FILES = [
+    *("manifest.json", "classification_results.json", "README.md", "report.html", "metrics/scores.parquet"),
+    *(f"A/{name}" for name in sorted(TASK_FILES)),
+]
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "A", "metrics"])
+def test_nothing_is_published_through_a_symbolic_link(name: str, run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    elsewhere = (run.root / name).rename(tmp_path / "secret" / "key")
+    (run.root / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=rf"one/{name}: it is a symbolic link, not a f(ile|older); nothing was published"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert names(tmp_path) == ["runs", "secret"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_pipe_in_a_run_is_not_waited_for(name: str, run: RunFolder, tmp_path: Path) -> None:
+    (run.root / name).unlink()
+    os.mkfifo(run.root / name)
+    with pytest.raises(InputError, match=rf"one/{name}: it is a named pipe, not a file"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert names(tmp_path) == ["runs"]
+
+
+@pytest.mark.parametrize("name", ["few_shot.json", "lora_adapter.pt"])
+def test_a_file_that_becomes_a_link_after_it_was_checked_is_not_published(name: str, run: RunFolder, tmp_path: Path) -> None:
+    candidate = read_candidate(run.root)
+    (tmp_path / "secret").write_bytes(b"secret")
+    (run.task("A").root / name).unlink()
+    (run.task("A").root / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="it is a symbolic link"):
+        stage(candidate, ["A"], Base(None, None, None), RunFolder(tmp_path / "staging"))
+    assert b"secret" not in contents(tmp_path / "staging").values()
+
+
+@pytest.mark.parametrize("name", ["A/labels.json", "A", "README.md", "publication.json"])
+def test_what_is_published_already_is_not_taken_through_a_link_either(name: str, run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    elsewhere = (tmp_path / "out" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / name).symlink_to(elsewhere)
+    other = finished_run(tmp_path / "runs" / "two", [task_result("C")], run_id="two")
+    with pytest.raises(InputError, match=rf"cannot publish to .*out/{name}: it is a symbolic link"):
+        publish_to_folder(other.root, tmp_path / "out")
+    assert (tmp_path / "out" / name).is_symlink()
+
+
+def test_a_foreign_link_in_a_published_folder_is_not_lost(run: RunFolder, tmp_path: Path) -> None:
+    publish_to_folder(run.root, tmp_path / "out")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "out" / "photos").symlink_to(tmp_path / "photos")
+    with pytest.raises(InputError, match="photos would be lost"):
+        publish_to_folder(run.root, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["../../x", "../../../../x", "/x", "a/../../x", "sha256:../../x"])
+@pytest.mark.parametrize("key", ["revision", "public_name"])
+def test_a_record_of_a_stranger_names_no_place_outside_the_target(key: str, value: str, run: RunFolder, tmp_path: Path) -> None:
+    old = run.task("A").result.read_text(encoding="utf-8")
+    for path in (run.manifest, run.results, *(run.task(task).result for task in "AB"), *(run.task(task).meta for task in "AB")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["encoder"][key if path.name != "meta.json" else {"public_name": "name"}.get(key, key)] = value
+        path.write_text(json.dumps(record), encoding="utf-8")
+    assert run.task("A").result.read_text(encoding="utf-8") != old
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=rf"encoder\.{key}: String should match pattern"):
+        publish_to_folder(run.root, tmp_path / "deep" / "deeper" / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "x" * 300, "README.md", "metrics"])
+def test_a_task_of_a_stranger_is_called_as_one_of_ours_may_be(name: str, run: RunFolder, tmp_path: Path) -> None:
+    for path in (run.manifest, run.results, run.task("A").result):
+        path.write_text(path.read_text(encoding="utf-8").replace('"A"', json.dumps(name)), encoding="utf-8")
+    with pytest.raises(InputError, match=r"task|cannot be called"):
+        publish_to_folder(run.root, tmp_path / "out")
+    assert names(tmp_path) == ["runs"]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(run: RunFolder, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ from publishing import (
 from flows.cli import main
 from pipeline.config import PublishConfig, load_config
 from pipeline.encoder import choose_runtime
-from pipeline.errors import InputError, LockedError, VerificationError
+from pipeline.errors import AdapterError, InputError, LockedError, VerificationError
 from pipeline.preflight import preflight
 from pipeline.publish import publish, rollback
 from pipeline.run_folder import RunFolder
@@ -265,7 +265,7 @@ def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Pa
     moved = copy_run(world.both, tmp_path / "runs" / "both", encoder=config)
     weights = load_file(encoder / "model.safetensors")
     save_file({name: torch.nextafter(value, value + 1) for name, value in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match=r"Pairs.* fresh process: .*sha256:") as caught:
+    with pytest.raises(AdapterError, match=r"Pairs.* fresh process: .*sha256:") as caught:
         one.publish(moved.root)
     assert str(caught.value).startswith(f"hf:{REPO} is left as it was")
     assert one.files() == world.old
@@ -459,5 +459,5 @@ def test_a_refusal_does_not_repeat_the_token(world: World, tmp_path: Path, statu
         said = capsys.readouterr()
     assert str(status) in said.err
     assert SECRET not in said.out + said.err
-    assert ("give a token that may write there" in said.err) == (status != 500)
+    assert ("give a token that may do that" in said.err) == (status != 500)
     assert traces(tmp_path, SECRET) == []

@@ -451,8 +451,8 @@ def test_the_command_says_of_each_folder_why_it_goes_or_stays(store: Path, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (lambda runs: [runs / "nowhere"], "no such folder"),
-        (lambda runs: [next(runs.glob("2*"))], "is a run folder; name the run store"),
+        (lambda runs: [runs / "nowhere"], "there is no folder"),
+        (lambda runs: [next(runs.glob("2*"))], "is a run folder, in the run store"),
         (lambda runs: [runs, "--keep", "-1"], "--keep"),
     ],
 )
@@ -473,5 +473,5 @@ def test_a_run_in_progress_is_one_message(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="name the run store that it lies in"):
+    with pytest.raises(InputError, match=f"is a run folder, in the run store {tmp_path}; name the run store"):
         prune(run_of(tmp_path, 1).root, Policy(), dry_run=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import FAMILIES, calibration, give_effect, load_encoder, toy_texts
+from builders import FAMILIES, calibration, give_effect, load_encoder, save_overflowing_encoder, toy_texts
 
 from pipeline.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import AdapterConfig
@@ -238,3 +238,23 @@ def test_200_real_texts_have_the_labels_and_vectors_of_the_adapter_as_it_was_tra
     assert cosines(exact.embed(texts), vectors).min() >= 0.9999
     assert cosines(fast.embed(texts), vectors).min() >= 0.999
     np.testing.assert_allclose(np.linalg.norm(fast.embed(texts), axis=1), 1, atol=1e-5)
+
+
+def test_a_text_for_which_the_adapter_overflows_has_no_label(tmp_path: Path) -> None:
+    folder = save_overflowing_encoder(tmp_path / "encoder", "storm")
+    router = router_of([saved(tmp_path / "Topics", load_encoder(folder))], folder)
+    nothing, storm, soup = router.predict(["", "a storm", "soup with pepper"], "Topics", top_k=2)
+    assert storm == nothing == Prediction(None, None, ())
+    assert soup.label in LABELS
+    assert len(soup.top) == 2
+
+
+def test_an_adapter_that_overflows_for_every_text_is_refused_when_it_is_loaded(bert_folder: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(bert_folder)
+    adapter = give_effect(Adapter(encoder, AdapterConfig(), LABELS[:3]))
+    with torch.no_grad():
+        for lora in adapter.projections.values():
+            lora.lora_B.mul_(1e24)  # finite, and so is every update
+    save_adapter(adapter, TaskFolder(tmp_path / "Topics"), meta={})
+    with pytest.raises(AdapterError, match="adapter Topics: its weights overflow"):
+        router_of([str(tmp_path / "Topics")], bert_folder)

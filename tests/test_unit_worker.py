@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import calibration, load_encoder, toy_texts
+from builders import calibration, load_encoder, save_overflowing_encoder, toy_texts
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 
 from pipeline.adapter import load_adapter
@@ -200,6 +200,26 @@ def test_rows_that_grow_wide_after_narrow_ones_are_read_a_few_at_a_time(tmp_path
             first_row_of_file=0,
         )
         assert _block_rows(parquet, unit, ["text"]) < 40
+
+
+@pytest.mark.parametrize("options", [{}, {"min_score": 0.0}, {"min_score": 0.9}, {"top_k": 3}])
+def test_a_score_that_is_no_number_gives_no_label(options: dict[str, Any], tmp_path: Path) -> None:
+    encoder = save_overflowing_encoder(tmp_path / "encoder", "storm")
+    adapter = save_bulk_adapter(tmp_path / "T", encoder)
+    texts = ["a storm near the harbour", "soup with pepper", None, "storm", ""]
+    write_table(tmp_path / "in" / "a.parquet", {"text": texts})
+    bulk = start(tmp_path / "in", tmp_path / "out", [adapter], encoder, **options)
+    (receipt,) = bulk.label()
+    table = rows_of(bulk).to_pydict()
+    labels, reasons = table["T_label"], table["T_reason"]
+    assert [labels[0], labels[3]] == [None, None]
+    assert reasons[0] == reasons[3] == "score is not a number"
+    assert [table["T_score"][0], table["T_score"][3]] == [None, None]
+    assert (reasons[2], reasons[4]) == ("text is null", "text is empty")
+    assert receipt.reasons["score is not a number"] == 2
+    assert (labels[1] is None) == (options.get("min_score") == 0.9)
+    if "top_k" in options:
+        assert [top is None for top in table["T_top_k"]] == [True, False, True, True, True]
 
 
 def test_a_score_that_is_the_threshold_keeps_its_label(begun: Callable[..., Bulk]) -> None:
