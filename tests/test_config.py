@@ -65,7 +65,7 @@ def test_a_config_survives_its_own_json() -> None:
         ("adapter.rank=0", "adapter.rank", "greater than or equal to 1", "0"),
         ("adapter.alpha=inf", "adapter.alpha", "finite", "inf"),
         ("adapter.dropout=1.0", "adapter.dropout", "less than 1", "1.0"),
-        ('adapter.layers="last:0"', "adapter.layers", "last:[1-9]", "'last:0'"),
+        ('adapter.layers="last:0"', "adapter.layers", "last:K", "'last:0'"),
         ("adapter.target=[]", "adapter.target", "at least 1", "[]"),
         ('adapter.target="mlp"', "adapter.target", "'attention'", "'mlp'"),
         ('encoder.pooling="sum"', "encoder.pooling", "'mean', 'cls' or 'max'", "'sum'"),

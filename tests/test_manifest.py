@@ -94,7 +94,7 @@ def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> Non
             for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
                     left += [str(node.module).removeprefix("pipeline.")] if node.module != "pipeline" else [a.name for a in node.names]
-    others = {"adapter_ref", "config", "errors", "manifest", "plan", "records", "reload", "run_folder"}
+    others = {"adapter_ref", "config", "documents", "errors", "manifest", "plan", "printable", "records", "reload", "run_folder"}
     assert found - others == set(manifest_module._SOURCES)
 
 
