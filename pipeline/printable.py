@@ -41,7 +41,7 @@ def printable(text: str) -> str:
 
 def markdown(text: str) -> str:
     """One printable line that Markdown and HTML leave alone, also inside a table."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(printable(text).split()))
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
 
 
 def redacted(text: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
@@ -21,6 +21,7 @@ from pipeline.errors import InputError, LorafleetError
 from pipeline.manifest import RunManifest, find_finished, latest_results
 from pipeline.manifest import find_unchanged as find_unchanged_run
 from pipeline.plan import Plan
+from pipeline.printable import markdown
 from pipeline.records import (
     AdapterRef,
     ClassificationResults,
@@ -37,6 +38,7 @@ from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent
 from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.fleet import FleetWorker, WorkerDiedError
+from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def check_inputs(config: RunConfig, worker: FleetWorker, runs: Path) -> Plan | L
 
     Labels that are new or have vanished since the newest run of an MTEB task are named.
     """
-    logger = get_run_logger()
+    logger = run_logger()
     try:
         _check_target(config.publish)
         plan: Plan = worker.call("check", anchored(config), timeout_seconds=config.compute.timeout_seconds)
@@ -102,7 +104,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
         if planned.key in found:
             source, result = found[planned.key]
             results.append(reuse(source, result, run_id=run_id, folder=folder))
-            get_run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
+            run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
     return results
 
 
@@ -111,7 +113,7 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
     """A worker reads and tokenises its data and loads the encoder."""
     BOARD.show(name, "load data")
     summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    get_run_logger().info(
+    run_logger().info(
         "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
         name,
         summary.num_train,
@@ -130,7 +132,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
     """A worker measures the frozen encoder."""
     BOARD.show(name, "frozen baselines")
     rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    get_run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
+    run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
     return rows
 
 
@@ -150,7 +152,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
     BOARD.show(name, "evaluate")
     result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
     BOARD.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
-    get_run_logger().info(
+    run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
         name,
         _accuracies(result.scores),
@@ -159,7 +161,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
         result.busy_seconds,
     )
     if result.warm_start is not None:
-        get_run_logger().info("%s: %s", name, said_of_warm_start(result))
+        run_logger().info("%s: %s", name, said_of_warm_start(result))
     return result
 
 
@@ -180,8 +182,8 @@ def collect(
         change = head_change(result, before.get(result.mteb_task.name))
         rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)  # what a laptop shows first
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
-    facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
-    facts += [f"- {result.mteb_task.name}: {said_of_warm_start(result)}" for result in corrected if result.warm_start]
+    facts = [f"- run folder: {markdown(folder.root.name)}", *(f"- {markdown(note)}" for note in table.notes())]
+    facts += [f"- {markdown(f'{result.mteb_task.name}: {said_of_warm_start(result)}')}" for result in corrected if result.warm_start]
     create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
     create_link_artifact(_report_url(folder), key="report", link_text=f"report of run {run_id}")
     return summary, corrected
@@ -199,7 +201,7 @@ def publish(folder: RunFolder, config: PublishConfig) -> Published | LorafleetEr
     from pipeline.publish import publish as publish_run
 
     assert config.to is not None
-    logger = get_run_logger()
+    logger = run_logger()
     try:
         with _hub_token(config.token_block):
             published = publish_run(folder.root, config.to, config)
@@ -262,7 +264,7 @@ class _Report:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._logger = get_run_logger()
+        self._logger = run_logger()
         self._artifact = ProgressArtifact(_artifact_key(name))
 
     def __call__(self, event: EpochRow | Progress | LogLine) -> None:
