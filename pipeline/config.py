@@ -30,7 +30,8 @@ def like(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values. Raises: ``repeated``, for a message: one of them is there twice."""
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise PydanticCustomError("repeated", "{twice} is there more than once", {"twice": ", ".join(map(repr, twice))})
     return values
@@ -43,7 +44,7 @@ def _whole_above_one(share: float) -> float:
     return share
 
 
-_List = (Strict(False), AfterValidator(_without_repeats))  # TOML has lists, and a strict tuple takes none
+_List = (Strict(False), AfterValidator(without_repeats))  # TOML has lists, and a strict tuple takes none
 _TARGET, _A_TARGET = r"hf:[^/:@#]+/[^/:@#]+|[^:]+", "a folder, or hf:OWNER/NAME"
 _A_NAME = "a name that fits the pattern: at most 128 of A-Z, a-z, 0-9, _, . and -, the first a letter or digit"
 _Target = Annotated[str, like(_TARGET, _A_TARGET)]

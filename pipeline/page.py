@@ -91,7 +91,8 @@ def inline_svg(figure: Figure, description: str) -> Markup:
 
 
 def shorten(name: str, most: int = 44) -> str:
-    """The same name, or its two ends."""
+    """The name as a figure shows it, or its two ends."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 

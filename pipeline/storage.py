@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pipeline.errors import InputError, first_line
+from pipeline.printable import conceal, reveal
 
+# Of fsspec's protocols those that are no store: what they show is inside another file, a copy of it, or not addressed by a URL alone.
+_NOT_STORES = (
+    *("zip", "tar", "libarchive", "reference", "data", "dir", "git", "root", "generic", "pyscript"),
+    *("cached", "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper", "asynclocal"),
+)
+_S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
 _SUFFIXES = (".parquet", ".pq")
 _CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
 
@@ -51,7 +58,7 @@ class Place:
     def url(self, name: str) -> str:
         """Address of a file below this place."""
         path = f"{self.root}/{name}".rstrip("/") if name else self.root
-        return path if self.local else str(self.fs.unstrip_protocol(path))
+        return path if self.local else conceal(str(self.fs.unstrip_protocol(path)))
 
     def path(self, name: str) -> str:
         """The same, as the file system wants it."""
@@ -142,6 +149,23 @@ class Place:
         return bool(self.fs == other.fs) and f"{other.root}/".startswith(f"{self.root}/")
 
 
+def check_address(url: str) -> None:
+    """See that what a job reads or writes is a path, or in a store that lasts.
+
+    Raises: InputError: nothing at all, memory, something inside another file, or credentials that the store would not read there.
+    """
+    protocol = _protocol(url)
+    if not url.strip():
+        raise InputError("an empty path, which would be the current folder; write . for that")
+    if protocol == "memory":
+        raise InputError(f"{url}: what is in memory is gone when the command ends; name a folder or a store")
+    if protocol in _NOT_STORES or "::" in url:
+        raise InputError(f"{url}: not the address of a store; expected a path, or an address such as s3://…, gs://…, hf://… or https://…")
+    if protocol in (*_S3, *_GCS) and "@" in url.partition("://")[2].partition("/")[0]:
+        variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if protocol in _S3 else "GOOGLE_APPLICATION_CREDENTIALS"
+        raise InputError(f"{url}: such an address holds no credentials; set {variables} instead")
+
+
 def find_files(pattern: str) -> list[StoredFile]:
     """The Parquet files of a file's, a folder's or a glob's name, sorted by path; names that begin with ``_`` or ``.`` are left out.
 
@@ -193,12 +217,19 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {error}") from None
+        fs, path = fsspec.core.url_to_fs(reveal(url))
+    except ImportError as error:
+        package = "'lorafleet[s3]'" if _protocol(url) in _S3 else "what it names"
+        raise InputError(f"{url}: {first_line(error)}; pip install {package}") from None
+    except Exception as error:  # noqa: BLE001 - each protocol's package has errors of its own
+        raise InputError(f"{url}: cannot be opened: {first_line(error)}") from None
     if _is_local(fs):
         path = str(Path(path).resolve())
     return fs, path.rstrip("/")
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower() if "://" in url else "data" if url.startswith("data:") else "file"
 
 
 def _is_local(fs: Any) -> bool:
@@ -231,5 +262,5 @@ def _first_wildcard(path: str) -> int | None:
 
 def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFile:
     version = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("LastModified") or ""
-    path = name if _is_local(fs) else str(fs.unstrip_protocol(name))
+    path = name if _is_local(fs) else conceal(str(fs.unstrip_protocol(name)))
     return StoredFile(path, int(info["size"]), str(version), below)

@@ -22,12 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field, SecretStr
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, footer, read_receipt
 from pipeline.bulk_records import BulkAdapter, BulkJob, Receipt
 from pipeline.classifier import Answers, load_classifier
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
+from pipeline.printable import remember
 from pipeline.records import Record
 from pipeline.storage import Place, open_file, store_errors
 from pipeline.tokeniser import Tokens
@@ -57,6 +59,8 @@ class WorkerSpec(Record):
     offline: bool
     columns: tuple[str, ...]
     """Input columns to keep."""
+    secrets: dict[str, SecretStr] = Field(default_factory=dict, repr=False)
+    """Address without its secret -> the real one; travels in memory only."""
 
 
 class UnitWorker:
@@ -69,6 +73,7 @@ class UnitWorker:
         """
         self.spec = spec
         self.job = spec.job
+        remember({shown: real.get_secret_value() for shown, real in spec.secrets.items()})
         self.place = Place(spec.output)
         adapters = find_adapters(spec.refs, offline=spec.offline)
         for planned, found in zip(self.job.adapters, adapters, strict=True):
