@@ -42,17 +42,17 @@ _JSON = "Print one JSON object."
 
 
 class _Command(click.Command):
-    """A command that takes no value which would count for nothing: an empty one, or one that a second one replaces."""
+    """A command that takes no empty value, and says of a value that another one replaces it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Look at the values as they are given: as a path, an empty one is the current folder."""
         given, _, order = self.make_parser(ctx).parse_args(list(args))
-        for param in order:
+        for param in dict.fromkeys(order):
             values = given[param.name or ""]
             if "" in (values if isinstance(values, list) else [values]):
                 raise click.BadParameter("it is empty", ctx=ctx, param=param)
             if order.count(param) > 1 and not (param.multiple or getattr(param, "is_flag", False)):
-                raise click.BadParameter("it is given more than once, and only the last would count", ctx=ctx, param=param)
+                complain(f"warning: {param.opts[0]} is given {order.count(param)} times; the last one counts")
         return super().parse_args(ctx, args)
 
 
@@ -115,7 +115,7 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
 @click.argument("output", metavar="OUTPUT")
 @click.option("--adapter", "adapters", multiple=True, required=True, metavar="[NAME=]REF", help="Adapter to classify with. Repeatable.")
 @click.option("--text-column", default="text", show_default=True, metavar="NAME", help="Column to classify.")
-@click.option("--columns", metavar="A,B,…", help="Input columns to keep. [default: all]")
+@click.option("--columns", metavar="A,B,...", help="Input columns to keep. [default: all]")
 @click.option("--min-score", type=float, metavar="P", help="Leave the label null below this probability.")
 @click.option("--target-accuracy", type=float, metavar="A", help="Take that probability from the coverage table of each adapter.")
 @click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels.")

@@ -12,10 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
-from typing import Any
-
-import click
+from typing import Any, TextIO
 
 from pipeline.errors import InputError
 from pipeline.printable import printable
@@ -30,17 +29,17 @@ class OutputError(InputError):
 
 def say(*lines: str) -> None:
     """Print lines on standard output."""
-    click.echo("\n".join(map(printable, lines)))
+    _write(sys.stdout, *map(printable, lines))
 
 
 def complain(*lines: str) -> None:
     """Print lines on standard error."""
-    click.echo("\n".join(map(printable, lines)), err=True)
+    _write(sys.stderr, *map(printable, lines))
 
 
 def say_json(value: Any) -> None:
     """Print one JSON object, in ASCII: the same object for every reader, and no control character for a terminal."""
-    click.echo(json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
+    _write(sys.stdout, json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
 
 
 def say_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -79,6 +78,11 @@ def stop_on_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
+
+
+def _write(stream: TextIO, *lines: str) -> None:
+    stream.write("\n".join((*lines, "")))
+    stream.flush()
 
 
 def _stream(descriptor: int, encoding: str | None, *, is_error: bool) -> io.TextIOWrapper:
@@ -124,4 +128,6 @@ class _Stop:
             self._first = now
             raise KeyboardInterrupt
         if now - self._first > _ONE_STOP_SECONDS:  # not the same key press, which a parent may have passed on as well
+            with suppress(OSError):
+                os.write(2, b"stopped at once; what was finished is kept\n")
             os._exit(128 + signal.SIGINT)
