@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from flows.terminal import complain, say, say_json, say_table, secure_streams, stop_on_signals
+from flows.terminal import complain, leave_on_signals, say, say_json, say_table, secure_streams, stop_on_signals
 from pipeline.errors import InputError, LorafleetError, refused_by_machine
 from pipeline.printable import counted
 
@@ -407,8 +407,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complain("interrupted; what was finished is kept, and the same command goes on from there")
         sys.exit(_INTERRUPTED)
     except LorafleetError as error:
-        complain(f"error: {error.args[0]}", *error.args[1:])
+        complain(*f"error: {error}".split("\n"))
         sys.exit(2 if isinstance(error, InputError) else 1)
+    finally:
+        if arguments is None:
+            leave_on_signals()
 
 
 def _invoke(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, TextIO
@@ -74,10 +74,12 @@ def stop_on_signals() -> None:
 
     One that is ignored already (`nohup`) stays ignored.
     """
-    stop = _Stop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    _handle_signals(_Stop())
+
+
+def leave_on_signals() -> None:
+    """The same once the command has said how it ended: the first signal ends what is still being stopped."""
+    _handle_signals(_leave)
 
 
 def _write(stream: TextIO, *lines: str) -> None:
@@ -130,4 +132,14 @@ class _Stop:
         if now - self._first > _ONE_STOP_SECONDS:  # not the same key press, which a parent may have passed on as well
             with suppress(OSError):
                 os.write(2, b"stopped at once; what was finished is kept\n")
-            os._exit(128 + signal.SIGINT)
+            _leave(number, frame)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + signal.SIGINT)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)

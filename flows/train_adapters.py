@@ -22,6 +22,7 @@ from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
 from pipeline.plan import Plan, PlannedTask, job_spec
+from pipeline.printable import printable
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
 from pipeline.run_store import hold_store, store_folder
@@ -193,4 +194,4 @@ def _ended(outcome: RunOutcome, message: str) -> State[Any]:
         return Completed(message=message, data=outcome)
     failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
     names = {result.mteb_task.name for result in outcome.results} | {f.mteb_task for f in outcome.failures if f.mteb_task}
-    return Failed(message=f"{len(outcome.failures)} of {len(names)} failed: {failed}", data=outcome)
+    return Failed(message=printable(f"{len(outcome.failures)} of {len(names)} failed: {failed}"), data=outcome)

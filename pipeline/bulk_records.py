@@ -163,3 +163,9 @@ class BulkRequest(Record):
     """Where the encoder lies, if not under the name that the adapters give."""
     offline: bool = False
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _offline_is_meant(self) -> BulkRequest:
+        if self.offline and any(place.startswith("hf://") for place in (self.source, self.output)):
+            raise ValueError("--offline has no effect on INPUT and OUTPUT, and one of them is on the Hub; leave it out")
+        return self

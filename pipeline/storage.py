@@ -182,7 +182,9 @@ def find_files(pattern: str) -> list[StoredFile]:
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {pattern}: cannot be read: {first_line(error)}") from None
     start = written_folder(pattern).root + "/"
-    files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in sorted(details.items())]
+    files = [_stored(fs, name, info, below=_without_query(name).removeprefix(start)) for name, info in sorted(details.items())]
+    if len({file.path for file in files}) < len(files):
+        raise InputError(f"input {pattern}: it has files that differ only in the secret part of their addresses; name them one by one")
     seen = [file for file in files if not any(part.startswith(("_", ".")) for part in file.below.split("/"))]
     if not seen:
         there = (
@@ -196,7 +198,7 @@ def written_folder(pattern: str) -> Place:
     """The folder as far as it is written out: a glob's up to the first wildcard; the one that a file lies in."""
     place = Place(pattern)
     if place.fs.isfile(place.root):
-        place.root = place.root.rpartition("/")[0]
+        place.root = _without_query(place.root).rpartition("/")[0]
     elif _is_glob(place.fs, place.root):
         place.root = place.root[: _first_wildcard(place.root)].rpartition("/")[0]
     return place
@@ -254,6 +256,11 @@ def _files(fs: Any, found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dic
 
 def _leads_up(link: str) -> bool:
     return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
+
+
+def _without_query(path: str) -> str:
+    """Over HTTP a query is no part of a file's name, and may hold a signature."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
 
 
 def _first_wildcard(path: str) -> int | None:

@@ -20,9 +20,12 @@ def main() -> None:
     if not all(_is_found_in(ours, package) for package in _PACKAGES):
         sys.path.insert(0, str(ours))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ours), os.environ.get("PYTHONPATH")]))
-    from flows.cli import main as run_command_line
+    try:
+        from flows.cli import main as run_command_line
 
-    run_command_line()
+        run_command_line()
+    except KeyboardInterrupt:  # before the command line could say so
+        sys.exit(130)
 
 
 def _is_found_in(folder: Path, package: str) -> bool:
