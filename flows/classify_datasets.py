@@ -61,7 +61,7 @@ def _run(request: BulkRequest) -> State[Any]:
     outcome = BulkOutcome(summary, aside, failures, None)
     if failures:
         return Failed(message=f"{counted(len(failures), 'failure')}; see _failures.parquet", data=outcome)
-    return Completed(message=f"{summary.rows_out} rows", data=outcome)
+    return Completed(message=counted(summary.rows_out, "row"), data=outcome)
 
 
 def _stopped(error: LorafleetError) -> State[Any]:

@@ -11,7 +11,7 @@ from prefect.states import Completed, Failed
 
 from pipeline.config import publish_config
 from pipeline.errors import LorafleetError
-from pipeline.printable import printable
+from pipeline.printable import counted, printable
 from pipeline.publication import read_candidate
 from tasks import stages
 
@@ -35,6 +35,6 @@ def publish_adapters(run: str, to: str, private: bool = False, overrides: list[s
     if isinstance(published, LorafleetError):
         return Failed(message=f"not published: {published}")
     blocked = ", ".join(f"{decision.mteb_task} (gate: {decision.reason})" for decision in published.blocked)
-    return (
-        Failed(message=printable(f"blocked: {blocked}")) if blocked else Completed(message=f"{len(published.verified)} adapters published")
-    )
+    if blocked:
+        return Failed(message=printable(f"blocked: {blocked}"))
+    return Completed(message=f"{counted(len(published.verified), 'adapter')} published")

@@ -22,7 +22,7 @@ from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
 from pipeline.plan import Plan, PlannedTask, job_spec
-from pipeline.printable import printable
+from pipeline.printable import counted, printable
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
 from pipeline.run_store import hold_store, store_folder
@@ -96,7 +96,7 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         if plan.config.publish.to is not None and results:
             failures += _publish(folder, plan.config.publish)
         num_trained = sum(result.reused_from is None for result in results)
-        message = f"{num_trained} adapters trained, {len(results) - num_trained} unchanged"
+        message = f"{counted(num_trained, 'adapter')} trained, {len(results) - num_trained} unchanged"
         return _ended(RunOutcome(run_id, folder, results, tuple(failures)), message)
 
 

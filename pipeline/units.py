@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, first_line
+from pipeline.printable import counted
 from pipeline.records import Record
 from pipeline.storage import StoredFile, find_files, open_file, store_errors
 
@@ -99,11 +100,11 @@ def plan_input(
         if isinstance(footer, str)
     )
     if not good:
-        raise DataError(f"input {pattern}: none of its {len(stored)} files can be read; {stored[0].path}: {failures[0].reason}")
+        raise DataError(f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {stored[0].path}: {failures[0].reason}")
     kept = _check_columns(good, text_column=text_column, columns=columns, new_columns=new_columns)
     units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
     if not units:
-        raise DataError(f"input {pattern}: no rows in its {len(stored)} files; there is nothing to classify")
+        raise DataError(f"input {pattern}: no rows in its {counted(len(stored), 'file')}; there is nothing to classify")
     files = tuple(
         InputFile(path=file.path, size=file.size, version=file.version, num_rows=footer.num_rows if isinstance(footer, _Footer) else None)
         for file, footer in zip(stored, footers, strict=True)

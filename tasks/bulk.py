@@ -199,7 +199,7 @@ def _extent(source: BulkInput) -> str:
 
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
     done = plan.begun.num_done + sum(not receipt.failure for receipt in receipts)
-    return f"{done} of {len(plan.source.units)} units"
+    return f"{done} of {counted(len(plan.source.units), 'unit')}"
 
 
 def _duration(seconds: float) -> str:

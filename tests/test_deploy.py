@@ -400,4 +400,4 @@ def test_a_schedule_trains_then_finds_nothing_to_do_then_retrains_only_what_has_
 
     write_task(project / "data", "Pairs", num_train=60, num_classes=2, seed=7)
     trained = eventually(lambda: [m for m in messages()[1:] if "trained" in m], seconds=200, what="a run that trains again")
-    assert trained == ["1 adapters trained, 1 unchanged"]
+    assert trained == ["1 adapter trained, 1 unchanged"]

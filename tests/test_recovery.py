@@ -167,7 +167,7 @@ def test_a_run_of_a_prefect_worker_is_cancelled_within_ten_seconds_and_the_next_
     eventually(is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"), seconds=20, what="the run's processes are gone")
     assert worker.process.poll() is None
     assert "Ray cluster" not in worker.log()
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -181,7 +181,7 @@ def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_goes_on(
     worker.wait_until(store.in_the_middle)
     worker.kill("prefect.engine")
     assert ends(api, flow_run, seconds=30)[0] == "CRASHED"
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -198,7 +198,7 @@ def test_a_run_ends_with_the_prefect_worker_that_is_killed_and_the_next_one_goes
     assert ends(api, flow_run)[0] == "CRASHED"
     eventually(is_gone(worker, "prefect.engine", "ray::Worker", "raylet/raylet", "gcs_server"), seconds=20, what="all of the run is gone")
     started(api, tmp_path)
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -219,7 +219,7 @@ def test_a_run_that_dies_together_with_its_prefect_worker_does_not_block_later_o
     while (end := ends(api, api.start(deployment)))[0] == "CANCELLED":
         assert time.monotonic() < killed + 360, "the slot is not free after six minutes"
         time.sleep(15)
-    assert end == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert end == ("COMPLETED", "1 adapter trained, 1 unchanged")
     assert api.state(flow_run)["type"] == "RUNNING"  # nobody is left to say otherwise
 
 
