@@ -20,7 +20,7 @@ import click
 
 from flows.terminal import complain, leave_on_signals, say, say_json, say_table, secure_streams, stop_on_signals
 from pipeline.errors import InputError, LorafleetError, refused_by_machine
-from pipeline.printable import counted
+from pipeline.printable import counted, shortened
 
 if TYPE_CHECKING:
     from flows.classify_datasets import BulkOutcome
@@ -510,7 +510,7 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
             for param in classify.params
         }
         option = next((options[part] for part in reversed(fault["loc"]) if part in options), "")
-        raise InputError(f"{option}: {message}, found {fault['input']!r}" if option else message) from None
+        raise InputError(f"{option}: {message}, found {shortened(repr(fault['input']))}" if option else message) from None
 
 
 def _classify(request: BulkRequest) -> BulkOutcome:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.documents import check_values, parse_toml, read_text
 from pipeline.errors import ConfigError
+from pipeline.printable import shortened
 from pipeline.records import Column, Record
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
@@ -455,12 +456,8 @@ def _describe(faults: Sequence[Any]) -> list[str]:
 
 def _describe_key(key: str, faults: Sequence[Any]) -> str:
     message = ", or: ".join(fault["msg"].removeprefix("Value error, ") for fault in faults)
-    found = "" if faults[0]["type"] in ("missing", "value_error") else f", found {_shortened(repr(faults[0]['input']))}"
+    found = "" if faults[0]["type"] in ("missing", "value_error") else f", found {shortened(repr(faults[0]['input']))}"
     return f"{key}: {message}{found}" if key else f"{message}{found}"
-
-
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:

@@ -18,8 +18,9 @@ _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|$~&])")
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s\"'<>]+)")
-_WHOLE_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.+)", re.DOTALL)
+_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//?)"  # a URL that was made a path has one slash
+_URL = re.compile(_SCHEME + r"(?P<rest>[^\s\"'<>]+)")
+_WHOLE_URL = re.compile(_SCHEME + r"(?P<rest>.+)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
 _PARAMETER = re.compile(r"(?P<sign>[?&;#])(?P<name>[^=&;#?]*)(?P<value>=[^&;#]*)?")
 # What a query says besides secrets. Over HTTP every other value is taken for one. In a store's URL a ? may be part of a name, or a
@@ -36,7 +37,7 @@ def printable(text: str) -> str:
     ``\\n``, ``\\x1b``, ``\\u202e`` and the like are written out, and what is secret in a URL becomes ``***``.
     """
     line = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), redacted(text))
-    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+    return shortened(line, _LONGEST_LINE)
 
 
 def markdown(text: str) -> str:
@@ -46,7 +47,7 @@ def markdown(text: str) -> str:
 
 def redacted(text: str) -> str:
     """The text with ``***`` for what is secret in its URLs: user and password, and the values of a query."""
-    return _URL.sub(_without_secrets, text) if "://" in text else text
+    return _URL.sub(_without_secrets, text) if ":/" in text else text
 
 
 def conceal(url: str) -> str:
@@ -77,6 +78,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The text, or its beginning."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def _without_secrets(url: re.Match[str]) -> str:
     scheme, rest = url["scheme"], url["rest"]
     over_http = scheme.lower() in ("http", "https")
@@ -91,7 +97,7 @@ def _without_secrets(url: re.Match[str]) -> str:
         authority = f"{_HIDDEN}@{host}"
     path, mark, query = beyond.partition("?")
     hidden = _PARAMETER.sub(lambda parameter: _hidden(parameter, over_http=over_http), f"{mark}{query}")
-    return f"{scheme}://{authority}{path}{hidden}"
+    return f"{scheme}:{url['slashes']}{authority}{path}{hidden}"
 
 
 def _hidden(parameter: re.Match[str], *, over_http: bool) -> str:

@@ -63,6 +63,7 @@ def test_a_line_has_an_end() -> None:
         ("postgresql+asyncpg://u:p@h:5432/d", "postgresql+asyncpg://***@h:5432/d"),
         ("simplecache::https://u:p@h/a", "simplecache::https://***@h/a"),
         ("NAME=https://u:p@h/a", "NAME=https://***@h/a"),
+        ("https:/u:p@h/a", "https:/***@h/a"),
     ],
 )
 def test_the_secret_of_a_url_is_not_shown_and_the_rest_is(url: str, shown: str) -> None:
@@ -75,7 +76,17 @@ def test_the_secret_of_a_url_is_not_shown_and_the_rest_is(url: str, shown: str) 
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://bucket/part-?.parquet", "s3://b/a#T", "hf://datasets/o/n@rev/a", "abfs://c@a/x", "https://[::1]:4200/a@b", "a/b?c=d", "a@b:c"],
+    [
+        "s3://bucket/part-?.parquet",
+        "s3://b/a#T",
+        "hf://datasets/o/n@rev/a",
+        "abfs://c@a/x",
+        "https://[::1]:4200/a@b",
+        "a/b?c=d",
+        "a@b:c",
+        "C:/a@b",
+        "error:/a@b",
+    ],
 )
 def test_a_url_without_a_secret_stays_as_it_is(url: str) -> None:
     assert printable(url) == conceal(url) == url
