@@ -555,7 +555,7 @@ def _says_something(record: logging.LogRecord) -> bool:
     if record.exc_info and type(record.exc_info[1]).__module__.startswith("httpx"):
         return False  # the flow's end that could not be reported, as a traceback
     end = "Finished in state" if record.name == "prefect.flow_runs" else "Finished in state Completed"
-    return not record.getMessage().startswith(end)
+    return not record.getMessage().startswith((end, "Crash detected! Execution was aborted by an interrupt"))
 
 
 def _print_published(published: Published, *, as_json: bool) -> None:
