@@ -21,11 +21,9 @@ import errno
 
 from pipeline.printable import printable
 
-# What the machine or its user refuses. A file that we did not make, or a number that is no open file, would be our own fault.
-_REFUSALS = (
-    *("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "EXDEV"),
-    *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENODEV", "ENXIO"),
-)
+# What the machine says of a place that was named, and of its own state. A file that we did not make would be our own fault.
+_NOT_THERE = ("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "EXDEV", "ENODEV", "ENXIO")
+_NOT_NOW = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
 
 
 class LorafleetError(Exception):
@@ -78,8 +76,12 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
-def refused_by_machine(error: OSError) -> InputError | None:
-    """The same as an error of ours, if it is not our fault: a name that is too long, a full disk, no permission."""
-    if errno.errorcode.get(error.errno or 0) not in _REFUSALS:
-        return None
-    return InputError(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+def refused_by_machine(error: OSError) -> LorafleetError | None:
+    """The same as an error of ours, if it is not our fault: a name that is too long, no permission; a full disk, no memory."""
+    text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    match errno.errorcode.get(error.errno or 0):
+        case name if name in _NOT_THERE:
+            return InputError(text)
+        case name if name in _NOT_NOW:
+            return LorafleetError(text)
+    return None
