@@ -103,6 +103,28 @@ def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_program_stops_a_run_as_ctrl_c_does(number: signal.Signals, store: Store) -> None:
+    command = store.start_in_the_middle()
+    (finished,) = store.quick_results()
+    command.process.send_signal(number)
+    ended = command.wait(seconds=60)
+    assert ended.code == 130, ended.err
+    assert "interrupted; what was finished is kept" in ended.err
+    assert "Crash detected" not in ended.err
+    assert "Traceback" not in ended.err
+    assert command.left(seconds=10) == []
+
+    again = store.start()
+    again.wait_until(lambda: epochs_told(again.log(), "Long"))
+    assert epochs_told(again.log(), "Long")[0] > 1
+    assert f"Quick: unchanged, taken over from run {finished.parent.parent.name}" in again.log()
+    again.process.send_signal(number)
+    assert again.wait(seconds=60).code == 130
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("where", ["process", "ray"])
 def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_on(
     where: str, encoder_folder: Folders, api: Api, tmp_path: Path
