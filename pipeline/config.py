@@ -433,8 +433,8 @@ def _toml_value(raw: str) -> Any:
     if "\n" in raw or "\r" in raw:
         return raw
     try:
-        value, (alone,) = tomllib.loads(f"value = {raw}")["value"], tomllib.loads(f"value = [{raw}]")["value"]
-        return value if repr(value) == repr(alone) else raw
+        tomllib.loads(f"value = [{raw}]")
+        return tomllib.loads(f"value = {raw}")["value"]
     except (ValueError, RecursionError):  # also of a number with too many digits
         return raw
 
