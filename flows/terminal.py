@@ -39,7 +39,7 @@ def complain(*lines: str) -> None:
 
 def say_json(value: Any) -> None:
     """Print one JSON object, in ASCII: the same object for every reader, and no control character for a terminal."""
-    _write(sys.stdout, json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
+    _write(sys.stdout, json.dumps(value, indent=1))
 
 
 def say_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -101,6 +101,7 @@ def test_a_config_survives_its_own_json() -> None:
         ("mteb_tasks.0.subset=", "mteb_tasks.0.subset", "at least 1 character", "''"),
         ("train.seed=1\nfoo=2", "train.seed", "integer", r"'1\nfoo=2'"),
         ("train.seed=1 # foo", "train.seed", "integer", "'1 # foo'"),
+        ("train.seed=1 # foo\n", "train.seed", "integer", r"'1 # foo\n'"),
         ("train.seed=1,", "train.seed", "integer", "'1,'"),
         ("train.seed=1, 2", "train.seed", "integer", "'1, 2'"),
         (
