@@ -12,6 +12,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.bulk_records import BulkRequest, BulkSummary
 from pipeline.errors import InputError, LorafleetError
+from pipeline.printable import counted
 from pipeline.units import UnitFailure
 from tasks.bulk import finish_job, label_units, plan_job
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
@@ -59,8 +60,8 @@ def _run(request: BulkRequest) -> State[Any]:
     aside = str(plan.begun.place) if failures and plan.begun.place.root != plan.output.root else None
     outcome = BulkOutcome(summary, aside, failures, None)
     if failures:
-        return Failed(message=f"{len(failures)} failures; see _failures.parquet", data=outcome)
-    return Completed(message=f"{summary.rows_out} rows", data=outcome)
+        return Failed(message=f"{counted(len(failures), 'failure')}; see _failures.parquet", data=outcome)
+    return Completed(message=counted(summary.rows_out, "row"), data=outcome)
 
 
 def _stopped(error: LorafleetError) -> State[Any]:

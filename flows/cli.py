@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import InputError, LorafleetError
+from flows.terminal import complain, leave_on_signals, say, say_json, say_table, secure_streams, stop_on_signals
+from pipeline.errors import InputError, LorafleetError, refused_by_machine
+from pipeline.printable import counted, shortened
 
 if TYPE_CHECKING:
     from flows.classify_datasets import BulkOutcome
@@ -33,30 +36,67 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _LABELS_SHOWN = 10
+_ENCODER = "Location of the encoder: a Hub id, a folder, or package:NAME."
+_OFFLINE = "Never ask the Hub."
+_JSON = "Print one JSON object."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class _Command(click.Command):
+    """A command that takes no empty value, and says of a value that another one replaces it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Look at the values as they are given: as a path, an empty one is the current folder."""
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in dict.fromkeys(order):
+            values = given[param.name or ""]
+            if "" in (values if isinstance(values, list) else [values]):
+                raise click.BadParameter("it is empty", ctx=ctx, param=param)
+            if order.count(param) > 1 and not (param.multiple or getattr(param, "is_flag", False)):
+                complain(f"warning: {param.opts[0]} is given {order.count(param)} times; the last one counts")
+        return super().parse_args(ctx, args)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+class _FiniteRange(click.FloatRange):
+    """Numbers between two; ``nan`` is in no range, though click lets it into each."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="lorafleet")
 def lorafleet() -> None:
     """Train, evaluate, publish and apply a fleet of LoRA text classifiers on one frozen encoder."""
 
 
 @lorafleet.command()
-@click.option("--config", "source", default="quickstart", show_default=True, metavar="PRESET|FILE", help="A preset's name, or a TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config; may be repeated.")
-@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="The run store.")
-@click.option("--dry-run", is_flag=True, help="Check the config, print the resolved plan, and read nothing else.")
-@click.option("--force", is_flag=True, help="Train again what an earlier run has finished for the same inputs.")
+@click.option(
+    "--config", "source", default="quickstart", show_default=True, metavar="PRESET|FILE", help="Name of a preset, or a TOML file."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config. Repeatable.")
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Run store, a folder.")
+@click.option("--dry-run", is_flag=True, help="Check the config and print the resolved plan. Read nothing else.")
+@click.option("--force", is_flag=True, help="Train again even if an earlier run has finished with the same inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Train one adapter per MTEB task, evaluate it honestly, and collect everything in a run folder.
+    """Train and evaluate one adapter per task.
+
+    Everything that a run makes is collected in one run folder. After a crash, run the same command to resume.
 
     Example: lorafleet train --config mteb8 --set data.mirror=data/mteb --set train.seed=7
     """
     from pipeline.config import load_config
+    from pipeline.run_store import store_folder
 
-    if "://" in runs:
-        raise InputError(f"--runs {runs}: the run store must be a local or mounted folder")
+    store_folder(runs)
     config = load_config(source, overrides=overrides)
     if dry_run:
         _print_plan(config, as_json=as_json)
@@ -66,64 +106,76 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     if outcome.folder is None:
         sys.exit(2 if all(failure.user_fault for failure in outcome.failures) else 1)
     if not as_json:
-        click.echo(f"run: {outcome.folder.root}")
+        say(f"run: {outcome.folder.root}")
     sys.exit(1 if outcome.failures else 0)
 
 
 @lorafleet.command()
 @click.argument("source", metavar="INPUT")
 @click.argument("output", metavar="OUTPUT")
-@click.option("--adapter", "adapters", multiple=True, required=True, metavar="[NAME=]REF", help="An adapter; may be repeated.")
-@click.option("--text-column", default="text", show_default=True, metavar="NAME", help="The column to classify.")
-@click.option("--columns", metavar="A,B,…", help="Input columns to keep; all where left out.")
+@click.option("--adapter", "adapters", multiple=True, required=True, metavar="[NAME=]REF", help="Adapter to classify with. Repeatable.")
+@click.option("--text-column", default="text", show_default=True, metavar="NAME", help="Column to classify.")
+@click.option("--columns", metavar="A,B,...", help="Input columns to keep. [default: all]")
 @click.option("--min-score", type=float, metavar="P", help="Leave the label null below this probability.")
-@click.option("--target-accuracy", type=float, metavar="A", help="The same, with the threshold from each adapter's coverage table.")
+@click.option("--target-accuracy", type=float, metavar="A", help="Take that probability from the coverage table of each adapter.")
 @click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels.")
-@click.option("--limit", type=int, metavar="N", help="Only the first N rows, to try a job.")
-@click.option("--sample", type=float, metavar="F", help="Only a random share of the rows, to try a job.")
-@click.option("--rows-per-unit", type=int, default=200_000, show_default=True, metavar="N", help="What is done, or done again, as a whole.")
-@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
-@click.option("--where", default="auto", show_default=True, type=click.Choice(["auto", "process", "ray"]), help="This process, or Ray.")
-@click.option("--cpus", default="auto", show_default=True, metavar="N", help="CPU share of one Ray actor.")
-@click.option("--gpus", default="auto", show_default=True, metavar="N", help="GPU share of one Ray actor.")
-@click.option("--concurrency", default="auto", show_default=True, metavar="N", help="Ray actors at most.")
-@click.option("--ray-address", metavar="ADDRESS", help="An existing Ray cluster.")
-@click.option("--offline", is_flag=True, help="Never ask the Hub.")
-@click.option("--overwrite", is_flag=True, help="Replace another job's output, once the new one is complete.")
+@click.option("--limit", type=int, metavar="N", help="Label only the first N rows, to try a job.")
+@click.option("--sample", type=float, metavar="F", help="Label only a random fraction of the rows, to try a job.")
+@click.option(
+    "--rows-per-unit",
+    type=int,
+    default=200_000,
+    show_default=True,
+    metavar="N",
+    help="Rows per unit of work. A unit is written, or retried, as a whole.",
+)
+@click.option("--encoder", metavar="NAME", help=_ENCODER)
+@click.option(
+    "--where", default="auto", show_default=True, type=click.Choice(["auto", "process", "ray"]), help="Run in this process, or on Ray."
+)
+@click.option("--cpus", default="auto", show_default=True, metavar="N", help="CPUs of one Ray actor, or threads of this process.")
+@click.option("--gpus", default="auto", show_default=True, metavar="N", help="GPUs of one Ray actor.")
+@click.option("--concurrency", default="auto", show_default=True, metavar="N", help="Largest number of Ray actors.")
+@click.option("--ray-address", metavar="ADDRESS", help="Use this Ray cluster. [default: that of RAY_ADDRESS, if set]")
+@click.option("--offline", is_flag=True, help=_OFFLINE)
+@click.option("--overwrite", is_flag=True, help="Replace the output of another job, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def classify(as_json: bool, **given: Any) -> None:
-    """Label Parquet with trained adapters; the same command goes on where an earlier one was stopped.
+    """Label Parquet with trained adapters.
+
+    Finished units are kept: after a crash, run the same command to resume.
 
     Example: lorafleet classify reviews/ labelled/ --adapter runs/20261120-181500-1a2b#RottenTomatoes
     """
     outcome = _classify(_bulk_request(given))
     if outcome.error is not None:
-        click.echo(f"error: {outcome.error}", err=True)
-        sys.exit(2 if isinstance(outcome.error, InputError) else 1)
+        raise outcome.error
     assert outcome.summary is not None
     if as_json:
-        click.echo(outcome.summary.model_dump_json(indent=1))
+        say_json(outcome.summary.model_dump(mode="json"))
     else:
         _print_summary(outcome.summary)
     for failure in outcome.failures:
         where = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
-        click.echo(f"failed: {where}: {failure.reason}", err=True)
+        complain(f"failed: {where}: {failure.reason}")
     if outcome.aside is not None:
-        click.echo(f"the old output in {given['output']} is left as it was, because of the failures", err=True)
+        complain(f"the old output in {given['output']} is left as it was, because of the failures")
     if not as_json:
-        click.echo(f"output: {outcome.aside or given['output']}")
+        say(f"output: {outcome.aside or given['output']}")
     sys.exit(1 if outcome.failures else 0)
 
 
 @lorafleet.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", required=True, metavar="DIR|hf:OWNER/NAME", help="A folder, or a repository of the Hugging Face Hub.")
-@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]; may be repeated.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the run's encoder comes with, where it needs some.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--to", required=True, metavar="DIR|hf:OWNER/NAME", help="Folder, or repository of the Hugging Face Hub, to publish to.")
+@click.option("--private", is_flag=True, help="Make the repository private if it does not exist yet.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]. Repeatable.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the run's encoder needs.")
+@click.option("--json", "as_json", is_flag=True, help=_JSON)
 def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
-    """Publish what the promotion gate lets through of a finished run: verified, in one commit.
+    """Publish what passes the gate, in one commit.
+
+    RUN is a finished run folder. What it would publish is verified before the target changes.
 
     Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
     """
@@ -133,6 +185,8 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust
     from tasks.loopback import prepare_http
 
     prepare_http()
+    if any(override.startswith("publish.token_block") for override in overrides):
+        raise InputError("--set publish.token_block has no effect here, only where a flow publishes; set HF_TOKEN")
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
     published = publish_run(run, to, config, trust_remote_code=trust_remote_code)
     _print_published(published, as_json=as_json)
@@ -141,11 +195,13 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust
 
 @lorafleet.command()
 @click.argument("ref", metavar="REF")
-@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
-@click.option("--offline", is_flag=True, help="Never ask the Hub.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--encoder", metavar="NAME", help=_ENCODER)
+@click.option("--offline", is_flag=True, help=_OFFLINE)
+@click.option("--json", "as_json", is_flag=True, help=_JSON)
 def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
-    """Reload published adapters in a fresh process, and compare them with what was trained.
+    """Check published adapters in a new process.
+
+    Each adapter of REF is loaded as anybody would load it, and compared with what was trained.
 
     Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
     """
@@ -158,11 +214,13 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
 
 @lorafleet.command()
 @click.argument("repository", metavar="hf:OWNER/NAME")
-@click.option("--to", "revision", required=True, metavar="TAG|REVISION", help="The state to go back to; a run's is tagged run-<run>.")
-@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
+@click.option("--to", "revision", required=True, metavar="TAG|REVISION", help="State to restore. That of a run is tagged run-<run>.")
+@click.option("--encoder", metavar="NAME", help=_ENCODER)
 @click.option("--offline", is_flag=True, help="Never ask the Hub for an encoder.")
 def rollback(repository: str, revision: str, encoder: str | None, offline: bool) -> None:
-    """Make an older state of a repository its newest one, verified first.
+    """Restore an older state of a repository.
+
+    That state is verified first, and becomes the newest commit.
 
     Example: lorafleet rollback hf:me/support-classifiers --to run-20261113-181500-9c8d
     """
@@ -172,7 +230,7 @@ def rollback(repository: str, revision: str, encoder: str | None, offline: bool)
     prepare_http()
     landed, verified = roll_back(repository, revision, encoder=encoder, offline=offline)
     _print_verified(verified, as_json=False)
-    click.echo(f"{repository} is at {landed} now, with the files of {revision}")
+    say(f"{repository} is at {landed} now, with the files of {revision}")
 
 
 @lorafleet.command()
@@ -182,12 +240,14 @@ def rollback(repository: str, revision: str, encoder: str | None, offline: bool)
     "--form",
     required=True,
     type=click.Choice(["sentence-transformers", "classifier", "transformers", "onnx"]),
-    help="The adapted encoder; encoder and head for sentence-transformers; for transformers' own pipeline (EuroBERT); for ONNX Runtime.",
+    help="Write the encoder, or encoder and head, for sentence-transformers; or a model for transformers (EuroBERT) or ONNX Runtime.",
 )
-@click.option("--encoder", metavar="NAME", help="Where the encoder lies: a Hub id, a folder, or package:NAME.")
-@click.option("--offline", is_flag=True, help="Never ask the Hub.")
+@click.option("--encoder", metavar="NAME", help=_ENCODER)
+@click.option("--offline", is_flag=True, help=_OFFLINE)
 def export(ref: str, target: Path, form: Form, encoder: str | None, offline: bool) -> None:
-    """Write one adapter, merged into its encoder, as a model that other tools load; read back and compared.
+    """Export an adapter for other tools.
+
+    The adapter is merged into its encoder. What was written is read back and compared.
 
     Example: lorafleet export hf:me/support-classifiers#Tickets tickets-onnx --form onnx
     """
@@ -198,14 +258,16 @@ def export(ref: str, target: Path, form: Form, encoder: str | None, offline: boo
     prepare_http()
     (adapter,) = find_adapters([ref], offline=offline)
     exported = export_adapter(adapter, target, form=form, encoder=encoder, offline=offline)
-    click.echo(f"exported {exported.adapter} to {target}: within {exported.largest_difference:.2g} of the adapter itself")
+    say(f"exported {exported.adapter} to {target}: within {exported.largest_difference:.2g} of the adapter itself")
 
 
 @lorafleet.command()
 @click.argument("place", metavar="RUN|RUNS", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def show(place: Path, as_json: bool) -> None:
-    """Print the score table of a run, or the history of each MTEB task over the runs of a store.
+    """Print the scores of a run, or the history.
+
+    For a run store, print the scores of each MTEB task over its runs.
 
     Example: lorafleet show runs
     """
@@ -218,46 +280,56 @@ def show(place: Path, as_json: bool) -> None:
 
 
 @lorafleet.command()
-@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="The run store; need not be there yet.")
-@click.option("--ray-address", metavar="ADDRESS", help="An existing Ray cluster; that of RAY_ADDRESS where left out.")
-@click.option("--start", "start_ray", is_flag=True, help="Where no cluster is named, start a local Ray and stop it again.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Run store (may not exist yet).")
+@click.option("--ray-address", metavar="ADDRESS", help="Check this Ray cluster. [default: that of RAY_ADDRESS, if set]")
+@click.option("--start", "start_ray", is_flag=True, help="If no cluster is named, start a local Ray and stop it again.")
+@click.option("--json", "as_json", is_flag=True, help=_JSON)
 def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -> None:
-    """Check what a run needs of this machine and the servers it uses, and say what to do about each fault.
+    """Check this machine, and say what to fix.
 
-    Exit code 0 where runs will work, warnings or not; 1 where something is broken.
+    Checks what a run needs, and the servers that it uses. Exit code 0 if runs will work, with or without warnings; 1 if something is
+    broken.
 
     Example: lorafleet doctor --runs runs
     """
     from flows.doctor import examine, report
+    from pipeline.run_store import store_folder
 
-    if "://" in runs:
-        raise InputError(f"--runs {runs}: the run store must be a local or mounted folder")
-    checks = examine(Path(runs), ray_address=ray_address, start_ray=start_ray)
-    click.echo(report(checks, as_json=as_json))
+    if start_ray and ray_address is not None:
+        raise InputError("--start has no effect with --ray-address, which names a cluster that is there; leave one out")
+    checks = examine(store_folder(runs), ray_address=ray_address, start_ray=start_ray)
+    if as_json:
+        say_json(json.loads(report(checks, as_json=True)))
+    else:
+        say(*report(checks, as_json=False).split("\n"))
     sys.exit(1 if any(check.status == "fault" for check in checks) else 0)
 
 
 @lorafleet.command()
 @click.argument("runs", metavar="RUNS", type=click.Path(path_type=Path))
 @click.option(
-    "--keep", type=click.IntRange(min=0), default=10, show_default=True, metavar="N", help="Newest runs of each MTEB task to keep."
+    "--keep",
+    type=click.IntRange(0, 1_000_000),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Keep the newest N runs of each MTEB task.",
 )
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0),
+    type=_FiniteRange(0, 36_500),
     default=30,
     show_default=True,
     metavar="DAYS",
-    help="Delete only what is older; of what was never finished, also only what is older than 7 days.",
+    help="Delete only what is older. Unfinished work younger than 7 days is always kept.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the same, and delete nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted. Delete nothing.")
+@click.option("--json", "as_json", is_flag=True, help=_JSON)
 def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool) -> None:
-    """Delete old run folders and abandoned checkpoints of a run store.
+    """Delete old runs and abandoned checkpoints.
 
-    What was published stays, and so does the last good run of each MTEB task. The history over runs keeps every score; its page is
-    written anew, without links to what is gone.
+    Published runs and the last good run of each MTEB task are kept. The history over runs keeps every score. Its page is written again,
+    without links to deleted runs.
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
     """
@@ -274,16 +346,20 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
 
 
 @lorafleet.command()
-@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Deployments; where left out, our deploy/prefect.yaml.")
-@click.option("--name", "names", multiple=True, metavar="NAME", help="Only this deployment of the file; may be repeated.")
-@click.option("--interval", type=float, metavar="SECONDS", help="Every so many seconds, instead of the file's schedule.")
-@click.option("--cron", metavar="EXPR", help="By a cron expression, instead of the file's schedule.")
-@click.option("--timezone", metavar="TZ", help="Of --cron or --interval, such as Europe/Berlin; UTC where left out.")
-@click.option("--notify", metavar="TYPE/NAME", help="Tell this Prefect notification block of failed runs, such as slack-webhook/team.")
+@click.option(
+    "--file", type=click.Path(path_type=Path), metavar="FILE", help="File with the deployments. [default: deploy/prefect.yaml of lorafleet]"
+)
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Register only this deployment of the file. Repeatable.")
+@click.option("--interval", type=float, metavar="SECONDS", help="Run at this interval instead of the file's schedule.")
+@click.option("--cron", metavar="EXPR", help="Run by this cron expression instead of the file's schedule.")
+@click.option("--timezone", metavar="TZ", help="Time zone for --cron or --interval, such as Europe/Berlin. [default: UTC]")
+@click.option("--notify", metavar="TYPE/NAME", help="Report failed runs to this Prefect notification block, such as slack-webhook/team.")
 def deploy(
     file: Path | None, names: tuple[str, ...], interval: float | None, cron: str | None, timezone: str | None, notify: str | None
 ) -> None:
-    """Register schedules with the Prefect server of PREFECT_API_URL (of lorafleet up, where unset); runs start in this folder.
+    """Register schedules with a Prefect server.
+
+    The server is that of PREFECT_API_URL, or that of `lorafleet up` if it is not set. Scheduled runs start in the current folder.
 
     Example: lorafleet deploy --name weekly --cron "0 6 * * 1" --timezone Europe/Berlin --notify slack-webhook/team
     """
@@ -294,38 +370,77 @@ def deploy(
 
     schedule = schedule_of(interval=interval, cron=cron, timezone=timezone)
     for deployed in register(file or FILE, names=names, schedule=schedule, notify=notify):
-        click.echo(deployed)
+        say(str(deployed))
 
 
 @lorafleet.command()
-@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The run store.")
-@click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65_532), help="Of the Prefect UI; three more follow it.")
-@click.option("--no-ray", is_flag=True, help="Start no Ray: each run starts its own, or joins that of RAY_ADDRESS.")
-def up(runs: Path, port: int, no_ray: bool) -> None:
-    """Run a Prefect server, a worker for scheduled runs, Ray and the reports on this machine, until Ctrl-C.
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Run store, a folder.")
+@click.option(
+    "--port",
+    default=4200,
+    show_default=True,
+    type=click.IntRange(1, 65_532),
+    help="Port of the Prefect UI. The next three ports are used as well.",
+)
+@click.option("--no-ray", is_flag=True, help="Start no Ray. Each run starts its own, or joins that of RAY_ADDRESS.")
+def up(runs: str, port: int, no_ray: bool) -> None:
+    """Run Prefect, Ray and the reports locally.
+
+    A Prefect server, a worker for scheduled runs, Ray and the reports run on this machine, until Ctrl-C.
 
     Example: lorafleet up --runs runs --port 4200
     """
     from flows.up import up as start
+    from pipeline.run_store import store_folder
 
-    start(runs, port=port, with_ray=not no_ray, say=click.echo)
+    start(store_folder(runs), port=port, with_ray=not no_ray, say=say)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; turns errors into one message and an exit code."""
+    """Entry point of the console script; turns errors into one message and an exit code.
+
+    Args:
+        arguments: Those of the process where left out; then its standard streams and its signals are the command's, too.
+    """
+    if arguments is None:
+        secure_streams()
+        stop_on_signals()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     try:
-        lorafleet.main(args=arguments, standalone_mode=False)
+        _invoke(sys.argv[1:] if arguments is None else arguments)
     except click.ClickException as error:
-        error.show()
+        _complain_of_usage(error)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; what was finished is kept, and the same command goes on from there", err=True)
+        complain("interrupted; what was finished is kept, and the same command goes on from there")
         sys.exit(_INTERRUPTED)
     except LorafleetError as error:
-        click.echo(f"error: {error}", err=True)
+        complain(*f"error: {error}".split("\n"))
         sys.exit(2 if isinstance(error, InputError) else 1)
+    finally:
+        if arguments is None:
+            leave_on_signals()
+
+
+def _invoke(arguments: Sequence[str]) -> None:
+    """Run the command. What the machine refuses is an error of ours; what else goes wrong is a fault of ours, with its traceback."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise InputError(f"{argument}: not a text in this terminal's encoding; rename the file, or write the name in UTF-8")
+    try:
+        lorafleet.main(args=list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:
+        if (refused := refused_by_machine(error)) is None:
+            raise
+        raise refused from error
+
+
+def _complain_of_usage(error: click.ClickException) -> None:
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        complain(*error.ctx.get_usage().split("\n"), f"Try '{error.ctx.command_path} --help' for help.", "")
+    complain(f"Error: {' '.join(error.format_message().split())}")
 
 
 def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, *, force: bool) -> RunOutcome:
@@ -384,7 +499,7 @@ def _leave_without_server(server: PrefectServer, error: Exception) -> NoReturn:
     """Exit at once: Prefect would wait for seven seconds with each event that the server did not take, and there may be hundreds."""
     where = f"the Prefect server at {os.environ['PREFECT_API_URL']}"
     # On a line of its own: Prefect's last one, on logs that were not taken, has no end.
-    click.echo(f"\nerror: {where} does not answer: {error}; what was finished is kept, start again when it does", err=True)
+    complain("", f"error: {where} does not answer: {error}; finished work is kept, start again when it does")
     server.stop()
     sys.stdout.flush()
     os._exit(1)
@@ -396,7 +511,7 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
     from pipeline.bulk_records import BulkCompute, BulkOptions, BulkRequest
 
     columns = given.pop("columns")
-    given["columns"] = None if columns is None else tuple(columns.split(","))
+    given["columns"] = None if columns is None else tuple(name.strip() for name in columns.split(","))
     values: dict[str, Any] = {name: given[name] for name in ("source", "output", "adapters", "encoder", "offline", "overwrite")}
     values["options"] = {name: given[name] for name in BulkOptions.model_fields}
     values["compute"] = {name: given[name] for name in BulkCompute.model_fields}
@@ -404,9 +519,13 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
         return BulkRequest.model_validate(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        name = next(str(part) for part in reversed(fault["loc"]) if str(part) in given) if fault["loc"][1:] else ""
         message = fault["msg"].removeprefix("Value error, ")
-        raise InputError(f"--{name.replace('_', '-')}: {message}, found {given[name]!r}" if name else message) from None
+        options = {
+            param.name: param.make_metavar(click.get_current_context()) if isinstance(param, click.Argument) else param.opts[0]
+            for param in classify.params
+        }
+        option = next((options[part] for part in reversed(fault["loc"]) if part in options), "")
+        raise InputError(f"{option}: {message}, found {shortened(repr(fault['input']))}" if option else message) from None
 
 
 def _classify(request: BulkRequest) -> BulkOutcome:
@@ -430,25 +549,22 @@ def _import_kernel() -> None:
 
 
 def _print_summary(summary: BulkSummary) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table("adapter", "label", "rows", "share", box=None, pad_edge=False)
+    rows = []
     for name, counts in summary.labels.items():
         for label, count in list(counts.items())[:_LABELS_SHOWN]:
-            grid.add_row(name, label, f"{count:,}", f"{count / max(1, summary.rows_out):.1%}")
+            rows.append((name, label, f"{count:,}", f"{count / max(1, summary.rows_out):.1%}"))
         others = len(counts) - _LABELS_SHOWN
         if others > 0:
-            grid.add_row(name, f"… {others} more labels", "", "")
+            rows.append((name, f"… {counted(others, 'more label')}", "", ""))
         if summary.null_labels.get(name):
-            grid.add_row(name, "(none)", f"{summary.null_labels[name]:,}", f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}")
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
+            rows.append((name, "(none)", f"{summary.null_labels[name]:,}", f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}"))
+    say_table(("adapter", "label", "rows", "share"), rows)
     for reason, count in summary.reasons.items():
-        click.echo(f"without a label: {count:,} ({reason}{'; each adapter counts' if len(summary.labels) > 1 else ''})")
+        say(f"without a label: {count:,} ({reason}{'; each adapter counts' if len(summary.labels) > 1 else ''})")
     nothing = "nothing was labelled" if summary.failures else "nothing was left to do"
     rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
-    facts = f"{summary.rows_out:,} of {summary.rows_in:,} rows in {summary.seconds:.0f} s, {rate}"
-    click.echo(f"{facts}; {summary.truncated:,} cut, {summary.duplicates:,} duplicates, {summary.failures} failures")
+    facts = f"{summary.rows_out:,} of {counted(summary.rows_in, 'row')} in {summary.seconds:.0f} s, {rate}"
+    say(f"{facts}; {summary.truncated:,} cut, {counted(summary.duplicates, 'duplicate')}, {counted(summary.failures, 'failure')}")
 
 
 def _says_something(record: logging.LogRecord) -> bool:
@@ -460,23 +576,24 @@ def _says_something(record: logging.LogRecord) -> bool:
         return False  # the flow's end that could not be reported, as a traceback
     stopped = "Failed('Task run encountered an exception StoppedError"
     ends = ("",) if record.name == "prefect.flow_runs" else ("Completed", "NotReady", stopped)
-    return not record.getMessage().startswith(tuple(f"Finished in state {end}" for end in ends))
+    interrupted = "Crash detected! Execution was aborted by an interrupt"
+    return not record.getMessage().startswith((*(f"Finished in state {end}" for end in ends), interrupted))
 
 
 def _print_published(published: Published, *, as_json: bool) -> None:
     if as_json:
         decisions = [decision.model_dump(mode="json") for decision in published.decisions]
         facts = {"to": published.to, "revision": published.revision, "num_files": published.num_files, "decisions": decisions}
-        click.echo(json.dumps(facts, indent=1))
+        say_json(facts)
     else:
         for decision in published.decisions:
-            click.echo(f"{decision.decision:8}{decision.mteb_task}: {decision.reason}")
+            say(f"{decision.decision:8}{decision.mteb_task}: {decision.reason}")
         for adapter in published.verified:
-            click.echo(_verified_line(adapter))
+            say(_verified_line(adapter))
         where = published.to if published.revision is None else f"{published.to}@{published.revision}"
         promoted = len(published.verified)
-        click.echo(
-            f"published {promoted} of {len(published.decisions)} adapters, {published.num_files} files: {where}"
+        say(
+            f"published {promoted} of {counted(len(published.decisions), 'adapter')}, {counted(published.num_files, 'file')}: {where}"
             if promoted
             else f"nothing to publish; {where} stays as it is"
         )
@@ -484,10 +601,10 @@ def _print_published(published: Published, *, as_json: bool) -> None:
 
 def _print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(adapter) for adapter in verified], indent=1))
+        say_json([dataclasses.asdict(adapter) for adapter in verified])
         return
     for adapter in verified:
-        click.echo(_verified_line(adapter))
+        say(_verified_line(adapter))
 
 
 def _verified_line(adapter: Verified) -> str:
@@ -503,15 +620,15 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         verdicts = [dataclasses.asdict(verdict) | {"path": str(verdict.path)} for verdict in pruned.verdicts]
         facts = {"dry_run": dry_run, "freed_bytes": pruned.freed_bytes, "failures": pruned.failures, "verdicts": verdicts}
-        click.echo(json.dumps(facts, indent=1))
+        say_json(facts)
         return
     for verdict in pruned.verdicts:
         word, size = "delete" if verdict.goes else "keep", readable_bytes(verdict.num_bytes)
-        click.echo(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
+        say(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
     for failure in pruned.failures:
-        click.echo(f"failed: {failure}", err=True)
+        complain(f"failed: {failure}")
     gone, size = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures), readable_bytes(pruned.freed_bytes)
-    click.echo(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")
+    say(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
@@ -520,26 +637,26 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
     tasks = plan_tasks(config)
     plan = {"config": config.model_dump(mode="json"), "mteb_tasks": [t.model_dump() for t in tasks]}
     if as_json:
-        click.echo(json.dumps(plan, indent=1))
+        say_json(plan)
         return
     import tomli_w
 
-    click.echo(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    say(*tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).split("\n"))
     for t in tasks:
-        click.echo(f"# {t.name}: {describe_source(t)}; at most {t.max_epochs} epochs")
+        say(f"# {t.name}: {describe_source(t)}; at most {t.max_epochs} epochs")
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
     unpublished = [failure for failure in outcome.failures if failure.stage in ("gate", "publish")]  # known after all files were written
     for failure in unpublished:
-        click.echo(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}", err=True)
+        complain(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}")
     if as_json:
         if outcome.folder is not None:
             summary = json.loads(outcome.folder.results.read_text(encoding="utf-8"))
             summary["failures"] += [failure.model_dump() for failure in unpublished]
-            click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
+            say_json(summary)
         else:
-            click.echo(json.dumps({"failures": [f.model_dump() for f in outcome.failures]}))
+            say_json({"failures": [f.model_dump() for f in outcome.failures]})
         return
     if outcome.folder is not None:
         _show_run(outcome.folder.root, as_json=False)
@@ -553,34 +670,27 @@ def _show_run(run: Path, *, as_json: bool) -> None:
     folder = RunFolder(run)
     summary = read_record(folder.results, ClassificationResults)
     if as_json:
-        click.echo(summary.model_dump_json(indent=1))
+        say_json(summary.model_dump(mode="json"))
         return
     files = [folder.task(entry.task).result for entry in summary.tasks]
     results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a published folder has none
     _print_table(score_table(summary, results))
     for failure in summary.failures:
-        click.echo(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}", err=True)
+        complain(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}")
 
 
 def _print_table(table: ScoreTable) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from pipeline.results import SCORE_HEADINGS
 
-    grid = Table(*SCORE_HEADINGS, box=None, pad_edge=False)
-    for cells in [*(line.cells() for line in table.lines), table.average_cells()]:
-        grid.add_row(*(f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells))
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False, markup=False)
-    console.print(grid)
+    lines = [*(line.cells() for line in table.lines), table.average_cells()]
+    say_table(
+        SCORE_HEADINGS, [[f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells] for cells in lines]
+    )
     for note in table.notes():
-        console.print(note)
+        say(note)
 
 
 def _show_history(runs: Path, *, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from pipeline.history import changed_test_data
     from pipeline.metrics_table import read_history
     from pipeline.results import percent
@@ -591,17 +701,17 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
     changed = changed_test_data(rows)
     if as_json:
         facts = [row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows]
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return
     by_run: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
     columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
-    grid = Table("MTEB task", "run", *columns, "", box=None, pad_edge=False)
+    lines = []
     for (mteb_task, run_id), scores in sorted(by_run.items(), key=lambda line: line[0][0]):  # the runs of each, oldest first, as read
         note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
-        grid.add_row(mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(grid)
+        lines.append((mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note))
+    say_table(("MTEB task", "run", *columns, ""), lines)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from prefect.utilities.urls import url_for
 from prefect.workers.process import ProcessWorker
 
 from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
-from pipeline.errors import InputError, LorafleetError
+from pipeline.errors import InputError, LorafleetError, first_line
 from tasks.loopback import prepare_http
 from tasks.notifying import notify_of_failures
 from tasks.passwords import login_for, running_ups
@@ -75,6 +75,7 @@ def deploy(
         raise InputError(f"--interval, --cron: {file} has {len(chosen)} deployments; say with --name which one is meant")
     for entry, flow in chosen:
         _check_parameters(file, entry, flow)
+        _check_schedules(file, entry, entry.schedules if schedule is None else (schedule,))
     with _server() as client:
         if notify is not None:
             notify_of_failures(client, notify, tag=TAG, ui=str(get_current_settings().ui_url))
@@ -87,8 +88,10 @@ def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
     where = f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}"
     try:
         flow = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{where}: cannot be imported: {error}; expected module.flow") from None
+    except (Exception, SystemExit) as error:  # whatever a module of the user's raises
+        if module.partition(".")[0] == "flows" and not isinstance(error, ImportError):
+            raise
+        raise InputError(f"{where}: cannot be imported: {type(error).__name__}: {first_line(error)}; expected module.flow") from None
     if not isinstance(flow, Flow):
         raise InputError(f"{where}: {name} is not a flow of {module}; expected module.flow")
     return flow
@@ -98,6 +101,10 @@ def _chosen(
     entries: list[tuple[DeploymentEntry, Flow[..., Any]]], file: Path, names: Sequence[str]
 ) -> list[tuple[DeploymentEntry, Flow[..., Any]]]:
     there = {f"{flow.name}/{entry.name}": entry.name for entry, flow in entries}
+    if len(there) < len(entries):
+        every = [f"{flow.name}/{entry.name}" for entry, flow in entries]
+        twice = sorted({name for name in every if every.count(name) > 1})
+        raise InputError(f"{file}: {', '.join(twice)} is there more than once, and the last one would replace the others; rename them")
     if unknown := [name for name in names if name not in (*there, *there.values())]:
         raise InputError(f"--name {', '.join(unknown)}: not in {file}; it has {', '.join(there)}")
     return [(entry, flow) for entry, flow in entries if not names or {entry.name, f"{flow.name}/{entry.name}"} & set(names)]
@@ -114,6 +121,14 @@ def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) 
             validate(parameters, schema, raise_on_error=True, ignore_required=True)
         except ParameterError as error:
             raise InputError(f"{file}: deployment {entry.name!r}: parameters: {error}") from None
+
+
+def _check_schedules(file: Path, entry: DeploymentEntry, schedules: Sequence[ScheduleEntry]) -> None:
+    for schedule in schedules:
+        try:
+            _next_run(schedule)
+        except ValueError as error:  # the 31st of February
+            raise InputError(f"{file}: deployment {entry.name!r}: {schedule}: no run would ever be due: {first_line(error)}") from None
 
 
 @contextmanager

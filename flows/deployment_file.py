@@ -6,18 +6,21 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.utilities.templating import apply_values
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.errors import InputError
+from pipeline.config import like
+from pipeline.documents import check_values, parse_yaml, read_text
+from pipeline.errors import ConfigError, InputError
 from pipeline.records import Record
 
 _ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)  # fixed, so that registering again does not move an interval's next run
 _TOP_LEVEL = {"prefect-version", "name", "definitions", "pull", "deployments"}
+_LONGEST_INTERVAL_SECONDS = 10 * 366 * 86_400
+_Name = Annotated[str, like(r"[^/%&><]{1,200}", "1 to 200 characters without / % & < >")]  # what Prefect's server takes
 
 
 def read_deployments(file: Path) -> list[DeploymentEntry]:
@@ -26,11 +29,10 @@ def read_deployments(file: Path) -> list[DeploymentEntry]:
     Raises: InputError: the file cannot be read, or says what lorafleet does not register.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}; choose another with --file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        text = read_text(file)
+    except ConfigError as error:
+        raise InputError(f"{error}; choose another with --file") from None
+    values = parse_yaml(text, origin=str(file))
     if not isinstance(values, dict) or not isinstance(values.get("deployments"), list) or not values["deployments"]:
         raise InputError(f"{file}: expected a mapping with a list of `deployments`, as in Prefect's prefect.yaml")
     if (unknown := set(values) - _TOP_LEVEL) or values.get("pull"):
@@ -43,27 +45,34 @@ def read_deployments(file: Path) -> list[DeploymentEntry]:
         filled: Any = apply_values(values["deployments"], {}, remove_notset=False)
     except ValueError as error:
         raise InputError(f"{file}: {error}; put dates in quotes") from None
+    check_values(filled, origin=str(file))  # the environment may have put a password in
+    try:
+        json.dumps(filled, allow_nan=False)
+    except ValueError:
+        raise InputError(f"{file}: holds .nan or .inf, which Prefect's server cannot be sent; write another value") from None
     return [_entry(file, entry) for entry in filled]
 
 
 class ScheduleEntry(Record):
     """One schedule of a deployment."""
 
-    cron: str | None = None
-    interval: float | None = Field(default=None, gt=0)
-    """Seconds, counted from the anchor date."""
-    timezone: str = "UTC"
-    anchor_date: datetime = _ANCHOR
+    cron: str | None = Field(default=None, max_length=200)
+    interval: float | None = Field(default=None, gt=0, le=_LONGEST_INTERVAL_SECONDS)
+    """Seconds, at least one, counted from the anchor date."""
+    timezone: str = Field(default="UTC", min_length=1)
+    anchor_date: datetime = Field(default=_ANCHOR, ge=datetime(1970, 1, 2, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))
     day_or: bool = True
     """Whether a cron expression's day of the month and day of the week are alternatives."""
     active: bool = True
     parameters: dict[str, Any] = Field(default_factory=dict)
-    slug: str | None = None
+    slug: str | None = Field(default=None, min_length=1, max_length=200)
 
     @model_validator(mode="after")
     def _one_kind(self) -> ScheduleEntry:
         if (self.cron is None) == (self.interval is None):
             raise ValueError("expected either cron or interval")
+        if self.interval is not None and self.interval < 1:
+            raise ValueError(f"an interval of {self.interval:g} s would start runs without end; expected at least 1")
         self.prefect()
         return self
 
@@ -85,7 +94,7 @@ class ScheduleEntry(Record):
 class LimitEntry(Record):
     """How many runs of one deployment at a time, and what becomes of another."""
 
-    limit: int = Field(ge=1)
+    limit: int = Field(ge=1, le=10_000)
     collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] = "ENQUEUE"
     grace_period_seconds: int | None = Field(default=None, ge=60, le=86400)
 
@@ -93,15 +102,15 @@ class LimitEntry(Record):
 class PoolEntry(Record):
     """Where the runs of a deployment are started."""
 
-    name: str
-    work_queue_name: str | None = None
+    name: _Name
+    work_queue_name: _Name | None = None
     job_variables: dict[str, Any] = Field(default_factory=dict)
 
 
 class DeploymentEntry(Record):
     """One deployment of the file; the part of Prefect's format that lorafleet registers."""
 
-    name: str
+    name: _Name
     entrypoint: str
     """``module.flow``. A path would put its folder first on ``sys.path``."""
     description: str | None = None
@@ -140,8 +149,10 @@ def _entry(file: Path, values: Any) -> DeploymentEntry:
     # Those of the job variables are filled when a run starts.
     if "{{" in json.dumps(entry.model_dump(mode="json", exclude={"work_pool"})):
         raise InputError(f"{file}: deployment {name!r}: a {{{{ … }}}} that is not a set variable of the environment; write out its value")
-    if ":" in entry.entrypoint:
-        raise InputError(f"{file}: deployment {name!r}: entrypoint {entry.entrypoint!r} is a path; expected module.flow")
+    is_path = ":" in entry.entrypoint or "/" in entry.entrypoint
+    if is_path or not all(part.isidentifier() for part in entry.entrypoint.split(".")):
+        what = "is a path" if is_path else "is not the name of a flow"
+        raise InputError(f"{file}: deployment {name!r}: entrypoint {entry.entrypoint!r} {what}; expected module.flow")
     return entry
 
 

@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 
 from pipeline.config import publish_config
 from pipeline.errors import LorafleetError
+from pipeline.printable import counted, printable
 from pipeline.publication import read_candidate
 from tasks import stages
 
@@ -37,4 +38,6 @@ def publish_adapters(
     if isinstance(published, LorafleetError):
         return Failed(message=f"not published: {published}")
     blocked = ", ".join(f"{decision.mteb_task} (gate: {decision.reason})" for decision in published.blocked)
-    return Failed(message=f"blocked: {blocked}") if blocked else Completed(message=f"{len(published.verified)} adapters published")
+    if blocked:
+        return Failed(message=printable(f"blocked: {blocked}"))
+    return Completed(message=f"{counted(len(published.verified), 'adapter')} published")

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
@@ -22,13 +22,15 @@ from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.manifest import write_config
 from pipeline.metrics_table import read_gate
 from pipeline.plan import Plan, PlannedTask, job_spec
+from pipeline.printable import counted, printable
 from pipeline.records import Failure, TaskResult
 from pipeline.run_folder import RunFolder
-from pipeline.run_store import hold_store
+from pipeline.run_store import hold_store, store_folder
 from tasks import stages
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 from tasks.early_check import early_check
 from tasks.fleet import Fleet, FleetWorker, WorkerDiedError, fleet_of_run
+from tasks.log import run_logger
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def train_adapters(
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     try:
         values = narrowed(load_config(config, overrides=tuple(overrides or ())), mteb_tasks=mteb_tasks, publish=publish)
-        with interrupted_if_cancelled(), hold_store(Path(runs), run_id):
-            return _run(values, Path(runs), run_id, force=force)
+        store = store_folder(runs)
+        with interrupted_if_cancelled(), hold_store(store, run_id):
+            return _run(values, store, run_id, force=force)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
     except InputError as error:
@@ -97,7 +100,7 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         if plan.config.publish.to is not None and results:
             failures += _publish(folder, plan.config)
         num_trained = sum(result.reused_from is None for result in results)
-        message = f"{num_trained} adapters trained, {len(results) - num_trained} unchanged"
+        message = f"{counted(num_trained, 'adapter')} trained, {len(results) - num_trained} unchanged"
         return _ended(RunOutcome(run_id, folder, results, tuple(failures)), message)
 
 
@@ -181,12 +184,12 @@ def _unchanged(folder: RunFolder, config: RunConfig) -> State[Any]:
     settled = folder.gate.is_file() and any(decision.to == to for decision in read_gate(folder.gate))
     failures = _publish(folder, config) if to is not None and not settled else []
     message = f"nothing to do: data and config are those of run {run_id}"
-    get_run_logger().info(message)
+    run_logger().info("%s", message)
     return _ended(RunOutcome(run_id, folder, (), tuple(failures)), message)
 
 
 def _not_begun(run_id: str, error: LorafleetError) -> State[Any]:
-    get_run_logger().error("%s", error)
+    run_logger().error("%s", error)
     failure = Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
     return Failed(message=f"nothing was trained: preflight: {error}", data=RunOutcome(run_id, None, (), (failure,)))
 
@@ -196,4 +199,4 @@ def _ended(outcome: RunOutcome, message: str) -> State[Any]:
         return Completed(message=message, data=outcome)
     failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
     names = {result.mteb_task.name for result in outcome.results} | {f.mteb_task for f in outcome.failures if f.mteb_task}
-    return Failed(message=f"{len(outcome.failures)} of {len(names)} failed: {failed}", data=outcome)
+    return Failed(message=printable(f"{len(outcome.failures)} of {len(names)} failed: {failed}"), data=outcome)

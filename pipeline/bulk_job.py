@@ -21,6 +21,7 @@ from pipeline.adapter_ref import FoundAdapter, threshold_for
 from pipeline.bulk_records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
 from pipeline.content import content_now, is_version
 from pipeline.errors import InputError, LorafleetError, first_line
+from pipeline.printable import counted
 from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
 from pipeline.units import BulkInput, Unit, UnitFailure
 
@@ -304,7 +305,7 @@ def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) ->
     old, new = ({file["path"]: file for file in files} for files in (there, here))
     for what, paths in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())):
         if paths:
-            return f"input: {min(paths)} is {what} ({len(old)} files then, {len(new)} now)"
+            return f"input: {min(paths)} is {what} ({counted(len(old), 'file')} then, {len(new)} now)"
     path = min(path for path in new if new[path] != old[path])
     if {**new[path], "num_rows": None} == {**old[path], "num_rows": None}:
         return (

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import Begun, begin, check_places, describe_job, new_columns
 from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest
 from pipeline.classifier import find_encoder_of
 from pipeline.errors import InputError, first_line
 from pipeline.footers import start_ahead
-from pipeline.storage import Place, store_errors
+from pipeline.printable import concealed
+from pipeline.storage import Place, check_address, store_errors
 from pipeline.unit_worker import WorkerSpec
 from pipeline.units import BulkInput, plan_input
 
@@ -54,6 +57,7 @@ class BulkPlan:
             offline=self.request.offline,
             kept_schema=b64encode(self.source.schema.serialize()).decode(),
             int96_unit=self.source.int96_unit,
+            secrets={shown: SecretStr(real) for shown, real in concealed().items()},
         )
 
 
@@ -62,6 +66,8 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
 
     Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
     """
+    for address in (request.source, request.output):
+        check_address(address)
     output, options = Place(request.output), request.options
     start_ahead()
     try:
@@ -69,6 +75,9 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}") from None
     adapters = find_adapters(request.adapters, offline=request.offline)
+    most = max(len(adapter.label_names) for adapter in adapters)
+    if options.top_k > most:
+        raise InputError(f"--top-k {options.top_k}: there are only {most} labels; choose a smaller number")
     find_encoder_of(adapters[0], request.encoder, offline=request.offline)
     source = plan_input(
         request.source,

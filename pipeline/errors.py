@@ -15,9 +15,28 @@
 A message says which thing, what was expected, what was found, and what to do.
 """
 
+from __future__ import annotations
+
+import errno
+
+from pipeline.printable import printable
+
+# What the machine says of a place that was named, and of its own state. A file that we did not make would be our own fault.
+_NOT_THERE = ("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "EXDEV", "ENODEV", "ENXIO")
+_NOT_NOW = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
+
 
 class LorafleetError(Exception):
-    """Root of the tree; its text is meant for the person who started the run."""
+    """Root of the tree; its text is meant for the person who started the run.
+
+    Each argument is one line of it, and made printable: names, labels and what other libraries say may hold anything.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class InputError(LorafleetError):
@@ -53,5 +72,16 @@ class VerificationError(LorafleetError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a message of ours quotes of another's, at most 300 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The part of another library's message that ours quotes: printable, at most 300 characters."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+
+
+def refused_by_machine(error: OSError) -> LorafleetError | None:
+    """The same as an error of ours, if it is not our fault: a name that is too long, no permission; a full disk, no memory."""
+    text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    match errno.errorcode.get(error.errno or 0):
+        case name if name in _NOT_THERE:
+            return InputError(text)
+        case name if name in _NOT_NOW:
+            return LorafleetError(text)
+    return None

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk_schema import pandas_labels, types_lost_in_reading
 from pipeline.errors import LorafleetError, first_line
+from pipeline.printable import reveal
 from pipeline.storage import open_file, store_errors
 
 _AT_ONCE = 16
@@ -134,7 +135,8 @@ class _Reader:
 
         Raises: LorafleetError: the process does not start.
         """
-        request = json.dumps({"operation": operation, "paths": paths, "columns": list(columns)}).encode() + b"\n"
+        asked = [(index, reveal(path)) for index, path in paths]
+        request = json.dumps({"operation": operation, "paths": asked, "columns": list(columns)}).encode() + b"\n"
         for _ in range(_MOST_STARTS):
             process, begun = self.start(), set[int]()
             assert process.stdin is not None and process.stdout is not None

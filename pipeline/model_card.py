@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, EncoderRef, ResultsEntry, ScoreRow, TaskResult
 from pipeline.results import (
     HOW_IT_WAS_MADE,
@@ -227,11 +228,6 @@ def _literal(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-def _escape_markdown(text: str) -> str:
-    """One line that Markdown and HTML leave alone, also inside a table."""
-    return re.sub(r"([\\`*_\[\]<>|$~&])", r"\\\1", " ".join(text.split()))
-
-
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline"),
@@ -241,5 +237,5 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["md"] = _escape_markdown
+    environment.filters["md"] = markdown
     return environment

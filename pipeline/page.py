@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from pipeline.printable import printable
 from pipeline.results import percent
 
 PAGE_WIDTH = 1180
@@ -59,9 +60,14 @@ STYLE = {
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Fill a template of ours; every value is escaped, and a name that it does not know is an error."""
+    """Fill a template of ours; every value is made printable and escaped, and a name that it does not know is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("pipeline"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters["percent"] = percent
     return environment.get_template(template).render(**values)
@@ -79,12 +85,14 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub("|".join(_VARIABLES), lambda match: f"var({_VARIABLES[match[0]]})", svg)
     width, height = 72 * figure.get_figwidth(), 72 * figure.get_figheight()
-    head = f'<svg role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width:g} {height:g}" style="max-width: {width:g}px"'
+    size = f'viewBox="0 0 {width:g} {height:g}" style="max-width: {width:g}px"'
+    head = f'<svg role="img" aria-label="{html.escape(printable(description))}" {size}'
     return Markup(head + re.sub(r"^<svg[^>]*", "", svg, count=1).strip())
 
 
 def shorten(name: str, most: int = 44) -> str:
-    """The same name, or its two ends."""
+    """The name as a figure shows it, or its two ends."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 

@@ -34,14 +34,15 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     model = empty_model(files, config.encoder)
     paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
     pinned = _pin(config, files)
-    tasks, faults = [], []
+    tasks: list[PlannedTask] = []
+    faults: list[str] = []
     for mteb_task in mteb_tasks:
         try:
             tasks.append(_check_task(pinned, mteb_task, files.ref, runtime, paths))
         except InputError as error:
-            faults.append(str(error))
+            faults.extend(error.args)
     if faults:
-        raise DataError("\n".join(faults))
+        raise DataError(*faults)
     tasks.sort(key=lambda t: -t.num_train * t.mteb_task.max_epochs)
     return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
 

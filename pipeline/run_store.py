@@ -22,6 +22,16 @@ def oldest_first(run_ids: Iterable[str]) -> list[str]:
     return sorted(run_ids, key=lambda run_id: (run_id[: len(now)] <= now, run_id))
 
 
+def store_folder(runs: str) -> Path:
+    """The folder of a run store, as a command names it; it may not exist yet.
+
+    Raises: InputError: an address, or nothing at all, which would be the current folder.
+    """
+    if not runs or "://" in runs:
+        raise InputError(f"run store {runs!r}: expected a local or mounted folder; choose one with --runs")
+    return Path(runs)
+
+
 @contextmanager
 def hold_store(runs: Path, run_id: str) -> Iterator[None]:
     """Hold the run store for one run; a killed run's lock is gone with its process.

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NoReturn, cast
 
 from pipeline.errors import InputError, first_line
+from pipeline.printable import conceal, counted, reveal
 
 _SUFFIXES = re.compile(r"\.(parquet|parq|pq)(\.(snappy|gz|gzip|zst|zstd|lz4|br|brotli|lzo))?$", re.IGNORECASE)
 _TEMPORARY = re.compile(r".*(~|\.(tmp|temp|crc|part|partial|inprogress|crdownload|bak|backup|old|orig|swp|_copying_))", re.IGNORECASE)
@@ -23,6 +24,12 @@ _MAGIC = b"PAR1"
 _READERS = 16
 _TEXT_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
 _CONVERT = ". Other formats have to be converted first, with pandas.read_csv(…).to_parquet(…) for example"
+# Of fsspec's protocols those that are no store: what they show is inside another file, a copy of it, or not addressed by a URL alone.
+_NOT_STORES = (
+    *("zip", "tar", "libarchive", "reference", "data", "dir", "git", "root", "generic", "pyscript"),
+    *("cached", "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper", "asynclocal"),
+)
+_S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
 _CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
 
 TEMPORARY = ".tmp"
@@ -59,7 +66,7 @@ class Place:
     def url(self, name: str) -> str:
         """Address of a file below this place."""
         path = f"{self.root}/{name}".rstrip("/") if name else self.root
-        return path if self.local else str(self.fs.unstrip_protocol(path))
+        return path if self.local else conceal(str(self.fs.unstrip_protocol(path)))
 
     def path(self, name: str) -> str:
         """The same, as the file system wants it."""
@@ -169,6 +176,23 @@ class FoundFiles:
     """Those of the table that the files are, where they are one."""
 
 
+def check_address(url: str) -> None:
+    """See that what a job reads or writes is a path, or in a store that lasts.
+
+    Raises: InputError: nothing at all, memory, something inside another file, or credentials that the store would not read there.
+    """
+    protocol = _protocol(url)
+    if not url.strip():
+        raise InputError("an empty path, which would be the current folder; write . for that")
+    if protocol == "memory":
+        raise InputError(f"{url}: what is in memory is gone when the command ends; name a folder or a store")
+    if protocol in _NOT_STORES or "::" in url:
+        raise InputError(f"{url}: not the address of a store; expected a path, or an address such as s3://…, gs://…, hf://… or https://…")
+    if protocol in (*_S3, *_GCS) and "@" in url.partition("://")[2].partition("/")[0]:
+        variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if protocol in _S3 else "GOOGLE_APPLICATION_CREDENTIALS"
+        raise InputError(f"{url}: such an address holds no credentials; set {variables} instead")
+
+
 def find_files(pattern: str) -> FoundFiles:
     """Find the Parquet files that the name of a file, a folder or a glob stands for.
 
@@ -182,7 +206,7 @@ def find_files(pattern: str) -> FoundFiles:
     skipped: Counter[str] = Counter()
     try:
         if fs.isfile(path):
-            return FoundFiles((_stored(fs, path, fs.info(path), below=path.rpartition("/")[2]),), {}, {})
+            return FoundFiles((_stored(fs, path, fs.info(path), below=_without_query(path).rpartition("/")[2]),), {}, {})
         is_glob = _is_glob(fs, path)
         matched = fs.glob(path, detail=True) if is_glob else _find(fs, path)
         every = dict(_files(fs, matched))
@@ -190,7 +214,7 @@ def find_files(pattern: str) -> FoundFiles:
         skipped["that are pipes, sockets or devices"] += len(every) - len(listed)
         chosen = set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()  # ``*.dat`` says which suffix is meant
         start = written_folder(pattern).root + "/"
-        files = [_stored(fs, name, info, below=name.removeprefix(start)) for name, info in listed]
+        files = [_stored(fs, name, info, below=_without_query(name).removeprefix(start)) for name, info in listed]
         with ThreadPoolExecutor(_READERS) as pool:
             reasons = list(pool.map(_reason_to_skip, files, [name in chosen for name, _ in listed]))
     except store_errors(ValueError, NotImplementedError) as error:
@@ -199,6 +223,8 @@ def find_files(pattern: str) -> FoundFiles:
     skipped = +skipped
     tables = dict(filter(None, (_table_of(file.below) for file in files)))
     found = tuple(file for file, reason in zip(files, reasons, strict=True) if not reason)
+    if len({file.path for file in found}) < len(found):
+        raise InputError(f"input {pattern}: it has files that differ only in the secret part of their addresses; name them one by one")
     if not found:
         empty = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
         there = f"no Parquet file in it ({in_words(skipped)})" if skipped else empty
@@ -222,7 +248,7 @@ def table_above(pattern: str) -> tuple[Place, TableFormat] | None:
 
 def in_words(skipped: Mapping[str, int]) -> str:
     """``left out: 2 files with the suffix .csv, 1 file of Parquet's own summaries (_metadata)``."""
-    return "left out: " + ", ".join(f"{count} file{'s' * (count != 1)} {reason}" for reason, count in sorted(skipped.items()))
+    return "left out: " + ", ".join(f"{counted(count, 'file')} {reason}" for reason, count in sorted(skipped.items()))
 
 
 def look_again(paths: Sequence[str]) -> dict[str, StoredFile | None]:
@@ -244,7 +270,7 @@ def written_folder(pattern: str) -> Place:
     """The folder as far as it is written out: a glob's up to the first wildcard; the one that a file lies in."""
     place = Place(pattern)
     if place.fs.isfile(place.root):
-        place.root = place.root.rpartition("/")[0]
+        place.root = _without_query(place.root).rpartition("/")[0]
     elif _is_glob(place.fs, place.root):
         place.root = place.root[: _first_wildcard(place.root)].rpartition("/")[0]
     return place
@@ -265,12 +291,19 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {error}") from None
+        fs, path = fsspec.core.url_to_fs(reveal(url))
+    except ImportError as error:
+        package = "'lorafleet[s3]'" if _protocol(url) in _S3 else "what it names"
+        raise InputError(f"{url}: {first_line(error)}; pip install {package}") from None
+    except Exception as error:  # noqa: BLE001 - each protocol's package has errors of its own
+        raise InputError(f"{url}: cannot be opened: {first_line(error)}") from None
     if _is_local(fs):
         path = str(Path(path).resolve())
     return fs, path.rstrip("/")
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower() if "://" in url else "data" if url.startswith("data:") else "file"
 
 
 def _is_local(fs: Any) -> bool:
@@ -349,6 +382,11 @@ def _leads_up(link: str) -> bool:
     return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
 
 
+def _without_query(path: str) -> str:
+    """Over HTTP a query is no part of a file's name, and may hold a signature."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
 def _first_wildcard(path: str) -> int | None:
     return min((path.index(sign) for sign in "*?[" if sign in path), default=None)
 
@@ -357,5 +395,5 @@ def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFi
     etag = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "")
     written = info.get("mtime") or info.get("LastModified") or ""
     is_strong = etag and not etag.startswith("W/")  # a weak one may be the same for other bytes
-    path = name if _is_local(fs) else str(fs.unstrip_protocol(name))
+    path = name if _is_local(fs) else conceal(str(fs.unstrip_protocol(name)))
     return StoredFile(path, int(info["size"]), f"etag:{etag}" if is_strong else f"mtime:{written}" if written else "", below)

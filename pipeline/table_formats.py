@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import InputError, first_line
+from pipeline.printable import reveal
 from pipeline.storage import FoundFiles, Place, TableFormat, table_above, written_folder
 
 _EXTRAS: dict[str, str] = {"Delta": "deltalake", "Iceberg": "pyiceberg"}
@@ -85,7 +86,7 @@ def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
     import pyarrow as pa
     from deltalake import DeltaTable
 
-    table = DeltaTable(place.url(""))
+    table = DeltaTable(reveal(place.url("")))
     what = f"input {place}: Delta table, version {table.version()}"
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         raise InputError(f"{what}: its columns have other names in its files (column mapping); export it to plain Parquet first")
@@ -107,7 +108,7 @@ def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
 def _live_of_iceberg(place: Place) -> tuple[list[str], tuple[str, ...]]:
     from pyiceberg.table import StaticTable
 
-    table = StaticTable.from_metadata(place.url(_newest_metadata(place)))
+    table = StaticTable.from_metadata(reveal(place.url(_newest_metadata(place))))
     what = f"input {place}: Iceberg table"
     if _plain(table.location()) != _plain(place.url("")):
         raise InputError(f"{what}: its metadata say that it lies at {table.location()}; label it there, or export it to plain Parquet")

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field, SecretStr
 
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, footer, read_receipt
@@ -31,6 +32,7 @@ from pipeline.bulk_schema import ARROW_SCHEMA, WrittenAs, output_metadata, writt
 from pipeline.classifier import Answers, load_classifier
 from pipeline.content import chunks_of, content_of, file_now
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
+from pipeline.printable import remember
 from pipeline.records import Record
 from pipeline.storage import Place, open_file, store_errors
 from pipeline.tokeniser import Tokens
@@ -63,6 +65,8 @@ class WorkerSpec(Record):
     """Of the input columns to keep, in the types of the output, as Arrow serialises it, in base64."""
     int96_unit: Literal["ns", "us"]
     """Unit of time in which INT96 columns are read."""
+    secrets: dict[str, SecretStr] = Field(default_factory=dict, repr=False)
+    """Address without its secret -> the real one; travels in memory only."""
 
 
 class UnitWorker:
@@ -75,6 +79,7 @@ class UnitWorker:
         """
         self.spec = spec
         self.job = spec.job
+        remember({shown: real.get_secret_value() for shown, real in spec.secrets.items()})
         self.place = Place(spec.output)
         self._files = {file.path: file for file in spec.job.files}
         adapters = find_adapters(spec.refs, offline=spec.offline)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.bulk_schema import FileSchema, binary_type, changed_types, is_utf8, join_schemas, kinds_by_column, text_type
 from pipeline.errors import DataError
 from pipeline.footers import Dates, Footer, read_dates, read_footers
+from pipeline.printable import counted
 from pipeline.records import Record
 from pipeline.storage import StoredFile, find_files, open_file, store_errors
 from pipeline.table_formats import check_columns, live_files
@@ -114,7 +115,7 @@ def plan_input(
     faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
     good = {path: footer for path, footer in good.items() if path not in faults}
     if not good:
-        raise DataError(f"input {pattern}: none of its {len(stored)} files can be read; {_first_fault(faults)}")
+        raise DataError(f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {_first_fault(faults)}")
     known = [found for found in dates.values() if isinstance(found, Dates)]
     unit: Literal["ns", "us"] = "us" if any(found.are_far for found in known) else "ns"
     files = [FileSchema(path, footer.in_microseconds if unit == "us" else footer.schema) for path, footer in good.items()]
@@ -122,7 +123,7 @@ def plan_input(
     _check_names(next(iter(good)), kept, new_columns, stored)
     units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
     if not units:
-        raise DataError(f"input {pattern}: no rows in its {len(stored)} files; there is nothing to classify")
+        raise DataError(f"input {pattern}: no rows in its {counted(len(stored), 'file')}; there is nothing to classify")
     cut = unit == "us" and any(found.are_fine for found in known)
     return BulkInput(
         files=tuple(_input_file(file, good.get(file.path)) for file in stored),

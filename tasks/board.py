@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from pipeline.printable import printable
+
 _BAR_WIDTH = 20
 
 
@@ -27,7 +29,7 @@ class Board:
     def show(self, name: str, stage: str, detail: str = "", *, percent: float | None = None) -> None:
         """Replace the line of that name; with a percentage it has a bar."""
         with self._lock:
-            self._lines[name] = (stage, percent, detail)
+            self._lines[printable(name)] = (stage, percent, printable(detail))
 
     def __rich__(self) -> Table:
         grid = Table("", "", "", f"{time.monotonic() - self._started:.0f} s", box=None, pad_edge=False)

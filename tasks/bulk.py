@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.bulk_job import finish, forget_attempts
@@ -16,10 +16,12 @@ from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
+from pipeline.printable import counted, markdown
 from pipeline.storage import in_words, store_errors
 from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
 from tasks.fleet import Fleet
+from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_markdown_artifact
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
         plan = plan_bulk(request)
     except InputError as error:
         return error
-    logger = get_run_logger()
-    logger.info("input: %d rows in %d files, %d units (%d done before)", *_extent(plan.source), plan.begun.num_done)
+    logger = run_logger()
+    logger.info("input: %s (%d done before)", _extent(plan.source), plan.begun.num_done)
     if plan.source.skipped:
         logger.info("%s", in_words(plan.source.skipped))
     if changes := plan.source.changes:
@@ -59,7 +61,7 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
     """Label what is missing; returns the receipts and the seconds of labelling, or why the job cannot go on."""
     receipts: list[Receipt] = []
     if not plan.begun.todo:
-        get_run_logger().info("nothing left to do")
+        run_logger().info("nothing left to do")
         return receipts, 0.0
     progress = _Progress(plan)
     try:
@@ -85,10 +87,10 @@ def finish_job(
     except store_errors() as error:
         return LorafleetError(f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept")
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
-    lines = [f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {summary.failures} failures", ""]
+    lines = [f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {counted(summary.failures, 'failure')}", ""]
     for name, counts in summary.labels.items():
-        most = ", ".join(f"{label} {count:,}" for label, count in list(counts.items())[:10])
-        lines.append(f"- `{name}`: {most}; {summary.null_labels.get(name, 0):,} without a label")
+        most = ", ".join(f"{markdown(label)} {count:,}" for label, count in list(counts.items())[:10])
+        lines.append(f"- {markdown(name)}: {most}; {summary.null_labels.get(name, 0):,} without a label")
     create_markdown_artifact("\n".join(lines), key="bulk-summary", description=f"Bulk job {summary.job}")
     return summary, failures
 
@@ -98,7 +100,7 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
     compute = plan.request.compute
     threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))
-    get_run_logger().info("labelling %d rows in this process, %d threads", plan.rows_todo, threads)
+    run_logger().info("labelling %d rows in this process, %d threads", plan.rows_todo, threads)
     worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
     progress.begin()
     for unit in plan.begun.todo:
@@ -125,7 +127,7 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         context.target_max_block_size = _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
         most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
-        get_run_logger().info("labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus)
+        run_logger().info("labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus)
         units = ray.data.from_items(
             [{"unit": unit.model_dump_json()} for unit in plan.begun.todo], override_num_blocks=len(plan.begun.todo)
         )
@@ -170,7 +172,7 @@ class _Progress:
         self._started = time.monotonic()
         self._logged = 0.0
         self._artifact = ProgressArtifact("classify")
-        self._logger: Any = get_run_logger()
+        self._logger: Any = run_logger()
 
     def begin(self) -> None:
         """From here on it counts: workers are about to label."""
@@ -197,13 +199,13 @@ class _Progress:
         self._artifact.show(100 * done / total, facts)
 
 
-def _extent(source: BulkInput) -> tuple[int, int, int]:
-    return source.num_rows, len(source.files), len(source.units)
+def _extent(source: BulkInput) -> str:
+    return f"{counted(source.num_rows, 'row')} in {counted(len(source.files), 'file')}, {counted(len(source.units), 'unit')}"
 
 
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
     done = plan.begun.num_done + sum(not receipt.failure for receipt in receipts)
-    return f"{done} of {len(plan.source.units)} units"
+    return f"{done} of {counted(len(plan.source.units), 'unit')}"
 
 
 def _duration(seconds: float) -> str:

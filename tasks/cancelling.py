@@ -1,4 +1,4 @@
-"""A flow that was started directly hears of its cancellation in the Prefect UI, as one that a Prefect worker started does."""
+"""A flow that was started directly stops as by Ctrl-C: on SIGTERM, and on its cancellation in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class RunCancelledError(LorafleetError):
 
 @contextmanager
 def interrupted_if_cancelled() -> Iterator[None]:
-    """While open, a flow run that is set to Cancelling is interrupted as by Ctrl-C. Must be opened in the main thread.
+    """While open, a flow run is interrupted as by Ctrl-C by SIGTERM, and when it is set to Cancelling. Must be opened in the main thread.
 
-    A Prefect worker stops the flow runs that it has started by itself, with a signal.
+    A Prefect worker stops the flow runs that it has started by itself, with SIGTERM: Prefect's engine knows what that means there. Here
+    it would take it for a crash.
 
-    Raises: RunCancelledError: instead of that KeyboardInterrupt.
+    Raises: RunCancelledError: instead of the KeyboardInterrupt of a cancellation.
     """
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
         yield
         return
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     ended, cancelled = threading.Event(), threading.Event()
     watch = threading.Thread(target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True)
     watch.start()
@@ -45,6 +47,7 @@ def interrupted_if_cancelled() -> Iterator[None]:
         raise
     finally:
         ended.set()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> None:

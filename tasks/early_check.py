@@ -54,7 +54,7 @@ class EarlyCheck:
             out, _ = self._process.communicate()
         answer: dict[str, Any] = json.loads(out or "{}")
         if "error" in answer:
-            raise (InputError if answer["user_fault"] else LorafleetError)(answer["error"])
+            raise (InputError if answer["user_fault"] else LorafleetError)(*answer["error"])
         return answer.get("keys")
 
 
@@ -112,7 +112,7 @@ def _answer(config: RunConfig) -> dict[str, Any]:
         runtime = choose_runtime(config.train, threads=1, use_gpu=config.compute.gpus_per_worker != 0)
         return {"keys": {planned.mteb_task.name: planned.key for planned in preflight(config, runtime).tasks}}
     except LorafleetError as error:
-        return {"error": str(error), "user_fault": isinstance(error, InputError)}
+        return {"error": error.args, "user_fault": isinstance(error, InputError)}
 
 
 if __name__ == "__main__":

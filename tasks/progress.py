@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 from uuid import UUID
 
-from prefect import artifacts, get_run_logger
+from prefect import artifacts
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from pipeline.printable import printable
+from tasks.log import run_logger
 
 _SECONDS = 2.0
 _gone = threading.Event()
@@ -39,32 +42,48 @@ class ProgressArtifact:
             self._answers = True
         except Exception as error:  # noqa: BLE001 - whatever the client raises
             if self._answers:
-                get_run_logger().warning("no progress artifact: the Prefect server does not answer: %s", error)
+                run_logger().warning("no progress artifact: the Prefect server does not answer: %s", error)
             self._answers = False
 
     def _send(self, percent: float, facts: str) -> None:
         if self._artifact is None:
-            made = artifacts.create_progress_artifact(progress=percent, key=self._key, description=facts)
+            made = artifacts.create_progress_artifact(progress=percent, key=self._key, description=printable(facts))
             assert isinstance(made, UUID)
             self._artifact = made
         else:
-            artifacts.update_progress_artifact(artifact_id=self._artifact, progress=percent, description=facts)
+            artifacts.update_progress_artifact(artifact_id=self._artifact, progress=percent, description=printable(facts))
 
 
 def _harmless(create: Callable[..., Any]) -> Callable[..., None]:
-    """The same, where a failure is a warning. Prefect's client tries for a minute; who is gone then is not waited for a second time."""
+    """The same with printable content, where a failure is a warning.
+
+    Prefect's client tries for a minute; who is gone then is not waited for a second time.
+    """
 
     @wraps(create)
     def create_or_warn(*args: Any, key: str, **content: Any) -> None:
         try:
             with _impatient() if _gone.is_set() else nullcontext():
-                create(*args, key=key, **content)
+                create(*map(_shown, args), key=key, **{name: _shown(value) for name, value in content.items()})
             _gone.clear()
         except Exception as error:  # noqa: BLE001 - whatever the client raises
-            get_run_logger().warning("no artifact %r: the Prefect server does not answer: %s", key, error)
+            run_logger().warning("no artifact %r: the Prefect server does not answer: %s", key, error)
             _gone.set()
 
     return create_or_warn
+
+
+def _shown(content: Any) -> Any:
+    """A text with its lines, each printable; or a table. What puts a value into a text makes it one line first (``markdown``)."""
+    return "\n".join(map(printable, content.split("\n"))) if isinstance(content, str) else _cells(content)
+
+
+def _cells(table: Any) -> Any:
+    if isinstance(table, str):
+        return printable(table)
+    if isinstance(table, Mapping):
+        return {_cells(key): _cells(value) for key, value in table.items()}
+    return [_cells(value) for value in table] if isinstance(table, list | tuple) else table
 
 
 def _impatient() -> AbstractContextManager[Any]:

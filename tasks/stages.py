@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
@@ -21,6 +21,7 @@ from pipeline.errors import InputError, LorafleetError
 from pipeline.manifest import RunManifest, find_finished, latest_results
 from pipeline.manifest import find_unchanged as find_unchanged_run
 from pipeline.plan import Plan
+from pipeline.printable import markdown
 from pipeline.records import (
     AdapterRef,
     ClassificationResults,
@@ -38,6 +39,7 @@ from pipeline.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.early_check import EarlyCheck
 from tasks.fleet import FleetWorker, WorkerDiedError
+from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def check_inputs(config: RunConfig, worker: FleetWorker, runs: Path) -> Plan | L
 
     Labels that are new or have vanished since the newest run of an MTEB task are named.
     """
-    logger = get_run_logger()
+    logger = run_logger()
     try:
         _check_target(config.publish)
         plan: Plan = worker.call("check", anchored(config), timeout_seconds=config.compute.timeout_seconds)
@@ -114,7 +116,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
         if planned.key in found:
             source, result = found[planned.key]
             results.append(reuse(source, result, run_id=run_id, folder=folder))
-            get_run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
+            run_logger().info("%s: unchanged, taken over from run %s", planned.mteb_task.name, results[-1].reused_from)
     return results
 
 
@@ -123,7 +125,7 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
     """A worker reads and tokenises its data and loads the encoder."""
     BOARD.show(name, "load data")
     summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    get_run_logger().info(
+    run_logger().info(
         "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
         name,
         summary.num_train,
@@ -142,7 +144,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
     """A worker measures the frozen encoder."""
     BOARD.show(name, "frozen baselines")
     rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    get_run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
+    run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
     return rows
 
 
@@ -162,7 +164,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
     BOARD.show(name, "evaluate")
     result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
     BOARD.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
-    get_run_logger().info(
+    run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
         name,
         _accuracies(result.scores),
@@ -171,7 +173,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
         result.busy_seconds,
     )
     if said := said_of_start(result):
-        get_run_logger().info("%s: %s", name, said)
+        run_logger().info("%s: %s", name, said)
     return result
 
 
@@ -192,8 +194,8 @@ def collect(
         change = head_change(result, before.get(result.mteb_task.name))
         rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)  # what a laptop shows first
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
-    facts = [f"- run folder: `{folder.root.name}`", *(f"- {note}" for note in table.notes())]
-    facts += [f"- {result.mteb_task.name}: {said}" for result in corrected if (said := said_of_start(result))]
+    facts = [f"- run folder: {markdown(folder.root.name)}", *(f"- {markdown(note)}" for note in table.notes())]
+    facts += [f"- {markdown(f'{result.mteb_task.name}: {said}')}" for result in corrected if (said := said_of_start(result))]
     create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
     create_link_artifact(_report_url(folder), key="report", link_text=f"report of run {run_id}")
     return summary, corrected
@@ -211,7 +213,7 @@ def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool
     from pipeline.publish import publish as publish_run
 
     assert config.to is not None
-    logger = get_run_logger()
+    logger = run_logger()
     try:
         with _hub_token(config.token_block):
             published = publish_run(folder.root, config.to, config, trust_remote_code=trust_remote_code)
@@ -274,7 +276,7 @@ class _Report:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._logger = get_run_logger()
+        self._logger = run_logger()
         self._artifact = ProgressArtifact(_artifact_key(name))
 
     def __call__(self, event: EpochRow | Progress | LogLine) -> None:

@@ -23,6 +23,8 @@ import tomli_w
 from builders import toy_texts
 
 LORAFLEET = (sys.executable, "-P", "-m", "flows.cli")  # -P: as the console script, which does not look into the working folder
+SCRIPT = (str(Path(sys.executable).with_name("lorafleet")),)
+"""The console script, as it is installed."""
 PLANTED = Path(__file__).parent / "planted"
 """On PYTHONPATH it slows a bulk job down, and plants its faults."""
 _MARK = "LORAFLEET_TEST_MARK"
@@ -98,6 +100,10 @@ class Command:
         """What it has said on standard error so far."""
         return self._err.read_text()
 
+    def said(self) -> str:
+        """What it has printed on standard output so far."""
+        return self._out.read_text()
+
     def kill(self, *titles: str) -> None:
         """``kill -9`` of those whose command line holds one of the titles."""
         victims = self.family(*titles)
@@ -169,9 +175,9 @@ def eventually(condition: Callable[[], Any], *, seconds: float, what: str) -> An
     return value
 
 
-def run(*arguments: str | Path, cwd: Path, seconds: float = 280, **environment: str) -> Ended:
+def run(*arguments: str | Path, cwd: Path, seconds: float = 280, program: Sequence[str] = LORAFLEET, **environment: str) -> Ended:
     """Run ``lorafleet`` with these arguments to its end."""
-    return Command(*arguments, cwd=cwd, **environment).wait(seconds=seconds)
+    return Command(*arguments, cwd=cwd, program=program, **environment).wait(seconds=seconds)
 
 
 def write_task(folder: Path, name: str, *, num_train: int = 200, num_test: int = 60, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import COMMIT, load_encoder, save_tiny_encoder
-from commands import Ended, FinishedRun, run, write_config, write_task
+from commands import SCRIPT, Ended, FinishedRun, run, write_config, write_task
 from filelock import FileLock
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Not to be written to.
 
-    The folder holds modules of the user's that are called as ours.
+    The folder holds modules of the user's that are called as ours, and is on PYTHONPATH.
     """
     cwd = _of_all_processes(tmp_path_factory) / "finished"
     with FileLock(f"{cwd}.lock"):  # the first process of pytest that needs the run makes it for the others too
@@ -108,7 +108,7 @@ def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest
                 (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
             tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
             config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
-            ended = run("train", "--config", config, "--runs", "runs", cwd=cwd)
+            ended = run("train", "--config", config, "--runs", "runs", cwd=cwd, program=SCRIPT, PYTHONPATH=str(cwd))
             assert ended.code == 0, ended.err
             done.write_text(json.dumps({"config": str(config), "tasks": tasks, "ended": asdict(ended)}), encoding="utf-8")
     facts = json.loads(done.read_text(encoding="utf-8"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from pipeline.config import RunConfig, anchored, load_config, preset_names, validate_config
+from pipeline.config import RunConfig, Section, anchored, load_config, preset_names, publish_config, validate_config
 from pipeline.errors import ConfigError, InputError
 
 SOURCE_EPOCHS = {
@@ -66,7 +67,7 @@ def test_a_config_survives_its_own_json() -> None:
         ("adapter.rank=0", "adapter.rank", "greater than or equal to 1", "0"),
         ("adapter.alpha=inf", "adapter.alpha", "finite", "inf"),
         ("adapter.dropout=1.0", "adapter.dropout", "less than 1", "1.0"),
-        ('adapter.layers="last:0"', "adapter.layers", "last:[1-9]", "'last:0'"),
+        ('adapter.layers="last:0"', "adapter.layers", "last:K", "'last:0'"),
         ("adapter.target=[]", "adapter.target", "at least 1", "[]"),
         ('adapter.target="mlp"', "adapter.target", "'attention'", "'mlp'"),
         ('encoder.pooling="sum"', "encoder.pooling", "'mean', 'cls' or 'max'", "'sum'"),
@@ -87,6 +88,36 @@ def test_a_config_survives_its_own_json() -> None:
         ('mteb_tasks.0.name="../x"', "mteb_tasks.0.name", "pattern", "'../x'"),
         ("mteb_tasks=[]", "mteb_tasks", "at least 1", "[]"),
         ("train=5", "train", "dictionary", "5"),
+        ("train.seed=true", "train.seed", "integer", "True"),
+        ('train.seed="5"', "train.seed", "integer", "'5'"),
+        ("train.batch_size=32.0", "train.batch_size", "integer", "32.0"),
+        ("train.learning_rate=true", "train.learning_rate", "number", "True"),
+        ('train.refit="true"', "train.refit", "boolean", "'true'"),
+        ("data.offline=1", "data.offline", "boolean", "1"),
+        ("compute.workers=true", "compute.workers", "integer", "True"),
+        ("encoder.name=7", "encoder.name", "string", "7"),
+        ("encoder.name=", "encoder.name", "at least 1 character", "''"),
+        ("data.mirror=", "data.mirror", "at least 1 character", "''"),
+        ("mteb_tasks.0.subset=", "mteb_tasks.0.subset", "at least 1 character", "''"),
+        ("train.seed=1\nfoo=2", "train.seed", "integer", r"'1\nfoo=2'"),
+        ("train.seed=1 # foo", "train.seed", "integer", "'1 # foo'"),
+        ("train.seed=1 # foo\n", "train.seed", "integer", r"'1 # foo\n'"),
+        ("train.seed=1,", "train.seed", "integer", "'1,'"),
+        ("train.seed=1, 2", "train.seed", "integer", "'1, 2'"),
+        (
+            'evaluate.columns=["head", "head"]',
+            "evaluate.columns",
+            "'head' is there more than once",
+            "['head', 'head']",
+        ),
+        ("evaluate.probe_c=[1.0, 1]", "evaluate.probe_c", "1.0 is there more than once", "[1.0, 1]"),
+        ('adapter.target=["a", "a"]', "adapter.target", "'a' is there more than once", "['a', 'a']"),
+        ("compute.cpus_per_worker=1.5", "compute.cpus_per_worker", "a whole number", "1.5"),
+        ("compute.cpus_per_worker=0.00001", "compute.cpus_per_worker", "0.0001", "1e-05"),
+        ("publish.to=hf:OWNER", "publish.to", "a folder, or hf:OWNER/NAME", "'hf:OWNER'"),
+        ("train.warm_start=s3://b/x", "train.warm_start", "a folder, or hf:OWNER/NAME", "'s3://b/x'"),
+        (f"mteb_tasks.0.name={'n' * 129}", "mteb_tasks.0.name", "at most 128", f"'{'n' * 129}'"),
+        ('adapter.layers="last:99999"', "adapter.layers", "last:K", "'last:99999'"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(override: str, key: str, expected: str, found: str) -> None:
@@ -135,11 +166,49 @@ def test_an_override_reaches_a_task_whose_name_holds_a_dot() -> None:
     assert [t.max_epochs for t in config.mteb_tasks] == [None, 3]
 
 
+def numbers(model: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Key of each number in the configuration, and whether it is a whole one."""
+    for name, field in model.model_fields.items():
+        kinds = {kind for kind in walk_types(field.annotation) if isinstance(kind, type)}
+        (part,) = (kind for kind in kinds if issubclass(kind, Section)) if any(issubclass(kind, Section) for kind in kinds) else (None,)
+        key = f"{prefix}mteb_tasks.0" if name == "mteb_tasks" else f"{prefix}{name}"
+        if part is not None:
+            yield from numbers(part, f"{key}.")
+        elif kinds & {int, float}:
+            yield key, int in kinds
+
+
+def walk_types(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from walk_types(inner)
+
+
+NUMBERS = dict(numbers(RunConfig))
+
+
+def test_the_numbers_of_the_configuration_are_found() -> None:
+    assert len(NUMBERS) >= 24
+    assert {"train.seed", "mteb_tasks.0.max_epochs", "publish.gate.min_gain", "compute.cpus_per_worker", "evaluate.probe_c"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "-inf", "1e300", "-1e300", str(10**18), str(-(10**18)), "0x" + "f" * 40, "9" * 6000, "true"]
+)
+def test_every_number_has_sane_bounds(key: str, value: str) -> None:
+    message = fault(f"{key}={f'[{value}]' if key == 'evaluate.probe_c' else value}")
+    assert key in message or "bits" in message
+    assert len(message) < 1000
+
+
 def test_later_overrides_win() -> None:
     assert load_config("quickstart", overrides=("train.seed=1", "train.seed=2")).train.seed == 2
 
 
-@pytest.mark.parametrize("override", ["train.seed", "=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"])
+@pytest.mark.parametrize(
+    "override", ["train.seed", "=7", "train.=7", "train..seed=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"]
+)
 def test_an_override_that_cannot_be_applied_is_refused(override: str) -> None:
     assert override.partition("=")[0] in fault(override)
 
@@ -161,6 +230,46 @@ def test_a_main_metric_without_the_probe_to_judge_against_is_refused() -> None:
         load_config("quickstart", overrides=(columns, "evaluate.main_metric=macro_f1"))
     assert load_config("quickstart", overrides=(columns,)).evaluate.main_metric == "auto"
     assert load_config("quickstart", overrides=("evaluate.main_metric=macro_f1",)).evaluate.main_metric == "macro_f1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["train.early_stopping_split=test", "train.validation_fraction=0.2"], "train.validation_fraction"),
+        (["compute.retries=0", "compute.retry_delay_seconds=1"], "compute.retry_delay_seconds"),
+        (["publish.gate.enabled=false", "publish.gate.min_gain=0.1"], "publish.gate.min_gain"),
+        (["publish.gate.enabled=false", "publish.gate.allow_label_change=true"], "publish.gate.allow_label_change"),
+        (["publish.to=folder", "publish.private=true"], "publish.private"),
+        (["publish.to=folder", "publish.token_block=hub"], "publish.token_block"),
+        (["train.max_epochs=3"], "train.max_epochs"),
+        (['mteb_tasks=[{name="A", train="a", test="b"}]', "data.mirror=m"], "data.mirror"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(overrides: list[str], key: str) -> None:
+    assert f"{key} has no effect: " in fault(*overrides)
+    assert load_config("quickstart", overrides=tuple(overrides[:-1]))
+
+
+def test_settings_of_a_later_publication_need_no_target() -> None:
+    config = load_config("quickstart", overrides=("publish.private=true", "publish.gate.min_gain=0.1", "publish.license=mit"))
+    assert publish_config(config, to="hf:me/x", private=False, overrides=()).private
+
+
+@pytest.mark.parametrize(
+    ("to", "private", "overrides", "words"),
+    [
+        ("hf:OWNER", False, (), "--to: expected a folder, or hf:OWNER/NAME, found 'hf:OWNER'"),
+        ("", False, (), "--to: expected a folder"),
+        ("x", False, ("publish.to=y",), "--to says already"),
+        ("x", False, ("publish.to=",), "--to says already"),
+        ("x", True, (), "has no effect on the folder x"),
+        ("x", False, ("publish.private=true",), "has no effect on the folder x"),
+        ("x", False, ("train.seed=1",), r"only keys of \[publish\]"),
+    ],
+)
+def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(to: str, private: bool, overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        publish_config(load_config("quickstart"), to=to, private=private, overrides=overrides)
 
 
 def test_a_name_given_twice_is_refused() -> None:
@@ -225,6 +334,12 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
     assert str(path) in fault(source=str(path))
     path.write_bytes(b"\xff\xfe")
     assert str(path) in fault(source=str(path))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b'\xef\xbb\xbf[train]\r\nseed = 7\r\n[[mteb_tasks]]\r\nname = "A"\r\n')
+    assert load_config(str(path)).train.seed == 7
 
 
 def test_a_fault_in_the_config_is_the_callers_own() -> None:

@@ -268,6 +268,22 @@ def test_a_wrong_call_is_one_message_and_registers_nothing(
         ({"description": "{{ $NOT_SET_ANYWHERE }}"}, ["environment"]),
         ({"concurrency_limit": {"limit": 0}}, ["concurrency_limit"]),
         ({"work_pool": None}, ["work_pool"]),
+        ({"work_pool": {"name": ""}}, ["work_pool.name", "without / % & < >"]),
+        ({"work_pool": {"name": POOL, "work_queue_name": "a/b"}}, ["work_queue_name"]),
+        ({"work_pool": {"name": POOL, "job_variables": {"a": float("nan")}}}, [".nan"]),
+        ({"name": "n" * 300}, ["name", "200 characters"]),
+        ({"entrypoint": "..x"}, ["'..x'", "module.flow"]),
+        ({"entrypoint": "flows."}, ["'flows.'", "module.flow"]),
+        ({"entrypoint": ""}, ["entrypoint", "module.flow"]),
+        ({"entrypoint": "antigravity.flow\0"}, ["null character"]),
+        ({"schedules": [{"interval": 1e300}]}, ["schedules.0.interval"]),
+        ({"schedules": [{"interval": 0.001}]}, ["schedules.0", "at least 1"]),
+        ({"schedules": [{"cron": "0 0 31 2 *"}]}, ["0 0 31 2 *", "no run would ever be due"]),
+        ({"schedules": [{"interval": 60, "anchor_date": "0001-01-01T00:00:00+00:00"}]}, ["anchor_date"]),
+        ({"schedules": [{"interval": 60, "timezone": ""}]}, ["timezone"]),
+        ({"concurrency_limit": {"limit": 10**12}}, ["concurrency_limit"]),
+        ({"parameters": {"config": "https://u:hunter2@h/c.toml"}}, ["https://***@h/c.toml"]),
+        ({"parameters": {"runs": 10**6000}}, ["cannot be read"]),
     ],
 )
 def test_a_wrong_deployment_is_told_before_anything_is_registered(
@@ -279,7 +295,24 @@ def test_a_wrong_deployment_is_told_before_anything_is_registered(
         deploy(file)
     message = str(error.value)
     assert "\n" not in message
+    assert "hunter2" not in message
     assert [word for word in [str(file), *words] if word not in message] == []
+
+
+def test_two_deployments_of_one_name_are_told_before_anything_is_registered(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    file = write_file(project)
+    entries = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
+    file.write_text(yaml.safe_dump({"deployments": [*entries, *entries]}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"train-adapters/{project.name} is there more than once"):
+        deploy(file)
+
+
+def test_a_module_of_the_users_that_cannot_be_imported_is_told_with_its_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "broken_flow.py").write_text("raise SystemExit('no')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(project))
+    with pytest.raises(InputError, match=r"cannot be imported: SystemExit: no; expected module\.flow"):
+        deploy(write_file(project, entrypoint="broken_flow.train"))
 
 
 @pytest.mark.parametrize(
@@ -418,4 +451,4 @@ def test_a_schedule_trains_then_finds_nothing_to_do_then_retrains_only_what_has_
 
     write_task(project / "data", "Pairs", num_train=60, num_classes=2, seed=7)
     trained = eventually(lambda: [m for m in messages()[1:] if "trained" in m], seconds=200, what="a run that trains again")
-    assert trained == ["1 adapters trained, 1 unchanged"]
+    assert trained == ["1 adapter trained, 1 unchanged"]

@@ -21,11 +21,17 @@ DOORS = {
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/notifying.py"),  # schedules
-        *("tasks/bulk.py", "tasks/cancelling.py", "tasks/progress.py", "tasks/stages.py"),
+        *("tasks/bulk.py", "tasks/cancelling.py", "tasks/log.py", "tasks/progress.py", "tasks/stages.py"),
     },
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
     "deltalake": {"pipeline/table_formats.py"},
     "pyiceberg": {"pipeline/table_formats.py"},
+}
+# Where text leaves the process: each makes it printable, so nothing else may.
+WAYS_OUT = {
+    "terminal": {"flows/terminal.py", "tasks/board.py"},  # the board makes its lines printable itself
+    "machine": {"pipeline/reload.py", "tasks/trial.py"},  # JSON, for the process that has started them
+    "log": {"tasks/log.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MACHINE_PATH = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|root|tmp|work|mnt|opt|var|usr|data)/|[A-Z]:\\)")
@@ -81,6 +87,28 @@ def trusts_strangers(tree: ast.AST) -> Iterator[int]:
                 )
 
 
+def prints(tree: ast.AST) -> Iterator[int]:
+    """Lines that write to a standard stream: ``print``, ``click.echo``, a rich ``Console``, or the stream itself."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="print" | "Console")) | ast.Call(func=ast.Attribute(attr="echo" | "secho")):
+                yield node.lineno
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr"), attr="write" | "buffer"):
+                yield node.lineno
+            case ast.Call(args=[*_, ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr")]):
+                yield node.lineno
+
+
+def logs_a_made_line(tree: ast.AST) -> Iterator[int]:
+    """Lines that log a text made of values, rather than a format and the values: only values are made printable."""
+    place = {"debug": 0, "info": 0, "warning": 0, "error": 0, "exception": 0, "critical": 0, "log": 1}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=logger, attr=attr), args=args) if attr in place and "log" in ast.unparse(logger).lower():
+                if len(args) > place[attr] and not isinstance(args[place[attr]], ast.Constant):
+                    yield node.lineno
+
+
 def names_a_machine(tree: ast.AST) -> Iterator[int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and MACHINE_PATH.search(node.value):
@@ -117,6 +145,20 @@ def test_nothing_trusts_remote_code_by_itself() -> None:
     assert found(trusts_strangers, SOURCES) == []
 
 
+def test_only_the_ways_out_write_to_a_standard_stream() -> None:
+    out = {line.partition(":")[0] for line in found(prints, SOURCES)}
+    assert out == WAYS_OUT["terminal"] | WAYS_OUT["machine"]
+
+
+def test_only_our_own_logger_is_prefects() -> None:
+    users = {name_of(path) for path in SOURCES if "get_run_logger" in path.read_text(encoding="utf-8")}
+    assert users == WAYS_OUT["log"]
+
+
+def test_what_is_logged_is_a_format_and_values() -> None:
+    assert {line.partition(":")[0] for line in found(logs_a_made_line, SOURCES)} == WAYS_OUT["log"]  # which hands a format on
+
+
 def test_no_source_names_a_path_of_somebodys_machine() -> None:
     assert found(names_a_machine, SOURCES) == []
     assert [name_of(path) for path in TEXTS if MACHINE_PATH.search(path.read_text(encoding="utf-8"))] == []
@@ -131,6 +173,13 @@ def test_no_source_names_a_path_of_somebodys_machine() -> None:
         (trusts_strangers, "load(name, trust_remote_code=True)"),
         (trusts_strangers, "options = {'trust_remote_code': True}"),
         (trusts_strangers, "class Config:\n    trust_remote_code: bool = True"),
+        (prints, "print('a')"),
+        (prints, "click.echo(label)"),
+        (prints, "rich.console; Console().print(label)"),
+        (prints, "sys.stdout.write(label)"),
+        (prints, "json.dump(facts, sys.stdout)"),
+        (logs_a_made_line, "logger.info(f'{label}')"),
+        (logs_a_made_line, "run_logger().error(message)"),
         (names_a_machine, "path = '/home/anna/data'"),
         (names_a_machine, "path = f'cp /work/x {y}'"),
     ],

@@ -103,6 +103,28 @@ def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_program_stops_a_run_as_ctrl_c_does(number: signal.Signals, store: Store) -> None:
+    command = store.start_in_the_middle()
+    (finished,) = store.quick_results()
+    command.process.send_signal(number)
+    ended = command.wait(seconds=60)
+    assert ended.code == 130, ended.err
+    assert "interrupted; what was finished is kept" in ended.err
+    assert "Crash detected" not in ended.err
+    assert "Traceback" not in ended.err
+    assert command.left(seconds=10) == []
+
+    again = store.start()
+    again.wait_until(lambda: epochs_told(again.log(), "Long"))
+    assert epochs_told(again.log(), "Long")[0] > 1
+    assert f"Quick: unchanged, taken over from run {finished.parent.parent.name}" in again.log()
+    again.process.send_signal(number)
+    assert again.wait(seconds=60).code == 130
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("where", ["process", "ray"])
 def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_on(
     where: str, encoder_folder: Folders, api: Api, tmp_path: Path
@@ -167,7 +189,7 @@ def test_a_run_of_a_prefect_worker_is_cancelled_within_ten_seconds_and_the_next_
     eventually(is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"), seconds=20, what="the run's processes are gone")
     assert worker.process.poll() is None
     assert "Ray cluster" not in worker.log()
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -181,7 +203,7 @@ def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_goes_on(
     worker.wait_until(store.in_the_middle)
     worker.kill("prefect.engine")
     assert ends(api, flow_run, seconds=30)[0] == "CRASHED"
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -198,7 +220,7 @@ def test_a_run_ends_with_the_prefect_worker_that_is_killed_and_the_next_one_goes
     assert ends(api, flow_run)[0] == "CRASHED"
     eventually(is_gone(worker, "prefect.engine", "ray::Worker", "raylet/raylet", "gcs_server"), seconds=20, what="all of the run is gone")
     started(api, tmp_path)
-    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
 
 @pytest.mark.faults
@@ -219,7 +241,7 @@ def test_a_run_that_dies_together_with_its_prefect_worker_does_not_block_later_o
     while (end := ends(api, api.start(deployment)))[0] == "CANCELLED":
         assert time.monotonic() < killed + 360, "the slot is not free after six minutes"
         time.sleep(15)
-    assert end == ("COMPLETED", "1 adapters trained, 1 unchanged")
+    assert end == ("COMPLETED", "1 adapter trained, 1 unchanged")
     assert api.state(flow_run)["type"] == "RUNNING"  # nobody is left to say otherwise
 
 

@@ -112,6 +112,14 @@ def test_a_label_is_shown_as_it_is_whatever_it_contains(label: str) -> None:
     assert "script" not in tags.seen
 
 
+def test_what_cannot_be_seen_in_a_label_is_written_out() -> None:
+    evil, written = "a\x1b\u202eb\u200b\x00", r"a\x1b\u202eb\u200b\x00"
+    confusion = Confusion(label=evil, predicted="other", num_texts=3, num_of_label=9)
+    page = page_of(task_result("Task", labels=(evil, "other"), confusions=[confusion]))
+    assert written in parse(page).text
+    assert not any(character in page for character in "\x1b\u202e\u200b\x00")
+
+
 @pytest.mark.parametrize("name", ["a_b_c", "A.b-c_"])
 def test_a_name_in_a_figure_is_text_and_never_mathematics(name: str) -> None:
     assert name in texts(figures(page_of(task_result(name)))[0])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from bulk import files_below, write_table
 
 from pipeline.errors import InputError
-from pipeline.storage import Place, find_files, in_words, written_folder
+from pipeline.storage import Place, check_address, find_files, in_words, written_folder
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -275,3 +276,53 @@ def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_p
     with pytest.raises(InputError, match=r"gone: no such file or folder; expected a Parquet file, a folder of them, or a glob"):
         find_files(str(tmp_path / "gone"))
     assert files_below(tmp_path) == ["in/_x.parquet", "in/notes.txt"]
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("", "an empty path"),
+        ("  ", "an empty path"),
+        ("memory://out", "gone when the command ends"),
+        ("MEMORY://out", "gone when the command ends"),
+        ("zip://", "not the address of a store"),
+        ("zip://a.parquet::b.zip", "not the address of a store"),
+        ("simplecache::s3://b/a", "not the address of a store"),
+        ("tar://a", "not the address of a store"),
+        ("data:,a", "not the address of a store"),
+        ("reference://", "not the address of a store"),
+        ("s3://KEY:hunter2@bucket/a", "AWS_ACCESS_KEY_ID"),
+        ("gs://a:hunter2@bucket/a", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+def test_what_is_no_store_that_lasts_is_refused(address: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        check_address(address)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["out", ".", "a b/c", "file:///a", "s3://b/a", "https://u:p@h/a?sig=x", "hf://datasets/o/n@r/a", "abfs://c@a/x"]
+)
+def test_a_path_and_a_store_are_not(address: str) -> None:
+    check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["zip://", "nothing://a", "tar://", "dir://", "reference://", "github://", "libarchive://x", "cached://"]
+)
+def test_what_fsspec_cannot_open_is_one_message(address: str) -> None:
+    with pytest.raises(InputError, match=f"^{address}: ") as caught:
+        Place(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = import_module("fsspec.registry")
+    monkeypatch.setitem(registry.known_implementations, "s3", {"class": "nowhere_s3fs.S3", "err": "Install s3fs to access S3"})
+    monkeypatch.delitem(registry._registry, "s3", raising=False)
+    with pytest.raises(InputError, match=r"^s3://b/a: Install s3fs to access S3; pip install 'lorafleet\[s3\]'$"):
+        Place("s3://b/a")

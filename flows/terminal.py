@@ -1,0 +1,145 @@
+"""Where text leaves the command line: the only module that writes to standard output and standard error.
+
+Every line is made printable first, so nothing in a name, a label or a path can forge a line or take over the terminal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any, TextIO
+
+from pipeline.errors import InputError
+from pipeline.printable import printable
+
+_LOG_COLUMNS = 180
+_ONE_STOP_SECONDS = 1.0
+
+
+class OutputError(InputError):
+    """Standard output takes no more: a full disk. A reader that has gone away is no error."""
+
+
+def say(*lines: str) -> None:
+    """Print lines on standard output."""
+    _write(sys.stdout, *map(printable, lines))
+
+
+def complain(*lines: str) -> None:
+    """Print lines on standard error."""
+    _write(sys.stderr, *map(printable, lines))
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON object, in ASCII: the same object for every reader, and no control character for a terminal."""
+    _write(sys.stdout, json.dumps(value, indent=1))
+
+
+def say_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, as wide as the terminal, or as wide as it needs in a log."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*map(printable, row))
+    Console(width=None if sys.stdout.isatty() else _LOG_COLUMNS, highlight=False, markup=False, emoji=False).print(grid)
+
+
+def secure_streams() -> None:
+    """Make the process's standard streams such that no text and no reader of theirs can break the command.
+
+    A stream that is closed leads nowhere. A character that the encoding lacks is written as an escape. A reader that goes away is not
+    missed. Only a full disk is an error, once, and only on standard output.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # or the next file that is opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = _stream(1, getattr(sys.stdout, "encoding", None), is_error=False)
+    sys.stderr = _stream(2, getattr(sys.stderr, "encoding", None), is_error=True)
+
+
+def stop_on_signals() -> None:
+    """Have SIGTERM and SIGHUP interrupt the command as Ctrl-C does. A second signal while it stops ends it at once.
+
+    One that is ignored already (`nohup`) stays ignored.
+    """
+    _handle_signals(_Stop())
+
+
+def leave_on_signals() -> None:
+    """The same once the command has said how it ended: the first signal ends what is still being stopped."""
+    _handle_signals(_leave)
+
+
+def _write(stream: TextIO, *lines: str) -> None:
+    stream.write("\n".join((*lines, "")))
+    stream.flush()
+
+
+def _stream(descriptor: int, encoding: str | None, *, is_error: bool) -> io.TextIOWrapper:
+    raw = _Standard(descriptor, is_error=is_error)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=encoding or "utf-8",
+        errors="backslashreplace",
+        line_buffering=is_error or raw.isatty(),
+        write_through=is_error,
+    )
+
+
+class _Standard(io.FileIO):
+    """Standard output or standard error."""
+
+    def __init__(self, descriptor: int, *, is_error: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._is_error = is_error
+        self._is_lost = False
+
+    def write(self, content: Any) -> int:
+        """Write, or pretend to where nobody would see it."""
+        if not self._is_lost:
+            try:
+                return super().write(content)
+            except OSError as error:
+                self._is_lost = True
+                if not (self._is_error or isinstance(error, BrokenPipeError)):
+                    raise OutputError(f"standard output cannot be written: {error.strerror}; what was finished is kept") from None
+        return len(memoryview(content).cast("B"))
+
+
+class _Stop:
+    """The handler of the signals that end a command."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            raise KeyboardInterrupt
+        if now - self._first > _ONE_STOP_SECONDS:  # not the same key press, which a parent may have passed on as well
+            with suppress(OSError):
+                os.write(2, b"stopped at once; what was finished is kept\n")
+            _leave(number, frame)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + signal.SIGINT)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)

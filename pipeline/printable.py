@@ -1,0 +1,108 @@
+"""Text that may leave the program: one line, no control characters, and no secret that a URL may hold.
+
+Names, labels and paths come from others. Printed as they are, a newline in one forges a line of the log, an escape code takes over the
+terminal, and a bidi mark shows something else than is there. A URL may hold a password or a signature, and every file or database that
+mentions the URL would keep it. So the program knows such a URL only without its secret; ``reveal`` gives the real one to what opens it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_HIDDEN = "***"
+_LONGEST_LINE = 4000
+# Control characters, what changes the direction of the text or the line, what has no width, and halves of surrogate pairs. The joiners
+# U+200C and U+200D stay: Persian, Hindi and many emoji are not readable without them.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|$~&])")
+_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//?)"  # a URL that was made a path has one slash
+_URL = re.compile(_SCHEME + r"(?P<rest>[^\s\"'<>]+)")
+_WHOLE_URL = re.compile(_SCHEME + r"(?P<rest>.+)", re.DOTALL)
+_AUTHORITY = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
+_PARAMETER = re.compile(r"(?P<sign>[?&;#])(?P<name>[^=&;#?]*)(?P<value>=[^&;#]*)?")
+# What a query says besides secrets. Over HTTP every other value is taken for one. In a store's URL a ? may be part of a name, or a
+# wildcard, so there it is the names that tell.
+_SAID_OPENLY = {"versionid", "generation", "snapshot"}
+_SECRET_NAME = re.compile(r"sig|token|secret|key|password|credential|auth|policy|security", re.IGNORECASE)
+
+_real: dict[str, str] = {}  # URL without its secret -> URL, for this process
+
+
+def printable(text: str) -> str:
+    """One line that can be shown, logged or stored; applied again it changes nothing.
+
+    ``\\n``, ``\\x1b``, ``\\u202e`` and the like are written out, and what is secret in a URL becomes ``***``.
+    """
+    line = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), redacted(text))
+    return shortened(line, _LONGEST_LINE)
+
+
+def markdown(text: str) -> str:
+    """One printable line that Markdown and HTML leave alone, also inside a table."""
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
+
+
+def redacted(text: str) -> str:
+    """The text with ``***`` for what is secret in its URLs: user and password, and the values of a query."""
+    return _URL.sub(_without_secrets, text) if ":/" in text else text
+
+
+def conceal(url: str) -> str:
+    """The URL (or path) without its secrets; this process remembers the real one for ``reveal``."""
+    shown = redacted(_WHOLE_URL.sub(_without_secrets, url, count=1))  # a space ends a URL in a text, but not in an address
+    if shown != url:
+        _real[shown] = url
+    return shown
+
+
+def reveal(shown: str) -> str:
+    """What ``conceal`` was given, or the text itself."""
+    return _real.get(shown, shown)
+
+
+def concealed() -> dict[str, str]:
+    """What this process remembers, for another one to ``remember``; to be kept in memory only."""
+    return dict(_real)
+
+
+def remember(others: Mapping[str, str]) -> None:
+    """Take over what another process remembers."""
+    _real.update(others)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``1,200 files``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, or its beginning."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, rest = url["scheme"], url["rest"]
+    over_http = scheme.lower() in ("http", "https")
+    end = re.search(r"[/?#]", rest)
+    authority, beyond = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
+    if "@" in beyond and "@" not in authority and not _AUTHORITY.fullmatch(authority):  # a password with a slash in it
+        before, _, beyond = rest.rpartition("@")
+        authority = f"{before}@"
+    user, sign, host = authority.rpartition("@")
+    # Elsewhere a name alone is no secret: a container (abfs), a revision (hf), an account (sftp).
+    if sign and (":" in user or over_http):
+        authority = f"{_HIDDEN}@{host}"
+    path, mark, query = beyond.partition("?")
+    hidden = _PARAMETER.sub(lambda parameter: _hidden(parameter, over_http=over_http), f"{mark}{query}")
+    return f"{scheme}:{url['slashes']}{authority}{path}{hidden}"
+
+
+def _hidden(parameter: re.Match[str], *, over_http: bool) -> str:
+    sign, name, value = parameter["sign"], parameter["name"], parameter["value"]
+    is_secret = name.lower() not in _SAID_OPENLY if over_http else _SECRET_NAME.search(name) is not None
+    if value is not None:
+        return f"{sign}{name}={_HIDDEN}" if is_secret else parameter[0]
+    return f"{sign}{_HIDDEN}" if over_http and sign != "#" and name else parameter[0]

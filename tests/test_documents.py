@@ -1,0 +1,115 @@
+"""Files that a person writes: what is lawful is read, and what would exhaust or surprise a reader is one message."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.documents import check_values, parse_toml, parse_yaml, read_text
+from pipeline.errors import ConfigError
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+MERGES = "m0: &m0 {k: v}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 5)}]}}\n" for n in range(1, 13))
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_part_of_the_text(start: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(start + "seed = 7 # é".encode())
+    assert read_text(tmp_path / "a") == "seed = 7 # é"
+
+
+def test_what_is_no_small_text_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"#" * (1024**2 + 1))
+    (tmp_path / "utf-16").write_text("seed = 7", encoding="utf-16")
+    os.mkfifo(tmp_path / "fifo")  # to open it would be to wait for a writer
+    (tmp_path / "zero").symlink_to(os.devnull.replace("null", "zero"))
+    for name, words in {
+        "large": "larger than 1 MiB",
+        "utf-16": "not UTF-8",
+        "fifo": "not a regular file",
+        "zero": "not a regular file",
+        ".": "not a regular file",
+        "none": "no such file",
+        "n" * 300: "cannot be read",
+        "large/below": "no such file",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a = " + "[" * 5000 + "]" * 5000, "nested more than 32 deep"),
+        ("a = " + "{b = " * 2000 + "1" + "}" * 2000, "nested more than 32 deep"),
+        ("a = " + "9" * 6000, "more than 4,300 digits"),
+        ("a =", "not valid TOML"),
+        ("a = 1\na = 2", "not valid TOML"),
+    ],
+)
+def test_toml_that_cannot_be_read_is_one_message(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^here: .*{words}"):
+        parse_toml(text, origin="here")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.b.c." * 20 + "d = 1", "nested more than 32 deep"),
+        ("a = 0x" + "f" * 6000, "an integer of 24000 bits"),
+        ('a = "x\\u0000y"', "a null character"),
+        ("a = [" + "1," * 100_001 + "]", "more than 100,000 values"),
+        ('a = "https://user:hunter2@h/x"', r"https://\*\*\*@h/x"),
+        ('"https://user:hunter2@h/x" = 1', r"https://\*\*\*@h/x"),
+    ],
+)
+def test_values_that_no_setting_has_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_values(parse_toml(text, origin="here"), origin="here")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_yaml_keeps_its_anchors_and_merges() -> None:
+    text = "one: &one {a: 1, b: [x]}\ntwo: {<<: *one, a: 2}\nthree: [*one, *one]"
+    assert parse_yaml(text, origin="here") == {
+        "one": {"a": 1, "b": ["x"]},
+        "two": {"a": 2, "b": ["x"]},
+        "three": [{"a": 1, "b": ["x"]}] * 2,
+    }
+    assert parse_yaml("", origin="here") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("&a [*a]", "nested more than 32 deep"),
+        ("a: &a {b: *a}", "nested more than 32 deep"),
+        ("[" * 5000 + "]" * 5000, "nested more than 32 deep"),
+        (LAUGHS, "more than 100,000 values"),
+        (MERGES, "more than 100,000 values"),
+        ("a: " + "9" * 6000, "cannot be read"),
+        ("a: 0x" + "f" * 6000, "an integer of 24000 bits"),
+        ("a: 2024-13-01", "month must be in 1..12"),
+        ("a: !!timestamp x", "does not fit its tag"),
+        ("a: !!bool x", "does not fit its tag"),
+        ("a: !!int ''", "does not fit its tag"),
+        ("a: !!python/object/apply:os.getpid []", "not YAML"),
+        ("? [a]\n: b", "not YAML"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2: c is there twice"),
+        ('a: "\\ud800"', "half a character"),
+        ('a: "x\\0y"', "a null character"),
+        ("a: https://h/x?X-Amz-Signature=hunter2", r"Signature=\*\*\*"),
+        ("a: [", "not YAML"),
+        ("a: b\n---\nc: d", "not YAML"),
+    ],
+)
+def test_yaml_that_exhausts_or_surprises_is_one_message_at_once(text: str, words: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=f"^here: .*{words}") as caught:
+        parse_yaml(text, origin="here")
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert time.process_time() - started < 5
