@@ -40,6 +40,9 @@ PublicName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_lengt
 FilePath = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$", max_length=1000)]
 """Path of a file inside its folder, with slashes; no part begins with a dot."""
 
+ModulePath = Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=300)]
+"""Path of a module in an encoder."""
+
 LabelName = Annotated[str, Field(min_length=1, max_length=10_000)]
 """Name of a class, as it stands in the data."""
 
@@ -160,7 +163,7 @@ class AdapterMeta(Record):
     max_tokens: int
     hidden_size: int
     encoder: EncoderName
-    adapted_modules: Annotated[tuple[str, ...], FailFast(), Field(min_length=1, max_length=10_000)]
+    adapted_modules: Annotated[tuple[ModulePath, ...], FailFast(), Field(min_length=1, max_length=10_000)]
     """Paths of the linear layers that have a pair, in the order of the pairs."""
     task: TaskName | None = None
     """The MTEB task; none where the adapter was saved by itself."""

@@ -33,7 +33,9 @@ def interrupted_if_cancelled() -> Iterator[None]:
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    of_ctrl_c = signal.getsignal(signal.SIGINT)
+    # A shell ignores Ctrl-C for what it starts in the background.
+    before = signal.signal(signal.SIGTERM, of_ctrl_c if callable(of_ctrl_c) else signal.default_int_handler)
     ended, cancelled = threading.Event(), threading.Event()
     watch = threading.Thread(target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True)
     watch.start()
@@ -57,5 +59,5 @@ def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> 
                 state = client.read_flow_run(run_id).state
                 if state is not None and state.is_cancelling() and not ended.is_set():
                     cancelled.set()
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGTERM)
                     return

@@ -85,6 +85,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                preexec_fn=_heed_ctrl_c,
             )
 
     def family(self, *titles: str) -> list[psutil.Process]:
@@ -144,6 +145,11 @@ class Command:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def _heed_ctrl_c() -> None:
+    """A shell that has started the tests in the background lets them, and what they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _lives(process: psutil.Process, titles: Sequence[str]) -> bool:

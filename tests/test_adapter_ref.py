@@ -181,6 +181,8 @@ def test_two_lists_of_label_names_that_differ_are_refused(changes: dict[str, obj
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"adapted_modules": []}, "adapted_modules"),
         ({"adapted_modules": ["a"] * 10_001}, "adapted_modules"),
+        ({"adapted_modules": ["x" * 301]}, "adapted_modules"),
+        ({"adapted_modules": ["layers.0.q\n"]}, "adapted_modules"),
     ],
 )
 def test_a_description_out_of_range_is_told_by_its_key(changes: dict[str, object], says: str, run: Path) -> None:

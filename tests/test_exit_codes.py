@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +15,8 @@ from commands import PLANTED, SCRIPT, Command, Ended, FinishedRun, bulk_rows, ru
 
 Folders = Callable[[str], Path]
 ROWS = 80
+# As a shell starts what ends in "&": the command ignores Ctrl-C, which is for what is in front.
+BEHIND = ("bash", "-c", 'trap "" INT; exec "$0" "$@"', *SCRIPT)
 
 
 class Place:
@@ -30,10 +32,10 @@ class Place:
         """``lorafleet``, to its end."""
         return run(*arguments, cwd=self.cwd, program=SCRIPT, **environment)
 
-    def classify(self, *arguments: str, **environment: str) -> Command:
+    def classify(self, *arguments: str, program: Sequence[str] = SCRIPT, **environment: str) -> Command:
         """A bulk job, begun."""
         given = environment | {"PREFECT_API_URL": self._api}
-        return Command("classify", "in", "out", *self._options, *arguments, cwd=self.cwd, program=SCRIPT, **given)
+        return Command("classify", "in", "out", *self._options, *arguments, cwd=self.cwd, program=program, **given)
 
 
 @pytest.fixture
@@ -113,11 +115,11 @@ def the_disk_behind_standard_output_is_full(place: Place) -> Ended:
     return Command("-c", f"{SCRIPT[0]} show {place.finished.root} > /dev/full", cwd=place.cwd, program=("bash",)).wait()
 
 
-def stopped(number: signal.Signals) -> Callable[[Place], Ended]:
+def stopped(number: signal.Signals, *, program: Sequence[str] = SCRIPT) -> Callable[[Place], Ended]:
     """A job that is stopped after its first unit; the next start does the rest."""
 
     def stop(place: Place) -> Ended:
-        job = place.classify("--where", "process", PYTHONPATH=str(PLANTED), PLANTED_SECONDS="1.5")
+        job = place.classify("--where", "process", program=program, PYTHONPATH=str(PLANTED), PLANTED_SECONDS="1.5")
         job.wait_until(lambda: list((place.cwd / "out").glob("part-0-*.parquet")))
         job.process.send_signal(number)
         ended = job.wait(seconds=60)
@@ -131,7 +133,7 @@ def stopped(number: signal.Signals) -> Callable[[Place], Ended]:
         assert bulk_rows(place.cwd / "out").num_rows == ROWS
         return ended
 
-    stop.__name__ = f"stopped_by_{number.name}"
+    stop.__name__ = f"stopped_by_{number.name}{'_in_the_background' * (program is BEHIND)}"
     return stop
 
 
@@ -143,7 +145,7 @@ TABLE: dict[int, list[Callable[[Place], Ended]]] = {
         *(an_option_is_unknown, a_key_of_the_config_is_unknown, the_input_is_not_there, the_adapter_is_damaged, a_name_is_too_long),
         *(the_store_is_in_use, the_disk_behind_standard_output_is_full),
     ],
-    INTERRUPTED: [stopped(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    INTERRUPTED: [*(stopped(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), stopped(signal.SIGTERM, program=BEHIND)],
 }
 
 

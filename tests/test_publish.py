@@ -50,6 +50,7 @@ from flows.cli import main
 from pipeline.config import PublishConfig, load_config
 from pipeline.encoder import choose_runtime
 from pipeline.errors import AdapterError, InputError, LockedError, VerificationError
+from pipeline.manifest import read_manifest
 from pipeline.preflight import preflight
 from pipeline.publish import publish, rollback
 from pipeline.run_folder import RunFolder
@@ -277,10 +278,9 @@ def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Pa
 @pytest.mark.faults
 def test_another_encoder_does_not_mix_with_what_is_published(one: Place, world: World, tmp_path: Path) -> None:
     other = copy_run(world.pairs, tmp_path / "runs" / "pairs", tasks=["Pairs"])
-    for path in (other.manifest, other.results, other.task("Pairs").result):
-        path.write_text(
-            path.read_text().replace('"revision": "sha256:', '"revision": "sha256:0').replace('"revision":"sha256:', '"revision":"sha256:0')
-        )
+    revision = read_manifest(other).encoder.revision
+    for path in (other.manifest, other.results, other.task("Pairs").result, other.task("Pairs").meta):
+        path.write_text(path.read_text().replace(revision, f"sha256:{'0' * 64}"))
     with pytest.raises(InputError, match="Topics stays, and was trained on"):
         one.publish(other.root)
     assert one.files() == world.old

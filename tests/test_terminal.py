@@ -16,6 +16,7 @@ from commands import SCRIPT, Command, FinishedRun
 
 from flows.cli import lorafleet
 from flows.terminal import say_json, say_table
+from pipeline.config import load_config
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +54,8 @@ def test_what_is_called_as_our_packages_hides_none_of_them(arguments: list[str],
 @pytest.mark.parametrize("foreign", ["modules"], indirect=True)
 def test_each_process_of_a_bulk_job_finds_our_packages(foreign: Path, finished_run: FinishedRun, prefect_api: str) -> None:
     """``finished_run`` is a training whose workers had to find them, too."""
-    options = ("--adapter", f"{finished_run.root}#Topics", "--limit", "20", "--offline")
+    encoder = load_config(str(finished_run.config)).encoder.name
+    options = ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--limit", "20", "--offline")
     environment = {"PYTHONPATH": str(foreign), "PREFECT_API_URL": prefect_api}
     ended = Command(
         "classify", finished_run.cwd / "data" / "Topics-test.parquet", "out", *options, program=SCRIPT, cwd=foreign, **environment
