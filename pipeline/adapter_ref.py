@@ -132,8 +132,9 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
         encoder = EncoderConfig(name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens)
         config = AdapterConfig(rank=meta.rank, alpha=meta.alpha, dropout=meta.dropout, target=meta.adapted_modules)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise AdapterError(f"{folder.meta}: {fault['loc'][0]}: {fault['msg']}, found {fault['input']!r:.100}") from None
+        fault = error.errors(include_url=False)[-1]  # of the tuple of modules, where none of the two forms of a target fits
+        key = "adapted_modules" if fault["loc"][0] == "target" else fault["loc"][0]
+        raise AdapterError(f"{folder.meta}: {key}: {fault['msg']}, found {fault['input']!r:.100}") from None
     return FoundAdapter(
         name=meta.task or folder.root.name,
         folder=folder,

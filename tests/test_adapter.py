@@ -614,7 +614,7 @@ def test_weights_of_another_float_type_are_loaded_as_float32(dtype: torch.dtype,
 
 
 @pytest.mark.usefixtures("saved")
-@pytest.mark.parametrize(("alpha", "factor"), [(1e308, 1.0), (1e31, 0.0), (16.0, 1e30), (1e20, 1e12)])
+@pytest.mark.parametrize(("alpha", "factor"), [(16.0, 1e30), (1e6, 1e25)])
 def test_an_update_that_would_overflow_is_refused(alpha: float, factor: float, folder: TaskFolder, encoder_folder: Folders) -> None:
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
     folder.meta.write_text(json.dumps(meta | {"alpha": alpha}), encoding="utf-8")
@@ -626,9 +626,11 @@ def test_an_update_that_would_overflow_is_refused(alpha: float, factor: float, f
 @pytest.mark.usefixtures("saved")
 def test_pairs_in_another_order_than_the_encoders_are_refused(folder: TaskFolder, encoder_folder: Folders) -> None:
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
-    for modules in (meta["adapted_modules"][::-1], meta["adapted_modules"] * 2):
+    wrong = {"adapted_modules are not in the encoder's order": meta["adapted_modules"][::-1]}
+    wrong["adapted_modules: .* there more than once"] = meta["adapted_modules"] * 2
+    for words, modules in wrong.items():
         folder.meta.write_text(json.dumps(meta | {"adapted_modules": modules}), encoding="utf-8")
-        with pytest.raises(AdapterError, match=r"meta\.json: adapted_modules are not in the encoder's order"):
+        with pytest.raises(AdapterError, match=rf"meta\.json: {words}"):
             load_adapter(folder, load_encoder(encoder_folder("bert")))
 
 

@@ -274,4 +274,4 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
 
 
 def test_publish_of_what_is_no_run_is_one_message(tmp_path: Path) -> None:
-    refused(run("publish", "nosuch", "--to", "out", cwd=tmp_path), tmp_path, "is not a run folder")
+    refused(run("publish", "nosuch", "--to", "out", cwd=tmp_path), tmp_path, "there is no folder nosuch")

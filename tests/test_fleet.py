@@ -171,8 +171,10 @@ def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None
     fleet.stop()
 
 
-def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(Path(__file__).parent))
+def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
     fleet = Fleet(ComputeConfig(), num_tasks=1)
     fleet.start()
     with pytest.raises(InputError, match=r"RAY_TMPDIR .*; set it to a folder with a shorter path"):

@@ -52,7 +52,7 @@ def job_of(folder: Path, encoder: Path, counts: Sequence[int], **sections: Any) 
     return TaskJob(job_spec(plan, plan.tasks[0], run_id="one", runs=folder / "runs"))
 
 
-@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (1,) * 5, (3,) * 14])
+@pytest.mark.parametrize("counts", [(1, 2), (2, 2), (1, 1, 2), (3,) * 14])
 def test_whatever_is_lawful_can_be_trained_however_little_it_is(counts: tuple[int, ...], encoder_folder: Folders, tmp_path: Path) -> None:
     job = job_of(tmp_path, encoder_folder("bert"), counts)
     assert [row.column for row in job.evaluate_frozen()] == ["majority", "frozen_full_data", "frozen_few_shot"]
