@@ -431,7 +431,7 @@ def _invoke(arguments: Sequence[str]) -> None:
     try:
         lorafleet.main(args=list(arguments), standalone_mode=False)
         sys.stdout.flush()
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         if (refused := refused_by_machine(error)) is None:
             raise
         raise refused from error

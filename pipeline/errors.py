@@ -18,6 +18,7 @@ A message says which thing, what was expected, what was found, and what to do.
 from __future__ import annotations
 
 import errno
+import sys
 
 from pipeline.printable import printable
 
@@ -76,8 +77,17 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
-def refused_by_machine(error: OSError) -> LorafleetError | None:
-    """The same as an error of ours, if it is not our fault: a name that is too long, no permission; a full disk, no memory."""
+def refused_by_machine(error: OSError | UnicodeEncodeError) -> LorafleetError | None:
+    """The same as an error of ours, if it is not our fault.
+
+    Such are a name that is too long or not in the locale's encoding, no permission, a full disk, no memory.
+    """
+    if isinstance(error, UnicodeEncodeError):
+        if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
+            return None
+        return InputError(
+            f"{error.object!r}: no file can have this name in this locale, whose encoding is {error.encoding}; set LC_ALL=C.UTF-8"
+        )
     text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     match errno.errorcode.get(error.errno or 0):
         case name if name in _NOT_THERE:

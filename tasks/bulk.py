@@ -100,7 +100,7 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
     compute = plan.request.compute
     threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))
-    run_logger().info("labelling %d rows in this process, %d threads", plan.rows_todo, threads)
+    run_logger().info("labelling %s in this process, %s", counted(plan.rows_todo, "row"), counted(threads, "thread"))
     worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
     progress.begin()
     for unit in plan.begun.todo:

@@ -111,9 +111,19 @@ def test_what_the_encoding_lacks_is_printed_as_an_escape(environment: dict[str, 
     assert "\\u2013" in ended.out  # the dash of an interval
     assert ended.out.isascii()
     config = tmp_path / "config.toml"
-    config.write_text('[[mteb_tasks]]\nname = "A"\ntrain = "é.parquet"\ntest = "é\\u001b.parquet"\n', encoding="utf-8")
+    config.write_text('[[mteb_tasks]]\nname = "A"\ntrain = "a.parquet"\ntext_column = "é\\u001b"\n', encoding="utf-8")
     plan = Command("train", "--config", config, "--dry-run", "--json", program=SCRIPT, cwd=tmp_path, **environment).wait()
-    assert json.loads(plan.out)["config"]["mteb_tasks"][0]["test"] == "é\x1b.parquet"
+    assert json.loads(plan.out)["config"]["mteb_tasks"][0]["text_column"] == "é\x1b"
+
+
+def test_a_path_that_the_locale_cannot_name_is_one_message(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[[mteb_tasks]]\nname = "A"\ntrain = "é.parquet"\n', encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = Command("train", "--config", config, program=SCRIPT, cwd=tmp_path, **locale).wait()
+    assert ended.code == 2
+    assert ended.err.startswith("error: '\\xe9.parquet': no file can have this name in this locale, whose encoding is ")
+    assert len(ended.err.splitlines()) == 1
 
 
 # --- what a name can do ---

@@ -28,7 +28,7 @@ from pipeline.adapter_ref import find_adapters
 from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk_records import Receipt
 from pipeline.bulk_schema import _Wkb
-from pipeline.errors import AdapterError, DataError
+from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.run_folder import TaskFolder
 from pipeline.unit_worker import UnitWorker, _block_rows
 from pipeline.units import Unit
@@ -238,10 +238,16 @@ def test_the_best_labels_are_listed_best_first(begun: Callable[..., Bulk]) -> No
         assert top[0]["label"] != top[1]["label"]
 
 
-def test_more_best_labels_than_there_are_is_all_of_them(begun: Callable[..., Bulk]) -> None:
-    for top in labelled(begun({"text": TEXTS[:4]}, top_k=9)).column("T_top_k").to_pylist():
-        assert sum(entry["score"] for entry in top) == pytest.approx(1, abs=1e-5)
-        assert {entry["label"] for entry in top} == set(LABELS)
+def test_all_labels_can_be_listed_and_no_more_than_any_adapter_has(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+    other = save_bulk_adapter(tmp_path / "Other", encoder, labels=("yes", "no"), seed=7, calibrated=False)
+    path = write_table(tmp_path / "a.parquet", {"text": TEXTS[:4]})
+    table = labelled(start(path, tmp_path / "out", [adapter, other], encoder, top_k=len(LABELS)))
+    for column, labels in {"T_top_k": LABELS, "Other_top_k": ("yes", "no")}.items():
+        for top in table.column(column).to_pylist():
+            assert sum(entry["score"] for entry in top) == pytest.approx(1, abs=1e-5)
+            assert sorted(entry["label"] for entry in top) == sorted(labels)
+    with pytest.raises(InputError, match=f"--top-k 9: there are only {len(LABELS)} labels"):
+        start(path, tmp_path / "refused", [adapter, other], encoder, top_k=9)
 
 
 def test_texts_cut_at_the_encoders_length_are_marked(begun: Callable[..., Bulk]) -> None:
