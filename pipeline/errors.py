@@ -85,9 +85,8 @@ def refused_by_machine(error: OSError | UnicodeEncodeError) -> LorafleetError | 
     if isinstance(error, UnicodeEncodeError):
         if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
             return None
-        return InputError(
-            f"{error.object!r}: no file can have this name in this locale, whose encoding is {error.encoding}; set LC_ALL=C.UTF-8"
-        )
+        encoding = f"this locale, whose encoding is {error.encoding}"
+        return InputError(f"{error.object!r}: no file can have this name in {encoding}; set LC_ALL=C.UTF-8")
     text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     match errno.errorcode.get(error.errno or 0):
         case name if name in _NOT_THERE:

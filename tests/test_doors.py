@@ -30,12 +30,12 @@ DOORS = {
 # Where text leaves the process: each makes it printable, so nothing else may.
 WAYS_OUT = {
     "terminal": {"flows/terminal.py", "tasks/board.py"},  # the board makes its lines printable itself
-    "machine": {
+    "machine": {  # JSON, for the process that has started them
         "pipeline/footers.py",
         "pipeline/reload.py",
         "tasks/early_check.py",
         "tasks/trial.py",
-    },  # JSON, for the process that has started them
+    },
     "log": {"tasks/log.py"},
 }
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
