@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import checkup
 from pipeline.checkup import Check, readable_bytes
 from pipeline.errors import first_line
-from pipeline.machine import local_cpus
+from pipeline.machine import local_cpus, read_answers
 from tasks.servers import Later, check_address, check_hub, check_prefect, check_proxy, in_time
 from tasks.temporary import check_temporary
 
@@ -97,7 +97,7 @@ def try_out(steps: Sequence[str], *, seconds: float = _TRIAL_SECONDS) -> Answers
             out, ending = _trial(todo, seconds)
         except OSError as error:  # no process, or no temporary folder for it
             out, ending = b"", f"it cannot be tried: {first_line(error)}"
-        lines = [json.loads(line) for line in out.splitlines()]
+        lines = read_answers(out.splitlines())
         answers |= {line["step"]: line for line in lines}
         if len(lines) < len(todo):
             answers[todo[len(lines)]] = {"error": ending}

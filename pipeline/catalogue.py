@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,8 +104,8 @@ def files_look_wrong(config: RunConfig) -> bool:
     ``load_mteb_task`` says what is wrong, here and where this look sees nothing.
     """
     given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
-    local = [(t, Path(location).expanduser()) for t, location in given if "://" not in location and not set("*?[") & set(location)]
-    return any(not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
+    local = [(t, Path(absolute(location))) for t, location in given if "://" not in location and not set("*?[") & set(location)]
+    return any(not os.path.exists(path) or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
 
 
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
@@ -447,13 +448,36 @@ def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
 
 
 def _checked_group(values: Any, column: str, where: str) -> Any:
-    """Strings; null where there is no value, and an empty string is none."""
+    """Strings, equal where the values are; null where there is no value, and an empty string or NaN is none.
+
+    The files of a split may write one value in several types: 7 of a whole column is 7.0 of one with gaps, as pandas writes it.
+    """
     strings = _as_strings(values, where, column)
-    try:
-        strings = _plain(values).cast(pa.string()) if strings is None else strings
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(f"{where}: column {column!r} is {values.type}; expected one value for each text; set group_column") from None
+    if strings is None:
+        strings = _names_of_values(values, f"{where}: column {column!r}")
     return pc.if_else(pc.equal(strings, ""), None, strings)
+
+
+def _names_of_values(values: Any, where: str) -> Any:
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    kind = _plain(values).type
+    try:
+        if pa.types.is_fixed_size_binary(kind):  # Parquet's UUID too, whose values are such objects
+            return pa.array(
+                [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()], pa.string()
+            )
+        values = _plain(values)
+        if pa.types.is_decimal(kind):
+            return pa.array([value and f"{value.normalize():f}" for value in values.to_pylist()], pa.string())
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            return values.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
+        if pa.types.is_floating(kind):
+            values = pc.if_else(pc.is_nan(values), None, values.cast(pa.float64()))
+            is_whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
+            return pc.if_else(is_whole, pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.string()), values.cast(pa.string()))
+        return values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"{where} is {kind}; expected one value for each text; set group_column") from None
 
 
 def _with_revision(task: MtebTask, revision: str) -> MtebTask:

@@ -307,8 +307,7 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
     """
     text, origin = _read_source(source)
     values = parse_toml(text, origin=origin)
-    for override in overrides:
-        _apply_override(values, override)
+    _apply_overrides(values, overrides)
     origin = f"{origin} with --set" if overrides else origin
     config = validate_config(values, origin)
     if without_effect := _without_effect(config, values, overrides):
@@ -380,7 +379,7 @@ def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tupl
             raise ConfigError(f"--set {override}: only keys of [publish] have an effect on a finished run")
         if key == "publish.to":
             raise ConfigError(f"--set {override}: --to says already where to publish; leave this out")
-        _apply_override(values, override)
+    _apply_overrides(values, overrides)
     found = validate_config(values, "lorafleet publish").publish
     if found.private and not to.startswith("hf:"):
         raise ConfigError(f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private")
@@ -429,6 +428,14 @@ def _is_given(values: dict[str, Any], key: str) -> bool:
             return False
         node = node[part]
     return True
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if keys.count(key) > 1:
+            raise ConfigError(f"--set {key} is given more than once; keep one")
+        _apply_override(values, override)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -198,8 +198,7 @@ def evaluate_adapter(
     if "adapted_few_shot" in config.columns:
         score, own["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
         rows.append(facts.row("adapted_few_shot", score, started=started, **trained))  # type: ignore[arg-type]
-    # A refit has learnt from the validation texts too: a temperature fitted on them would flatter itself.
-    fit_on = validation if not training.refitted else None
+    fit_on = validation if not training.learnt_selection else None  # a temperature fitted on what was learnt would flatter itself
     calibration = scores.calibrate(fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels)
     confusions = scores.confusions(data.test_labels, predictions, data.label_names)
     return AdapterEvaluation(tuple(rows), comparison, calibration, confusions, own)

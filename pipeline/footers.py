@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk_schema import pandas_labels, types_lost_in_reading
 from pipeline.errors import LorafleetError, first_line
+from pipeline.machine import own_output, read_answers
 from pipeline.printable import reveal
 from pipeline.storage import open_file, store_errors
 
@@ -144,12 +145,12 @@ class _Reader:
                 process.stdin.write(request)
                 process.stdin.flush()
             for line in process.stdout:
-                said = json.loads(line)
-                if said == "done":
-                    return begun
-                begun.add(said["index"])
-                if "answer" in said:
-                    answers[said["index"]] = said["answer"]
+                for said in read_answers([line]):
+                    if "done" in said:
+                        return begun
+                    begun.add(said["index"])
+                    if "answer" in said:
+                        answers[said["index"]] = said["answer"]
             process.wait()
             if begun:
                 return begun
@@ -259,15 +260,15 @@ def _why(path: str) -> str:
 
 def _serve() -> None:
     """Answer requests until there are none for some seconds, or the parent is gone."""
-    lock = threading.Lock()
+    lock, answers = threading.Lock(), own_output()
 
-    def say(value: Any) -> None:
+    def say(**answer: Any) -> None:
         with lock:
-            print(json.dumps(value), flush=True)
+            print(json.dumps(answer), file=answers, flush=True)
 
     def do(operation: str, index: int, path: str, columns: list[str]) -> None:
-        say({"index": index})
-        say({"index": index, "answer": _answer(operation, path, columns)})
+        say(index=index)
+        say(index=index, answer=_answer(operation, path, columns))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0] and (line := sys.stdin.buffer.readline()):
@@ -275,7 +276,7 @@ def _serve() -> None:
             operation, columns = request["operation"], request["columns"]
             for done in [pool.submit(do, operation, index, path, columns) for index, path in request["paths"]]:
                 done.result()
-            say("done")
+            say(done=True)
 
 
 if __name__ == "__main__":

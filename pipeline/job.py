@@ -90,6 +90,7 @@ class TaskJob:
             "epochs": len(training.epochs),
             "best_epoch": training.best_epoch,
             "selected_on": training.selected_on,
+            "learnt_validation": training.learnt_selection,
             "seed": self.config.train.seed,
             "run_id": self.spec.run_id,
         }

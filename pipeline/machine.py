@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 from pipeline.errors import LorafleetError
 
@@ -20,7 +26,7 @@ def local_cpus() -> int:
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def free_bytes(path: Path) -> int | None:
@@ -41,3 +47,24 @@ def check_room(folder: Path, *, what: str) -> None:
     if free is not None and free < LEAST_ROOM_BYTES:
         least = f"{LEAST_ROOM_BYTES / 1e6:.0f} MB"
         raise LorafleetError(f"{folder}: {free / 1e6:.1f} MB free, but a start needs {least}; free some space, or {what}")
+
+
+def own_output() -> IO[str]:
+    """Standard output, for this process's answers alone: what a library prints goes to standard error from now on."""
+    answers = sys.stdout
+    with suppress(io.UnsupportedOperation):  # a stand-in without a descriptor
+        answers = os.fdopen(os.dup(answers.fileno()), "w", encoding="utf-8")
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return answers
+
+
+def read_answers(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The lines that are JSON objects. A ``sitecustomize`` may have printed others before ``own_output`` was called."""
+    answers = []
+    for line in lines:
+        with suppress(ValueError):
+            answer = json.loads(line)
+            if isinstance(answer, dict):
+                answers.append(answer)
+    return answers

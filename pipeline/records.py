@@ -167,6 +167,8 @@ class AdapterMeta(Record):
     """Paths of the linear layers that have a pair, in the order of the pairs."""
     task: TaskName | None = None
     """The MTEB task; none where the adapter was saved by itself."""
+    learnt_validation: bool = False
+    """Whether it, or an adapter that it started from, was trained on its validation slice too (``train.refit``)."""
 
 
 class FewShotScores(BaseModel):
@@ -466,12 +468,13 @@ class TaskResult(Record):
     """Inverse regularisation of the full-data probe, chosen on validation."""
     epochs: tuple[EpochRow, ...]
     best_epoch: int = Field(ge=0)
-    """0: no epoch beat the start, so the adapter is its start: the probe's head (or a random one) and pairs without effect, or the
+    """0: every epoch was below the start, so the adapter is its start: the probe's head (or a random one) and pairs without effect, or the
     published adapter of a warm start."""
     start_accuracy: Unit | None = None
-    """Accuracy of the start on the split that selects the epoch; none where there is no such split, or in results of older versions.
+    """Accuracy of the start on the split that selects the epoch.
 
-    A published adapter may have been trained on a few of these texts: most, but not all of a slice stays the same while the data grow."""
+    None where there is no such split, where the start was refitted on an earlier slice, and in results of older versions. Another published
+    adapter may have been trained on a few of these texts: most, but not all of a slice stays the same while the data grow."""
     selected_on: SelectedOn
     refitted: bool
     warm_start: WarmStart | None = None
@@ -522,7 +525,7 @@ class ResultsEntry(Record):
     majority_accuracy: float | None
     epochs: int
     best_epoch: int
-    """0: no epoch beat the start."""
+    """0: no epoch was as good as the start."""
     selected_on: SelectedOn
     p_value_holm: float | None
     num_test: int

@@ -20,6 +20,7 @@ from pipeline.adapter_ref import describe_adapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder import Encoder, FloatArray, exact_runtime, find_encoder
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
+from pipeline.machine import own_output, read_answers
 from pipeline.records import Probe, Runtime
 from pipeline.run_folder import TaskFolder, write_atomically
 
@@ -112,7 +113,7 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
             reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
             raise VerificationError(f"{cannot}: {reason[0]}")
         answer.seek(0)
-        said: dict[str, Any] = json.loads(answer.read())
+        (said,) = read_answers(answer) or [{"fault": "VerificationError", "message": "it gives no answer"}]
     if "fault" in said:
         kind: type[LorafleetError] = getattr(errors, said["fault"])
         raise kind(f"{cannot}: {said['message']}")
@@ -198,4 +199,5 @@ PROBE_TEXTS = (
 
 
 if __name__ == "__main__":
-    json.dump(_say(json.load(sys.stdin)), sys.stdout)
+    answers = own_output()
+    print(json.dumps(_say(json.load(sys.stdin.buffer))), file=answers, flush=True)

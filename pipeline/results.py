@@ -184,7 +184,7 @@ class ScoreTable:
             each = ", ".join(f"{task} {number}" for task, number in samples.items()) if len(numbers) > 1 else str(numbers.pop())
             notes.append(f"Few-shot texts per label: {each}.")
         if kept := [line.task for line in self.lines if line.best_epoch == 0]:
-            notes.append(f"Best epoch 0: no epoch beat the start of training, which was kept: {', '.join(kept)}.")
+            notes.append(f"Best epoch 0: no epoch was as good as the start of training, which was kept: {', '.join(kept)}.")
         if any(line.selected_on_test for line in self.lines):
             notes.append("† The epoch was chosen on the test split itself, so this row's scores are optimistic.")
         runs = sorted({line.reused_from for line in self.lines if line.reused_from is not None})

@@ -95,6 +95,8 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
             lock.seek(0)
             there = lock.read().strip() or "somebody else"
             raise LockedError(f"run store {runs}: {refusal.format(there)}, or choose another with --runs") from None
+        except OSError as error:  # some network file systems and mounted buckets have no locks
+            raise InputError(f"run store {runs}: {path} cannot be locked: {error.strerror}; choose a local disk with --runs") from None
         os.ftruncate(lock.fileno(), 0)
         with suppress(OSError):  # on a full disk who comes next is told no name
             os.write(lock.fileno(), holder.encode())

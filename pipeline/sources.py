@@ -46,7 +46,7 @@ _BINARY = {  # how files begin that are no text
 }
 _GZIP = b"\x1f\x8b"
 _SEPARATORS = (",", ";", "\t", "|")
-_SPLIT_NAME = re.compile(r"(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])", re.IGNORECASE)
 _MOST_NAMES = 12  # in one message
 _JSON_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -87,8 +87,7 @@ def find_sources(location: str) -> SourceFiles:
         there = f"; it has {some(left_out)}" if left_out else ""
         raise DataError(f"{location} has no file to learn from{there}; expected files that end in {_ENDINGS}")
     _refuse_mixed_formats(location, taken)
-    if is_folder:
-        _refuse_mixed_splits(location, taken, below=top)
+    _refuse_mixed_splits(location, taken, below=top)
     protocol = place.url("").removesuffix(place.root)
     return SourceFiles(tuple(f"{protocol}{name}" for name in sorted(set(taken))), left_out)
 
@@ -176,11 +175,15 @@ def _refuse_mixed_formats(location: str, names: Sequence[str]) -> None:
             f"{location} holds {' and '.join(sorted(map(str, formats)))} ({some(sorted(formats.values()))}), which may be the same texts "
             "twice; name one kind with a glob, such as folder/*.csv"
         )
+    packed = {name[: -len(".gz")] for name in names if name.lower().endswith(".gz")}
+    if twice := packed.intersection(names):
+        found = f"holds {some(sorted(twice))}, and with .gz too"
+        raise DataError(f"{location} {found}, which may be the same texts twice; keep one of each")
 
 
 def _refuse_mixed_splits(location: str, names: Sequence[str], *, below: str) -> None:
     parts = {(part, name) for name in names for part in name.removeprefix(f"{below}/").split("/")}
-    splits = {found[1].lower(): name for part, name in sorted(parts, reverse=True) if (found := _SPLIT_NAME.match(part))}
+    splits = {found[1].lower(): name for part, name in sorted(parts, reverse=True) if (found := _SPLIT_NAME.search(part))}
     if len(splits) > 1:
         raise DataError(
             f"{location} holds files of more than one split ({some(sorted(splits.values()))}); name those of each split in train and test"

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline.adapter import Adapter, HeadStart
+from pipeline.adapter_ref import describe_adapter
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder import Batch, Encoder
 from pipeline.errors import LorafleetError, ResumeError
@@ -54,11 +55,13 @@ class Training:
     adapter: Adapter
     epochs: tuple[EpochRow, ...]
     best_epoch: int
-    """0: no epoch beat the start, whose weights these are."""
+    """0: every epoch was below the start, whose weights these are."""
     selected_on: SelectedOn
     refitted: bool
     start_score: float | None
-    """Accuracy on ``selection`` before the first epoch; none without a selection."""
+    """Accuracy on ``selection`` before the first epoch; none without a selection, or where the start has learnt it."""
+    learnt_selection: bool
+    """Whether this adapter, or one that it started from, has learnt the texts of a selection, so that scores on them flatter it."""
 
 
 def train_adapter(
@@ -76,9 +79,10 @@ def train_adapter(
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Training:
-    """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``, or the start if none beats it.
+    """Train LoRA pairs and a head on a frozen encoder; keep the epoch that is best on ``selection``, or the start if all are below it.
 
     The start is what the first epoch begins with: pairs without effect and the given or a random head, or a saved adapter.
+    A saved adapter that was refitted does not compete: it knows most of the selection's texts by heart.
     The result depends on the arguments and the encoder's runtime only: started again after a kill, training goes on
     from the last finished epoch in ``checkpoint`` and ends with the same bits.
 
@@ -116,8 +120,9 @@ def train_adapter(
         file = Checkpoint(path, conditions) if path else None
         return _Loop(adapter, data, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
+    start_knows = warm_start is not None and describe_adapter(warm_start).meta.learnt_validation
     loop = fresh_loop(train, checkpoint)
-    loop.run(selection, on_epoch)
+    loop.run(selection, on_epoch, start_competes=not start_knows)
     state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
     refit = train_config.refit and selection is not None and state.best_epoch > 0  # zero epochs on more texts are the same start
     if refit:
@@ -128,7 +133,7 @@ def train_adapter(
         rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
     loop.adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score)
+    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or start_knows)
 
 
 @dataclass
@@ -181,10 +186,10 @@ class _Loop:
             state = [self.weights, *self.optimizer.state[self.weights].values()]
             self.learn, self.length_step = StepGraphs(self._learn, batch_size=config.batch_size, state=state), LENGTH_STEP
 
-    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None]) -> None:
+    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, start_competes: bool = True) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place."""
         self._resume()
-        if selection is not None and not self.state.epochs:
+        if selection is not None and start_competes and not self.state.epochs:
             self.state.start_score = self.state.best_score = accuracy(self.adapter, selection)
         while not self.state.finished:
             epoch = len(self.state.epochs) + 1

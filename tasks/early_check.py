@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, anchored
 from pipeline.errors import InputError, LorafleetError
+from pipeline.machine import own_output, read_answers
 from pipeline.manifest import finished_runs, library_versions, sources_sha256
 from tasks.children import die_with_parent
 
@@ -34,11 +35,10 @@ class EarlyCheck:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as config_in:
-            config_in.write(anchored(config).model_dump_json())
+            config_in.write(anchored(config).model_dump_json().encode())
         self._process.stdin = None  # or communicate() would want to close it
         self._timeout_seconds = config.compute.timeout_seconds
 
@@ -52,7 +52,7 @@ class EarlyCheck:
         except subprocess.TimeoutExpired:
             self._process.kill()
             out, _ = self._process.communicate()
-        answer: dict[str, Any] = json.loads(out or "{}")
+        answer = next(iter(read_answers(out.splitlines())), {})
         if "error" in answer:
             raise (InputError if answer["user_fault"] else LorafleetError)(*answer["error"])
         return answer.get("keys")
@@ -117,4 +117,5 @@ def _answer(config: RunConfig) -> dict[str, Any]:
 
 if __name__ == "__main__":
     die_with_parent(signal.SIGKILL)
-    print(json.dumps(_answer(RunConfig.model_validate_json(sys.stdin.read()))))
+    answers = own_output()
+    print(json.dumps(_answer(RunConfig.model_validate_json(sys.stdin.buffer.read()))), file=answers, flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from pipeline.errors import LorafleetError, first_line
+from pipeline.machine import own_output
 
 
 def try_out(steps: Sequence[str], answers: IO[str]) -> None:
@@ -88,12 +88,5 @@ def _origin(step: str) -> str:
     return ""
 
 
-def _own_output() -> IO[str]:
-    """Standard output, which from now on is nobody else's: what a library prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
 if __name__ == "__main__":
-    try_out(sys.argv[1:], _own_output())
+    try_out(sys.argv[1:], own_output())

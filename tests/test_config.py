@@ -272,6 +272,13 @@ def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(to: str, pri
         publish_config(load_config("quickstart"), to=to, private=private, overrides=overrides)
 
 
+def test_a_key_that_is_set_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--set train\.seed is given more than once"):
+        load_config("quickstart", overrides=("train.seed=1", "train.seed = 2"))
+    with pytest.raises(ConfigError, match=r"--set publish\.private is given more than once"):
+        publish_config(load_config("quickstart"), to="hf:me/x", private=False, overrides=("publish.private=true",) * 2)
+
+
 def test_a_name_given_twice_is_refused() -> None:
     assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
 

@@ -182,6 +182,44 @@ def test_near_equal_texts_and_groups_are_never_on_both_sides(tmp_path: Path) -> 
     assert len(set.union(*sides)) == 40
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([pa.int64()], [pa.float64()]),
+        ([pa.uint32()], [pa.string()]),
+        ([pa.decimal128(20, 0)], [pa.decimal128(22, 2)]),
+        ([pa.timestamp("s")], [pa.timestamp("s"), pa.timestamp("ns")]),
+        ([pa.dictionary(pa.int32(), pa.int64())], [pa.float64()]),
+    ],
+)
+def test_a_group_that_two_files_write_in_two_types_is_one(first: list[pa.DataType], second: list[pa.DataType], tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for number, kinds in enumerate((first, second)):
+        who = pa.array([1_500_000_000 + i // 2 for i in range(80)], pa.int64())  # "1.5e+09" of a float64, as pyarrow writes it
+        for kind in kinds:
+            who = who.dictionary_encode() if pa.types.is_dictionary(kind) else who.cast(kind)
+        columns = {"text": [f"text {number} {i}" for i in range(80)], "label": [i % 2 for i in range(80)], "who": who}
+        pq.write_table(pa.table(columns), tmp_path / "train" / f"{number}.parquet")
+    config = MtebTaskConfig(name="Tickets", train=str(tmp_path / "train"), group_column="who")
+    data = load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
+    sides = [{int(text.split()[2]) // 2 for text in side} for side in (data.train_texts, data.validation_texts, data.test_texts)]
+    assert sum(len(side) for side in sides) == len(set.union(*sides)) == 40
+
+
+def test_a_number_that_is_not_there_is_no_group(tmp_path: Path) -> None:
+    columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([1.0, float("nan")] * 20)}
+    with pytest.raises(DataError, match="column 'who': 20 of 40 rows have no value"):
+        load_carved(tmp_path, train=columns, entry={"group_column": "who"})
+
+
+def test_a_uuid_is_a_group(tmp_path: Path) -> None:
+    who = pa.array([bytes([0xFF, i // 2]) * 8 for i in range(40)], pa.binary(16))
+    for name, values in {"uuid": pa.ExtensionArray.from_storage(pa.uuid(), who), "bytes": who}.items():
+        (tmp_path / name).mkdir()
+        data = load_carved(tmp_path / name, train=numbered({"a": 20, "b": 20}) | {"who": values}, entry={"group_column": "who"})
+        assert len(data.test_texts) == 8
+
+
 # --- a test split carved from train ---
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from commands import FinishedRun, write_task
 
@@ -77,6 +78,21 @@ def test_what_is_wrong_with_the_data_is_raised_and_a_process_that_dies_says_noth
     assert EarlyCheck(config_of(finished_run)).keys() is None
 
 
+def test_neither_what_others_print_nor_the_encoding_of_the_streams_spoils_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task(tmp_path, "Topics")
+    table = pq.read_table(task["train"]).rename_columns(["text", "catégorie"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    entry = {"name": "Topics", "train": str(tmp_path / "train.parquet"), "label_column": "catégorie"}
+    config = validate_config({"mteb_tasks": [entry], "encoder": {"name": str(tmp_path / "nowhere")}}, "test")
+    (tmp_path / "sitecustomize.py").write_text("print('module loaded')\nprint(7)\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with pytest.raises(InputError, match="nowhere"):
+        EarlyCheck(config).keys()
+
+
 def test_a_file_that_is_not_there_or_has_not_the_columns_is_seen_at_a_look(tmp_path: Path) -> None:
     task = write_task(tmp_path, "Topics")
 
@@ -86,6 +102,7 @@ def test_a_file_that_is_not_there_or_has_not_the_columns_is_seen_at_a_look(tmp_p
     assert not looks_wrong()
     assert looks_wrong(test=str(tmp_path / "nowhere.parquet"))
     assert looks_wrong(text_column="sentence")
+    assert looks_wrong(train="~nobody-of-this-name/x.csv")
     assert not looks_wrong(text_column="label", label_column="text")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
     assert looks_wrong(train=str(tmp_path / "damaged.parquet"))

@@ -104,8 +104,8 @@ def adapted(data: TaskData, training: Training, baselines: Baselines, *columns: 
     return evaluate_adapter(facts_of(data, training.adapter.encoder), config, training=training, adapter_sha256=SHA, baselines=baselines)
 
 
-def as_trained(adapter: Adapter, *, selected_on: SelectedOn = "validation", refitted: bool = False) -> Training:
-    return Training(adapter, (), 1, selected_on, refitted, None)
+def as_trained(adapter: Adapter, *, selected_on: SelectedOn = "validation", learnt_selection: bool = False) -> Training:
+    return Training(adapter, (), 1, selected_on, False, None, learnt_selection)
 
 
 def by_column(rows: tuple[ScoreRow, ...]) -> dict[str, ScoreRow]:
@@ -225,7 +225,7 @@ def test_a_refit_leaves_nothing_to_fit_a_temperature_on(bert: Encoder, data: Tas
     baselines = frozen(data, bert, "head")
     adapter = give_effect(Adapter(bert, AdapterConfig(), data.label_names))
     assert adapted(data, as_trained(adapter), baselines, "head").calibration.fitted_on == "validation"
-    refitted = adapted(data, as_trained(adapter, refitted=True), baselines, "head").calibration
+    refitted = adapted(data, as_trained(adapter, learnt_selection=True), baselines, "head").calibration
     assert (refitted.fitted_on, refitted.temperature, refitted.error_before) == ("none", 1.0, refitted.error_after)
 
 

@@ -118,7 +118,7 @@ def test_few_shot_texts_per_label_are_told_of_each_task_where_they_differ() -> N
 def test_a_kept_start_is_told_below_the_table() -> None:
     table = score_table(summary_of(task_result("Kept", best_epoch=0), task_result("Trained")))
     assert [line.cells()[-1].text for line in table.lines] == ["0 of 4", "4 of 4"]
-    assert table.notes()[1:] == ("Best epoch 0: no epoch beat the start of training, which was kept: Kept.",)
+    assert table.notes()[1:] == ("Best epoch 0: no epoch was as good as the start of training, which was kept: Kept.",)
 
 
 def test_a_difference_has_a_sign_and_nothing_has_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -265,6 +266,15 @@ def test_a_store_that_a_run_holds_is_refused_and_stays_as_it_is(tmp_path: Path) 
         with hold_store(tmp_path, "20260102-1"), pytest.raises(LockedError, match="in use by run 20260102-1"):
             prune(tmp_path, Policy(keep=0), dry_run=dry_run)
     assert files(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(InputError, match="cannot be locked: No locks available"), hold_store(tmp_path, "20260102-1"):
+        pass
 
 
 # --- what is none of its business ---

@@ -232,6 +232,9 @@ def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(tmp_path: Pa
         (("in/a.csv", "in/b.parquet"), "in", "holds CSV and Parquet"),
         (("in/train.csv", "in/test.csv"), "in", "holds files of more than one split"),
         (("in/training/a.csv", "in/validation/a.csv"), "in", "holds files of more than one split"),
+        (("in/my_train.csv", "in/my_test.csv"), "in", "holds files of more than one split"),
+        (("in/train.csv", "in/test.csv"), "in/*.csv", "holds files of more than one split"),
+        (("in/a.csv", "in/a.csv.gz", "in/b.csv"), "in", "and with .gz too, which may be the same texts twice"),
         (("in/a.parquet", "in/_delta_log/0.json"), "in", "whose files also hold deleted rows"),
         (("in/a.parquet", "in/_delta_log/0.json"), "in/*.parquet", "whose files also hold deleted rows"),
         (("in/data/a.parquet", "in/metadata/v1.metadata.json"), "in", "whose files also hold deleted rows"),
@@ -245,7 +248,7 @@ def test_a_place_whose_files_are_not_clear_is_one_message(names: tuple[str, ...]
 
 
 def test_files_called_trainers_or_tested_are_no_splits(tmp_path: Path) -> None:
-    assert len(find_sources(str(made(tmp_path / "in", "trainers.csv", "tested.csv", "devices.csv"))).paths) == 3
+    assert len(find_sources(str(made(tmp_path / "in", "trainers.csv", "tested.csv", "devices.csv", "contest.csv"))).paths) == 4
 
 
 def test_links_that_lead_to_each_other_are_one_message(tmp_path: Path) -> None:

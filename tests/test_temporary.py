@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline import machine
 from pipeline.errors import InputError, LorafleetError
+from pipeline.machine import existing
 from tasks.temporary import LONGEST_BASE, check_temporary, ray_base, ray_folder, temporary_folder
 
 
@@ -139,3 +141,18 @@ def test_what_another_user_has_left_is_left_to_them(base: Path) -> None:
     os.chown(theirs, 65534, 65534)
     with ray_folder():
         assert theirs.exists()
+
+
+def test_a_file_system_without_locks_is_one_message(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(LorafleetError, match="cannot be locked: No locks available; set TMPDIR"), ray_folder():
+        pass
+    assert len(list(base.iterdir())) <= 1
+
+
+def test_a_folder_behind_a_link_to_nothing_lies_where_the_link_is(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "gone" / "runs")
+    assert existing(tmp_path / "runs" / "x") == tmp_path

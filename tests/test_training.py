@@ -404,6 +404,7 @@ def test_a_refit_is_a_training_on_both_parts_for_the_best_number_of_epochs(encod
     assert bits(refitted) == bits(by_hand)
     assert bits(refitted) != bits(train(load_encoder(encoder_folder("bert")), max_epochs=1))
     assert (refitted.refitted, by_hand.refitted) == (True, False)
+    assert (refitted.learnt_selection, by_hand.learnt_selection) == (True, False)
     assert (refitted.best_epoch, refitted.selected_on) == (1, "validation")
     assert [(row.epoch, row.is_best, row.validation_accuracy is None) for row in refitted.epochs] == [(1, True, False), (2, False, True)]
     assert [row.validation_accuracy is None for row in rows] == [False, True]
@@ -596,6 +597,18 @@ def test_the_score_at_the_start_is_that_of_the_published_adapter(
 def test_a_published_adapter_that_no_epoch_beats_is_kept(published: TaskFolder, undisturbed: Training, encoder_folder: Folders) -> None:
     warm = train(load_encoder(encoder_folder("bert")), warm_start=published, **RUINOUS)
     assert (warm.best_epoch, bits(warm)) == (0, bits(undisturbed))
+
+
+def test_a_published_adapter_that_has_learnt_the_validation_slice_does_not_compete(
+    published: TaskFolder, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    refitted = TaskFolder(shutil.copytree(published.root, tmp_path / "refitted"))
+    meta = json.loads(refitted.meta.read_text(encoding="utf-8"))
+    refitted.meta.write_text(json.dumps(meta | {"learnt_validation": True}), encoding="utf-8")
+    warm = train(load_encoder(encoder_folder("bert")), warm_start=refitted, **RUINOUS)
+    assert warm.best_epoch > 0
+    assert (warm.start_score, warm.refitted, warm.learnt_selection) == (None, False, True)
+    assert not train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1).learnt_selection
 
 
 def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_first_score(
