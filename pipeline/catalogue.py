@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def files_look_wrong(config: RunConfig) -> bool:
     """
     given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
     local = [(t, Path(absolute(location))) for t, location in given if "://" not in location and not set("*?[") & set(location)]
-    return any(not os.path.exists(path) or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
+    return any(not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
 
 
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:

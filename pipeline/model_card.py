@@ -196,9 +196,7 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
     if weak:
         limits.append(f"Not distinguishable from always answering the most frequent label: {', '.join(weak)}.")
     if kept := [entry.task for entry in summary.tasks if entry.best_epoch == 0]:
-        limits.append(
-            f"No epoch was as good as the start of training, so the start was kept and training has not helped: {', '.join(kept)}."
-        )
+        limits.append(f"No epoch was as good as the start of training, which was kept, so training has not helped: {', '.join(kept)}.")
     limits += _limits_of_selection(summary.tasks)
     if summary.failures:
         limits.append(f"The averages leave out what did not finish: {', '.join(f.mteb_task for f in summary.failures)}.")

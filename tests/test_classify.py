@@ -107,7 +107,7 @@ def test_this_process_and_ray_give_the_same_files(labelled: Labelled) -> None:
     for name in units:
         assert (here / name).read_bytes() == (there / name).read_bytes()
     assert summary(here) == summary(there)
-    assert "in this process, 1 threads" in labelled.here.err
+    assert "in this process, 1 thread" in labelled.here.err
     assert "on Ray, up to" in labelled.on_ray.err
 
 

@@ -140,7 +140,7 @@ def test_the_card_says_how_many_texts_per_label_the_few_shot_scores_are_from() -
 
 
 def test_a_kept_start_is_a_limit_of_the_card() -> None:
-    told = "No epoch was as good as the start of training, so the start was kept and training has not helped: Kept."
+    told = "No epoch was as good as the start of training, which was kept, so training has not helped: Kept."
     assert told in card_of(task_result("Kept", best_epoch=0), task_result("Trained"))
     assert "No epoch beat" not in card_of(task_result("Trained"))
 

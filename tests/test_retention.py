@@ -462,7 +462,7 @@ def test_the_command_says_of_each_folder_why_it_goes_or_stays(store: Path, tmp_p
     ("arguments", "word"),
     [
         (lambda runs: [runs / "nowhere"], "there is no folder"),
-        (lambda runs: [next(runs.glob("2*"))], "is a run folder, in the run store"),
+        (lambda runs: [next(runs.glob("2*/manifest.json")).parent], "is a run folder, in the run store"),
         (lambda runs: [runs, "--keep", "-1"], "--keep"),
     ],
 )
