@@ -202,10 +202,6 @@ def test_every_number_has_sane_bounds(key: str, value: str) -> None:
     assert len(message) < 1000
 
 
-def test_later_overrides_win() -> None:
-    assert load_config("quickstart", overrides=("train.seed=1", "train.seed=2")).train.seed == 2
-
-
 @pytest.mark.parametrize(
     "override", ["train.seed", "=7", "train.=7", "train..seed=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"]
 )

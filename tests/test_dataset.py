@@ -41,6 +41,15 @@ def load_carved(folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | 
     return load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(**settings), offline=True)
 
 
+def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
+    """From a folder of Parquet files whose column ``who`` names the group, without a test file."""
+    (folder / "train").mkdir(parents=True)
+    for number, columns in enumerate(tables):
+        pq.write_table(pa.table(columns), folder / "train" / f"{number}.parquet")
+    config = MtebTaskConfig(name="Tickets", train=str(folder / "train"), group_column="who")
+    return load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
+
+
 def numbered(counts: dict[Any, int]) -> dict[str, Any]:
     """So many texts of each label, all different."""
     labels = [label for label, count in counts.items() for _ in range(count)]
@@ -193,15 +202,13 @@ def test_near_equal_texts_and_groups_are_never_on_both_sides(tmp_path: Path) -> 
     ],
 )
 def test_a_group_that_two_files_write_in_two_types_is_one(first: list[pa.DataType], second: list[pa.DataType], tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
+    tables = []
     for number, kinds in enumerate((first, second)):
         who = pa.array([1_500_000_000 + i // 2 for i in range(80)], pa.int64())  # "1.5e+09" of a float64, as pyarrow writes it
         for kind in kinds:
             who = who.dictionary_encode() if pa.types.is_dictionary(kind) else who.cast(kind)
-        columns = {"text": [f"text {number} {i}" for i in range(80)], "label": [i % 2 for i in range(80)], "who": who}
-        pq.write_table(pa.table(columns), tmp_path / "train" / f"{number}.parquet")
-    config = MtebTaskConfig(name="Tickets", train=str(tmp_path / "train"), group_column="who")
-    data = load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
+        tables.append({"text": [f"text {number} {i}" for i in range(80)], "label": [i % 2 for i in range(80)], "who": who})
+    data = load_grouped(tmp_path, *tables)
     sides = [{int(text.split()[2]) // 2 for text in side} for side in (data.train_texts, data.validation_texts, data.test_texts)]
     assert sum(len(side) for side in sides) == len(set.union(*sides)) == 40
 
@@ -209,14 +216,13 @@ def test_a_group_that_two_files_write_in_two_types_is_one(first: list[pa.DataTyp
 def test_a_number_that_is_not_there_is_no_group(tmp_path: Path) -> None:
     columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([1.0, float("nan")] * 20)}
     with pytest.raises(DataError, match="column 'who': 20 of 40 rows have no value"):
-        load_carved(tmp_path, train=columns, entry={"group_column": "who"})
+        load_grouped(tmp_path, columns)
 
 
 def test_a_uuid_is_a_group(tmp_path: Path) -> None:
     who = pa.array([bytes([0xFF, i // 2]) * 8 for i in range(40)], pa.binary(16))
     for name, values in {"uuid": pa.ExtensionArray.from_storage(pa.uuid(), who), "bytes": who}.items():
-        (tmp_path / name).mkdir()
-        data = load_carved(tmp_path / name, train=numbered({"a": 20, "b": 20}) | {"who": values}, entry={"group_column": "who"})
+        data = load_grouped(tmp_path / name, numbered({"a": 20, "b": 20}) | {"who": values})
         assert len(data.test_texts) == 8
 
 
