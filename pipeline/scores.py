@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import optimize, sparse, special, stats
 from sklearn import metrics
 
 from pipeline.errors import LorafleetError
@@ -393,12 +393,16 @@ def _macro_f1_test(labels: Ints, first: Ints, second: Ints, *, num_classes: int,
     observed = _macro_f1(one, present) - _macro_f1(other, present)
     differing = first != second
     labels, first, second = labels[differing], first[differing], second[differing]
-    eye = np.eye(num_classes, dtype=np.float32)
-    moved = np.stack([eye[second] * (second == labels)[:, None] - eye[first] * (first == labels)[:, None], eye[second] - eye[first]])
+    # What a swap of each text adds to the counts of the first; sparse, because it touches two of perhaps thousands of classes.
+    ends = np.tile(np.arange(len(labels)), 2), np.concatenate([second, first])
+    of_found = np.concatenate([second == labels, -1 * (first == labels)])
+    of_predicted = np.repeat([1, -1], len(labels))
+    moved = [sparse.csr_array((counts, ends), shape=(len(labels), num_classes)) for counts in (of_found, of_predicted)]
     random = np.random.default_rng(seed)
     extreme = 1
     for _ in range(_RANDOMISATION_ROUNDS):
-        swapped = random.integers(2, size=(_SWAPS_PER_ROUND, len(labels))).astype(np.float32) @ moved  # (2, draws, classes)
+        draws = random.integers(2, size=(_SWAPS_PER_ROUND, len(labels)))
+        swapped = np.stack([draws @ counts for counts in moved])  # (2, draws, classes)
         differences = _macro_f1(one[:, None] + swapped, present) - _macro_f1(other[:, None] - swapped, present)
         extreme += int(np.count_nonzero(np.abs(differences) >= abs(observed) - 1e-9))
     return float(observed), extreme / (_RANDOMISATION_ROUNDS * _SWAPS_PER_ROUND + 1)
@@ -413,7 +417,7 @@ def _macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
     """Mean F1 over the classes that occur in labels or predictions, (...), from counts (2, ..., classes) as ``_counts`` gives them."""
     found, predicted = counts
     total = predicted + present
-    occurs = total > 0.5  # counts are sums of float32, exact up to 2 ** 24
+    occurs = total > 0
     f1 = np.divide(2 * found, total, out=np.zeros(total.shape), where=occurs)
     scores: npt.NDArray[Any] = f1.sum(axis=-1) / occurs.sum(axis=-1)
     return scores

@@ -191,13 +191,18 @@ class Fleet:
 
     def _keep_ray(self, starts: int = _STARTS) -> None:
         """Start Ray, and stop it from the same thread: a local Ray dies with the thread that started it, whatever has become of it."""
-        with ExitStack() as ends:
-            fault = self._start(ends)
-            if starts == 1 or not isinstance(fault, RayStartError):
-                self._fault = fault
-                self._started.set()
-                self._released.wait()
-                return
+        try:
+            with ExitStack() as ends:
+                fault = self._start(ends)
+                if starts == 1 or not isinstance(fault, RayStartError):
+                    self._fault = fault
+                    self._started.set()
+                    self._released.wait()
+                    return
+        except Exception as error:
+            self._fault = self._fault or error
+            self._started.set()  # who waits for Ray shall not wait for ever
+            raise
         self._keeper = threading.Thread(target=self._keep_ray, args=(starts - 1,), name="keep-ray", daemon=True)
         self._keeper.start()
 
