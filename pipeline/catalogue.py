@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
 from pipeline.errors import ConfigError, DataError, InputError, LorafleetError, first_line
+from pipeline.hub_errors import hub_error, hub_fault_behind
 from pipeline.packages import PACKAGES, installed_version, read_package
 from pipeline.records import CarvedTest, MtebTask
 from pipeline.run_folder import RunFolder
@@ -144,17 +145,23 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
     Raises: DataError, LorafleetError: as ``load_mteb_task``.
     """
     import datasets
+    from huggingface_hub import constants
 
-    name, at = task.name, f"{mteb_task.metadata.dataset['path']} at {mteb_task.metadata.revision}"
+    path = mteb_task.metadata.dataset["path"]
+    name, at = task.name, f"{path} at {mteb_task.metadata.revision}"
+    if not Path(path).is_absolute() and Path(path).exists():
+        raise DataError(f"{name}: {path} in the working folder would be taken for the data set on the Hub; start in another folder")
     try:
         with _hub_access(offline=offline):
             mteb_task.load_data()
-    except ConnectionError as error:
-        if offline:
-            raise DataError(f"{name}: {at} is not in the local Hub cache; set data.offline = false, or data.mirror") from error
-        raise LorafleetError(f"{name}: the Hub cannot be reached for {at}: {error}; try again, or set data.mirror") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: {at} cannot be loaded: {error}") from error
+        if (fault := hub_fault_behind(error)) is not None:
+            raise hub_error(fault, f"{name}: {at}", offline=offline, kind=DataError) from error
+        if isinstance(error, ConnectionError) and not (offline or constants.HF_HUB_OFFLINE):
+            raise LorafleetError(f"{name}: the Hub cannot be reached for {at}: {error}; try again, or set data.mirror") from error
+        if isinstance(error, ConnectionError):
+            raise DataError(f"{name}: {at} is not in the local Hub cache; fetch it once while online, or set data.mirror") from error
+        raise DataError(f"{name}: {at} cannot be loaded: {first_line(error)}") from error
     parts = mteb_task.dataset[task.subset] if mteb_task.metadata.is_multilingual else mteb_task.dataset
     found = sorted(parts)
     for split in ("train", "test"):

@@ -47,6 +47,17 @@ def hub_error(error: BaseException, what: str, *, offline: bool = False, kind: t
     return LorafleetError(f"{what}: {hub_said(error)}{_REACH if out_of_reach else ''}")
 
 
+def hub_fault_behind(error: BaseException) -> BaseException | None:
+    """The fault of the Hub that made another library raise ``error``; None if there is none."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
 def hub_status(error: BaseException) -> int | None:
     """The status that the Hub answered with; none if it did not."""
     response: Any = getattr(error, "response", None)

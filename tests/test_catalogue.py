@@ -389,6 +389,13 @@ def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(tmp_path: Path,
     assert list(evaluate(loaded, LetterCounts()).scores) == ["test"]
 
 
+def test_a_folder_that_is_called_as_the_data_set_on_the_hub_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "mteb" / "banking77" / "train.parquet", text=["a"], label=[0])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="mteb/banking77 in the working folder would be taken for the data set on the Hub"):
+        load_from_hub(plan("Banking77Classification"), mteb.get_task("Banking77Classification"), offline=True)
+
+
 def test_names_that_the_hub_keeps_beside_the_numbers_arrive_as_label_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
 

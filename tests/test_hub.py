@@ -6,6 +6,9 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets.config
+import huggingface_hub
+import mteb
 import pytest
 from httpx2 import ConnectError
 from hub_server import HubServer, go_online
@@ -13,7 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from publishing import hub_of_our_own
 
 from pipeline.adapter_ref import find_adapters
-from pipeline.config import EncoderConfig
+from pipeline.catalogue import load_from_hub, plan_task
+from pipeline.config import DataConfig, EncoderConfig, MtebTaskConfig
 from pipeline.encoder import find_encoder
 from pipeline.errors import InputError, LorafleetError
 from pipeline.hub import HubRepository, ask, download
@@ -49,14 +53,26 @@ def test_only_a_hub_out_of_reach_is_looked_for_in_the_network(
     assert not isinstance(raised.value, InputError)
 
 
+def load_data_set() -> None:
+    """One that mteb knows, at another address; ``datasets`` has constants of its own."""
+    mteb_task = mteb.get_task("Banking77Classification", eval_splits=["test"])
+    mteb_task.metadata = mteb_task.metadata.model_copy(update={"dataset": {"path": "team/data", "revision": "0" * 40}})
+    planned = plan_task(MtebTaskConfig(name="Banking77Classification"), data=DataConfig(), default_epochs=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", huggingface_hub.constants.HF_HUB_OFFLINE)
+        load_from_hub(planned, mteb_task, offline=False)
+
+
 Asks = dict[str, Callable[[], object]]
 ASKS: Asks = {
     "an adapter": lambda: find_adapters(["hf:team/adapters#Topics"], offline=False),
     "an encoder": lambda: find_encoder(EncoderConfig(name="team/encoder"), offline=False),
     "a repository": lambda: HubRepository("team/adapters").read(),
     "a download": lambda: download("team/adapters", "main"),
+    "a data set": load_data_set,
 }
-"""Everything of ours that asks the Hub for something, but for a data set."""
+"""Everything of ours that asks the Hub for something."""
 
 
 @pytest.fixture
@@ -75,6 +91,8 @@ def test_a_hub_out_of_reach_or_broken_is_worth_another_try(
         hub.fail(times=10_000, status=fault)
     else:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     with pytest.raises(LorafleetError, match=r"team/") as raised:
         ASKS[what]()
     assert not isinstance(raised.value, InputError), "exit code 1"
