@@ -352,7 +352,7 @@ class Server(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         sized = self.path.endswith("sized.parquet")
-        content = b"PAR1 PAR1" if "parquet" in self.path else f'<a href="{self.path}/sized.parquet">one</a>'.encode()
+        content = b"PAR1 PAR1" if "parquet" in self.path else f'<a href="{self.path.rstrip("/")}/sized.parquet">one</a>'.encode()
         self.send_response(404 if "*" in self.path else 200)
         self.send_header("Connection", "close")
         if sized:
