@@ -115,7 +115,7 @@ def test_toml_of_a_megabyte_takes_seconds(text: str) -> None:
 def test_yaml_of_a_megabyte_of_keys_takes_seconds() -> None:
     started = time.process_time()
     parse_yaml("".join(f"a{i}:\n" for i in range(40_000)), origin="here")
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 10
 
 
 def test_yaml_keeps_its_anchors_and_merges() -> None:
