@@ -20,7 +20,9 @@ from pipeline.hub_errors import hub_error, hub_faults
 from pipeline.records import AdapterMeta, Calibration, LabelNames
 from pipeline.run_folder import LARGEST_RECORD_BYTES, TaskFolder, adapter_sha256, parse_record, read_file
 
-_NAMED = re.compile(r"(?P<name>[^=/#@:]+)=(?P<ref>.+)")
+NAME = re.compile(r"[^=/#@:]+")
+"""What NAME can be in ``NAME=REF``."""
+_NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
 HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[A-Za-z0-9][A-Za-z0-9_.-]*))?")
 
 

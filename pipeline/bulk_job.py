@@ -101,10 +101,10 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
     done = {unit.output for unit in units} & set(names)
     before = _read_plan(place) if PLAN in names else None
     if before is not None:
-        stale = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
+        changed, damaged = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
         if place is output:
-            _check_same(output, before, job, changed={unit.path for unit in stale})
-        for unit in stale:  # of an overwriting job, which makes it anew
+            _check_same(output, before, job, changed={unit.path for unit in changed})
+        for unit in (*changed, *damaged):  # changed are only those of an overwriting job
             place.remove(unit.output)
             done.discard(unit.output)
     if before != job:
@@ -233,11 +233,24 @@ def _read_plan(place: Place) -> BulkJob:
         raise InputError(f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
 
 
-def _stale_units(place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]) -> list[Unit]:
-    """The finished units whose file holds other bytes now. Read are only files that the store lists with another version."""
+def _stale_units(place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """The finished units whose file holds other bytes now, and those that cannot tell because they are damaged.
+
+    Read are only files that the store lists with another version.
+    """
     versions = {file.path: file.version for file in before.files}
     moved = {file.path for file in job.files if versions.get(file.path) != file.version or not file.version}
-    return [unit for unit in done if unit.path in moved and not _is_current(read_receipt(place, unit), unit, source, job)]
+    changed, damaged = list[Unit](), list[Unit]()
+    for unit in done:
+        if unit.path in moved:
+            try:
+                receipt = read_receipt(place, unit)
+            except LorafleetError:
+                damaged.append(unit)
+                continue
+            if not _is_current(receipt, unit, source, job):
+                changed.append(unit)
+    return changed, damaged
 
 
 def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Receipt]) -> list[Unit]:

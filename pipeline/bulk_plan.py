@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.adapter_ref import NAME, FoundAdapter, find_adapters
 from pipeline.bulk_job import Begun, begin, check_places, describe_job, new_columns
 from pipeline.bulk_records import SMALL_ROWS, BulkJob, BulkRequest
 from pipeline.classifier import find_encoder_of
-from pipeline.errors import InputError, first_line
+from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.footers import start_ahead
 from pipeline.printable import concealed
 from pipeline.storage import Place, check_address, store_errors
@@ -75,6 +75,9 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}") from None
     adapters = find_adapters(request.adapters, offline=request.offline)
+    for ref, adapter in zip(request.adapters, adapters, strict=True):
+        if not NAME.fullmatch(adapter.name):  # a worker is told NAME=REF
+            raise AdapterError(f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}")
     most = max(len(adapter.label_names) for adapter in adapters)
     if options.top_k > most:
         raise InputError(f"--top-k {options.top_k}: there are only {most} labels; choose a smaller number")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -17,17 +16,20 @@ from pipeline.errors import DataError
 
 ARROW_SCHEMA = b"ARROW:schema"
 """Key of Arrow's own schema in a footer."""
+Kinds = Mapping[str, Sequence[str]]
+"""Top-level column -> the type of each leaf in it: its logical type, or the physical one where there is none."""
 
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _TIME_UNITS = ("s", "ms", "us", "ns")
-_WKB, _GEOMETRIES = "geoarrow.wkb", ("Geometry", "Geography")
+_WKB, _GEOMETRIES, _VARIANT = "geoarrow.wkb", ("Geometry", "Geography"), "Variant"
 _EXTENSION_NAME, _EXTENSION_METADATA = b"ARROW:extension:name", b"ARROW:extension:metadata"
 _PANDAS, _SPARK = b"pandas", b"org.apache.spark.sql.parquet.row.metadata"
+# Of a value that is no JSON, nested too deep, or another object than expected.
+_NOT_UNDERSTOOD = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 _TEXT_LABELS = ("unicode", "string", "mixed", "mixed-integer", "empty")
 _SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean"}
-_NODE = re.compile(r"^( *)(?:required|optional|repeated) (\S+?)(?:\(\d+\))? (?:field_id=-?\d+ )?(.*?)(?: \((.*)\))?( \{|;)$")
-_STRUCTURE = re.compile(r"List|Map|None")
 # Parquet's older annotation of a time stays: it says nothing of time zones, and DuckDB and Polars take it for one without.
 _FLAGS = re.compile(r", (?:is_from_converted_type=false|force_set_converted_type=\w+)")
 # What Parquet's integers are where nothing is said about them.
@@ -107,7 +109,7 @@ def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSche
     if kind is None:
         raise DataError(
             f"{file.path}: column {field.name!r} is {other.type}, and {field.type} in {origin.path}; "
-            f"read together, one of them would lose something; {_TWO_JOBS}"
+            f"these two cannot be joined without a loss; {_TWO_JOBS}"
         )
     return field.with_type(kind).with_nullable(field.nullable or other.nullable), origin
 
@@ -168,13 +170,20 @@ def _wider_time(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_nested(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    lists = [pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in (one, two)]
-    if all(lists):
+    if pa.types.is_map(one) and pa.types.is_map(two):
+        key, item = wider(one.key_type, two.key_type), wider(one.item_type, two.item_type)
+        if key is None or item is None or one.keys_sorted != two.keys_sorted:
+            return None
+        item_field = one.item_field.with_type(item).with_nullable(one.item_field.nullable or two.item_field.nullable)
+        return pa.map_(one.key_field.with_type(key), item_field, keys_sorted=one.keys_sorted)
+    if all(any(is_one(kind) for is_one in _LISTS) for kind in (one, two)):
         value = wider(one.value_type, two.value_type)
         if value is None:
             return None
         element = one.value_field.with_type(value).with_nullable(one.value_field.nullable or two.value_field.nullable)
-        return pa.list_(element) if pa.types.is_list(one) and pa.types.is_list(two) else pa.large_list(element)
+        if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(two) and one.list_size == two.list_size:
+            return pa.list_(element, one.list_size)
+        return pa.large_list(element) if pa.types.is_large_list(one) or pa.types.is_large_list(two) else pa.list_(element)
     if pa.types.is_struct(one) and pa.types.is_struct(two) and [f.name for f in one] == [f.name for f in two]:
         parts = [(a, b, wider(a.type, b.type)) for a, b in zip(one, two, strict=True)]
         if all(kind is not None for _, _, kind in parts):
@@ -207,17 +216,16 @@ class WrittenAs:
         return pa.table(columns, schema=self.schema)
 
 
-def written_as(schema: pa.Schema, parquet_schema: str, metadata: dict[bytes, bytes], *, with_arrow_schema: bool) -> WrittenAs:
+def written_as(schema: pa.Schema, kinds: Kinds, metadata: dict[bytes, bytes], *, with_arrow_schema: bool) -> WrittenAs:
     """Choose the writer's types and options.
 
     Args:
         schema: Of the output.
-        parquet_schema: Of the input, in Parquet's own words.
+        kinds: Of the input.
         metadata: Key-values of the output's footer.
         with_arrow_schema: Whether the input's footer has Arrow's own schema too; some readers take other types where it is there.
     """
-    kinds = kinds_by_column(parquet_schema)
-    fields = [_as_geometry(field) if kinds.get(field.name, ("",))[0].startswith(_GEOMETRIES) else field for field in schema]
+    fields = [_as_geometry(field) if kinds.get(field.name, [""])[0].startswith(_GEOMETRIES) else field for field in schema]
     times = [kind for name in schema.names for kind in kinds.get(name, ()) if kind.startswith("Time(")]
     adjusted = bool(times) and all("isAdjustedToUTC=true" in kind for kind in times)
     options = {"write_time_adjusted_to_utc": adjusted, "store_schema": with_arrow_schema}
@@ -232,19 +240,19 @@ def _in_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([pa.ExtensionArray.from_storage(kind, chunk) for chunk in column.chunks], type=kind)
 
 
-def types_lost_in_reading(schema: pa.Schema, parquet_schema: str, metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+def types_lost_in_reading(schema: pa.Schema, kinds: Kinds, metadata: Mapping[bytes, bytes]) -> dict[str, str]:
     """Column -> ``date64[ms] becomes date32[day]``, of each that pyarrow reads as another type than it was written from.
 
     Args:
         schema: As pyarrow reads the file.
-        parquet_schema: The same in Parquet's own words; INT96 columns are a matter of their own.
+        kinds: Of the same file; INT96 columns are a matter of their own.
         metadata: Of the file's footer, where Arrow's own schema may be.
     """
     try:
         written = pa.ipc.read_schema(pa.py_buffer(b64decode(metadata[ARROW_SCHEMA])))
     except (KeyError, ValueError, pa.ArrowException):
         return {}
-    kinds, before = kinds_by_column(parquet_schema), dict(zip(written.names, written.types, strict=True))
+    before = dict(zip(written.names, written.types, strict=True))
     pairs = {field.name: (before[field.name], field.type) for field in schema if field.name in before}
     return {
         name: f"{old} becomes {new}"
@@ -253,42 +261,60 @@ def types_lost_in_reading(schema: pa.Schema, parquet_schema: str, metadata: Mapp
     }
 
 
-def changed_types(schema: pa.Schema, parquet_schema: str) -> dict[str, str]:
+def changed_types(schema: pa.Schema, before: Kinds) -> dict[str, str]:
     """Column -> ``GEOMETRY becomes BYTE_ARRAY``, of each whose Parquet type pyarrow reads or writes as another one.
 
     Args:
         schema: Of the output, without the columns that it adds.
-        parquet_schema: Of an input file, in Parquet's own words.
+        before: Kinds of an input file.
     """
     sink = pa.BufferOutputStream()
-    how = written_as(schema, parquet_schema, {}, with_arrow_schema=False)
+    how = written_as(schema, before, {}, with_arrow_schema=False)
     pq.ParquetWriter(sink, how.schema, **how.options).close()
-    after = kinds_by_column(str(pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema).partition("\n")[2])
-    before = kinds_by_column(parquet_schema)
+    after = kinds_by_column(pq.ParquetFile(pa.BufferReader(sink.getvalue())))
     return {
         name: f"{', '.join(before[name])} becomes {', '.join(after[name])}"
         for name in schema.names
-        if name in before and before[name] != after[name]
+        if name in before and list(before[name]) != list(after[name])
     }
 
 
-@lru_cache(maxsize=64)
-def kinds_by_column(parquet_schema: str) -> dict[str, tuple[str, ...]]:
-    """Top-level column -> the logical type of each node in it, or the physical type where there is none; lists and maps do not count."""
-    found: dict[str, tuple[str, ...]] = {}
-    name = ""
-    for node in map(_NODE.match, parquet_schema.splitlines()[1:]):
-        if node is None:
-            continue
-        indent, physical, node_name, logical, _ = node.groups()
-        if len(indent) == 2:
-            name = node_name
-            found[name] = ()
-        kind = _FLAGS.sub("", logical or "")
-        kind = _PLAIN.get(kind, kind) or ("" if physical == "group" else physical)
-        if kind and not _STRUCTURE.fullmatch(kind):
-            found[name] += (kind,)
+def kinds_by_column(parquet: pq.ParquetFile) -> dict[str, tuple[str, ...]]:
+    """The kinds of a file's columns. Names may hold anything, so what belongs to which column is told by the order of the leaves.
+
+    Raises: ValueError: the file's two schemas do not have the same leaves.
+    """
+    schema = parquet.schema
+    leaves = [_kind_of_leaf(schema.column(index)) for index in range(len(schema))]
+    rest, printed = iter(leaves), str(schema)
+    found = {field.name: tuple(_kinds(field, rest, printed)) for field in parquet.schema_arrow}
+    if next(rest, None) is not None:
+        raise ValueError(f"its {len(leaves)} columns in Parquet are more than those that pyarrow reads")
     return found
+
+
+def _kind_of_leaf(leaf: Any) -> str:
+    kind = _FLAGS.sub("", str(leaf.logical_type))
+    return str(leaf.physical_type).lower() if kind == "None" else _PLAIN.get(kind, kind)
+
+
+def _kinds(field: pa.Field, leaves: Iterator[str], printed: str) -> Iterator[str]:
+    kind = _plain(field.type)
+    parts = [kind.field(index) for index in range(kind.num_fields)]
+    if pa.types.is_struct(kind) and _is_variant(field.name, [part.name for part in parts], printed):
+        yield _VARIANT
+    for part in parts:
+        yield from _kinds(part, leaves, printed)
+    if not parts and not pa.types.is_struct(kind):
+        leaf = next(leaves, None)
+        if leaf is None:
+            raise ValueError("its columns in Parquet are fewer than those that pyarrow reads")
+        yield leaf
+
+
+def _is_variant(name: str, parts: Sequence[str], printed: str) -> bool:
+    """Whether the printed schema calls the group a VARIANT; pyarrow says it nowhere else."""
+    return {"metadata", "value"} <= {*parts} and re.search(rf" group field_id=-?\d+ {re.escape(name)} \({_VARIANT}\(", printed) is not None
 
 
 class _Wkb(pa.ExtensionType):
@@ -327,13 +353,19 @@ def output_metadata(
         leave_out: A key that is the output's own.
     """
     values = {key: value for key, value in metadata.items() if key not in (ARROW_SCHEMA, leave_out)}
-    for key, extend in ((_PANDAS, _extend_pandas), (_SPARK, _extend_spark)):
+    for key, extend in _EXTENDED.items():
         if key in values:
             try:
-                values[key] = json.dumps(extend(json.loads(values[key]), kept, added), ensure_ascii=False).encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
+                values[key] = json.dumps(extend(json.loads(values[key]), kept, added)).encode()
+            except _NOT_UNDERSTOOD:
                 del values[key]  # a reader that trusts it would fail, or not see the new columns
     return values
+
+
+def keys_left_out(metadata: Mapping[bytes, bytes], kept: Sequence[str]) -> list[str]:
+    """The key-values of an input's footer that its output cannot have, because nobody understands them."""
+    there = output_metadata(metadata, kept=kept, added=(), leave_out=b"")
+    return [key.decode() for key in _EXTENDED if key in metadata and key not in there]
 
 
 def _has_text_names(pandas: dict[str, Any]) -> bool:
@@ -347,7 +379,7 @@ def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
         pandas = json.loads(metadata[_PANDAS])
         levels = pandas["column_indexes"]
         return "" if not levels or _has_text_names(pandas) else ", ".join(level["pandas_type"] for level in levels)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _NOT_UNDERSTOOD:
         return ""
 
 
@@ -380,3 +412,6 @@ def _spark_type(kind: pa.DataType) -> Any:
         fields = [{"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in kind]
         return {"type": "struct", "fields": fields}
     return _SPARK_TYPES[str(kind)]
+
+
+_EXTENDED = {_PANDAS: _extend_pandas, _SPARK: _extend_spark}

@@ -1,8 +1,10 @@
-"""Files that a person writes, TOML or YAML, read so that nothing in them can exhaust this process or surprise what reads the values."""
+"""TOML and YAML files that a person writes: read with a bound on their size, their depth and the number of their values."""
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,15 @@ _LARGEST_BYTES = 1024**2
 _DEEPEST = 32
 _MOST_VALUES = 100_000
 _LARGEST_INTEGER = 2**63 - 1
+# Texts over several lines and comments, so that nothing inside of them counts; then keys, of which those of too many parts are deep. What
+# is not closed reaches to the end of the line or of the file.
+_PART = r"""(?:"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|[A-Za-z0-9_-]++)"""
+_DOT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
+_TOML_TOKEN = re.compile(
+    r'''"""(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*+(?:"{3,5}|\Z)'''
+    r"""|'''(?:[^']|'{1,2}(?!'))*+(?:'{3,5}|\Z)"""
+    rf"|#[^\n]*+|(?P<deep>{_PART}{_DOT}{{{_DEEPEST},}}+)|{_PART}{_DOT}*+|[^\"'#A-Za-z0-9_-]++"
+)
 
 
 def read_text(path: Path) -> str:
@@ -41,6 +52,8 @@ def parse_toml(text: str, *, origin: str) -> dict[str, Any]:
 
     Raises: ConfigError: not TOML, or what no TOML file needs; ``origin`` names it.
     """
+    if any(found["deep"] for found in _TOML_TOKEN.finditer(text)):  # tomllib's time grows with the square of the parts
+        raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -123,8 +136,8 @@ def _inside_node(node: Any, origin: str) -> Iterator[Any]:
     """Of a YAML node, whose ``value`` is a text, nodes, or pairs of them."""
     if node is None or isinstance(node.value, str):
         return
-    keys = [part[0].value for part in node.value if isinstance(part, tuple) and isinstance(part[0].value, str)]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+    keys = Counter(part[0].value for part in node.value if isinstance(part, tuple) and isinstance(part[0].value, str))
+    if twice := sorted(key for key, count in keys.items() if count > 1):
         raise ConfigError(f"{origin}: line {node.start_mark.line + 1}: {', '.join(twice)} is there twice, and only one would count")
     for part in node.value:
         yield from part if isinstance(part, tuple) else (part,)

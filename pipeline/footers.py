@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk_schema import pandas_labels, types_lost_in_reading
+from pipeline.bulk_schema import Kinds, keys_left_out, kinds_by_column, pandas_labels, types_lost_in_reading
 from pipeline.errors import LorafleetError, first_line
 from pipeline.machine import own_output, read_answers
 from pipeline.printable import reveal
@@ -38,6 +38,12 @@ _IDLE_SECONDS = 5.0
 _MOST_STARTS = 3
 _UNITS = ("ns", "us", "s")
 _MAGIC, _GZIP = b"PAR1", b"\x1f\x8b"
+# All that anybody here or in pyarrow's reader asks of a column chunk.
+_FACTS = (
+    *("file_offset", "file_path", "physical_type", "num_values", "path_in_schema", "is_stats_set", "statistics", "compression"),
+    *("encodings", "has_dictionary_page", "dictionary_page_offset", "data_page_offset", "has_offset_index"),
+    *("has_column_index", "total_compressed_size", "total_uncompressed_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class Footer:
     """As pyarrow reads the file, with the metadata of its fields and without that of the file."""
     in_microseconds: pa.Schema
     """The same, with the values of INT96 columns as microseconds in place of nanoseconds."""
-    parquet_schema: str
-    """The schema in Parquet's own words, one line per node."""
+    kinds: Kinds
+    """Parquet's own types."""
     pandas_labels: str
     """Type of the column labels of the pandas table that was written, where that is not text; else empty."""
     lost_types: dict[str, str]
     """Column -> how its type differs from the one that Arrow's own schema in the footer names."""
+    left_out: Sequence[str]
+    """Keys of the footer that the output cannot have."""
     row_groups: tuple[int, ...]
     """Rows of each."""
 
@@ -75,7 +83,7 @@ class Dates:
 
 def read_footers(paths: Sequence[str]) -> list[Footer | str]:
     """Read footers: the footer of each file, or why it cannot be read."""
-    schemas: dict[str, tuple[pa.Schema, pa.Schema, str, str, dict[str, str]]] = {}
+    schemas: dict[str, tuple[pa.Schema, pa.Schema, Kinds, str, dict[str, str], list[str]]] = {}
 
     def footer(answer: dict[str, Any]) -> Footer:
         key = json.dumps(answer["schema"])
@@ -174,17 +182,18 @@ def _footer(path: str) -> dict[str, Any]:
         rows = [group.num_rows for group in groups]
         for group in groups:
             for index in range(group.num_columns):
-                group.column(index).total_compressed_size  # noqa: B018 - it raises, or worse
+                chunk = group.column(index)
+                for fact in _FACTS:
+                    getattr(chunk, fact)  # it raises, or worse
         if parquet.metadata.num_rows > sum(rows) or min(rows, default=0) < 0:
             raise ValueError(f"its footer promises {parquet.metadata.num_rows} rows, and {sum(rows)} in its row groups")
         schema = parquet.schema_arrow.remove_metadata()
         schema.names  # noqa: B018 - where one is not UTF-8 it raises
-        parquet_schema = str(parquet.schema).partition("\n")[2]
-        other = (
-            pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata() if "int96" in parquet_schema else schema
-        )
+        kinds = kinds_by_column(parquet)
+        has_int96 = any("int96" in found for found in kinds.values())
+        other = pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata() if has_int96 else schema
         keys = parquet.metadata.metadata or {}
-        said = [parquet_schema, pandas_labels(keys), types_lost_in_reading(schema, parquet_schema, keys)]
+        said = [kinds, pandas_labels(keys), types_lost_in_reading(schema, kinds, keys), keys_left_out(keys, schema.names)]
         return {"schema": [*map(_written_schema, (schema, other)), *said], "row_groups": rows}
 
 
@@ -223,7 +232,9 @@ def _timestamps(values: pa.Array) -> Iterator[npt.NDArray[np.int64]]:
     elif pa.types.is_map(kind):
         yield from _timestamps(values.keys)
         yield from _timestamps(values.items)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    elif isinstance(values, pa.ExtensionArray):
+        yield from _timestamps(values.storage)
+    elif kind.num_fields:  # one of the kinds of lists
         yield from _timestamps(values.flatten())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
-from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.errors import InputError, LorafleetError, VerificationError, refused_by_machine
 from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_said, hub_status
 from pipeline.publication import Base, files_below
 from pipeline.records import Publication
@@ -279,8 +279,8 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
     """Call the Hub, and again after a while where it is busy, broken or out of reach.
 
     Raises:
-        InputError: it may not be read or written.
-        LorafleetError: it cannot be reached, or refused.
+        InputError: it may not be read or written, or a file here may not.
+        LorafleetError: it cannot be reached, or refused, or this machine's disk is full.
     """
     faults: tuple[type[Exception], ...] = (*hub_faults(), RuntimeError)
     wait = _FIRST_WAIT_SECONDS
@@ -290,6 +290,9 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
         except faults as error:
             if type(error) is RuntimeError and not isinstance(error.__cause__, hub_faults()):
                 raise  # huggingface_hub's word for an upload that failed has a cause
+            for said in (error, error.__cause__):  # waiting makes no room on this disk, and gives no permission
+                if isinstance(said, OSError) and (refused := refused_by_machine(said)):
+                    raise type(refused)(f"{what}: {refused}") from error
             fault, status = hub_error(error, what), hub_status(error)
             if attempt == _ATTEMPTS or isinstance(fault, InputError) or (status is not None and status not in _PATIENT_WITH):
                 raise fault from error

@@ -23,6 +23,8 @@ _URL = re.compile(_SCHEME + r"(?P<rest>[^\s\"'<>]+)")
 _WHOLE_URL = re.compile(_SCHEME + r"(?P<rest>.+)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
 _PARAMETER = re.compile(r"(?P<sign>[?&;#])(?P<name>[^=&;#?]*)(?P<value>=[^&;#]*)?")
+_PATH_PARAMETER = re.compile(r"(?P<sign>;)(?P<name>[^=;/]*)(?P<value>=[^;/]*)?")
+_WITHOUT_SCHEME = re.compile(r"(?<![^\s\"'<>(=,])//[^\s\"'<>/@:]*:[^\s\"'<>/]*@")  # //user:password@host, as a page may have it
 # What a query says besides secrets. Over HTTP every other value is taken for one. In a store's URL a ? may be part of a name, or a
 # wildcard, so there it is the names that tell.
 _SAID_OPENLY = {"versionid", "generation", "snapshot"}
@@ -46,7 +48,9 @@ def markdown(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text with ``***`` for what is secret in its URLs: user and password, and the values of a query."""
+    """The text with ``***`` for what is secret in its URLs: user and password, and the values of a query, a fragment or a parameter."""
+    if "//" in text and "@" in text:
+        text = _WITHOUT_SCHEME.sub(f"//{_HIDDEN}@", text)
     return _URL.sub(_without_secrets, text) if ":/" in text else text
 
 
@@ -95,9 +99,11 @@ def _without_secrets(url: re.Match[str]) -> str:
     # Elsewhere a name alone is no secret: a container (abfs), a revision (hf), an account (sftp).
     if sign and (":" in user or over_http):
         authority = f"{_HIDDEN}@{host}"
-    path, mark, query = beyond.partition("?")
-    hidden = _PARAMETER.sub(lambda parameter: _hidden(parameter, over_http=over_http), f"{mark}{query}")
-    return f"{scheme}:{url['slashes']}{authority}{path}{hidden}"
+    begin = re.search(r"[?#]", beyond)
+    path, query = (beyond[: begin.start()], beyond[begin.start() :]) if begin else (beyond, "")
+    path = _PATH_PARAMETER.sub(lambda parameter: _hidden(parameter, over_http=over_http), path)
+    query = _PARAMETER.sub(lambda parameter: _hidden(parameter, over_http=over_http), query)
+    return f"{scheme}:{url['slashes']}{authority}{path}{query}"
 
 
 def _hidden(parameter: re.Match[str], *, over_http: bool) -> str:
@@ -105,4 +111,4 @@ def _hidden(parameter: re.Match[str], *, over_http: bool) -> str:
     is_secret = name.lower() not in _SAID_OPENLY if over_http else _SECRET_NAME.search(name) is not None
     if value is not None:
         return f"{sign}{name}={_HIDDEN}" if is_secret else parameter[0]
-    return f"{sign}{_HIDDEN}" if over_http and sign != "#" and name else parameter[0]
+    return f"{sign}{_HIDDEN}" if over_http and sign in "?&" and name else parameter[0]

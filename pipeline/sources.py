@@ -12,6 +12,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, first_line
-from pipeline.storage import Place, open_file, store_errors, written_folder
+from pipeline.storage import Place, open_file, store_errors, tables_around, written_folder
 
 _FORMATS = {
     **dict.fromkeys((".csv", ".tsv"), "CSV"),
@@ -72,6 +73,7 @@ def find_sources(location: str) -> SourceFiles:
     with _reachable(location):
         place = Place(location)
         if place.fs.isfile(place.root):
+            _refuse_tables(place, location, [place.root])
             return SourceFiles((place.url(""),), ())
         is_folder = place.fs.isdir(place.root)
         found = [place.root] if is_folder else sorted(place.fs.glob(place.root)) if re.search(r"[*?[]", place.root) else []
@@ -80,7 +82,7 @@ def find_sources(location: str) -> SourceFiles:
             there = "is neither a file nor a folder" if place.fs.exists(place.root) else "does not exist"
             raise DataError(f"{location} {there}; expected a file, a folder or a glob")
         top = place.root if is_folder else written_folder(location).root
-        _refuse_table_format(place, location, names, top=top)
+        _refuse_tables(place, location, names)
     taken = [name for name in names if _is_seen(name, below=top) and (name in found or _format_of(name) is not None)]
     left_out = tuple(sorted(name.removeprefix(f"{top}/") for name in set(names) - set(taken)))
     if not taken:
@@ -161,11 +163,13 @@ def _format_of(name: str) -> str | None:
     return _FORMATS.get(PurePosixPath(name.lower().removesuffix(".gz")).suffix)
 
 
-def _refuse_table_format(place: Place, location: str, names: Sequence[str], *, top: str) -> None:
+def _refuse_tables(place: Place, location: str, names: Sequence[str]) -> None:
     """A table is not the heap of its files: some of them hold rows that were deleted."""
-    logs = [f"{top}/{folder}/" for folder in ("_delta_log", ".hoodie") if place.fs.isdir(f"{top}/{folder}")]  # a glob does not match them
-    if any(re.search(r"/_delta_log/|/\.hoodie/|/metadata/[^/]*\.metadata\.json$", name) for name in (*names, *logs)):
-        raise DataError(f"{location} is a Delta, Iceberg or Hudi table, whose files also hold deleted rows; export it to Parquet first")
+    if tables := tables_around(place.fs, names):
+        place.root, kind = min(tables.items())
+        raise DataError(
+            f"{location} has files of the {kind} table {place}, whose files also hold deleted rows; export the table to plain Parquet first"
+        )
 
 
 def _refuse_mixed_formats(location: str, names: Sequence[str]) -> None:
@@ -306,8 +310,8 @@ def _read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
+        times = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {next(name for name, count in times.items() if count > 1)!r} occurs twice in an object")
     return values
 
 

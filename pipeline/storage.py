@@ -8,7 +8,7 @@ import secrets
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pipeline.printable import conceal, counted, reveal
 
 _SUFFIXES = re.compile(r"\.(parquet|parq|pq)(\.(snappy|gz|gzip|zst|zstd|lz4|br|brotli|lzo))?$", re.IGNORECASE)
 _TEMPORARY = re.compile(r".*(~|\.(tmp|temp|crc|part|partial|inprogress|crdownload|bak|backup|old|orig|swp|_copying_))", re.IGNORECASE)
+_SPECIAL = "of no content of its own (a pipe, a socket or a device)"
 _MAGIC = b"PAR1"
 _READERS = 16
 _TEXT_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
@@ -171,7 +172,7 @@ class FoundFiles:
     skipped: dict[str, int]
     """Reason -> number of files that are not read."""
     tables: dict[str, TableFormat]
-    """Folder, relative to the input -> the table format that it is in; its own log says which of the files are live."""
+    """Folder, as the file system names it -> the format of the table that it is, of each table that a file lies in."""
     columns: tuple[str, ...] | None = None
     """Those of the table that the files are, where they are one."""
 
@@ -206,44 +207,84 @@ def find_files(pattern: str) -> FoundFiles:
     skipped: Counter[str] = Counter()
     try:
         if fs.isfile(path):
-            return FoundFiles((_stored(fs, path, fs.info(path), below=_without_query(path).rpartition("/")[2]),), {}, {})
+            file = _stored(fs, path, fs.info(path), below=_without_query(path).rpartition("/")[2])
+            return FoundFiles((file,), {}, tables_around(fs, [path]))
         is_glob = _is_glob(fs, path)
         matched = fs.glob(path, detail=True) if is_glob else _find(fs, path)
         every = dict(_files(fs, matched))
         listed = sorted((name, info) for name, info in every.items() if info["type"] == "file")
-        skipped["that are pipes, sockets or devices"] += len(every) - len(listed)
+        skipped[_SPECIAL] += len(every) - len(listed)
         chosen = set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()  # ``*.dat`` says which suffix is meant
         start = written_folder(pattern).root + "/"
-        files = [_stored(fs, name, info, below=_without_query(name).removeprefix(start)) for name, info in listed]
         with ThreadPoolExecutor(_READERS) as pool:
+            files = list(pool.map(lambda found: _stored(fs, *found, below=_without_query(found[0]).removeprefix(start)), listed))
             reasons = list(pool.map(_reason_to_skip, files, [name in chosen for name, _ in listed]))
+        tables = tables_around(fs, [name for (name, _), reason in zip(listed, reasons, strict=True) if not reason])
     except store_errors(ValueError, NotImplementedError) as error:
         raise InputError(f"input {pattern}: cannot be read: {first_line(error)}") from None
     skipped.update(reason for reason in reasons if reason)
     skipped = +skipped
-    tables = dict(filter(None, (_table_of(file.below) for file in files)))
     found = tuple(file for file, reason in zip(files, reasons, strict=True) if not reason)
     if len({file.path for file in found}) < len(found):
         raise InputError(f"input {pattern}: it has files that differ only in the secret part of their addresses; name them one by one")
     if not found:
         empty = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
         there = f"no Parquet file in it ({in_words(skipped)})" if skipped else empty
+        if set(every) == {path}:  # not a folder, and no file either
+            there = "it is a pipe, a socket or a device"
         hint = _CONVERT if any(reason.endswith(_TEXT_FORMATS) for reason in skipped) else ""
         raise InputError(f"input {pattern}: {there}; expected a Parquet file, a folder of them, or a glob{hint}")
     return FoundFiles(found, dict(skipped), tables)
 
 
-def table_above(pattern: str) -> tuple[Place, TableFormat] | None:
-    """The table whose folder lies above a folder or a glob, if there is one."""
-    place = written_folder(pattern)
-    for root in [place.root.rsplit("/", up)[0] for up in range(place.root.count("/"))]:
-        kind = next((kind for log, kind in _LOGS.items() if place.fs.isdir(f"{root}/{log}")), None)
-        if kind is None and place.fs.glob(f"{root}/metadata/*.metadata.json"):
-            kind = "Iceberg"
-        if kind is not None:
-            place.root = root
-            return place, kind
-    return None
+def tables_around(fs: Any, files: Collection[str]) -> dict[str, TableFormat]:
+    """Folder -> format, of each table in whose folder some of the files lie, however far below.
+
+    Args:
+        fs: Their file system.
+        files: Names that exist, as the file system has them; one that is a link lies where it leads to.
+    """
+    every = {folder for name in _where_they_lie(fs, files) for folder in _folders_above(name)}
+    with ThreadPoolExecutor(_READERS) as pool:
+        formats = zip(every, pool.map(lambda folder: _table_format(fs, folder), every), strict=True)
+        return {folder: kind for folder, kind in formats if kind is not None}
+
+
+def _where_they_lie(fs: Any, files: Collection[str]) -> set[str]:
+    """One file of each folder that the files lie in."""
+    if not _is_local(fs):
+        return set({name.rpartition("/")[0]: name for name in map(_without_query, files)}.values())
+    parents = {(path.resolve() if path.is_symlink() else path).parent for path in map(Path, files)}
+    return {str(parent.resolve() / "file") for parent in parents}
+
+
+def _folders_above(name: str) -> Iterator[str]:
+    """The folder of a file and all above it, the root, the bucket or the host too."""
+    protocol, sign, path = name.rpartition("://")
+    parts = path.split("/")
+    for end in range(len(parts) - 1, 0, -1):
+        yield f"{protocol}{sign}{'/'.join(parts[:end])}"
+
+
+def _table_format(fs: Any, folder: str) -> TableFormat | None:
+    """What table a folder is. One that may not be looked into is none: its files could not be told from others."""
+    try:
+        if folder.startswith(("http://", "https://")):  # there are servers that answer for every name
+            inside = {str(name).rstrip("/").rpartition("/")[2] for name in fs.ls(folder, detail=False)}
+            found = [kind for log, kind in _LOGS.items() if log in inside]
+            has_metadata = "metadata" in inside
+        else:
+            found = [kind for log, kind in _LOGS.items() if fs.isdir(f"{folder}/{log}")]
+            has_metadata = fs.isdir(f"{folder}/metadata")
+        if not found and has_metadata:
+            found = ["Iceberg" for name in fs.ls(f"{folder}/metadata", detail=False) if str(name).endswith(".metadata.json")]
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, NotImplementedError):
+        return None  # the Hub's has ValueError for what lies above a repository
+    except store_errors():
+        if folder.startswith(("http://", "https://")):  # most servers have files, and no listing of folders
+            return None
+        raise
+    return found[0] if found else None
 
 
 def in_words(skipped: Mapping[str, int]) -> str:
@@ -354,18 +395,7 @@ def _reason_to_skip(file: StoredFile, is_chosen: bool) -> str:
         return ""
     if "." in name:
         return f"with the suffix {PurePosixPath(name).suffix}"
-    return "" if _has_magic(file) else "without a suffix that are not Parquet"
-
-
-def _table_of(below: str) -> tuple[str, TableFormat] | None:
-    """The table that a file is part of the log of."""
-    *folders, name = below.split("/")
-    for depth, folder in enumerate(folders):
-        if folder in _LOGS:
-            return "/".join(folders[:depth]), _LOGS[folder]
-    if folders[-1:] == ["metadata"] and name.endswith(".metadata.json"):
-        return "/".join(folders[:-1]), "Iceberg"
-    return None
+    return "" if _has_magic(file) else "without a suffix and not Parquet"
 
 
 def _has_magic(file: StoredFile) -> bool:
@@ -396,4 +426,9 @@ def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFi
     written = info.get("mtime") or info.get("LastModified") or ""
     is_strong = etag and not etag.startswith("W/")  # a weak one may be the same for other bytes
     path = name if _is_local(fs) else conceal(str(fs.unstrip_protocol(name)))
-    return StoredFile(path, int(info["size"]), f"etag:{etag}" if is_strong else f"mtime:{written}" if written else "", below)
+    size = info.get("size")
+    if size is None:  # listings over HTTP have none
+        size = fs.info(name).get("size")
+    if size is None:
+        raise InputError(f"{path}: its server does not tell its size (no Content-Length), so it cannot be read in parts; copy it first")
+    return StoredFile(path, int(size), f"etag:{etag}" if is_strong else f"mtime:{written}" if written else "", below)

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from pipeline.errors import InputError, first_line
 from pipeline.printable import reveal
-from pipeline.storage import FoundFiles, Place, TableFormat, table_above, written_folder
+from pipeline.storage import FoundFiles, Place, TableFormat, written_folder
 
 _EXTRAS: dict[str, str] = {"Delta": "deltalake", "Iceberg": "pyiceberg"}
 
@@ -27,15 +27,16 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
     Raises: InputError: a table of another format, one inside or above the input, or one whose snapshot cannot be honoured.
     """
     if not found.tables:
-        above = table_above(pattern) if _is_listing(pattern) else None
-        if above is not None:
-            place, kind = above
-            raise InputError(f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder")
         return found
-    inside = sorted(found.tables)
-    if inside != [""]:
-        raise InputError(f"input {pattern}: holds the {found.tables[inside[-1]]} table {inside[-1]}; label each table in a job of its own")
-    place, kind = written_folder(pattern), found.tables[""]
+    place, given = written_folder(pattern), Place(pattern).root
+    if not_given := sorted(set(found.tables) - {given}):
+        folder, kind = not_given[-1], found.tables[not_given[-1]]
+        if folder.startswith(f"{place.root}/"):
+            name = folder.removeprefix(f"{place.root}/")
+            raise InputError(f"input {pattern}: holds the {kind} table {name}; label each table in a job of its own")
+        place.root = folder
+        raise InputError(f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder")
+    kind = found.tables[given]
     if kind not in _EXTRAS:
         raise InputError(
             f"input {place}: is a {kind} table, whose log says which files are live; lorafleet does not read that log. "
@@ -59,15 +60,10 @@ def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
 
     Raises: InputError: the table's columns have changed since the file was written.
     """
-    if found.columns is not None and found.tables[""] == "Iceberg" and (others := sorted(set(names) ^ set(found.columns))):
+    if found.columns is not None and "Iceberg" in found.tables.values() and (others := sorted(set(names) ^ set(found.columns))):
         raise InputError(
             f"{path}: its columns are not those of the Iceberg table now ({others[0]!r} differs); rewrite the table's files first"
         )
-
-
-def _is_listing(pattern: str) -> bool:
-    place = Place(pattern)
-    return not place.fs.isfile(place.root)
 
 
 def _snapshot(place: Place, kind: TableFormat) -> tuple[list[str], tuple[str, ...]]:

@@ -28,7 +28,7 @@ from pydantic import Field, SecretStr
 from pipeline.adapter_ref import FoundAdapter, find_adapters
 from pipeline.bulk_job import ATTEMPTS, FOOTER_KEY, footer, read_receipt
 from pipeline.bulk_records import BulkAdapter, BulkJob, Receipt
-from pipeline.bulk_schema import ARROW_SCHEMA, WrittenAs, output_metadata, written_as
+from pipeline.bulk_schema import ARROW_SCHEMA, WrittenAs, kinds_by_column, output_metadata, written_as
 from pipeline.classifier import Answers, load_classifier
 from pipeline.content import chunks_of, content_of, file_now
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
@@ -210,8 +210,8 @@ class UnitWorker:
         added = [new for column in self.columns for new in column.fields()] + [pa.field("truncated", pa.bool_())]
         keys = parquet.metadata.metadata or {}
         metadata = output_metadata(keys, kept=self.kept.names, added=added, leave_out=FOOTER_KEY)
-        described = str(parquet.schema).partition("\n")[2]
-        return written_as(pa.schema([*self.kept, *added]), described, metadata, with_arrow_schema=ARROW_SCHEMA in keys)
+        kinds = kinds_by_column(parquet)
+        return written_as(pa.schema([*self.kept, *added]), kinds, metadata, with_arrow_schema=ARROW_SCHEMA in keys)
 
     def _with_answers(self, block: _Block, memory: _Memory, tally: _Tally) -> pa.Table:
         table = block.rows

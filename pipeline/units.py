@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk_schema import FileSchema, binary_type, changed_types, is_utf8, join_schemas, kinds_by_column, text_type
+from pipeline.bulk_schema import FileSchema, binary_type, changed_types, is_utf8, join_schemas, text_type
 from pipeline.errors import DataError
 from pipeline.footers import Dates, Footer, read_dates, read_footers
 from pipeline.printable import counted
@@ -24,6 +24,7 @@ from pipeline.table_formats import check_columns, live_files
 _FIRST_ROWS = 64
 _MOST_NAMES = 12
 _MOST_UNITS = 1_000_000
+_LONGEST_STEM_BYTES = 180  # a file's name has 255, of which the rest of the unit's and its temporary's take some
 _RENAME = "name the adapter anew (--adapter NAME=REF)"
 
 
@@ -194,7 +195,7 @@ def _read_dates(good: Mapping[str, Footer], kept: Sequence[str]) -> dict[str, Da
     """File -> what its INT96 columns hold, of files that have any."""
     chosen, paths_of = set(kept), dict[tuple[str, ...], list[str]]()
     for path, footer in good.items():
-        old = tuple(name for name, kinds in kinds_by_column(footer.parquet_schema).items() if "int96" in kinds and name in chosen)
+        old = tuple(name for name, kinds in footer.kinds.items() if "int96" in kinds and name in chosen)
         paths_of.setdefault(old, []).append(path)
     dates: dict[str, Dates | str] = {}
     for columns, paths in paths_of.items():
@@ -221,11 +222,13 @@ def _check_names(first: str, kept: Sequence[str], new_columns: Sequence[str], st
 
 def _changes(schema: pa.Schema, footers: Collection[Footer]) -> list[str]:
     changes = dict[str, None]()
-    for parquet_schema in dict.fromkeys(footer.parquet_schema for footer in footers):
-        changes |= dict.fromkeys(f"{name}: {change}" for name, change in changed_types(schema, parquet_schema).items())
+    for kinds in {id(footer.kinds): footer.kinds for footer in footers}.values():  # most files share theirs
+        changes |= dict.fromkeys(f"{name}: {change}" for name, change in changed_types(schema, kinds).items())
     kept = set(schema.names)
     for footer in footers:
         changes |= dict.fromkeys(f"{name}: {change}" for name, change in footer.lost_types.items() if name in kept)
+    left_out = dict.fromkeys(key for footer in footers for key in footer.left_out)
+    changes |= dict.fromkeys(f"footer key {key}: cannot be understood, and is left out" for key in left_out)
     labels = {footer.pandas_labels for footer in footers} - {""}
     return [*changes, *(f"labels of the columns in pandas: {kind} becomes text" for kind in sorted(labels))]
 
@@ -283,13 +286,20 @@ def _ranges(row_groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[tup
 def _stems(files: Sequence[StoredFile]) -> dict[str, str]:
     """What the output files of each input file begin with. It depends on that file alone, so that one that is mended later shifts no other.
 
-    Partition folders (``key=value``) are kept, so that the output can be read as the input was; other folders are not, and where two
-    files would meet, each gets a part of its path's hash.
+    Partition folders (``key=value``) are kept, so that the output can be read as the input was; other folders are not. A name that is too
+    long is cut. Where it is, and where two files would meet, each gets a part of its path's hash.
     """
     stems: dict[str, str] = {}
     for file in files:
         pure = PurePosixPath(file.below)
         visible = pure.stem.lstrip("._") or "part"  # the file may have been named itself; readers of the output skip such names
+        encoded = visible.encode(errors="surrogateescape")
+        if len(encoded) > _LONGEST_STEM_BYTES:
+            visible = f"{encoded[:_LONGEST_STEM_BYTES].decode(errors='ignore')}-{_path_hash(file.path)}"
         stems[file.path] = "/".join([*(part for part in pure.parent.parts if "=" in part), visible])
     times = Counter(stems.values())
-    return {path: stem if times[stem] == 1 else f"{stem}-{sha256(path.encode()).hexdigest()[:8]}" for path, stem in stems.items()}
+    return {path: stem if times[stem] == 1 else f"{stem}-{_path_hash(path)}" for path, stem in stems.items()}
+
+
+def _path_hash(path: str) -> str:
+    return sha256(path.encode()).hexdigest()[:8]

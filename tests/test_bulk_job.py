@@ -251,6 +251,20 @@ def test_a_file_that_was_touched_or_restored_byte_for_byte_loses_no_finished_uni
     assert setting.start().begun.todo == ()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_unit_of_a_touched_file_is_done_again(overwrite: bool, setting: Setting) -> None:
+    if overwrite:
+        setting.start(limit=20).run()  # another job, whose output is to be replaced
+    bulk = setting.start(overwrite=overwrite)
+    bulk.label(bulk.begun.todo[:5])
+    damaged = Path(bulk.begun.place.root) / UNITS[4]
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    os.utime(setting.input / "b.parquet", (1, 1))
+    again = setting.start(overwrite=overwrite)
+    assert [unit.output for unit in again.begun.todo] == UNITS[4:]
+    assert (again.run().rows_out, setting.ids()) == (60, list(range(60)))
+
+
 def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_footer_and_size_are_the_same(setting: Setting) -> None:
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")

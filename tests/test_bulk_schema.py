@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk_schema import FileSchema, join_schemas, output_metadata, wider
+from pipeline.bulk_schema import FileSchema, join_schemas, keys_left_out, kinds_by_column, output_metadata, pandas_labels, wider
 from pipeline.errors import DataError
 
 STRING, LARGE = pa.string(), pa.large_string()
@@ -46,6 +49,11 @@ STRING, LARGE = pa.string(), pa.large_string()
         (pa.struct({"a": pa.int8(), "b": STRING}), pa.struct({"a": pa.int16(), "b": STRING}), pa.struct({"a": pa.int16(), "b": STRING})),
         (pa.struct({"a": pa.int8()}), pa.struct({"b": pa.int8()}), None),
         (pa.uuid(), pa.binary(16), None),
+        (pa.map_(STRING, pa.int32()), pa.map_(LARGE, pa.int64()), pa.map_(LARGE, pa.int64())),
+        (pa.map_(STRING, pa.int32()), pa.map_(STRING, STRING), None),
+        (pa.list_(pa.int32(), 2), pa.list_(pa.int64(), 2), pa.list_(pa.int64(), 2)),
+        (pa.list_(pa.int32(), 2), pa.list_(pa.int32(), 3), pa.list_(pa.int32())),
+        (pa.list_(pa.int32(), 2), pa.large_list(pa.int8()), pa.large_list(pa.int32())),
     ],
 )
 def test_two_types_are_joined_where_no_value_is_lost(one: pa.DataType, two: pa.DataType, both: pa.DataType | None) -> None:
@@ -100,7 +108,52 @@ def test_spark_is_told_of_the_new_columns_and_of_no_other() -> None:
     assert spark["fields"][4]["type"]["elementType"]["fields"][1]["type"] == "float"
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"columns": 3}', b'{"fields": [{}]}', b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"columns": 3}', b'{"fields": [{}]}', b"\xff", b"[" * 100_000])
 def test_what_pandas_and_spark_could_not_read_is_not_carried_on(content: bytes) -> None:
     metadata = {b"pandas": content, b"org.apache.spark.sql.parquet.row.metadata": content, b"owner": b"me"}
     assert output_metadata(metadata, kept=["text"], added=ADDED, leave_out=b"ours") == {b"owner": b"me"}
+    assert keys_left_out(metadata, ["text"]) == ["pandas", "org.apache.spark.sql.parquet.row.metadata"]
+    assert pandas_labels(metadata) == ""
+
+
+def test_half_a_character_in_a_footer_stays_as_it_is() -> None:
+    pandas = json.dumps({"columns": [{"name": "\ud800", "field_name": "\ud800"}], "column_indexes": []}).encode()
+    found = output_metadata({b"pandas": pandas}, kept=["text"], added=[], leave_out=b"ours")
+    assert json.loads(found[b"pandas"]) == json.loads(pandas)
+    assert keys_left_out({b"pandas": pandas}, ["text"]) == []
+
+
+NAMES = [
+    "ts (UTC)",
+    "ts(UTC)",
+    "a (b (c))",
+    "ts (x) y",
+    "a.b",
+    "a;",
+    "x {",
+    "}",
+    "\"q'",
+    "n\n  optional int32 field_id=-1 m;",
+    " ",
+    "",
+    "é",
+    "(",
+    "x (int96)",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kind_is_known_whatever_the_columns_name(name: str, tmp_path: Path) -> None:
+    times = pa.array([1], pa.timestamp("ns"))
+    nested = pa.StructArray.from_arrays([pa.array([[1]]), times], [name, f"{name}."])
+    table = pa.table([pa.array(["x"]), nested, times], [name, f"{name} ", f"{name}s"])
+    pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+    found = kinds_by_column(pq.ParquetFile(tmp_path / "a.parquet"))
+    assert found == {name: ("String",), f"{name} ": ("int64", "int96"), f"{name}s": ("int96",)}
+
+
+@pytest.mark.parametrize("name", ["v", "v (x) {", 'a"b'])
+def test_a_variant_is_known_whatever_its_name(name: str, tmp_path: Path) -> None:
+    quoted = name.replace('"', '""')
+    duckdb.sql(f"""COPY (SELECT 'x' AS text, 1::VARIANT AS "{quoted}") TO '{tmp_path / "a.parquet"}' (FORMAT parquet)""")
+    assert kinds_by_column(pq.ParquetFile(tmp_path / "a.parquet"))[name][0] == "Variant"

@@ -240,7 +240,7 @@ REFUSALS = {
     "a missing text column": Refusal(["good", "out", "--text-column", "body"], "no column 'body'; its columns are id, text"),
     "a text column of numbers": Refusal(["good", "out", "--text-column", "id"], "column 'id' is int64, not text"),
     "a missing column to keep": Refusal(["good", "out", "--columns", "id,nope"], "no column 'nope'"),
-    "schemas that differ": Refusal(["differing", "out"], "read together, one of them would lose something"),
+    "schemas that differ": Refusal(["differing", "out"], "these two cannot be joined without a loss"),
     "no such input": Refusal(["nowhere", "out"], "no such file or folder"),
     "no such glob": Refusal(["good/*.pq", "out"], "no such file or folder"),
     "a folder without Parquet": Refusal(["empty", "out"], "no Parquet file in it"),

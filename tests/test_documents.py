@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -70,6 +71,51 @@ def test_values_that_no_setting_has_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         check_values(parse_toml(text, origin="here"), origin="here")
     assert "hunter2" not in str(caught.value)
+
+
+DEEP = ".".join(["a"] * 33)
+
+
+@pytest.mark.parametrize(
+    "text", [f"{DEEP} = 1", f"[{DEEP}]", f"x = {{ y = 1, {DEEP} = 1 }}", " . ".join(['"a"', "'b'", "c"] * 11) + " = 1"]
+)
+@pytest.mark.parametrize("before", ["", 's = """a\\""" \n""""" # \n', "s = '''#''''\n", "s = '\\' # '\n"])
+def test_a_key_of_too_many_parts_is_seen_before_it_is_read(before: str, text: str) -> None:
+    with pytest.raises(ConfigError, match="here: nested more than 32 deep"):
+        parse_toml(before + text, origin="here")
+
+
+@pytest.mark.parametrize(
+    "value", [f'"{DEEP}"', f"'{DEEP}'", f'"""\n{DEEP}\n"""', f"'''{DEEP}'''", f'"\\"{DEEP}"', f"1 # {DEEP}", f'"""a"""""\n# {DEEP}']
+)
+def test_a_text_of_many_parts_is_no_key(value: str) -> None:
+    assert parse_toml(f"x = {value}", origin="here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join(["a"] * 500_000) + " = 1",
+        "\n".join(f"{'a.' * 31}b{i} = 1" for i in range(15_000)),
+        '"""' + '\\"""' * 250_000,
+        "'" * 10**6,
+        '"' * 10**6,
+        "a." * 500_000,
+        '"\\' * 500_000,
+    ],
+    ids=["one key", "many keys", "escaped quotes", "quotes", "double quotes", "open key", "backslashes"],
+)
+def test_toml_of_a_megabyte_takes_seconds(text: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(ConfigError):
+        parse_toml(text, origin="here")
+    assert time.process_time() - started < 10
+
+
+def test_yaml_of_a_megabyte_of_keys_takes_seconds() -> None:
+    started = time.process_time()
+    parse_yaml("".join(f"a{i}:\n" for i in range(40_000)), origin="here")
+    assert time.process_time() - started < 10
 
 
 def test_yaml_keeps_its_anchors_and_merges() -> None:

@@ -57,6 +57,25 @@ def test_a_footer_that_ends_its_reader_costs_its_own_file(tmp_path: Path) -> Non
     assert "ends the process by SIGABRT: Cannot decrypt ColumnMetadata" in str(found[10])
 
 
+def test_a_codec_that_nobody_knows_ends_the_process_that_reads_footers_and_no_other(tmp_path: Path) -> None:
+    good = write_table(tmp_path / "good.parquet", {"text": ["a"]}, compression="SNAPPY")
+    content = good.read_bytes()
+    codec = b"\x04text\x15"  # the path of the column, and behind it the number of its codec, doubled
+    assert content.count(codec + b"\x02") == 1
+    (tmp_path / "bad.parquet").write_bytes(content.replace(codec + b"\x02", codec + b"\x28"))
+    bad, other = read_footers([str(tmp_path / "bad.parquet"), str(good)])
+    assert "ends the process by SIGABRT" in str(bad)
+    assert isinstance(other, Footer)
+
+
+def test_a_key_nested_too_deep_costs_no_file(tmp_path: Path) -> None:
+    for key in ("pandas", "org.apache.spark.sql.parquet.row.metadata"):
+        table = pa.table({"text": ["a"]}).replace_schema_metadata({key: "[" * 100_000})
+        (footer,) = read_footers([str(write_table(tmp_path / "a.parquet", table))])
+        assert isinstance(footer, Footer)
+        assert footer.left_out == [key]
+
+
 def test_the_process_is_started_again_when_it_is_gone(tmp_path: Path) -> None:
     path = str(write_table(tmp_path / "a.parquet", {"text": ["a"]}))
     for _ in range(2):
@@ -114,7 +133,9 @@ def int96(path: Path, *values: dt.datetime | int | None) -> str:
     seconds = pa.array(units, pa.int64())
     far = any(value is not None and abs(value) > 9 * 10**9 for value in units)
     column = seconds.cast(pa.timestamp("s")) if far else pa.array([None if v is None else v * 10**9 for v in units], pa.timestamp("ns"))
-    pq.write_table(pa.table({"at": column, "in": pa.StructArray.from_arrays([column], ["at"])}), path, use_deprecated_int96_timestamps=True)
+    pair = pa.FixedSizeListArray.from_arrays(pa.concat_arrays([column, column]), 2)
+    table = pa.table({"at": column, "in": pa.StructArray.from_arrays([column], ["at"]), "pair": pair})
+    pq.write_table(table, path, use_deprecated_int96_timestamps=True)
     return str(path)
 
 
@@ -124,5 +145,5 @@ def test_dates_outside_of_what_nanoseconds_hold_are_seen_wherever_they_are(tmp_p
     fine = tmp_path / "fine.parquet"
     pq.write_table(pa.table({"at": pa.array([1, 2], pa.timestamp("ns"))}), fine, use_deprecated_int96_timestamps=True)
     assert read_dates([near, far], ["at"]) == [Dates(False, False), Dates(True, False)]
-    assert read_dates([far], ["in"]) == [Dates(True, False)]
+    assert read_dates([far], ["in"]) == read_dates([far], ["pair"]) == [Dates(True, False)]
     assert read_dates([str(fine)], ["at"]) == [Dates(False, True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,3 +116,24 @@ def test_what_is_not_in_the_cache_while_offline_is_not_worth_one(what: str, hub:
     with pytest.raises(InputError, match=r"team/"):
         ASKS[what]()
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("is_cause", [False, True])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, InputError), (errno.EROFS, InputError), (errno.ENAMETOOLONG, InputError), (errno.ENOSPC, LorafleetError)],
+)
+def test_a_fault_of_this_machine_is_not_waited_for(
+    number: int, kind: type[LorafleetError], is_cause: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, waits = [], []
+    monkeypatch.setattr("pipeline.hub.time.sleep", waits.append)
+
+    def call() -> None:
+        calls.append(1)
+        error = OSError(number, os.strerror(number), "cache/file")
+        raise (RuntimeError("upload") if is_cause else error) from error
+
+    with pytest.raises(kind, match=rf"^team/x: cache/file: {os.strerror(number)}$") as raised:
+        ask("team/x", call)
+    assert (type(raised.value), len(calls), waits) == (kind, 1, [])

@@ -70,6 +70,11 @@ def test_a_line_has_an_end() -> None:
         ("simplecache::https://u:p@h/a", "simplecache::https://***@h/a"),
         ("NAME=https://u:p@h/a", "NAME=https://***@h/a"),
         ("https:/u:p@h/a", "https:/***@h/a"),
+        ("https://h/x#access_token=abc", "https://h/x#access_token=***"),
+        ("https://h/x?versionId=1#state=2&id_token=abc", "https://h/x?versionId=1#state=***&id_token=***"),
+        ("https://h/a;jsessionid=1/b.parquet;v=2?x=3", "https://h/a;jsessionid=***/b.parquet;v=***?x=***"),
+        ("s3://b/a;token=1/c#sig=2", "s3://b/a;token=***/c#sig=***"),
+        ("//u:p@h/x", "//***@h/x"),
     ],
 )
 def test_the_secret_of_a_url_is_not_shown_and_the_rest_is(url: str, shown: str) -> None:
@@ -82,7 +87,7 @@ def test_the_secret_of_a_url_is_not_shown_and_the_rest_is(url: str, shown: str) 
 
 PLAIN = (
     *("s3://bucket/part-?.parquet", "s3://b/a#T", "hf://datasets/o/n@rev/a", "abfs://c@a/x", "https://[::1]:4200/a@b"),
-    *("a/b?c=d", "a@b:c", "C:/a@b", "error:/a@b"),
+    *("a/b?c=d", "a@b:c", "C:/a@b", "error:/a@b", "https://h/x#top", "s3://b/a;b=c/d", "//host/a:b@c", "https://h/a;"),
 )
 
 

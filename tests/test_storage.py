@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from bulk import files_below, write_table
 
 from pipeline.errors import InputError
-from pipeline.storage import Place, check_address, find_files, in_words, written_folder
+from pipeline.storage import Place, check_address, find_files, in_words, tables_around, written_folder
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -158,18 +161,23 @@ def test_files_are_known_by_suffix_in_any_case_or_by_their_magic_bytes(tmp_path:
     (tmp_path / "short").write_bytes(b"PAR1")
     found = find_files(str(tmp_path))
     assert [file.below for file in found.files] == sorted(taken)
-    expected = {reason: len(names) for reason, names in others.items()} | {"without a suffix that are not Parquet": 2}
+    expected = {reason: len(names) for reason, names in others.items()} | {"without a suffix and not Parquet": 2}
     expected["with the name of a temporary file or a backup"] -= 1  # the hidden one counts as hidden
     expected["with a name, or in a folder, that begins with _ or ."] += 1
     assert found.skipped == expected
-    assert "2 files without a suffix that are not Parquet" in in_words(found.skipped)
+    assert "2 files without a suffix and not Parquet" in in_words(found.skipped)
 
 
 def test_what_is_neither_file_nor_folder_is_counted_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet")
     os.mkfifo(tmp_path / "b.parquet")
     found = find_files(str(tmp_path))
-    assert ([file.below for file in found.files], found.skipped) == (["a.parquet"], {"that are pipes, sockets or devices": 1})
+    assert ([file.below for file in found.files], found.skipped) == (
+        ["a.parquet"],
+        {"of no content of its own (a pipe, a socket or a device)": 1},
+    )
+    with pytest.raises(InputError, match=r"b\.parquet: it is a pipe, a socket or a device; expected"):
+        find_files(str(tmp_path / "b.parquet"))
     (tmp_path / "c.parquet").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"cannot be read: .*c\.parquet"):
         find_files(str(tmp_path))
@@ -326,3 +334,64 @@ def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(
     monkeypatch.delitem(registry._registry, "s3", raising=False)
     with pytest.raises(InputError, match=r"^s3://b/a: Install s3fs to access S3; pip install 'lorafleet\[s3\]'$"):
         Place("s3://b/a")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Lists a folder of one file, and tells the file's size only where its name says so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        sized = self.path.endswith("sized.parquet")
+        content = b"PAR1 PAR1" if "parquet" in self.path else f'<a href="{self.path.rstrip("/")}/sized.parquet">one</a>'.encode()
+        self.send_response(404 if "*" in self.path else 200)
+        self.send_header("Connection", "close")
+        if sized:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+        self.close_connection = True
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def test_over_http_a_size_that_no_listing_has_is_asked_for_and_one_that_no_server_tells_is_named(server: str) -> None:
+    (file,) = find_files(f"{server}/d/*.parquet").files
+    assert (file.path, file.size) == (f"{server}/d/sized.parquet", 9)
+    with pytest.raises(InputError, match=r"/d/a\.parquet: its server does not tell its size"):
+        find_files(f"{server}/d/a.parquet")
+
+
+def test_the_root_of_a_bucket_may_be_a_table_too() -> None:
+    import fsspec
+
+    place = Place("memory://lorafleet-bucket/k=x")
+    with place.fs.open("/lorafleet-bucket/_delta_log/0.json", "wb"), place.fs.open("/lorafleet-bucket/k=x/a.parquet", "wb"):
+        pass
+    assert tables_around(fsspec.filesystem("memory"), ["/lorafleet-bucket/k=x/a.parquet"]) == {"/lorafleet-bucket": "Delta"}
+
+    class Store:
+        """Names as S3 has them: the bucket is the first part, and nothing is before it."""
+
+        protocol = "s3"
+
+        def isdir(self, path: str) -> bool:
+            return path == "bucket/_delta_log"
+
+    assert tables_around(Store(), ["bucket/k=x/a.parquet"]) == {"bucket": "Delta"}

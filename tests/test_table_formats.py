@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from bulk import write_table
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.memory import InMemoryCatalog
 
-from pipeline.errors import InputError
+from pipeline.errors import DataError, InputError
+from pipeline.sources import find_sources
 from pipeline.storage import find_files
 from pipeline.table_formats import live_files
 from pipeline.units import plan_input
@@ -64,13 +66,31 @@ def test_only_the_live_files_of_an_iceberg_table_are_read(iceberg: Path) -> None
     assert rows_of(iceberg) == 3
 
 
-@pytest.mark.parametrize("pattern", ["day=wed", "day=wed/*.parquet", "*/*.parquet"])
+@pytest.mark.parametrize("pattern", ["day=wed", "day=wed/*.parquet", "*/*.parquet", "**/*.parquet", "day=wed/{file}", "link/day=wed"])
 def test_part_of_a_table_is_refused_with_the_tables_folder(pattern: str, delta: Path) -> None:
-    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(delta / pattern)
+    (delta / "link").symlink_to(delta)
+    file = next((delta / "day=wed").glob("*.parquet")).name
+    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(delta / pattern.format(file=file))
 
 
-def test_a_file_of_a_table_that_is_named_itself_is_read(delta: Path) -> None:
-    assert rows_of(next((delta / "day=wed").glob("*.parquet"))) == 1
+@pytest.mark.parametrize("pattern", ["*/*/*.parquet", "**/*.parquet", "delta/*/*.parquet", "d*", "l*/*"])
+def test_a_wildcard_at_or_above_a_tables_folder_reads_none_of_its_deleted_rows(pattern: str, delta: Path) -> None:
+    (delta.parent / "links").mkdir()
+    (delta.parent / "links" / "one").symlink_to(delta / "day=wed")
+    assert re.search(r"(holds|lies in) the Delta table \S*delta", refused(delta.parent / pattern))
+
+
+LOGS = ("_delta_log/0.json", ".hoodie/hoodie.properties", "_spark_metadata/0", "metadata/v1.metadata.json")
+
+
+@pytest.mark.parametrize("log", LOGS)
+@pytest.mark.parametrize("pattern", ["", "t", "t/k=1", "t/k=1/*.parquet", "*/*/*.parquet", "**/*", "t/k=1/a.parquet"])
+def test_nothing_is_learnt_from_a_table_whose_log_is_not_read(log: str, pattern: str, tmp_path: Path) -> None:
+    write_table(tmp_path / "t" / "k=1" / "a.parquet", {"text": ["x"], "label": ["y"]})
+    (tmp_path / "t" / log).parent.mkdir()
+    (tmp_path / "t" / log).write_text("{}")
+    with pytest.raises(DataError, match=rf"has files of the \S.* table {tmp_path / 't'}, whose files also hold deleted rows"):
+        find_sources(str(tmp_path / pattern))
 
 
 def test_a_folder_above_a_table_is_refused(delta: Path) -> None:
@@ -131,7 +151,7 @@ def test_columns_that_lie_in_the_files_of_a_delta_table_and_are_none_of_it_are_l
 
 
 def test_an_iceberg_file_with_older_columns_is_refused(iceberg: Path) -> None:
-    for path in (iceberg / "data").glob("*.parquet"):  # live ones and old ones
+    for path in (iceberg / "data").glob("*.parquet"):  # not every one is live
         write_table(path, {"body": ["x"]})
     assert "its columns are not those of the Iceberg table now" in refused(iceberg)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import re
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -666,3 +668,57 @@ def test_an_output_too_large_for_its_file_system_fails_alone(begun: Callable[...
     assert "File too large" in (large.failure or "")
     assert (large.fatal, small.failure) == (False, None)
     assert files_below(tmp_path / "out") == [PLAN, "a-00001.parquet"]
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("name", ["at (UTC)", "at(UTC)", "at (x) y", "at.", "at {", 'at "', "at\n"])
+def test_dates_and_times_are_kept_whatever_their_columns_are_called(name: str, is_nested: bool, begun: Callable[..., Bulk]) -> None:
+    dates = pa.array([dt.datetime(9999, 12, 31), dt.datetime(1, 1, 1)], pa.timestamp("us"))
+    columns = {name: dates, f"{name} t": pa.array([1, 2], pa.time64("us"))}
+    table = pa.table(columns)
+    if is_nested:
+        table = pa.table({name: table.to_struct_array().combine_chunks()})
+    write = {"use_deprecated_int96_timestamps": True, "write_time_adjusted_to_utc": True}
+    bulk = begun(table.append_column("text", pa.array(TEXTS[:2])), write=write)
+    found = labelled(bulk)
+    assert found.select(table.column_names).to_pylist() == table.to_pylist()
+    assert len(bulk.source.changes) == 1
+    assert "int96" in bulk.source.changes[0]
+    written = pq.ParquetFile(Path(bulk.output.root) / "a-00000.parquet").schema
+    assert "Time(isAdjustedToUTC=true, timeUnit=microseconds)" in {str(written.column(i).logical_type) for i in range(len(written))}
+
+
+def test_a_file_with_the_longest_name_there_can_be_is_labelled(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    names = [f"{'é' * 123}x.parquet", f"{'é' * 123}y.parquet", f"{'ü' * 123}x.parquet"]
+    for name in names:
+        write_table(tmp_path / "in" / name, {"text": TEXTS[:2]})
+    bulk = begun()
+    assert labelled(bulk).num_rows == 6
+    assert len({unit.output for unit in bulk.source.units}) == 3
+
+
+def test_a_footer_key_that_nobody_understands_is_named_and_left_out(begun: Callable[..., Bulk]) -> None:
+    bulk = begun(pa.table({"text": TEXTS[:2]}).replace_schema_metadata({"pandas": "[" * 100_000, "owner": "me"}))
+    assert labelled(bulk).schema.metadata[b"owner"] == b"me"
+    assert bulk.source.changes == ("footer key pandas: cannot be understood, and is left out",)
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "run#1", "a:b", "x@y"])
+def test_an_adapter_whose_name_no_worker_can_be_told_has_to_be_named(name: str, adapter: Path, encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / name)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "task"}))
+    write_table(tmp_path / "in" / "a.parquet", {"text": TEXTS[:2]})
+    with pytest.raises(AdapterError, match="name it: --adapter NAME="):
+        start(tmp_path / "in", tmp_path / "out", [folder], encoder)
+    assert start(tmp_path / "in", tmp_path / "out", [f"N={folder}"], encoder).run().rows_out == 2
+
+
+def test_maps_and_lists_of_one_size_are_joined(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+    for file, kind in (("a", pa.int32()), ("b", pa.int64())):
+        values = [[("k", 1)], []], [[1, 2], [3, 4]]
+        columns = zip(("map", "pair"), values, (pa.map_(pa.string(), kind), pa.list_(kind, 2)), strict=True)
+        write_table(tmp_path / "in" / f"{file}.parquet", {"text": TEXTS[:2], **{name: pa.array(v, t) for name, v, t in columns}})
+    found = labelled(begun())
+    assert found.column("map").to_pylist() == [[("k", 1)], []] * 2
+    assert found.column("pair").to_pylist() == [[1, 2], [3, 4]] * 2
