@@ -147,14 +147,14 @@ def check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
         DataError: it is missing or damaged.
     """
     name = folder.readme.name
-    claims = {_claim(claim): claim.metric_value for result in results.values() for claim in claimed_scores(result)}
+    measured = {_score_of(claim): claim for result in results.values() for claim in claimed_scores(result)}
     try:
         # As the Hub's own library finds it: where it finds none, nobody does.
         front = REGEX_YAML_BLOCK.search(read_file(folder.readme, at_most=LARGEST_RECORD_BYTES).decode())
         metadata = _read_yaml(front[2]) if front else {}
         models = metadata.get("model-index", [])
         claimed = model_index_to_eval_results(models)[1] if models else []
-        wrong = [claim for claim in claimed if _is_other(claim.metric_value, claims.get(_claim(claim)))]
+        wrong = [claim for claim in claimed if not _is_measured(claim, measured.get(_score_of(claim)))]
         base_model = metadata.get("base_model")
     except OSError as error:
         raise DataError(f"{folder.readme} cannot be read: {error.strerror}") from None
@@ -289,10 +289,17 @@ def _check_mteb_results(folder: RunFolder, publication: Publication, results: Ma
             _check(name, str(PurePosixPath(path).with_name(MODEL_META)), "name, revision", model, mteb_model(result, columns[path]))
 
 
-def _claim(claim: EvalResult) -> tuple[object, ...]:
-    """What a score in the card's metadata is said to be the score of."""
-    of_data = (claim.dataset_type, claim.dataset_name, claim.dataset_config, claim.dataset_split)
-    return (*of_data, claim.task_type, claim.metric_type, claim.metric_name)
+def _score_of(claim: EvalResult) -> tuple[object, ...]:
+    """What a score in the card's metadata is said to be the score of: task and metric. Earlier versions wrote the task's name alone."""
+    task = claim.dataset_name.removeprefix("MTEB ").removesuffix(" (own data)")
+    return task, claim.dataset_split, claim.metric_type, claim.metric_name
+
+
+def _is_measured(claim: EvalResult, measured: EvalResult | None) -> bool:
+    if measured is None or _is_other(claim.metric_value, measured.metric_value):
+        return False
+    said, known = ((one.dataset_type, one.dataset_config) for one in (claim, measured))
+    return said == known or not any("/" in dataset for dataset, _ in (said, known))  # others are no data set of the Hub's
 
 
 def _read_yaml(text: str) -> Any:

@@ -20,7 +20,7 @@ import pipeline.reload
 from flows.cli import main
 from pipeline.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, PublishConfig, RunConfig
-from pipeline.consistency import check_task
+from pipeline.consistency import check_card, check_task
 from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.manifest import read_manifest, write_manifest
@@ -28,7 +28,7 @@ from pipeline.metrics_table import read_epochs, read_scores, write_epochs, write
 from pipeline.model_card import render_card
 from pipeline.publication import read_candidate
 from pipeline.publish import publish
-from pipeline.records import ClassificationResults, EncoderRef, Probe, Publication, ScoreRow, TaskResult
+from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
 from pipeline.reload import Ask, reload_elsewhere
 from pipeline.run_folder import RunFolder, TaskFolder, read_record
 from pipeline.scores import score_of_draws
@@ -335,6 +335,10 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "the card claims another column's score": (lambda run: _card(run, "0.861", "0.893"), "a score of 0.893 .*few-shot"),
     "the card claims another metric's score": (lambda run: _card(run, "0.87514", "0.893"), "a score of 0.893 .*Macro-F1"),
     "the card claims a score of other data": (lambda run: _card(run, "MTEB A", "MTEB B"), "a score of 0.893 .*MTEB B"),
+    "the card claims a score on another data set of the Hub": (
+        lambda run: _card(run, "type: mteb/a", "type: mteb/imdb"),
+        "a score of 0.893",
+    ),
     "the card with CRLF": (lambda run: _front(run, lambda front: (b"---\n" + front + b"---\n").replace(b"\n", b"\r\n")), TOO_MUCH),
     "the card after a blank line": (lambda run: _front(run, lambda front: b"\n \n---\n" + front + b"---\n"), TOO_MUCH),
     "the card ends with its metadata": (lambda run: _front(run, lambda front: b"---\n" + front + b"---"), TOO_MUCH),
@@ -392,6 +396,18 @@ def test_a_run_that_claims_something_else_of_its_adapter_is_found(
     with pytest.raises(LorafleetError, match=says):
         publish(run.root, str(tmp_path / "out"), PublishConfig())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_of_an_earlier_version_that_called_own_data_by_their_name_is_verified(run: RunFolder) -> None:
+    result = read_record(run.task("A").result, TaskResult)
+    own = MtebTask.model_validate(result.mteb_task.model_dump() | {"source": "files", "location": "a.parquet"})
+    card = run.readme.read_text(encoding="utf-8")
+    results = {"A": TaskResult.model_validate(result.model_dump() | {"mteb_task": own})}
+    run.readme.write_text(card.replace("name: MTEB A", "name: A").replace("type: mteb/a", "type: A"), encoding="utf-8")
+    check_card(run, results)
+    with pytest.raises(VerificationError, match="which was not measured"):
+        run.readme.write_text(card, encoding="utf-8")
+        check_card(run, results)
 
 
 # A publication whose hashes fit
