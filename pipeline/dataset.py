@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.catalogue import load_mteb_task
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
-from pipeline.records import MtebTask
+from pipeline.records import LONGEST_LABEL, MOST_LABEL_BYTES, MtebTask
 from pipeline.scores import overlap
 from pipeline.splits import held_out, label_key
 
@@ -23,6 +24,7 @@ Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
 
 _MOST_NAMES = 5  # in one message
+_MOST_LABELS = 10_000  # the probe's logits for more would not fit into a record
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     """
     loaded = load_mteb_task(task, offline=offline)
     label_names, splits = _number_labels(task.name, loaded.splits)
+    _check_size(task, label_names)
     whole_train, test = splits["train"], splits["test"]
     train, validation, slice_notes = _hold_out(splits, label_names, config)
     if not validation.texts and np.bincount(train.labels).max() == 1:
@@ -138,6 +141,20 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
         for split, table in tables.items()
     }
     return _label_names(classes, tables["train"]), splits
+
+
+def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
+    """Refuse names that no record of the trained adapter could hold."""
+    advice = f"check that label_column = {task.label_column!r} is the right column"
+    longest, total = max(label_names, key=len), len(json.dumps(label_names))
+    if len(longest) > LONGEST_LABEL:
+        found = f"a label of {len(longest):,} characters, {longest[:40]!r}…"
+        raise DataError(f"{task.name}: train has {found}; at most {LONGEST_LABEL:,} are read; {advice}")
+    if total > MOST_LABEL_BYTES:
+        found = f"{len(label_names):,} labels whose names take {total:,} bytes"
+        raise DataError(f"{task.name}: train has {found}; at most {MOST_LABEL_BYTES:,} are read; {advice}")
+    if len(label_names) > _MOST_LABELS:
+        raise DataError(f"{task.name}: train has {len(label_names):,} labels; at most {_MOST_LABELS:,} are read; {advice}")
 
 
 def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:

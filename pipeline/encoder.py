@@ -23,7 +23,7 @@ from pipeline.config import EncoderConfig, TrainConfig
 from pipeline.errors import EncoderError, first_line
 from pipeline.frozen_linear import pack_linears
 from pipeline.hub_errors import hub_error, hub_faults
-from pipeline.records import EncoderRef, Runtime
+from pipeline.records import LONGEST_PUBLIC_NAME, EncoderRef, Runtime
 from pipeline.run_folder import open_regular
 from pipeline.tokeniser import IntArray, Tokeniser, Tokens
 
@@ -336,7 +336,7 @@ def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
     sha256 = files_sha256(folder)
     public_name, revision = _KNOWN_FILES.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
     if Path(public_name).is_dir():
-        public_name = re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name).strip("-.") or "encoder"
+        public_name = re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name)[:LONGEST_PUBLIC_NAME].strip("-.") or "encoder"
     if config.revision not in (None, revision):
         raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but what is here is {revision}")
     return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
-from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, ScoreRow
+from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, RunId, ScoreRow, TaskName
 from pipeline.run_store import oldest_first
 
 R = TypeVar("R", bound=Record)
@@ -129,6 +129,11 @@ GATE_SCHEMA = pa.schema(
 """One row per MTEB task that the promotion gate looked at: the fields of ``GateDecision``, in order."""
 
 
+class _EpochOfTask(EpochRow):
+    run_id: RunId
+    mteb_task: TaskName
+
+
 def write_scores(rows: Sequence[ScoreRow], path: Path) -> None:
     """Write ``scores.parquet``, replacing what is there; its folder is made if need be.
 
@@ -188,6 +193,15 @@ def read_scores(path: Path) -> list[ScoreRow]:
     Raises: DataError: the file is missing or damaged, lacks columns, or holds values that no score can have.
     """
     return _read(path, SCORES_SCHEMA, ScoreRow, "scores")
+
+
+def read_epochs(path: Path) -> dict[str, tuple[EpochRow, ...]]:
+    """Read ``epochs.parquet``, as ``read_scores`` does: MTEB task -> its epochs."""
+    epochs: dict[str, tuple[EpochRow, ...]] = {}
+    for row in _read(path, EPOCHS_SCHEMA, _EpochOfTask, "epochs"):
+        epoch = EpochRow.model_validate(row.model_dump(include=set(EpochRow.model_fields)))
+        epochs[row.mteb_task] = (*epochs.get(row.mteb_task, ()), epoch)
+    return epochs
 
 
 def read_mteb_tasks(path: Path) -> list[MtebTaskRow]:

@@ -111,12 +111,12 @@ def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license
         datasets=datasets or None,
         metrics=["accuracy", "f1"],
         model_name=f"LoRA text classifiers on {encoder.public_name}" if results else None,
-        eval_results=[metric for result in results for metric in _metrics(result)] or None,
+        eval_results=[metric for result in results for metric in claimed_scores(result)] or None,
     )
     return data.to_yaml() + "\n"
 
 
-def _metrics(result: TaskResult) -> list[EvalResult]:
+def claimed_scores(result: TaskResult) -> list[EvalResult]:
     """What the adapter scores, 0..1; the frozen columns are not results of this repository."""
     found = []
     head, few_shot = score_row(result, "head"), score_row(result, "adapted_few_shot")

@@ -6,15 +6,29 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from pipeline.metrics_table import write_epochs, write_scores
 from pipeline.model_card import render_card
-from pipeline.records import ClassificationResults, EncoderRef, Failure, FewShot, ScoreRow, TaskResult
+from pipeline.records import (
+    ClassificationResults,
+    EncoderRef,
+    Failure,
+    FewShot,
+    FewShotColumn,
+    FewShotResult,
+    MtebTask,
+    ScoreRow,
+    TaskResult,
+)
 from pipeline.report import render_report
-from pipeline.results import summarise
+from pipeline.results import is_of_mteb, summarise
 from pipeline.run_folder import RunFolder, TaskFolder, read_record, write_atomically
 from pipeline.scores import holm
+
+MODEL_META = "model_meta.json"
+"""Name of the file in which mteb finds which model the results beside it are of."""
 
 
 def write_outputs(
@@ -50,22 +64,54 @@ def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder
 
     The frozen encoder is a model by its name and revision, the adapted one a model of its own, whose revision is the adapter's hash.
     """
-    from mteb.cache import ResultCache
     from mteb.models import ModelMeta
+
+    public_name = result.encoder.public_name
+    for column, few_shot in read_record(source.few_shot, FewShot).root.items():
+        name, revision = mteb_model(result, column)
+        meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
+        path = mteb_path(result, column, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_mteb_loads(few_shot).to_disk(path)
+        write_atomically(path.with_name(MODEL_META), json.dumps(meta.to_dict(), indent=1, sort_keys=True, default=str))
+
+
+def mteb_model(result: TaskResult, column: FewShotColumn) -> tuple[str, str]:
+    """Name and revision of the model that a few-shot column is the result of."""
+    public_name = result.encoder.public_name
+    if column == "frozen_few_shot":
+        return public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)
+    return f"lorafleet/{public_name.rpartition('/')[2]}-{result.mteb_task.name}", result.adapter.sha256[:40]
+
+
+def mteb_path(result: TaskResult, column: FewShotColumn, folder: RunFolder) -> Path:
+    """Where mteb looks for the result of a few-shot column."""
+    from mteb.cache import ResultCache
+
+    name, revision = mteb_model(result, column)
+    return ResultCache(cache_path=folder.mteb_results).get_task_result_path(result.mteb_task.name, name, revision)
+
+
+def as_mteb_loads(few_shot: FewShotResult) -> Any:
+    """A result of mteb's, as mteb's own class.
+
+    Raises: ValueError: mteb cannot load it.
+    """
     from mteb.results import TaskResult as MtebTaskResult
 
-    task, public_name = result.mteb_task.name, result.encoder.public_name
-    names = {
-        "frozen_few_shot": (public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)),
-        "adapted_few_shot": (f"lorafleet/{public_name.rpartition('/')[2]}-{task}", result.adapter.sha256[:40]),
-    }
-    for column, few_shot in read_record(source.few_shot, FewShot).root.items():
-        name, revision = names[column]
-        meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
-        path = ResultCache(cache_path=folder.mteb_results).get_task_result_path(task, meta)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        MtebTaskResult.model_validate(few_shot.model_dump(mode="json")).to_disk(path)
-        write_atomically(path.with_name("model_meta.json"), json.dumps(meta.to_dict(), indent=1, sort_keys=True, default=str))
+    return MtebTaskResult.model_validate(few_shot.model_dump(mode="json"))
+
+
+def mteb_main_score(task: MtebTask) -> str | None:
+    """Name of the score that mteb compares models by; none where this version of mteb does not know the task."""
+    import mteb
+
+    if not is_of_mteb(task):
+        return "accuracy"  # as the task was made for mteb
+    try:
+        return str(mteb.get_task(task.name).metadata.main_score)
+    except KeyError:
+        return None
 
 
 def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:

@@ -75,7 +75,7 @@ def read_candidate(run: Path) -> Candidate:
         _check_files(folder.root, (*task.published(), task.result))
         found, results[entry.task] = check_task(task)
         check_run(manifest, found, results[entry.task])
-    check_summary(folder, results)
+    check_summary(folder, results, listed=manifest)
     return Candidate(folder, manifest, summary, results)
 
 

@@ -14,6 +14,9 @@ SelectedOn = Literal["validation", "test", "last_epoch"]
 Column = Literal["majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"]
 """One way to classify a data set; together they are the columns of the score table, left to right."""
 
+FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
+"""A column that mteb's own few-shot protocol measures."""
+
 MainMetric = Literal["accuracy", "macro_f1"]
 """The score by which the head is judged against the full-data probe; the name of a field of ``ScoreRow``."""
 
@@ -34,7 +37,16 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 EncoderRevision = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]+$", max_length=71)]
 """A commit of the Hub, or ``sha256:…`` of an encoder's files."""
 
-PublicName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=200)]
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32,64}$")]
+"""Beginning of a SHA-256 in hexadecimal: a file name under the run store."""
+
+DataRevision = Annotated[str, Field(pattern=r"^[\w.:+! -]+$", max_length=100)]
+"""A commit, a version of a package, or ``sha256:…`` of files; in words where nothing was read yet."""
+
+LONGEST_PUBLIC_NAME = 200
+"""Characters of a ``PublicName``."""
+
+PublicName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", max_length=LONGEST_PUBLIC_NAME)]
 """``OWNER/NAME`` of the Hub, or the name of a package or folder."""
 
 FilePath = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$", max_length=1000)]
@@ -43,7 +55,13 @@ FilePath = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$", max_length=
 ModulePath = Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=300)]
 """Path of a module in an encoder."""
 
-LabelName = Annotated[str, Field(min_length=1, max_length=10_000)]
+LONGEST_LABEL = 10_000
+"""Characters of a label."""
+
+MOST_LABEL_BYTES = 2 * 1024**2
+"""Of all label names together, as JSON in a record: ``run_folder.LARGEST_RECORD_BYTES`` has to hold them and more."""
+
+LabelName = Annotated[str, Field(min_length=1, max_length=LONGEST_LABEL)]
 """Name of a class, as it stands in the data."""
 
 
@@ -101,7 +119,7 @@ class MtebTask(Record):
     test_location: str | None = None
     """The user's test files. None for other sources, and where ``test_split`` says which part of train becomes test."""
     test_split: CarvedTest | None = None
-    revision: str
+    revision: DataRevision
     """A commit, a package version, or ``sha256:…`` of the files once they have been read."""
     subset: str = "default"
     text_column: str = "text"
@@ -171,12 +189,26 @@ class AdapterMeta(Record):
     """Whether it, or an adapter that it started from, was trained on its validation slice too (``train.refit``)."""
 
 
-class FewShotScores(BaseModel):
-    """mteb's scores of one subset, as far as they are read here."""
+class FewShotDraw(BaseModel):
+    """mteb's scores of one few-shot draw, as far as they are read here."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     accuracy: Unit
+    f1: Unit
+    """Macro-F1."""
+    ap: Unit | None = None
+    """Average precision; only for two classes."""
+
+
+class FewShotScores(FewShotDraw):
+    """mteb's scores of one subset, each the mean over the draws, as far as they are read here."""
+
+    main_score: Unit
+    """The one of them that mteb compares models by."""
+    hf_subset: str
+    scores_per_experiment: tuple[FewShotDraw, ...] = ()
+    """One per draw."""
 
 
 class FewShotResult(BaseModel):
@@ -188,7 +220,7 @@ class FewShotResult(BaseModel):
     scores: dict[Literal["test"], tuple[FewShotScores, ...]]
 
 
-class FewShot(RootModel[dict[Column, FewShotResult]]):
+class FewShot(RootModel[dict[FewShotColumn, FewShotResult]]):
     """The content of ``few_shot.json``: mteb's own results of the few-shot columns."""
 
     model_config = ConfigDict(frozen=True)
@@ -253,8 +285,8 @@ class LogLine(Record):
 class ScoreRow(Record):
     """One column of the score table for one MTEB task, with all that is needed to make it again."""
 
-    run_id: str
-    mteb_task: str
+    run_id: RunId
+    mteb_task: TaskName
     subset: str
     split: Literal["test"] = "test"
     column: Column
@@ -277,9 +309,9 @@ class ScoreRow(Record):
     """What chose the epoch; none for columns of the frozen encoder, which has none (the probe's C is always chosen apart from test)."""
     seconds: float
     encoder: str
-    encoder_revision: str
-    dataset_revision: str
-    adapter_sha256: str | None
+    encoder_revision: EncoderRevision
+    dataset_revision: DataRevision
+    adapter_sha256: Sha256 | None
     seed: int
     dtype: str
     device: str
@@ -290,7 +322,7 @@ class ScoreRow(Record):
     """McNemar's exact test against ``frozen_full_data`` on the same test texts; only in the ``head`` row."""
     p_value_holm: Unit | None = None
     """The same, corrected over the run's MTEB tasks."""
-    reused_from: str | None = None
+    reused_from: RunId | None = None
     """The run that computed this row, if not this one."""
     test_sha256: str | None = None
     """Of the texts and labels of test, in whatever order: where two differ, the scores are of different exams. None in older rows."""
@@ -453,7 +485,7 @@ class TaskResult(Record):
     """Everything a run knows of one MTEB task. Written last into its folder: with it the task is finished."""
 
     mteb_task: MtebTask
-    key: str
+    key: Key
     """Hash of all that the weights and scores depend on; equal keys need no second run."""
     run_id: RunId
     data: DataSummary

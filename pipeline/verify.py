@@ -16,7 +16,7 @@ from pipeline.config import EncoderConfig
 from pipeline.consistency import check_card, check_publication, check_run, check_summary, check_task
 from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
-from pipeline.folders import adapters_in, explain, kind_of
+from pipeline.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.machine import local_cpus
 from pipeline.manifest import read_manifest
 from pipeline.publication import file_sha256
@@ -85,13 +85,13 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
         raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(there) or 'none'}")
     checked = {task: check_task(folder.task(task)) for task in asked}
     for adapter, result in checked.values():
-        if publication is not None:
-            check_publication(folder, publication, result)
         if manifest is not None:
             check_run(manifest, adapter, result)
+    results = {task: result for task, (_, result) in checked.items()}
+    if publication is not None:
+        check_publication(folder, publication, results)
     if listed:
-        results = {task: result for task, (_, result) in checked.items()}
-        check_summary(folder, results)
+        check_summary(folder, results, listed=listed)
         if results.keys() == listed.adapters.keys():
             check_card(folder, results)
     found = [adapter for adapter, _ in checked.values()]
@@ -112,12 +112,16 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
 def check_files(folder: RunFolder, publication: Publication) -> None:
     """Compare every file with its hash.
 
-    Raises: VerificationError: one is missing, has other bytes, or is one of an adapter's for which there is no hash.
+    Raises: VerificationError: one is missing, has other bytes, or is one of ours for which there is no hash.
     """
     for name in publication.adapters:
         for file in (*folder.task(name).published(), folder.task(name).result):
             if f"{name}/{file.name}" not in publication.files:
                 raise VerificationError(f"{name}/{file.name}: publication.json has no hash of it")
+    ours = [path for part in (folder.metrics, folder.mteb_results) for path in part.rglob("*") if not is_folder(path)]
+    for there in (*folder.published(), *ours):
+        if (name := there.relative_to(folder.root).as_posix()) not in publication.files:
+            raise VerificationError(f"{name}: publication.json has no hash of it")
     for path, sha256 in publication.files.items():
         try:
             found = file_sha256(folder.root / path)

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import tomli_w
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
 from pipeline.manifest import RunManifest, write_manifest
+from pipeline.outputs import correct_over_tasks
 from pipeline.records import (
     AdapterMeta,
     AdapterRef,
@@ -30,6 +31,7 @@ from pipeline.records import (
     EncoderRef,
     EpochRow,
     Failure,
+    FewShotColumn,
     MtebTask,
     ReliabilityBin,
     Runtime,
@@ -37,7 +39,7 @@ from pipeline.records import (
     SelectedOn,
     TaskResult,
 )
-from pipeline.results import summarise
+from pipeline.results import score_row, summarise
 from pipeline.run_folder import RunFolder, adapter_sha256
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ def task_result(
             column,
             accuracy,
             labels=labels,
+            subset=mteb_task.subset,
+            dataset_revision=mteb_task.revision,
             selected_on=selected_on,
             encoder=encoder,
             adapter=adapter,
@@ -201,17 +205,17 @@ def finished_run(
         folder.root.mkdir()
         for path in folder.published():
             path.write_bytes(f"{result.mteb_task.name} {path.name}".encode())
-        folder.few_shot.write_text("{}", encoding="utf-8")
+        folder.few_shot.write_text(json.dumps(few_shot_of(result)), encoding="utf-8")
         folder.meta.write_text(_meta(result).model_dump_json(), encoding="utf-8")
         folder.calibration.write_text(result.calibration.model_dump_json(), encoding="utf-8")
         if adapters is not None and result.mteb_task.name in adapters:
             shutil.copytree(adapters[result.mteb_task.name], folder.root, dirs_exist_ok=True)
         adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
         folder.labels.write_text(json.dumps(result.data.label_names), encoding="utf-8")
-        rewritten.append(TaskResult.model_validate({**result.model_dump(), "adapter": adapter}))
+        rewritten.append(of_adapter(result, adapter))
         folder.result.write_text(rewritten[-1].model_dump_json(), encoding="utf-8")
     encoder = results[0].encoder if results else ENCODER
-    summary = summarise(rewritten, failures, encoder=encoder, run_id=run_id, created_at=WHEN)
+    summary = summarise(correct_over_tasks(rewritten), failures, encoder=encoder, run_id=run_id, created_at=WHEN)
     run.results.write_text(summary.model_dump_json(indent=2), encoding="utf-8")
     for path in (run.readme, run.report, run.scores, run.epochs):
         path.write_bytes(hashlib.sha256(path.name.encode()).digest() if path.suffix == ".parquet" else path.name.encode())
@@ -232,6 +236,30 @@ def finished_run(
     )
     write_manifest(manifest, run)
     return run
+
+
+def of_adapter(result: TaskResult, adapter: AdapterRef) -> TaskResult:
+    """The same scores, of another adapter."""
+    rows = [row.model_copy(update={"adapter_sha256": row.adapter_sha256 and adapter.sha256}) for row in result.scores]
+    return TaskResult.model_validate({**result.model_dump(), "adapter": adapter, "scores": rows})
+
+
+def few_shot_of(result: TaskResult) -> dict[str, Any]:
+    """The content of ``few_shot.json``, as mteb would have measured these scores."""
+    return {column: few_shot_result(row) for column in get_args(FewShotColumn) if (row := score_row(result, column)) is not None}
+
+
+def few_shot_result(row: ScoreRow) -> dict[str, Any]:
+    """mteb's result of one few-shot column."""
+    scores = {"accuracy": row.accuracy, "f1": row.macro_f1, "ap": row.average_precision, "main_score": row.accuracy}
+    return {
+        "task_name": row.mteb_task,
+        "dataset_revision": row.dataset_revision,
+        "mteb_version": "2.0.0",
+        "scores": {"test": [scores | {"hf_subset": row.subset, "languages": ["eng-Latn"]}]},
+        "evaluation_time": 1.0,
+        "kg_co2_emissions": None,
+    }
 
 
 def _meta(result: TaskResult) -> AdapterMeta:
@@ -278,6 +306,8 @@ def _score_row(
     accuracy: float,
     *,
     labels: Sequence[str],
+    subset: str,
+    dataset_revision: str,
     selected_on: SelectedOn,
     encoder: EncoderRef,
     adapter: AdapterRef,
@@ -288,7 +318,7 @@ def _score_row(
     return ScoreRow(
         run_id=RUN_ID,
         mteb_task=name,
-        subset="default",
+        subset=subset,
         column=column,
         accuracy=accuracy,
         macro_f1=round(accuracy * 0.98, 6),
@@ -304,7 +334,7 @@ def _score_row(
         seconds=4.2,
         encoder=encoder.public_name,
         encoder_revision=encoder.revision,
-        dataset_revision="b" * 40,
+        dataset_revision=dataset_revision,
         adapter_sha256=adapter.sha256 if adapted else None,
         seed=0,
         dtype="float32",

@@ -24,7 +24,7 @@ from typing import IO, Any
 import huggingface_hub.constants
 import psutil
 import pytest
-from builders import load_encoder
+from builders import load_encoder, of_adapter
 from hub_server import CUT, HubServer, go_online, serve_hub
 
 import pipeline.hub
@@ -267,7 +267,7 @@ def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable
     place.probe.write_text(Probe.model_validate(probe.model_dump() | {"logits": logits.tolist()}).model_dump_json(), encoding="utf-8")
     results = {path.parent.name: read_record(path, TaskResult) for path in folder.root.glob("*/result.json")}
     result = results[task]
-    results[task] = TaskResult.model_validate(result.model_dump() | {"adapter": result.adapter.model_dump() | {"sha256": saved.sha256}})
+    results[task] = of_adapter(result, result.adapter.model_copy(update={"sha256": saved.sha256}))
     _rewrite(folder, list(results.values()))
 
 

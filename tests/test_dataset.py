@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.catalogue import plan_task
 from pipeline.config import DataConfig, MtebTaskConfig, TrainConfig
 from pipeline.dataset import TaskData, load_data
 from pipeline.errors import DataError
-from pipeline.records import MtebTask
+from pipeline.records import LONGEST_LABEL, LabelNames, MtebTask
 from pipeline.splits import text_key
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"
@@ -396,3 +397,27 @@ def test_the_fingerprint_changes_with_any_text_or_label(tmp_path: Path) -> None:
     prints = {load_own(tmp_path, train=base, test=test).fingerprint for test in (base, other_text, other_label)}
     prints |= {load_own(tmp_path, train=train, test=base).fingerprint for train in (base, other_text, other_label)}
     assert len(prints) == 5
+
+
+# --- labels that no record could hold ---
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["x" * 10_001, "y"], r"a label of 10,001 characters, 'x+'…; at most 10,000 are read"),
+        ([f"{number:05d}{'x' * 5_000}" for number in range(500)], r"500 labels whose names take 2,5\d\d,\d{3} bytes; at most 2,097,152"),
+        (["ü" * 9_000 + str(number) for number in range(60)], r"60 labels whose names take 3,2\d\d,\d{3} bytes; at most 2,097,152"),
+        ([str(number) for number in range(10_001)], "10,001 labels; at most 10,000 are read"),
+    ],
+)
+def test_labels_that_no_record_could_hold_are_refused_before_anything_is_trained(labels: list[str], says: str, tmp_path: Path) -> None:
+    columns = {"text": [f"text {number}" for number in range(2 * len(labels))], "label": [*labels, *labels]}
+    with pytest.raises(DataError, match=rf"Tickets: train has {says}.*; check that label_column = 'label' is the right column"):
+        load_own(tmp_path, train=columns, test={"text": ["a"], "label": labels[:1]})
+
+
+def test_labels_as_long_as_a_record_can_hold_are_read_back(tmp_path: Path) -> None:
+    labels = ["x" * LONGEST_LABEL, "y"]
+    data = load_own(tmp_path, train=numbered(dict.fromkeys(labels, 3)), test={"text": ["a"], "label": labels[:1]})
+    assert LabelNames.model_validate_json(json.dumps(data.label_names)).root == tuple(labels)

@@ -378,7 +378,17 @@ def test_a_pipe_or_a_device_among_an_encoders_files_is_not_waited_for(name: str,
         find_encoder(EncoderConfig(name=str(folder)), offline=True)
 
 
-@pytest.mark.parametrize(("folder", "public"), [("my model (v2)", "my-model-v2"), ("..x", "x"), ("modèle", "modèle"), ("+", "encoder")])
+@pytest.mark.parametrize(
+    ("folder", "public"),
+    [
+        ("my model (v2)", "my-model-v2"),
+        ("..x", "x"),
+        ("modèle", "modèle"),
+        ("+", "encoder"),
+        ("x" * 199 + "-" * 50, "x" * 199),
+        ("y" * 255, "y" * 200),
+    ],
+)
 def test_a_folder_is_named_in_public_as_a_path_or_an_address_may_be(folder: str, public: str, tmp_path: Path) -> None:
     save_tiny_encoder(tmp_path / folder, "bert")
     assert find_encoder(EncoderConfig(name=str(tmp_path / folder)), offline=True).ref.public_name == public

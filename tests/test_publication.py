@@ -54,6 +54,15 @@ def publish_to_folder(run: Path, target: Path) -> Publication:
     return publication
 
 
+def mteb_files(published: Publication) -> set[str]:
+    """Of the few-shot columns: the frozen encoder is one model, each adapted one another."""
+    frozen = f"sentence-transformers__all-MiniLM-L6-v2/{'c' * 40}"
+    adapted = {task: f"lorafleet__all-MiniLM-L6-v2-{task}/{sha256[:40]}" for task, sha256 in published.adapters.items()}
+    found = {f"{model}/{name}" for task, model in adapted.items() for name in (f"{task}.json", "model_meta.json")}
+    found |= {f"{frozen}/{name}" for name in ("model_meta.json", *(f"{task}.json" for task in adapted))}
+    return {f"mteb_results/results/{path}" for path in found}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -70,7 +79,7 @@ def run(tmp_path: Path) -> RunFolder:
 def test_a_published_folder_has_the_layout_of_the_source_document(run: RunFolder, tmp_path: Path) -> None:
     published = publish_to_folder(run.root, tmp_path / "new" / "repository")
     target = tmp_path / "new" / "repository"
-    expected = ROOT_FILES | {f"{task}/{name}" for task in "AB" for name in TASK_FILES}
+    expected = ROOT_FILES | {f"{task}/{name}" for task in "AB" for name in TASK_FILES} | mteb_files(published)
     assert set(contents(target)) == expected
     assert set(published.files) == expected - {"publication.json"}
     assert names(target.parent) == ["repository"]
@@ -96,7 +105,7 @@ def test_mteb_tasks_that_are_not_in_the_run_stay(run: RunFolder, tmp_path: Path)
     other = finished_run(tmp_path / "runs" / "two", [task_result("C"), task_result("A", labels=("x", "y"))], run_id="two")
     published = publish_to_folder(other.root, tmp_path / "out")
     after = contents(tmp_path / "out")
-    assert set(after) == ROOT_FILES | {f"{task}/{name}" for task in "ABC" for name in TASK_FILES}
+    assert set(after) == ROOT_FILES | {f"{task}/{name}" for task in "ABC" for name in TASK_FILES} | mteb_files(published)
     assert all(after[name] == before[name] for name in before if name.startswith("B/"))
     assert json.loads(after["A/labels.json"]) == ["x", "y"]
     assert (published.run_id, list(published.adapters)) == ("two", ["A", "B", "C"])

@@ -13,20 +13,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import finished_run, give_effect, load_encoder, task_result
+from builders import few_shot_of, finished_run, give_effect, load_encoder, task_result
 from publishing import _run_warm
 
 import pipeline.reload
 from flows.cli import main
 from pipeline.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, PublishConfig, RunConfig
+from pipeline.consistency import check_card, check_task
 from pipeline.encoder import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.manifest import read_manifest, write_manifest
+from pipeline.metrics_table import read_epochs, read_scores, write_epochs, write_scores
+from pipeline.model_card import render_card
+from pipeline.publication import read_candidate
 from pipeline.publish import publish
-from pipeline.records import Probe, Publication
+from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
 from pipeline.reload import Ask, reload_elsewhere
 from pipeline.run_folder import RunFolder, TaskFolder, read_record
+from pipeline.scores import score_of_draws
 from pipeline.verify import verify
 
 Folders = Callable[[str], Path]
@@ -54,10 +59,12 @@ def trained(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -
     logits = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(TEXTS)))
     made.probe.write_text(Probe(texts=TEXTS, logits=logits.tolist(), tolerance=1e-3).model_dump_json(), encoding="utf-8")
     config = RunConfig(encoder=EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24), mteb_tasks=(MtebTaskConfig(name="A"),))
-    made.few_shot.write_text(json.dumps({"adapted_few_shot": few_shot(0.861), "frozen_few_shot": few_shot(0.778)}), encoding="utf-8")
-    result = task_result("A", labels=LABELS, encoder=encoder.ref)
+    result = measured("A", encoder.ref)
     run = finished_run(root / "one", [result], config=config, adapters={"A": made.root}, run_id="one")
-    run.readme.write_text(CARD, encoding="utf-8")
+    few_shot = {column: with_draws(mteb) for column, mteb in few_shot_of(result).items()}
+    run.task("A").few_shot.write_text(json.dumps(few_shot), encoding="utf-8")
+    summary = read_record(run.results, ClassificationResults)
+    run.readme.write_text(render_card([read_record(run.task("A").result, TaskResult)], summary, adapted_modules=()), encoding="utf-8")
     return run.root
 
 
@@ -67,29 +74,34 @@ def run(trained: Path, tmp_path: Path) -> RunFolder:
     return RunFolder(shutil.copytree(trained, tmp_path / "runs" / "one"))
 
 
-CARD = """---
-base_model: tiny-bert
-model-index:
-- name: x
-  results:
-  - metrics:
-    - type: accuracy
-      value: 0.893
----
-text
-"""
+def measured(name: str, encoder: EncoderRef) -> TaskResult:
+    """Numbers of one MTEB task whose few-shot columns are those of two draws."""
+    result = task_result(name, labels=LABELS, encoder=encoder)
+    rows = [row.model_copy(update=_of_draws(row) if "few_shot" in row.column else {}) for row in result.scores]
+    return TaskResult.model_validate(result.model_dump() | {"scores": rows})
 
 
-def few_shot(accuracy: float) -> dict[str, Any]:
-    scores = {"accuracy": accuracy, "main_score": accuracy, "hf_subset": "default", "languages": ["eng-Latn"]}
-    return {
-        "task_name": "A",
-        "dataset_revision": "b" * 40,
-        "mteb_version": "2.0.0",
-        "scores": {"test": [scores]},
-        "evaluation_time": 1.0,
-        "kg_co2_emissions": None,
-    }
+def _of_draws(row: ScoreRow) -> dict[str, float]:
+    score = score_of_draws([draw["accuracy"] for draw in draws_of(row.accuracy)], [row.macro_f1] * 2, None)
+    return {"accuracy": score.accuracy, "low": score.low, "high": score.high}
+
+
+def draws_of(accuracy: float) -> list[dict[str, float]]:
+    return [{"accuracy": accuracy - 0.001}, {"accuracy": accuracy + 0.001}]
+
+
+def with_draws(mteb: dict[str, Any]) -> dict[str, Any]:
+    """mteb's result with the draws that it is the mean of."""
+    (entry,) = mteb["scores"]["test"]
+    draws = [draw | {"f1": entry["f1"], "ap": None} for draw in draws_of(entry["accuracy"])]
+    return mteb | {"scores": {"test": [entry | {"scores_per_experiment": draws}]}}
+
+
+def scored(task: TaskFolder, column: str, **changes: Any) -> None:
+    """Change scores in ``few_shot.json``."""
+    content = json.loads(task.few_shot.read_text(encoding="utf-8"))
+    content[column]["scores"]["test"][0] |= changes
+    task.few_shot.write_text(json.dumps(content), encoding="utf-8")
 
 
 def check(place: Path, encoder_folder: Folders) -> None:
@@ -148,6 +160,48 @@ def _far_probe(task: TaskFolder) -> None:
     task.probe.write_text(json.dumps(probe | {"logits": [[9.0] * 3] * 3}), encoding="utf-8")
 
 
+def _scored(**changes: Any) -> Callable[[TaskFolder], None]:
+    return lambda task: scored(task, "adapted_few_shot", **changes)
+
+
+def _few_shot(make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[TaskFolder], None]:
+    def harm(task: TaskFolder) -> None:
+        content = json.loads(task.few_shot.read_text(encoding="utf-8"))
+        task.few_shot.write_text(json.dumps({column: make(one) for column, one in content.items()}), encoding="utf-8")
+
+    return harm
+
+
+def _swapped(task: TaskFolder) -> None:
+    content = json.loads(task.few_shot.read_text(encoding="utf-8"))
+    task.few_shot.write_text(json.dumps(dict(zip(content, reversed(content.values()), strict=True))), encoding="utf-8")
+
+
+def _twice(task: TaskFolder) -> None:
+    _few_shot(lambda one: one | {"scores": {"test": one["scores"]["test"] * 2}})(task)
+
+
+def _without(column: str) -> Callable[[TaskFolder], None]:
+    def harm(task: TaskFolder) -> None:
+        content = json.loads(task.few_shot.read_text(encoding="utf-8"))
+        task.few_shot.write_text(json.dumps({name: one for name, one in content.items() if name != column}), encoding="utf-8")
+
+    return harm
+
+
+def _row(column: str, **changes: Any) -> Callable[[TaskFolder], None]:
+    def harm(task: TaskFolder) -> None:
+        rows = json.loads(task.result.read_text(encoding="utf-8"))["scores"]
+        change(task.result, scores=[row | changes if row["column"] == column else row for row in rows])
+
+    return harm
+
+
+def _row_twice(task: TaskFolder) -> None:
+    rows = json.loads(task.result.read_text(encoding="utf-8"))["scores"]
+    change(task.result, scores=[*rows, rows[-1] | {"accuracy": 0.99}])
+
+
 HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "adapter_config.json cut short": (_cut("adapter_config.json"), r"adapter_config\.json is damaged"),
     "adapter_config.json of another alpha": (_changed("adapter_config.json", lora_alpha=32), "lora_alpha is 32"),
@@ -168,11 +222,30 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "lora_adapter.pt cut short": (_cut("lora_adapter.pt"), r"lora_adapter\.pt: missing or damaged"),
     "classifier_head.pt cut short": (_cut("classifier_head.pt"), r"classifier_head\.pt: missing or damaged"),
     "few_shot.json cut short": (_cut("few_shot.json"), r"few_shot\.json is damaged"),
-    "few_shot.json of another score": (
-        _changed("few_shot.json", adapted_few_shot=few_shot(0.99)),
-        r"few_shot\.json, adapted_few_shot: accuracy",
+    "few_shot.json of another accuracy": (_scored(accuracy=0.99), "few_shot.json, adapted_few_shot: accuracy is 0.99"),
+    "few_shot.json of another main score": (_scored(main_score=0.99), "few_shot.json, adapted_few_shot: main_score is 0.99"),
+    "few_shot.json of another macro-F1": (_scored(f1=0.99), "few_shot.json, adapted_few_shot: f1 is 0.99"),
+    "few_shot.json of an average precision that nobody measured": (_scored(ap=0.99), "adapted_few_shot: ap is 0.99"),
+    "few_shot.json of other draws": (
+        _scored(scores_per_experiment=[{"accuracy": 0.861, "f1": 0.84378}] * 2),
+        "adapted_few_shot: low of scores_per_experiment is",
     ),
-    "few_shot.json of another task": (_changed("few_shot.json", frozen_few_shot=few_shot(0.778) | {"task_name": "B"}), "task_name is 'B'"),
+    "few_shot.json of another subset": (_scored(hf_subset="fr"), "adapted_few_shot: hf_subset is 'fr'"),
+    "few_shot.json that mteb cannot load": (_scored(languages="English"), "adapted_few_shot: mteb cannot load it"),
+    "few_shot.json with the other column's scores": (_swapped, "few_shot: accuracy is 0.861"),
+    "few_shot.json with two subsets": (_twice, "has scores of 2 subsets"),
+    "few_shot.json of another task": (_few_shot(lambda one: one | {"task_name": "B"}), "task_name is 'B'"),
+    "few_shot.json of nothing": (lambda task: task.few_shot.write_text("{}", encoding="utf-8"), "few_shot.json: columns is \\[\\]"),
+    "few_shot.json without a column": (_without("frozen_few_shot"), r"few_shot\.json: columns is \['adapted_few_shot'\]"),
+    "few_shot.json of the head": (_changed("few_shot.json", head={"task_name": "A", "scores": {}}), r"few_shot\.json is damaged"),
+    "few_shot.json with scores alone": (
+        _changed("few_shot.json", adapted_few_shot={"task_name": "A", "scores": {"test": [{"accuracy": 0.861}]}}),
+        r"few_shot\.json is damaged",
+    ),
+    "few_shot.json without a revision": (
+        _few_shot(lambda one: {k: v for k, v in one.items() if k != "dataset_revision"}),
+        "cannot load it",
+    ),
     "probe.json cut short": (_cut("probe.json"), r"probe\.json is damaged"),
     "probe.json of other logits": (_far_probe, "logits differ by"),
     "probe.json without texts": (_changed("probe.json", texts=[], logits=[]), r"probe\.json is damaged.*texts"),
@@ -182,6 +255,16 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
         lambda task: change(task.result, adapter={"path": "A", "sha256": "f" * 64, "encoder_revision": "a" * 40}),
         "encoder_revision|have sha256",
     ),
+    "a score of another task": (_row("head", mteb_task="B"), "mteb_task of head is 'B'"),
+    "a score of another run": (_row("head", run_id="two"), "run_id of head is 'two'"),
+    "a score of another adapter": (_row("head", adapter_sha256="f" * 64), "adapter_sha256 of head is 'fff"),
+    "a score of an adapter where there is none": (_row("majority", adapter_sha256="f" * 64), "adapter_sha256 of majority is"),
+    "a score of another encoder": (_row("head", encoder_revision="a" * 40), "encoder_revision of head is 'aaa"),
+    "a score of other data": (_row("head", dataset_revision="c" * 40), "dataset_revision of head is 'ccc"),
+    "a score of a task that is a path": (_row("head", mteb_task="../B"), r"result\.json is damaged.*mteb_task"),
+    "a score of a run that is a path": (_row("head", run_id="../B"), r"result\.json is damaged.*run_id"),
+    "two scores of one column": (_row_twice, "result.json: scores is"),
+    "a key that is a path": (_changed("result.json", key="../" * 12), r"result\.json is damaged.*key"),
 }
 
 
@@ -200,10 +283,18 @@ def test_one_file_that_says_something_else_is_found(harm: str, run: RunFolder, e
 
 
 def _card(run: RunFolder, old: str, new: str) -> None:
-    assert old in CARD
-    run.readme.write_text(CARD.replace(old, new), encoding="utf-8")
+    card = run.readme.read_text(encoding="utf-8")
+    assert old in card
+    run.readme.write_text(card.replace(old, new, 1), encoding="utf-8")
 
 
+def _front(run: RunFolder, make: Callable[[bytes], bytes]) -> None:
+    """A card of nothing but metadata that claim too much."""
+    front = run.readme.read_text(encoding="utf-8").split("---\n")[1].replace("0.893", "0.993")
+    run.readme.write_bytes(make(front.encode()))
+
+
+TOO_MUCH = r"README\.md: its metadata claim a score of 0\.993"
 ALIASES = "a: &a [{value: 0.893}]\nmodel-index: [{results: [{metrics: *a}]}]"
 DAMAGED = r"README\.md: its metadata are damaged"
 AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
@@ -212,6 +303,24 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         lambda run: _claim(run, adapter_sha256="f" * 64),
         r"results\.json: adapter_sha256",
     ),
+    "the summary's average claims more": (
+        lambda run: _average(run, head_accuracy=0.999),
+        r"average: .*results\.json: head_accuracy is 0\.999",
+    ),
+    "the summary's p-value claims more": (lambda run: _claim(run, p_value_holm=0.0001), r"results\.json: p_value_holm is 0\.0001"),
+    "the summary lists a task more": (
+        lambda run: _tasks(run, lambda entry: [entry, entry | {"task": "B"}]),
+        r"results\.json: is of A, B, but the adapters are A|B: .*is missing",
+    ),
+    "the summary lists a task twice": (
+        lambda run: _tasks(run, lambda entry: [entry | {"head_accuracy": 0.999}, entry]),
+        r"results\.json: is of A, A, but the adapters are A",
+    ),
+    "the summary lists nothing": (
+        lambda run: _tasks(run, lambda entry: []),
+        r"results\.json: is of nothing, but the adapters are A|so there is nothing to publish",
+    ),
+    "the summary is of another run": (lambda run: change(run.results, run_id="two"), r"results\.json: run_id is two"),
     "the summary cut short": (
         lambda run: run.results.write_bytes(run.results.read_bytes()[:200]),
         r"results\.json is damaged",
@@ -223,11 +332,27 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     ),
     "the manifest cut short": (lambda run: run.manifest.write_bytes(run.manifest.read_bytes()[:200]), r"manifest\.json is damaged"),
     "the card claims more": (lambda run: _card(run, "0.893", "0.993"), r"README\.md: its metadata claim a score of 0\.993"),
+    "the card claims another column's score": (lambda run: _card(run, "0.861", "0.893"), "a score of 0.893 .*few-shot"),
+    "the card claims another metric's score": (lambda run: _card(run, "0.87514", "0.893"), "a score of 0.893 .*Macro-F1"),
+    "the card claims a score of other data": (lambda run: _card(run, "MTEB A", "MTEB B"), "a score of 0.893 .*MTEB B"),
+    "the card claims a score on another data set of the Hub": (
+        lambda run: _card(run, "type: mteb/a", "type: mteb/imdb"),
+        "a score of 0.893",
+    ),
+    "the card with CRLF": (lambda run: _front(run, lambda front: (b"---\n" + front + b"---\n").replace(b"\n", b"\r\n")), TOO_MUCH),
+    "the card after a blank line": (lambda run: _front(run, lambda front: b"\n \n---\n" + front + b"---\n"), TOO_MUCH),
+    "the card ends with its metadata": (lambda run: _front(run, lambda front: b"---\n" + front + b"---"), TOO_MUCH),
+    "the card has spaces after its metadata": (lambda run: _front(run, lambda front: b"---\n" + front + b"--- \t\ntext"), TOO_MUCH),
+    "the card has no metadata": (lambda run: run.readme.write_bytes(b"text"), "README.md: has no metadata"),
+    "the card is empty": (lambda run: run.readme.write_bytes(b""), "README.md: has no metadata"),
     "the card claims no number": (lambda run: _card(run, "0.893", "[0.893]"), DAMAGED),
-    "the card names another encoder": (lambda run: _card(run, "tiny-bert", "x/y"), r"README\.md: .* base model 'x/y'"),
-    "the card names no encoder": (lambda run: _card(run, "tiny-bert", "[x, y]"), r"README\.md: .* base model"),
-    "the card is no YAML": (lambda run: _card(run, "base_model:", "base_model: ["), DAMAGED),
-    "the card is deep": (lambda run: _card(run, "tiny-bert", "[" * 500 + "]" * 500), DAMAGED),
+    "the card names another encoder": (
+        lambda run: _card(run, "library_name", "base_model: x/y\nlibrary_name"),
+        r"README\.md: .* base model 'x/y'",
+    ),
+    "the card names no encoder": (lambda run: _card(run, "library_name", "base_model: [x, y]\nlibrary_name"), r"README\.md: .* base model"),
+    "the card is no YAML": (lambda run: _card(run, "library_name:", "library_name: ["), DAMAGED),
+    "the card is deep": (lambda run: _card(run, "library_name: peft", "x: " + "[" * 500 + "]" * 500), DAMAGED),
     "the card has aliases": (
         lambda run: run.readme.write_text(f"---\n{ALIASES}\n---\n", encoding="utf-8"),
         DAMAGED,
@@ -241,6 +366,16 @@ def _claim(run: RunFolder, **changes: Any) -> None:
     summary = json.loads(run.results.read_text(encoding="utf-8"))
     summary["tasks"][0] |= changes
     run.results.write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _tasks(run: RunFolder, make: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
+    (entry,) = json.loads(run.results.read_text(encoding="utf-8"))["tasks"]
+    change(run.results, tasks=make(entry))
+
+
+def _average(run: RunFolder, **changes: Any) -> None:
+    average = json.loads(run.results.read_text(encoding="utf-8"))["average"]
+    change(run.results, average=average | changes)
 
 
 def _manifest(run: RunFolder, **changes: Any) -> None:
@@ -261,6 +396,18 @@ def test_a_run_that_claims_something_else_of_its_adapter_is_found(
     with pytest.raises(LorafleetError, match=says):
         publish(run.root, str(tmp_path / "out"), PublishConfig())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_of_an_earlier_version_that_called_own_data_by_their_name_is_verified(run: RunFolder) -> None:
+    result = read_record(run.task("A").result, TaskResult)
+    own = MtebTask.model_validate(result.mteb_task.model_dump() | {"source": "files", "location": "a.parquet"})
+    card = run.readme.read_text(encoding="utf-8")
+    results = {"A": TaskResult.model_validate(result.model_dump() | {"mteb_task": own})}
+    run.readme.write_text(card.replace("name: MTEB A", "name: A").replace("type: mteb/a", "type: A"), encoding="utf-8")
+    check_card(run, results)
+    with pytest.raises(VerificationError, match="which was not measured"):
+        run.readme.write_text(card, encoding="utf-8")
+        check_card(run, results)
 
 
 # A publication whose hashes fit
@@ -289,6 +436,7 @@ def forge(published: Path, path: str, content: bytes | None) -> None:
         (published / path).unlink()
     else:
         files[path] = hashlib.sha256(content).hexdigest()
+        (published / path).parent.mkdir(parents=True, exist_ok=True)
         (published / path).write_bytes(content)
     changed = Publication.model_validate(record.model_dump() | {"files": files})
     (published / "publication.json").write_text(changed.model_dump_json(), encoding="utf-8")
@@ -298,8 +446,43 @@ def _with(published: Path, path: str, **changes: Any) -> bytes:
     return json.dumps(json.loads((published / path).read_bytes()) | changes).encode()
 
 
-def few_shot_file(published: Path) -> str:
-    return next(path.relative_to(published).as_posix() for path in published.glob("mteb_results/results/lorafleet__*/*/A.json"))
+def unlist(published: Path, path: str) -> None:
+    """Remove the hash of a file that stays, so that it could be changed at will."""
+    files = json.loads((published / "publication.json").read_text(encoding="utf-8"))["files"]
+    change(published / "publication.json", files={name: sha256 for name, sha256 in files.items() if name != path})
+
+
+def few_shot_file(published: Path, model: str = "lorafleet__*") -> str:
+    return next(path.relative_to(published).as_posix() for path in published.glob(f"mteb_results/results/{model}/*/A.json"))
+
+
+def model_meta_file(published: Path) -> str:
+    return few_shot_file(published).replace("A.json", "model_meta.json")
+
+
+def few_shot_claiming(published: Path, **changes: Any) -> bytes:
+    content = json.loads((published / few_shot_file(published)).read_bytes())
+    content["scores"]["test"][0] |= changes
+    return json.dumps(content).encode()
+
+
+def _averaged(published: Path, **changes: Any) -> bytes:
+    content = json.loads((published / "classification_results.json").read_bytes())
+    return json.dumps(content | {"average": content["average"] | changes}).encode()
+
+
+def _forge_scores(published: Path, **changes: Any) -> None:
+    path = published / "metrics" / "scores.parquet"
+    rows = [row.model_copy(update=changes) if row.column == "head" else row for row in read_scores(path)]
+    write_scores(rows, path)
+    forge(published, "metrics/scores.parquet", path.read_bytes())
+
+
+def _forge_epochs(published: Path) -> None:
+    path = published / "metrics" / "epochs.parquet"
+    epochs = [row.model_copy(update={"validation_accuracy": 1.0}) for row in read_epochs(path)["A"]]
+    write_epochs("one", {"A": epochs}, path)
+    forge(published, "metrics/epochs.parquet", path.read_bytes())
 
 
 FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -310,10 +493,46 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: forge(p, "A/adapter_config.json", None),
         r"publication\.json has no hash",
     ),
-    "the card": (lambda p: forge(p, "README.md", b"---\nmodel-index: [{results: [{metrics: [{value: 1.0}]}]}]\n---\n"), "score of 1.0"),
+    "the card": (
+        lambda p: forge(p, "README.md", (p / "README.md").read_bytes().replace(b"0.893", b"1.0", 1)),
+        "score of 1.0",
+    ),
+    "the card without its hash": (lambda p: unlist(p, "README.md"), r"README\.md: publication\.json has no hash"),
+    "the report without its hash": (lambda p: unlist(p, "report.html"), r"report\.html: publication\.json has no hash"),
+    "the summary's average": (
+        lambda p: forge(p, "classification_results.json", _averaged(p, head_accuracy=0.999)),
+        r"results\.json: head_accuracy is 0\.999",
+    ),
+    "the table of scores": (lambda p: _forge_scores(p, accuracy=1.0), r"scores\.parquet, head: accuracy is 1\.0"),
+    "the table of scores with a task more": (lambda p: _forge_scores(p, mteb_task="B"), r"scores\.parquet: is of A, B"),
+    "the table of epochs": (_forge_epochs, r"epochs\.parquet: epochs is"),
     "mteb's results": (
-        lambda p: forge(p, few_shot_file(p), _with(p, few_shot_file(p), scores={"test": [{"accuracy": 1.0}]})),
-        r"mteb_results/.*A\.json: accuracy is \[1\.0\]",
+        lambda p: forge(p, few_shot_file(p), few_shot_claiming(p, accuracy=1.0)),
+        r"mteb_results/.*A\.json: accuracy is 1\.0",
+    ),
+    "mteb's results of the main score": (
+        lambda p: forge(p, few_shot_file(p), few_shot_claiming(p, main_score=1.0)),
+        r"mteb_results/.*A\.json: main_score is 1\.0",
+    ),
+    "mteb's results of the frozen encoder": (
+        lambda p: forge(p, few_shot_file(p, "local__*"), (p / few_shot_file(p)).read_bytes()),
+        r"mteb_results/.*A\.json: accuracy is 0\.861",
+    ),
+    "mteb's results of another model": (
+        lambda p: forge(p, "mteb_results/results/me__best/main/A.json", (p / few_shot_file(p)).read_bytes()),
+        r"me__best/main/A\.json: is of a model that was not measured",
+    ),
+    "mteb's results of another task": (
+        lambda p: forge(p, few_shot_file(p).replace("A.json", "B.json"), (p / few_shot_file(p)).read_bytes()),
+        r"B\.json: is not of an adapter",
+    ),
+    "mteb's results without a hash": (
+        lambda p: (p / few_shot_file(p)).with_name("B.json").write_bytes((p / few_shot_file(p)).read_bytes()),
+        r"B\.json: publication\.json has no hash",
+    ),
+    "mteb's name of the model": (
+        lambda p: forge(p, model_meta_file(p), _with(p, model_meta_file(p), name="me/best")),
+        r"model_meta\.json: name, revision is \('me/best'",
     ),
     "a file that is a pipe": (lambda p: _as_pipe(p / "report.html"), r"report\.html: cannot be read: it is a named pipe"),
     "a file that is gone": (lambda p: (p / "report.html").unlink(), r"report\.html: is missing"),
@@ -346,6 +565,28 @@ def test_an_adapter_that_a_publication_does_not_list_is_not_verified(published: 
     for ref in (f"{published}#Evil", str(published / "Evil")):
         with pytest.raises(LorafleetError, match=r"A/.*is missing|there is no adapter Evil"):
             verify(ref, encoder=str(encoder_folder("bert")), offline=True)
+
+
+@pytest.mark.parametrize("record", ["manifest.json", "classification_results.json"])
+def test_the_encoder_of_a_commit_has_the_name_of_its_repository(record: str, tmp_path: Path) -> None:
+    """Files are the same under any name, but a commit is one of the repository that people would load."""
+    trained_on = EncoderRef(name="me/tiny", public_name="me/tiny", revision="e" * 40)
+    run = finished_run(tmp_path / "one", [task_result("A", encoder=trained_on)], run_id="one")
+    assert read_candidate(run.root).results
+    encoder = json.loads((run.root / record).read_text(encoding="utf-8"))["encoder"]
+    change(run.root / record, encoder=encoder | {"public_name": "me/evil"})
+    with pytest.raises(VerificationError, match=rf"{record}: encoder\.public_name is 'me/evil'"):
+        read_candidate(run.root)
+
+
+def test_the_main_score_is_the_one_that_mteb_compares_models_by(tmp_path: Path) -> None:
+    """Of Banking77 it is the accuracy: macro-F1, measured as well, is not what models are compared by."""
+    run = finished_run(tmp_path / "one", [task_result("Banking77Classification")])
+    task = run.task("Banking77Classification")
+    assert check_task(task)
+    scored(task, "adapted_few_shot", main_score=0.84378)
+    with pytest.raises(VerificationError, match=r"main_score is 0\.84378, but 0\.861 was measured"):
+        check_task(task)
 
 
 # The kind of a fault in the fresh process
