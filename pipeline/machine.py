@@ -26,12 +26,13 @@ def local_cpus() -> int:
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def free_bytes(path: Path) -> int | None:
     """Of the disk where the path lies, or will; None where its file system does not say, as that of /proc or of some mounted buckets."""
-    usage = shutil.disk_usage(existing(path))
+    place = existing(path)
+    usage = shutil.disk_usage(place if place.exists() else place.parent)  # a link may lead nowhere; who writes there will be told
     return usage.free if usage.total else None
 
 

@@ -17,7 +17,6 @@ import tomli_w
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
 from pipeline.manifest import RunManifest, write_manifest
-from pipeline.outputs import correct_over_tasks
 from pipeline.records import (
     AdapterMeta,
     AdapterRef,
@@ -194,6 +193,8 @@ def finished_run(
 
     So are weights where ``adapters`` names the folder of an MTEB task's; the others are a few bytes.
     """
+    from pipeline.outputs import correct_over_tasks  # here, because it imports huggingface_hub, which conftest.py takes offline first
+
     run = RunFolder(root)
     run.metrics.mkdir(parents=True)
     names = [MtebTaskConfig(name=name) for name in (*(r.mteb_task.name for r in results), *(f.mteb_task for f in failures))]
