@@ -474,7 +474,7 @@ def _names_of_values(values: Any, where: str) -> Any:
             )
         values = _plain(values)
         if pa.types.is_decimal(kind):
-            return pa.array([value and f"{value.normalize():f}" for value in values.to_pylist()], pa.string())
+            return pa.array([None if value is None else f"{value.normalize():f}" for value in values.to_pylist()], pa.string())
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             return values.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
         if pa.types.is_floating(kind):

@@ -122,7 +122,7 @@ def train_adapter(
 
     start_knows = warm_start is not None and describe_adapter(warm_start).meta.learnt_validation
     loop = fresh_loop(train, checkpoint)
-    loop.run(selection, on_epoch, start_competes=not start_knows)
+    loop.run(selection, on_epoch, start_knows=start_knows)
     state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
     refit = train_config.refit and selection is not None and state.best_epoch > 0  # zero epochs on more texts are the same start
     if refit:
@@ -133,7 +133,7 @@ def train_adapter(
         rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
     loop.adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or start_knows)
+    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or state.start_knows)
 
 
 @dataclass
@@ -148,6 +148,7 @@ class _State:
     steps: int = 0
     finished: bool = False
     start_score: float | None = None
+    start_knows: bool = False
 
 
 class _Loop:
@@ -186,10 +187,16 @@ class _Loop:
             state = [self.weights, *self.optimizer.state[self.weights].values()]
             self.learn, self.length_step = StepGraphs(self._learn, batch_size=config.batch_size, state=state), LENGTH_STEP
 
-    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, start_competes: bool = True) -> None:
-        """Train until the last epoch or until patience ends, then put the best weights in place."""
+    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, start_knows: bool = False) -> None:
+        """Train until the last epoch or until patience ends, then put the best weights in place.
+
+        Args:
+            start_knows: The start has learnt the selection, so it does not compete. Of a training that is resumed, its own start counts.
+        """
         self._resume()
-        if selection is not None and start_competes and not self.state.epochs:
+        if not self.state.epochs:
+            self.state.start_knows = start_knows
+        if selection is not None and not self.state.start_knows and not self.state.epochs:
             self.state.start_score = self.state.best_score = accuracy(self.adapter, selection)
         while not self.state.finished:
             epoch = len(self.state.epochs) + 1

@@ -121,10 +121,10 @@ def _lock(folder: Path) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
         except OSError as error:
             os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
             raise LorafleetError(f"{folder} cannot be locked: {error.strerror}; set TMPDIR to a folder of a local disk") from None
         else:
             return descriptor

@@ -215,6 +215,11 @@ def test_a_group_that_two_files_write_in_two_types_is_one(first: list[pa.DataTyp
     assert sum(len(side) for side in sides) == len(set.union(*sides)) == 40
 
 
+def test_zero_is_a_group_like_others(tmp_path: Path) -> None:
+    columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([i // 2 % 20 for i in range(40)], pa.int64()).cast(pa.decimal128(21, 0))}
+    assert len(load_grouped(tmp_path, columns).test_texts) == 8
+
+
 def test_a_number_that_is_not_there_is_no_group(tmp_path: Path) -> None:
     columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([1.0, float("nan")] * 20)}
     with pytest.raises(DataError, match="column 'who': 20 of 40 rows have no value"):

@@ -352,7 +352,9 @@ def test_an_epoch_that_equals_the_start_is_taken(encoder_folder: Folders) -> Non
 
 
 def test_a_checkpoint_keeps_all_that_the_rest_of_a_training_depends_on(undisturbed: Training, tmp_path: Path) -> None:
-    state = _State(list(undisturbed.epochs), best_epoch=2, best_score=0.75, last_gain=3, steps=90, finished=True, start_score=0.25)
+    state = _State(
+        list(undisturbed.epochs), best_epoch=2, best_score=0.75, last_gain=3, steps=90, finished=True, start_score=0.25, start_knows=True
+    )
     assert all(getattr(state, name) != value for name, value in vars(_State()).items()), "no field has the value that it begins with"
     file = Checkpoint(tmp_path / "c", {"seed": 0})
     file.write({"weights": torch.ones(3)}, state)
@@ -609,6 +611,10 @@ def test_a_published_adapter_that_has_learnt_the_validation_slice_does_not_compe
     assert warm.best_epoch > 0
     assert (warm.start_score, warm.refitted, warm.learnt_selection) == (None, False, True)
     assert not train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1).learnt_selection
+    with pytest.raises(Stop):
+        train(load_encoder(encoder_folder("bert")), warm_start=refitted, checkpoint=tmp_path / "c", on_epoch=stop_after(2))
+    resumed = train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c")  # published meanwhile
+    assert (resumed.start_score, resumed.learnt_selection) == (None, True)
 
 
 def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_first_score(
