@@ -131,7 +131,7 @@ def check_gpu(answer: Mapping[str, Any], *, driver: str) -> Check:
         each = ", ".join(f"{gpu['name']} ({readable_bytes(gpu['free'])} of {readable_bytes(gpu['total'])} free)" for gpu in gpus)
         return Check("ok", "GPU", f"{each}; torch for CUDA {facts['cuda']}, driver {driver or 'not known'}")
     if not driver:
-        return Check("warning", "GPU", "none: training computes on the CPU", "nothing, but where there is one, install its driver")
+        return Check("warning", "GPU", "none: training computes on the CPU", "if this machine has a GPU, install its driver")
     there, fitting = f"there is an NVIDIA driver, {driver}, but", "install the torch that fits driver and GPU"
     if "error" in answer:  # a run would choose the GPU, and fail
         advice = f"{fitting}, or train on the CPU: --set compute.gpus_per_worker=0"
