@@ -159,7 +159,6 @@ class Fleet:
         self._stopping.set()  # first: who sees a killed worker now must not wait to try again
         for worker in self._workers:
             worker.stop()
-        self._made_ahead.clear()  # Ray ends an actor that nobody holds
         self._slots.release(len(self._workers) or 1)
         self._released.set()
         self._keeper.join()
@@ -234,12 +233,13 @@ class Fleet:
             if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # Ray marks a submitted job so; its folder may be the code itself
                 # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
                 options["job_config"] = JobConfig(_client_job=True)
+            ends.callback(self._made_ahead.clear)  # after Ray: its core complains on standard error of an actor dropped while it is made
             ends.callback(ray.shutdown)
             if not ray.is_initialized():
                 _init(options)
             num_workers = self.num_workers
             if self._make_ahead and self.address is None:  # of a cluster of others nothing is held that early
-                self._made_ahead = [self._make_actor() for _ in range(min(num_workers, self._num_tasks))]
+                self._made_ahead += [self._make_actor() for _ in range(min(num_workers, self._num_tasks))]
             self._slots.release(num_workers)
         except Exception as error:  # noqa: BLE001 - told by ready(), in the thread that waits
             if self.address is None or not isinstance(error, OSError | ValueError | RuntimeError):

@@ -205,6 +205,15 @@ def answer_of(command: Command) -> dict[str, Any]:
     return answer
 
 
+def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path: Path) -> None:
+    """As where a run's input is refused as soon as Ray is up; Ray's own core writes to standard error past every logger of ours."""
+    program = "from pipeline.config import ComputeConfig\nfrom tasks.fleet import Fleet\n"
+    program += "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
+    for _ in range(2):  # the complaint came two times in three
+        ended = Command("-P", "-c", program, program=[sys.executable], cwd=tmp_path).wait()
+        assert (ended.code, ended.out, ended.err) == (0, "", "")
+
+
 @pytest.mark.faults
 def test_a_local_ray_starts_where_the_path_for_temporary_files_is_long_and_the_user_has_no_home(tmp_path: Path) -> None:
     """As on a SLURM node, or in a container; nobody else can enter its folder, and nothing is left of it."""
