@@ -10,10 +10,10 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
-from pipeline.bulk_records import BulkRequest, BulkSummary
+from pipeline.bulk.records import BulkRequest, BulkSummary
+from pipeline.bulk.units import UnitFailure
 from pipeline.errors import InputError, LorafleetError
 from pipeline.printable import counted
-from pipeline.units import UnitFailure
 from tasks.bulk import finish_job, label_units, plan_job
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 

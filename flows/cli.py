@@ -25,14 +25,14 @@ from pipeline.printable import counted, shortened
 if TYPE_CHECKING:
     from flows.classify_datasets import BulkOutcome
     from flows.train_adapters import RunOutcome
-    from pipeline.bulk_records import BulkRequest, BulkSummary
+    from pipeline.bulk.records import BulkRequest, BulkSummary
     from pipeline.config import RunConfig
-    from pipeline.export import Form
-    from pipeline.publish import Published
-    from pipeline.results import ScoreTable
-    from pipeline.retention import Pruned
-    from pipeline.verify import Verified
-    from tasks.embedded import PrefectServer
+    from pipeline.export.export import Form
+    from pipeline.publishing.publish import Published
+    from pipeline.publishing.verify import Verified
+    from pipeline.reports.score_table import ScoreTable
+    from pipeline.store.retention import Pruned
+    from tasks.services.prefect_server import PrefectServer
 
 _INTERRUPTED = 130
 _LABELS_SHOWN = 10
@@ -94,7 +94,7 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
     Example: lorafleet train --config mteb8 --set data.mirror=data/mteb --set train.seed=7
     """
     from pipeline.config import load_config
-    from pipeline.run_store import store_folder
+    from pipeline.store.lock import store_folder
 
     store_folder(runs)
     config = load_config(source, overrides=overrides)
@@ -180,9 +180,9 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust
     Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
     """
     from pipeline.config import publish_config
-    from pipeline.publication import read_candidate
-    from pipeline.publish import publish as publish_run
-    from tasks.loopback import prepare_http
+    from pipeline.publishing.publication import read_candidate
+    from pipeline.publishing.publish import publish as publish_run
+    from tasks.services.loopback import prepare_http
 
     prepare_http()
     if any(override.startswith("publish.token_block") for override in overrides):
@@ -205,8 +205,8 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
 
     Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
     """
-    from pipeline.verify import verify as verify_ref
-    from tasks.loopback import prepare_http
+    from pipeline.publishing.verify import verify as verify_ref
+    from tasks.services.loopback import prepare_http
 
     prepare_http()
     _print_verified(verify_ref(ref, encoder=encoder, offline=offline), as_json=as_json)
@@ -224,8 +224,8 @@ def rollback(repository: str, revision: str, encoder: str | None, offline: bool)
 
     Example: lorafleet rollback hf:me/support-classifiers --to run-20261113-181500-9c8d
     """
-    from pipeline.publish import rollback as roll_back
-    from tasks.loopback import prepare_http
+    from pipeline.publishing.publish import rollback as roll_back
+    from tasks.services.loopback import prepare_http
 
     prepare_http()
     landed, verified = roll_back(repository, revision, encoder=encoder, offline=offline)
@@ -251,9 +251,9 @@ def export(ref: str, target: Path, form: Form, encoder: str | None, offline: boo
 
     Example: lorafleet export hf:me/support-classifiers#Tickets tickets-onnx --form onnx
     """
-    from pipeline.adapter_ref import find_adapters
-    from pipeline.export import export_adapter
-    from tasks.loopback import prepare_http
+    from pipeline.export.export import export_adapter
+    from pipeline.inference.reference import find_adapters
+    from tasks.services.loopback import prepare_http
 
     prepare_http()
     (adapter,) = find_adapters([ref], offline=offline)
@@ -271,7 +271,7 @@ def show(place: Path, as_json: bool) -> None:
 
     Example: lorafleet show runs
     """
-    from pipeline.run_folder import RunFolder
+    from pipeline.store.run_folder import RunFolder
 
     if RunFolder(place).results.is_file():
         _show_run(place, as_json=as_json)
@@ -292,8 +292,8 @@ def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -
 
     Example: lorafleet doctor --runs runs
     """
-    from flows.doctor import examine, report
-    from pipeline.run_store import store_folder
+    from pipeline.store.lock import store_folder
+    from tasks.checks.doctor import examine, report
 
     if start_ray and ray_address is not None:
         raise InputError("--start has no effect with --ray-address, which names a cluster that is there; leave one out")
@@ -333,13 +333,13 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
     """
-    from pipeline.retention import Policy
-    from pipeline.retention import prune as prune_store
+    from pipeline.store.retention import Policy
+    from pipeline.store.retention import prune as prune_store
 
     pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
     _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
     if not dry_run and any(verdict.goes and verdict.what == "run" for verdict in pruned.verdicts):
-        from pipeline.history_page import write_history_page
+        from pipeline.reports.history_page import write_history_page
 
         write_history_page(runs)
     sys.exit(1 if pruned.failures else 0)
@@ -390,8 +390,8 @@ def up(runs: str, port: int, no_ray: bool) -> None:
 
     Example: lorafleet up --runs runs --port 4200
     """
-    from flows.up import up as start
-    from pipeline.run_store import store_folder
+    from pipeline.store.lock import store_folder
+    from tasks.services.up import up as start
 
     start(store_folder(runs), port=port, with_ray=not no_ray, say=say)
 
@@ -445,8 +445,8 @@ def _complain_of_usage(error: click.ClickException) -> None:
 
 def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, *, force: bool) -> RunOutcome:
     """Run the flow with what it needs around it: the configured Prefect server, or an embedded one."""
-    from pipeline.run_store import hold_store
-    from tasks.embedded import PrefectServer
+    from pipeline.store.lock import hold_store
+    from tasks.services.prefect_server import PrefectServer
 
     store = Path(runs)
     with hold_store(store, "being checked"):
@@ -508,7 +508,7 @@ def _leave_without_server(server: PrefectServer, error: Exception) -> NoReturn:
 def _bulk_request(given: dict[str, Any]) -> BulkRequest:
     from pydantic import ValidationError
 
-    from pipeline.bulk_records import BulkCompute, BulkOptions, BulkRequest
+    from pipeline.bulk.records import BulkCompute, BulkOptions, BulkRequest
 
     columns = given.pop("columns")
     given["columns"] = None if columns is None else tuple(name.strip() for name in columns.split(","))
@@ -530,8 +530,8 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
 
 def _classify(request: BulkRequest) -> BulkOutcome:
     """Run the flow with what it needs around it; its Prefect history is kept only by a server of your own."""
-    from tasks.embedded import PrefectServer
-    from tasks.temporary import temporary_folder
+    from tasks.services.prefect_server import PrefectServer
+    from tasks.services.temporary import temporary_folder
 
     home = tempfile.mkdtemp(prefix="lorafleet-", dir=temporary_folder())
     atexit.register(shutil.rmtree, home, ignore_errors=True)  # before the server's own, so run after it
@@ -545,7 +545,7 @@ def _classify(request: BulkRequest) -> BulkOutcome:
 
 
 def _import_kernel() -> None:
-    import pipeline.unit_worker  # noqa: F401
+    import pipeline.bulk.worker  # noqa: F401
 
 
 def _print_summary(summary: BulkSummary) -> None:
@@ -615,7 +615,7 @@ def _verified_line(adapter: Verified) -> str:
 
 
 def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
-    from pipeline.checkup import readable_bytes
+    from tasks.checks.machine import readable_bytes
 
     if as_json:
         verdicts = [dataclasses.asdict(verdict) | {"path": str(verdict.path)} for verdict in pruned.verdicts]
@@ -632,7 +632,7 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
-    from pipeline.catalogue import describe_source, plan_tasks
+    from pipeline.data.catalogue import describe_source, plan_tasks
 
     tasks = plan_tasks(config)
     plan = {"config": config.model_dump(mode="json"), "mteb_tasks": [t.model_dump() for t in tasks]}
@@ -664,8 +664,8 @@ def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
 
 def _show_run(run: Path, *, as_json: bool) -> None:
     from pipeline.records import ClassificationResults, TaskResult
-    from pipeline.results import score_table
-    from pipeline.run_folder import RunFolder, read_record
+    from pipeline.reports.score_table import score_table
+    from pipeline.store.run_folder import RunFolder, read_record
 
     folder = RunFolder(run)
     summary = read_record(folder.results, ClassificationResults)
@@ -680,7 +680,7 @@ def _show_run(run: Path, *, as_json: bool) -> None:
 
 
 def _print_table(table: ScoreTable) -> None:
-    from pipeline.results import SCORE_HEADINGS
+    from pipeline.reports.score_table import SCORE_HEADINGS
 
     lines = [*(line.cells() for line in table.lines), table.average_cells()]
     say_table(
@@ -691,9 +691,9 @@ def _print_table(table: ScoreTable) -> None:
 
 
 def _show_history(runs: Path, *, as_json: bool) -> None:
-    from pipeline.history import changed_test_data
-    from pipeline.metrics_table import read_history
-    from pipeline.results import percent
+    from pipeline.reports.score_table import percent
+    from pipeline.store.history import changed_test_data
+    from pipeline.store.tables import read_history
 
     rows = read_history(runs)
     if not rows:

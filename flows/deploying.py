@@ -29,9 +29,9 @@ from prefect.workers.process import ProcessWorker
 
 from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
 from pipeline.errors import InputError, LorafleetError, first_line
-from tasks.loopback import prepare_http
-from tasks.notifying import notify_of_failures
-from tasks.passwords import login_for, running_ups
+from tasks.services.loopback import prepare_http
+from tasks.services.notifying import notify_of_failures
+from tasks.services.passwords import login_for, running_ups
 
 FILE = Path(__file__).parents[1] / "deploy" / "prefect.yaml"
 TAG = "lorafleet"

@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 from pipeline.config import publish_config
 from pipeline.errors import LorafleetError
 from pipeline.printable import counted, printable
-from pipeline.publication import read_candidate
+from pipeline.publishing.publication import read_candidate
 from tasks import stages
 
 

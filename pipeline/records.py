@@ -89,7 +89,7 @@ class Runtime(Record):
     dtype: Literal["float32", "bfloat16"]
     """Of the frozen encoder; adapters, head and optimiser are always float32."""
     attention: Literal["eager", "sdpa", "lorafleet"]
-    """Of the encoder; ``lorafleet`` is ``pipeline/attention.py``."""
+    """Of the encoder; ``lorafleet`` is ``pipeline/encoder/attention.py``."""
     compiled: bool
     threads: int = Field(ge=1)
     """Torch threads of one worker."""

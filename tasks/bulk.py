@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from pipeline.bulk_job import finish, forget_attempts
-from pipeline.bulk_records import BulkRequest, BulkSummary, Receipt
+from pipeline.bulk.records import BulkRequest, BulkSummary, Receipt
+from pipeline.bulk.state import finish, forget_attempts
+from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from pipeline.printable import counted, markdown
 from pipeline.storage import in_words, store_errors
-from pipeline.units import BulkInput, Unit, UnitFailure
 from tasks.board import BOARD
 from tasks.fleet import Fleet
 from tasks.log import run_logger
@@ -27,8 +27,8 @@ from tasks.progress import ProgressArtifact, create_markdown_artifact
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.bulk_plan import BulkPlan
-    from pipeline.unit_worker import WorkerSpec
+    from pipeline.bulk.plan import BulkPlan
+    from pipeline.bulk.worker import WorkerSpec
 
 _LOG_SECONDS = 15.0
 _BLOCK_BYTES = 1024**2
@@ -38,7 +38,7 @@ _CHANGES_SHOWN = 12
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     """Check input, adapters, encoder and output before anything starts; returns what is wrong, as ``check_inputs`` does."""
-    from pipeline.bulk_plan import plan_bulk
+    from pipeline.bulk.plan import plan_bulk
 
     try:
         plan = plan_bulk(request)
@@ -96,7 +96,7 @@ def finish_job(
 
 
 def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
-    from pipeline.unit_worker import UnitWorker
+    from pipeline.bulk.worker import UnitWorker
 
     compute = plan.request.compute
     threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))
@@ -154,7 +154,7 @@ class UnitActor:
     """What Ray Data's pool is made of: one kernel, one unit at a time."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from pipeline.unit_worker import UnitWorker
+        from pipeline.bulk.worker import UnitWorker
 
         self._worker = UnitWorker(spec)
 

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.config import RunConfig, anchored
 from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import own_output, read_answers
-from pipeline.manifest import finished_runs, library_versions, sources_sha256
+from pipeline.store.manifest import finished_runs, library_versions, sources_sha256
 from tasks.children import die_with_parent
 
 _AHEAD: list[EarlyCheck] = []
@@ -71,7 +71,7 @@ def refuse_wrong_files(config: RunConfig) -> None:
 
     Raises: InputError, LorafleetError: as ``preflight``.
     """
-    from pipeline.catalogue import files_look_wrong
+    from pipeline.data.catalogue import files_look_wrong
 
     if not _is_on_cluster(config) and files_look_wrong(config):
         EarlyCheck(config).keys()
@@ -105,8 +105,8 @@ def _same_as_before(config: RunConfig, runs: Path) -> bool:
 
 
 def _answer(config: RunConfig) -> dict[str, Any]:
-    from pipeline.encoder import choose_runtime
-    from pipeline.preflight import preflight
+    from pipeline.encoder.encoder import choose_runtime
+    from pipeline.run.preflight import preflight
 
     try:
         runtime = choose_runtime(config.train, threads=1, use_gpu=config.compute.gpus_per_worker != 0)

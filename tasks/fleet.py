@@ -17,11 +17,11 @@ from pipeline.config import ComputeConfig, RunConfig
 from pipeline.errors import ConfigError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from tasks.children import last_fault
-from tasks.temporary import ray_base, ray_folder
+from tasks.services.temporary import ray_base, ray_folder
 from tasks.worker import Worker
 
 if TYPE_CHECKING:
-    from pipeline.plan import JobSpec
+    from pipeline.run.plan import JobSpec
 
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it

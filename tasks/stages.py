@@ -18,9 +18,6 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig, anchored
 from pipeline.errors import InputError, LorafleetError
-from pipeline.manifest import RunManifest, find_finished, latest_results
-from pipeline.manifest import find_unchanged as find_unchanged_run
-from pipeline.plan import Plan
 from pipeline.printable import markdown
 from pipeline.records import (
     AdapterRef,
@@ -34,8 +31,11 @@ from pipeline.records import (
     ScoreRow,
     TaskResult,
 )
-from pipeline.results import SCORE_HEADINGS, head_change, label_changes, percent, said_of_start, score_table
-from pipeline.run_folder import RunFolder
+from pipeline.reports.score_table import SCORE_HEADINGS, head_change, label_changes, percent, said_of_start, score_table
+from pipeline.run.plan import Plan
+from pipeline.store.manifest import RunManifest, find_finished, latest_results
+from pipeline.store.manifest import find_unchanged as find_unchanged_run
+from pipeline.store.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.early_check import EarlyCheck
 from tasks.fleet import FleetWorker, WorkerDiedError
@@ -43,7 +43,7 @@ from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 if TYPE_CHECKING:
-    from pipeline.publish import Published
+    from pipeline.publishing.publish import Published
 
 REPORTS_URL = "LORAFLEET_REPORTS_URL"
 """Variable of the environment: the address under which the run store is served, if it is."""
@@ -107,7 +107,7 @@ def find_unchanged(plan: Plan, runs: Path) -> RunFolder | None:
 @task(name="reuse", task_run_name="reuse", cache_policy=NO_CACHE)
 def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
     """Take over what an earlier run has finished for the same inputs."""
-    from pipeline.collect import reuse
+    from pipeline.run.collect import reuse
 
     found = find_finished(runs, {planned.key for planned in plan.tasks})
     folder = RunFolder(runs / run_id)
@@ -182,7 +182,7 @@ def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
     """Write metrics, results, card and report; show the score table in the UI."""
-    from pipeline.collect import collect as write_files
+    from pipeline.run.collect import collect as write_files
 
     before = latest_results(folder.root.parent, [result.mteb_task.name for result in results])  # this run has no manifest yet
     summary, corrected = write_files(plan, results, failures, run_id=run_id, folder=folder)
@@ -210,7 +210,7 @@ def _report_url(folder: RunFolder) -> str:
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
 def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool) -> Published | LorafleetError:
     """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
-    from pipeline.publish import publish as publish_run
+    from pipeline.publishing.publish import publish as publish_run
 
     assert config.to is not None
     logger = run_logger()
@@ -231,7 +231,7 @@ def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool
 
 def _check_target(config: PublishConfig) -> None:
     if config.to is not None and config.to.startswith("hf:"):
-        from pipeline.hub import HubRepository
+        from pipeline.publishing.hub import HubRepository
 
         with _hub_token(config.token_block):
             HubRepository(config.to.removeprefix("hf:")).check_access()
@@ -266,7 +266,7 @@ def finish_run(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder, seconds: float
 ) -> RunManifest:
     """Enter the run into the history and mark it finished."""
-    from pipeline.collect import finish_run as write_manifest
+    from pipeline.run.collect import finish_run as write_manifest
 
     return write_manifest(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
-from pipeline.plan import JobSpec, Plan
 from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, ScoreRow, TaskResult
+from pipeline.run.plan import JobSpec, Plan
 
 if TYPE_CHECKING:
-    from pipeline.job import TaskJob
+    from pipeline.run.job import TaskJob
 
 
 _MOST_LINES = 200
@@ -44,15 +44,15 @@ class Worker:
         logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
-        import pipeline.job  # noqa: F401
-        from pipeline.evaluation import import_ahead
+        import pipeline.run.job  # noqa: F401
+        from pipeline.evaluation.classification import import_ahead
 
         import_ahead()
 
     def check(self, config: RunConfig) -> Plan:
         """Check the inputs of a whole run, where they will be used, and choose how its workers compute; see ``preflight``."""
-        from pipeline.encoder import choose_runtime
-        from pipeline.preflight import preflight
+        from pipeline.encoder.encoder import choose_runtime
+        from pipeline.run.preflight import preflight
 
         return preflight(config, choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu))
 
@@ -96,7 +96,7 @@ class Worker:
     def _ready(self) -> TaskJob:
         import torch
 
-        from pipeline.job import TaskJob
+        from pipeline.run.job import TaskJob
 
         self._begun.wait()
         if self._job is None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import tomli_w
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig
-from pipeline.manifest import RunManifest, write_manifest
 from pipeline.records import (
     AdapterMeta,
     AdapterRef,
@@ -38,12 +37,13 @@ from pipeline.records import (
     SelectedOn,
     TaskResult,
 )
-from pipeline.results import score_row, summarise
-from pipeline.run_folder import RunFolder, adapter_sha256
+from pipeline.reports.score_table import score_row, summarise
+from pipeline.store.manifest import RunManifest, write_manifest
+from pipeline.store.run_folder import RunFolder, adapter_sha256
 
 if TYPE_CHECKING:
-    from pipeline.adapter import Adapter
-    from pipeline.encoder import Encoder
+    from pipeline.adapter.adapter import Adapter
+    from pipeline.encoder.encoder import Encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -193,7 +193,9 @@ def finished_run(
 
     So are weights where ``adapters`` names the folder of an MTEB task's; the others are a few bytes.
     """
-    from pipeline.outputs import correct_over_tasks  # here, because it imports huggingface_hub, which conftest.py takes offline first
+    from pipeline.reports.outputs import (
+        correct_over_tasks,  # here, because it imports huggingface_hub, which conftest.py takes offline first
+    )
 
     run = RunFolder(root)
     run.metrics.mkdir(parents=True)
@@ -472,7 +474,7 @@ def save_overflowing_encoder(folder: Path, word: str) -> Path:
 def load_encoder(name: str | Path, *, pooling: Literal["mean", "cls", "max"] = "mean", max_tokens: int = 24) -> Encoder:
     """An encoder on the CPU in float32, as a run would load it."""
     from pipeline.config import EncoderConfig
-    from pipeline.encoder import Encoder, find_encoder
+    from pipeline.encoder.encoder import Encoder, find_encoder
 
     config = EncoderConfig(name=str(name), pooling=pooling, max_tokens=max_tokens)
     return Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from builders import calibration, give_effect, load_encoder
 
-from pipeline.adapter import Adapter, save_adapter
-from pipeline.bulk_job import Begun, finish
-from pipeline.bulk_plan import plan_bulk
-from pipeline.bulk_records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
+from pipeline.adapter.adapter import Adapter, save_adapter
+from pipeline.bulk.plan import plan_bulk
+from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
+from pipeline.bulk.state import Begun, finish
+from pipeline.bulk.units import BulkInput, Unit, UnitFailure
+from pipeline.bulk.worker import UnitWorker, WorkerSpec
 from pipeline.config import AdapterConfig
-from pipeline.run_folder import TaskFolder
 from pipeline.storage import Place
-from pipeline.unit_worker import UnitWorker, WorkerSpec
-from pipeline.units import BulkInput, Unit, UnitFailure
+from pipeline.store.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")
 

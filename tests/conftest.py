@@ -22,7 +22,7 @@ from commands import SCRIPT, Ended, FinishedRun, run, write_config, write_task
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from pipeline.encoder import Encoder
+    from pipeline.encoder.encoder import Encoder
 
 # Before the first import of torch or huggingface_hub, which read them then.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -78,7 +78,9 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = probe.getsockname()[1]
     environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "tasks.embedded", str(port)], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tasks.services.prefect_server", str(port)], env=environment, stdout=log, stderr=log
+        )
     deadline = time.monotonic() + 120
     while True:
         try:

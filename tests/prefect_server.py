@@ -203,7 +203,7 @@ class Server:
         """Start, and wait until it answers."""
         environment = os.environ | {"PREFECT_HOME": str(self.home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | self._settings
         with (self.home / "server.log").open("ab") as log:
-            command = [sys.executable, "-m", "tasks.embedded", str(self._port)]
+            command = [sys.executable, "-m", "tasks.services.prefect_server", str(self._port)]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         eventually(self.api.answers, seconds=seconds, what="the Prefect server answers")
 

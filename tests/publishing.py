@@ -27,16 +27,16 @@ import pytest
 from builders import load_encoder, of_adapter
 from hub_server import CUT, HubServer, go_online, serve_hub
 
-import pipeline.hub
-import pipeline.reload
-from pipeline.adapter import load_adapter, save_adapter
+import pipeline.inference.reload
+import pipeline.publishing.hub
+from pipeline.adapter.adapter import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
-from pipeline.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.publish import Published, publish
+from pipeline.publishing.publish import Published, publish
 from pipeline.records import AdapterRef, ClassificationResults, Probe, Publication, TaskResult
-from pipeline.results import summarise
-from pipeline.run_folder import RunFolder, read_record, write_atomically
+from pipeline.reports.score_table import summarise
+from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
+from pipeline.store.run_folder import RunFolder, read_record, write_atomically
 
 REPO = "me/fleet"
 TO = f"hf:{REPO}"
@@ -134,7 +134,7 @@ def hub_of_our_own(home: Path, *, large: bool = False, token: str = "hf_test") -
     with serve_hub(token=token, lfs_from_bytes=LARGE if large else None) as hub, pytest.MonkeyPatch.context() as monkeypatch:
         waits: list[float] = []
         _go_to(hub.endpoint, token, home, waits, monkeypatch)
-        monkeypatch.setattr(pipeline.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
+        monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
         yield Place(hub, home, waits)
 
 
@@ -145,7 +145,7 @@ def _go_to(endpoint: str, token: str, home: Path, waits: list[float], monkeypatc
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", token)
-    for module in (pipeline.hub, huggingface_hub.utils._http):
+    for module in (pipeline.publishing.hub, huggingface_hub.utils._http):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
     huggingface_hub.utils.disable_progress_bars()
 
@@ -154,7 +154,7 @@ def _publish_here(endpoint: str, token: str, home: str, run: str, answer: str, c
     """In a child."""
     monkeypatch = pytest.MonkeyPatch()
     _go_to(endpoint, token, Path(home), [], monkeypatch)
-    monkeypatch.setattr(pipeline.reload, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE))
     try:
         published = publish(Path(run), TO, PublishConfig.model_validate_json(config))
         said = {"revision": published.revision, "promoted": [adapter.name for adapter in published.verified]}

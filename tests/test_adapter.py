@@ -32,15 +32,15 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter import Adapter, HeadStart, check_both_forms, check_peft, load_adapter, projection_paths, save_adapter
-from pipeline.adapter_ref import describe_adapter
+from pipeline.adapter.adapter import Adapter, HeadStart, check_both_forms, check_peft, load_adapter, projection_paths, save_adapter
+from pipeline.adapter.lora import LoraLinear
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
-from pipeline.lora import LoraLinear
-from pipeline.model_card import usage_snippet
+from pipeline.inference.reference import describe_adapter
 from pipeline.records import EncoderRef
-from pipeline.run_folder import TaskFolder, adapter_sha256
+from pipeline.reports.model_card import usage_snippet
+from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
 Folders = Callable[[str], Path]
 TEXTS, _ = toy_texts(30)

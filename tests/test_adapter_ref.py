@@ -14,10 +14,10 @@ import pytest
 from builders import COMMIT, calibration, finished_run, save_tiny_encoder, task_result
 from bulk import LABELS, save_bulk_adapter
 
-from pipeline.adapter_ref import FoundAdapter, find_adapters, threshold_for
 from pipeline.errors import AdapterError, InputError
-from pipeline.run_folder import adapter_sha256
-from pipeline.scores import coverage_table
+from pipeline.evaluation.scores import coverage_table
+from pipeline.inference.reference import FoundAdapter, find_adapters, threshold_for
+from pipeline.store.run_folder import adapter_sha256
 
 Folders = Callable[[str], Path]
 

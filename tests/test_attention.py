@@ -12,9 +12,9 @@ from builders import CPU_FLOAT32
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.attention import _attend, _attend_forward, attend_jointly, for_inference
 from pipeline.config import EncoderConfig
-from pipeline.encoder import Encoder, find_encoder
+from pipeline.encoder.attention import _attend, _attend_forward, attend_jointly, for_inference
+from pipeline.encoder.encoder import Encoder, find_encoder
 
 Folders = Callable[[str], Path]
 TEXTS = ["a goal in the last minute of the match", "rain", "the market fell, then rose", "wind and snow over the hills all day long"]
@@ -80,7 +80,7 @@ def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: boo
 @pytest.mark.parametrize("masked", [True, False])
 def test_projections_side_by_side_attend_as_apart(masked: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch's fused kernel too, which is taken where the processor has matrix tiles; it must accept the arrays as they lie."""
-    monkeypatch.setattr("pipeline.attention._fused_is_faster", lambda _: fused)
+    monkeypatch.setattr("pipeline.encoder.attention._fused_is_faster", lambda _: fused)
     dtype = torch.bfloat16 if fused else torch.float32
     together = torch.stack([t.transpose(1, 2) for t in inputs(tokens=33)], dim=2).to(dtype)
     mask = torch.where(padding(33)[:, :, :1] < 0, float("-inf"), 0.0) if masked else None

@@ -16,9 +16,20 @@ from builders import toy_texts
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 from pydantic import ValidationError
 
-from pipeline.bulk_job import ATTEMPTS, FAILURES, FOOTER_KEY, GRACE_SECONDS, JOB, PLAN, SUCCESS, check_places, forget_attempts, new_columns
-from pipeline.bulk_records import BulkOptions, BulkSummary
-from pipeline.content import content_of
+from pipeline.bulk.content import content_of
+from pipeline.bulk.records import BulkOptions, BulkSummary
+from pipeline.bulk.state import (
+    ATTEMPTS,
+    FAILURES,
+    FOOTER_KEY,
+    GRACE_SECONDS,
+    JOB,
+    PLAN,
+    SUCCESS,
+    check_places,
+    forget_attempts,
+    new_columns,
+)
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage import Place
 
@@ -315,7 +326,7 @@ def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
         os.utime(path, (1, 1))
         return content_of(*arguments, **options)
 
-    monkeypatch.setattr("pipeline.unit_worker.content_of", read_then_replaced)
+    monkeypatch.setattr("pipeline.bulk.worker.content_of", read_then_replaced)
     (receipt,) = bulk.label([unit for unit in bulk.begun.todo if unit.output == "b-00001.parquet"])
     assert "has changed while it was read" in (receipt.failure or "")
 

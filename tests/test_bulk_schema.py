@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk_schema import FileSchema, join_schemas, keys_left_out, kinds_by_column, output_metadata, pandas_labels, wider
+from pipeline.bulk.schema import FileSchema, join_schemas, keys_left_out, kinds_by_column, output_metadata, pandas_labels, wider
 from pipeline.errors import DataError
 
 STRING, LARGE = pa.string(), pa.large_string()

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from mteb.models.model_meta import ModelMeta
 
-from pipeline.catalogue import UNREAD, LoadedTask, load_from_hub, load_mteb_task, plan_task
 from pipeline.config import DataConfig, MtebTaskConfig
+from pipeline.data.catalogue import UNREAD, LoadedTask, load_from_hub, load_mteb_task, plan_task
+from pipeline.data.quickstart import hash_order
 from pipeline.errors import ConfigError, DataError
-from pipeline.packages import hash_order
 from pipeline.records import MtebTask
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

@@ -12,14 +12,14 @@ import torch
 from builders import FAMILIES, give_effect, load_encoder, save_overflowing_encoder, save_tiny_encoder, toy_texts
 from torch import nn
 
-from pipeline.adapter import Adapter, load_adapter, save_adapter
-from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.classifier import CLOSE_CALL, Answers, Classifier, find_encoder_of, load_classifier
+from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import AdapterConfig, TrainConfig
-from pipeline.encoder import Encoder, choose_runtime, known_package
+from pipeline.encoder.encoder import Encoder, choose_runtime, known_package
 from pipeline.errors import AdapterError, EncoderError
-from pipeline.gate import _predict
-from pipeline.run_folder import TaskFolder
+from pipeline.inference.classifier import CLOSE_CALL, Answers, Classifier, find_encoder_of, load_classifier
+from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.publishing.gate import _predict
+from pipeline.store.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
 TEXTS = [
@@ -201,7 +201,7 @@ def test_a_long_text_is_cut_where_its_whole_would_be(text: str, bert: Encoder) -
 def test_float32_is_there_to_be_asked_where_the_fast_dtype_is_another(
     precision: Any, asks: bool, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.encoder._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
+    monkeypatch.setattr("pipeline.encoder.encoder._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
     adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
     classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True, precision=precision)
     assert (classifier._referee is not None) == asks
@@ -224,7 +224,7 @@ def test_few_texts_are_spread_over_several_batches(
     least: int, batches: int, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that no core waits long for another: an eighth of the tokens in each, but no fewer than are worth a batch."""
-    monkeypatch.setattr("pipeline.classifier._LEAST_TOKENS_PER_BATCH", least)
+    monkeypatch.setattr("pipeline.inference.classifier._LEAST_TOKENS_PER_BATCH", least)
     adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
     classifier = Classifier(adapters, load_encoder(encoder_folder("bert")))
     tokens = classifier.tokenise([*["goal " * 22] * 8, *["rain"] * 32])
@@ -258,7 +258,7 @@ def test_close_calls_are_decided_by_float32_and_no_others(encoder_folder: Folder
     pooled = rough.pooled
     rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
     for close, source in ((0.0, Classifier(adapters, rough)), (1.1, Classifier(adapters, exact))):
-        monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", close)
+        monkeypatch.setattr("pipeline.inference.classifier.CLOSE_CALL", close)
         both = Classifier(adapters, rough, referee=exact)
         for one, other in zip(both.classify(both.tokenise(TEXTS)), source.classify(source.tokenise(TEXTS)), strict=True):
             np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
@@ -266,7 +266,7 @@ def test_close_calls_are_decided_by_float32_and_no_others(encoder_folder: Folder
     best = Classifier(adapters, rough, top_k=2).classify(both.tokenise(TEXTS))[0].top_scores
     gaps = 1 - best[:, 1] / best[:, 0]
     middle = float(np.median(gaps))
-    monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", middle)
+    monkeypatch.setattr("pipeline.inference.classifier.CLOSE_CALL", middle)
     mixed = Classifier(adapters, rough, referee=exact).classify(both.tokenise(TEXTS))[0]
     np.testing.assert_allclose(mixed.scores, np.where(gaps < middle, answers.scores, far.scores), atol=1e-6)
     assert not np.allclose(answers.scores, far.scores, atol=1e-3)
@@ -280,7 +280,7 @@ def test_one_adapter_about_some_texts_says_what_it_says_about_all(
     rough, exact = load_encoder(encoder_folder("bert")), load_encoder(encoder_folder("bert"))
     pooled = rough.pooled
     rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
-    monkeypatch.setattr("pipeline.classifier.CLOSE_CALL", 0.5)
+    monkeypatch.setattr("pipeline.inference.classifier.CLOSE_CALL", 0.5)
     both = Classifier(adapters, rough, referee=exact)
     texts = toy_texts(60)[0]
     tokens, rows = both.tokenise(texts), np.random.default_rng(0).permutation(60)[:20]

@@ -20,7 +20,7 @@ import pytest
 from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_task
 
 from flows.cli import _print_summary, _says_something
-from pipeline.bulk_records import BulkSummary
+from pipeline.bulk.records import BulkSummary
 from pipeline.config import load_config, preset_names
 
 Folders = Callable[[str], Path]

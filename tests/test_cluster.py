@@ -12,8 +12,8 @@ from cluster import Cluster
 from commands import LORAFLEET, Command
 from trainings import Store, epochs_told, train_undisturbed, write_training
 
-from pipeline.manifest import read_manifest
-from pipeline.run_folder import RunFolder
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder
 
 EPOCHS = 12
 pytestmark = pytest.mark.faults

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from builders import CPU_FLOAT32, ENCODER, MINILM_MODULES, WHEN, finished_run, task_result
 
-from pipeline.collect import collect, finish_run, reuse
 from pipeline.config import load_config
-from pipeline.manifest import read_manifest, write_config
-from pipeline.metrics_table import read_history, read_scores
-from pipeline.outputs import correct_over_tasks
-from pipeline.plan import Plan
 from pipeline.records import ClassificationResults, Comparison, Failure, TaskResult
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.reports.outputs import correct_over_tasks
+from pipeline.run.collect import collect, finish_run, reuse
+from pipeline.run.plan import Plan
+from pipeline.store.manifest import read_manifest, write_config
+from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.store.tables import read_history, read_scores
 
 
 def with_p_value(name: str, p_value: float | None) -> TaskResult:

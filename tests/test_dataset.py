@@ -11,12 +11,12 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.catalogue import plan_task
 from pipeline.config import DataConfig, MtebTaskConfig, TrainConfig
-from pipeline.dataset import TaskData, load_data
+from pipeline.data.catalogue import plan_task
+from pipeline.data.dataset import TaskData, load_data
+from pipeline.data.splits import text_key
 from pipeline.errors import DataError
 from pipeline.records import LONGEST_LABEL, LabelNames, MtebTask
-from pipeline.splits import text_key
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"
 needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason=f"no copies of the MTEB data sets in {MIRROR}")

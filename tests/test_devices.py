@@ -10,13 +10,13 @@ import pytest
 import torch
 from builders import CPU_FLOAT32, load_encoder, toy_texts
 
-from pipeline.adapter import load_adapter, save_adapter
+from pipeline.adapter.adapter import load_adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, choose_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder, choose_runtime, find_encoder
 from pipeline.records import EpochRow, Runtime
-from pipeline.run_folder import TaskFolder
-from pipeline.step_graphs import RECORDABLE, is_recordable
-from pipeline.training import LabelledTokens, Training, train_adapter
+from pipeline.store.run_folder import TaskFolder
+from pipeline.training.step_graphs import RECORDABLE, is_recordable
+from pipeline.training.train import LabelledTokens, Training, train_adapter
 
 LABELS = ("sea", "kitchen", "garden")
 
@@ -90,7 +90,7 @@ def test_replayed_steps_learn_what_launched_ones_learn(
     runtime = choose_runtime(TrainConfig(precision="float32"), threads=1, use_gpu=True)
     assert is_recordable(load(encoder_folder(family), runtime))
     replayed = train(load(encoder_folder(family), runtime))
-    monkeypatch.setattr("pipeline.training.is_recordable", lambda encoder: False)
+    monkeypatch.setattr("pipeline.training.train.is_recordable", lambda encoder: False)
     launched = train(load(encoder_folder(family), runtime))
     assert [row.train_loss for row in replayed.epochs] == pytest.approx([row.train_loss for row in launched.epochs], rel=1e-3)
 

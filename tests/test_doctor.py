@@ -26,12 +26,12 @@ from commands import Command, Ended, run
 from hub_server import USER, go_online, serve_hub
 from packaging.requirements import Requirement
 
-from flows import doctor
-from flows.doctor import check_gpu, report, try_out
-from pipeline import checkup
-from pipeline.checkup import Check, check_checkpoints, check_disk, check_open_files, check_store, readable_bytes
-from pipeline.run_store import hold_store
-from tasks.servers import Later, check_address, check_hub, check_prefect, in_time
+from pipeline.store.lock import hold_store
+from tasks.checks import doctor
+from tasks.checks import machine as checkup
+from tasks.checks.doctor import check_gpu, report, try_out
+from tasks.checks.machine import Check, check_checkpoints, check_disk, check_open_files, check_store, readable_bytes
+from tasks.checks.servers import Later, check_address, check_hub, check_prefect, in_time
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SECRET = "hf_RecognisableSecretOfNobody"
@@ -387,7 +387,7 @@ def test_what_listens_at_an_address_and_what_names_none_is_left_to_ray() -> None
 
 
 def test_what_does_not_answer_in_time_is_a_warning_and_what_fails_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.servers.NETWORK_SECONDS", 0.2)
+    monkeypatch.setattr("tasks.checks.servers.NETWORK_SECONDS", 0.2)
     never = threading.Event()
 
     def wait() -> Check:

@@ -16,25 +16,25 @@ SOURCES = sorted(path for package in ("flows", "tasks", "pipeline") for path in 
 PROGRAMS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path in (ROOT / "pipeline").rglob(ending))
 DOORS = {
-    "peft": {"pipeline/adapter.py"},
-    "mteb": {"pipeline/catalogue.py", "pipeline/evaluation.py", "pipeline/outputs.py"},
+    "peft": {"pipeline/adapter/adapter.py"},
+    "mteb": {"pipeline/data/catalogue.py", "pipeline/evaluation/classification.py", "pipeline/reports/outputs.py"},
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
-        *("flows/deploying.py", "flows/deployment_file.py", "tasks/notifying.py"),  # schedules
+        *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules
         *("tasks/bulk.py", "tasks/cancelling.py", "tasks/log.py", "tasks/progress.py", "tasks/stages.py"),
     },
     "ray": {"tasks/bulk.py", "tasks/fleet.py"},
-    "deltalake": {"pipeline/table_formats.py"},
-    "pyiceberg": {"pipeline/table_formats.py"},
+    "deltalake": {"pipeline/bulk/table_formats.py"},
+    "pyiceberg": {"pipeline/bulk/table_formats.py"},
 }
 # Where text leaves the process: each makes it printable, so nothing else may.
 WAYS_OUT = {
     "terminal": {"flows/terminal.py", "tasks/board.py"},  # the board makes its lines printable itself
     "machine": {  # JSON, for the process that has started them
-        "pipeline/footers.py",
-        "pipeline/reload.py",
+        "pipeline/bulk/footers.py",
+        "pipeline/inference/reload.py",
         "tasks/early_check.py",
-        "tasks/trial.py",
+        "tasks/checks/trial.py",
     },
     "log": {"tasks/log.py"},
 }

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from commands import FinishedRun, write_task
 
-from pipeline.catalogue import files_look_wrong
 from pipeline.config import RunConfig, load_config, validate_config
+from pipeline.data.catalogue import files_look_wrong
 from pipeline.errors import InputError
-from pipeline.manifest import read_manifest
 from pipeline.records import TaskResult
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder, read_record
 from tasks import early_check as module
 from tasks.early_check import EarlyCheck, early_check
 

@@ -18,7 +18,7 @@ from prefect_server import answers_to_strangers
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from tasks.embedded import PrefectServer
+from tasks.services.prefect_server import PrefectServer
 server = PrefectServer(Path(sys.argv[1]))
 server.start()
 server.ready()
@@ -62,7 +62,7 @@ def test_the_password_is_another_one_each_time_and_is_written_nowhere(server: tu
     password = login.partition(":")[2]
     assert len(password) >= 32
     commands = [argument for child in (process, *process.children(recursive=True)) for argument in child.cmdline()]
-    assert "tasks.embedded" in commands
+    assert "tasks.services.prefect_server" in commands
     assert not any(password in argument for argument in commands)
     files = [path for path in home.rglob("*") if path.is_file()]
     assert files

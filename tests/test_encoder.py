@@ -16,9 +16,9 @@ import torch
 from builders import COMMIT, CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder, save_tiny_encoder, save_tiny_tokenizer, toy_texts
 from safetensors.torch import load_file, save_file
 
-from pipeline import encoder as encoder_module
 from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, EncoderFiles, batches_by_budget, choose_runtime, empty_model, find_encoder, pool
+from pipeline.encoder.encoder import Encoder, EncoderFiles, batches_by_budget, choose_runtime, empty_model, find_encoder, pool
+from pipeline.encoder import encoder as encoder_module
 from pipeline.errors import EncoderError
 from pipeline.records import EncoderRef
 

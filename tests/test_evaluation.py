@@ -17,12 +17,13 @@ from mteb.models import ModelMeta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from pipeline.adapter import Adapter, load_adapter, save_adapter
-from pipeline.catalogue import plan_task
+from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import ALL_COLUMNS, AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
-from pipeline.dataset import TaskData, load_data
-from pipeline.encoder import Encoder, FloatArray, find_encoder
-from pipeline.evaluation import (
+from pipeline.data.catalogue import plan_task
+from pipeline.data.dataset import TaskData, load_data
+from pipeline.encoder.encoder import Encoder, FloatArray, find_encoder
+from pipeline.encoder.tokeniser import Tokens
+from pipeline.evaluation.classification import (
     AdapterEvaluation,
     Baselines,
     RowFacts,
@@ -34,9 +35,8 @@ from pipeline.evaluation import (
     unit,
 )
 from pipeline.records import Column, ScoreRow, SelectedOn
-from pipeline.run_folder import TaskFolder
-from pipeline.tokeniser import Tokens
-from pipeline.training import LabelledTokens, Training, train_adapter
+from pipeline.store.run_folder import TaskFolder
+from pipeline.training.train import LabelledTokens, Training, train_adapter
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

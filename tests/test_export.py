@@ -16,16 +16,15 @@ import torch
 from builders import FAMILIES, calibration, give_effect, load_encoder, toy_texts
 from safetensors.torch import load_file
 
-from pipeline import export
-from pipeline.adapter import Adapter, load_adapter, save_adapter
-from pipeline.adapter_ref import FoundAdapter, find_adapters
+from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import AdapterConfig
-from pipeline.encoder import FloatArray, known_package
+from pipeline.encoder.encoder import FloatArray, known_package
 from pipeline.errors import AdapterError, InputError, VerificationError
-from pipeline.evaluation import unit
-from pipeline.export import Exported, Form, export_adapter
-from pipeline.reload import PROBE_TEXTS
-from pipeline.run_folder import TaskFolder, read_record
+from pipeline.evaluation.classification import unit
+from pipeline.export.export import Exported, Form, export, export_adapter
+from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.inference.reload import PROBE_TEXTS
+from pipeline.store.run_folder import TaskFolder, read_record
 
 Folders = Callable[[str], Path]
 TEXTS = [*toy_texts(20)[0], "ship soup flower " * 20]

@@ -10,13 +10,13 @@ import pytest
 from commands import Command, Ended, epochs_done, write_config, write_task
 
 from pipeline.config import load_config
-from pipeline.encoder import choose_runtime
-from pipeline.job import TaskJob
-from pipeline.manifest import read_manifest
-from pipeline.plan import job_spec
-from pipeline.preflight import preflight
+from pipeline.encoder.encoder import choose_runtime
 from pipeline.records import TaskResult
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import job_spec
+from pipeline.run.preflight import preflight
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder, read_record
 
 Folders = Callable[[str], Path]
 EPOCHS = 20  # a worker trains on for some ten seconds after the head is gone, and must not be done by then

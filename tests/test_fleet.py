@@ -20,10 +20,10 @@ from commands import Command, FinishedRun, run, session_folders, write_config, w
 
 from pipeline.config import ComputeConfig, RunConfig, validate_config
 from pipeline.errors import ConfigError, InputError
-from pipeline.manifest import read_manifest
-from pipeline.plan import JobSpec
 from pipeline.records import MtebTask
-from pipeline.run_folder import RunFolder
+from pipeline.run.plan import JobSpec
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder
 from tasks.fleet import Fleet, FleetWorker, StoppedError, WorkerDiedError
 
 Folders = Callable[[str], Path]
@@ -193,7 +193,7 @@ def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(encoder_fold
 
 
 # What `lorafleet doctor --start` does, in a process of its own: Ray reads the environment once.
-TRIAL = [sys.executable, "-P", "-m", "tasks.trial", "@ray="]
+TRIAL = [sys.executable, "-P", "-m", "tasks.checks.trial", "@ray="]
 
 
 def try_ray(cwd: Path, **environment: str) -> Command:

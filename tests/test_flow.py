@@ -19,14 +19,14 @@ from builders import CPU_FLOAT32, toy_texts
 from commands import Command, Ended, FinishedRun, run, write_task
 from publishing import change_adapter, copy_run
 
-from pipeline.adapter import load_adapter
+from pipeline.adapter.adapter import load_adapter
 from pipeline.config import PublishConfig, load_config
-from pipeline.encoder import Encoder, find_encoder
-from pipeline.manifest import RunManifest, read_manifest
-from pipeline.metrics_table import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
-from pipeline.publish import publish
+from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.publishing.publish import publish
 from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.store.manifest import RunManifest, read_manifest
+from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.store.tables import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
 

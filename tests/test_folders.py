@@ -11,12 +11,12 @@ import pytest
 from builders import finished_run, task_result
 
 from flows.cli import main
-from pipeline.adapter_ref import find_adapters
 from pipeline.errors import InputError
-from pipeline.folders import adapters_in, explain, kind_of
-from pipeline.publication import read_candidate
-from pipeline.retention import Policy, prune
-from pipeline.verify import verify
+from pipeline.inference.reference import find_adapters
+from pipeline.publishing.publication import read_candidate
+from pipeline.publishing.verify import verify
+from pipeline.store.folders import adapters_in, explain, kind_of
+from pipeline.store.retention import Policy, prune
 
 NAME = "20260102-030405-abcd"
 

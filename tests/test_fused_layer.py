@@ -13,14 +13,14 @@ from builders import CPU_FLOAT32, calibration, load_encoder, save_tiny_encoder
 from bulk import save_bulk_adapter
 from torch import nn
 
-from pipeline.adapter import load_adapter
-from pipeline.adapter_ref import find_adapters
-from pipeline.attention import for_inference
-from pipeline.classifier import load_classifier
+from pipeline.adapter.adapter import load_adapter
 from pipeline.config import EncoderConfig
-from pipeline.encoder import Encoder, find_encoder
-from pipeline.frozen_linear import FrozenLinear
-from pipeline.fused_layer import FusedLayer, FusedModel, fuse_layers
+from pipeline.encoder.attention import for_inference
+from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.frozen_linear import FrozenLinear
+from pipeline.inference.classifier import load_classifier
+from pipeline.inference.fused_layer import FusedLayer, FusedModel, fuse_layers
+from pipeline.inference.reference import find_adapters
 
 Folders = Callable[[str], Path]
 ONE_LENGTH = ["a goal in the last minute", "wind and snow over hills"]

@@ -21,8 +21,7 @@ from commands import run, write_task
 from sklearn.linear_model import LogisticRegression
 
 from flows.cli import lorafleet
-from pipeline.adapter import Adapter, HeadStart, save_adapter
-from pipeline.catalogue import plan_task
+from pipeline.adapter.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import (
     AdapterConfig,
     DataConfig,
@@ -34,17 +33,18 @@ from pipeline.config import (
     TrainConfig,
     publish_config,
 )
-from pipeline.dataset import TaskData, load_data
-from pipeline.encoder import Encoder, FloatArray, choose_runtime, find_encoder
+from pipeline.data.catalogue import plan_task
+from pipeline.data.dataset import TaskData, load_data
+from pipeline.encoder.encoder import Encoder, FloatArray, choose_runtime, find_encoder
 from pipeline.errors import ConfigError, DataError
-from pipeline.gate import beats_probe, compare, decide, first_look, judge
-from pipeline.metrics_table import GATE_SCHEMA, read_gate, write_gate
-from pipeline.publication import Base, read_candidate
-from pipeline.publish import Published, _record, publish
+from pipeline.evaluation.scores import Interval, paired_difference, score_predictions
+from pipeline.inference.reload import PROBE_TEXTS, PROBE_TOLERANCE
+from pipeline.publishing.gate import beats_probe, compare, decide, first_look, judge
+from pipeline.publishing.publication import Base, read_candidate
+from pipeline.publishing.publish import Published, _record, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
-from pipeline.reload import PROBE_TEXTS, PROBE_TOLERANCE
-from pipeline.run_folder import RunFolder, TaskFolder
-from pipeline.scores import Interval, paired_difference, score_predictions
+from pipeline.store.run_folder import RunFolder, TaskFolder
+from pipeline.store.tables import GATE_SCHEMA, read_gate, write_gate
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"
@@ -629,7 +629,7 @@ def test_two_adapters_share_an_encoder_only_where_it_reads_texts_alike(
         asked.append(len(adapters))
         return [small.data.test_labels for _ in adapters]
 
-    monkeypatch.setattr("pipeline.gate._predict", predict)
+    monkeypatch.setattr("pipeline.publishing.gate._predict", predict)
     assert judged(small.run(f"beside-{max_tokens}", small.noisy(0.1)), published).num_texts == 200
     assert asked == at_a_time
 

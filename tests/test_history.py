@@ -17,18 +17,18 @@ from commands import run, write_config, write_task
 from test_dataset import load_own, numbered
 from test_report import HOSTILE, figures, parse, texts
 
-from pipeline.collect import collect, finish_run
 from pipeline.config import load_config
-from pipeline.encoder import choose_runtime
-from pipeline.history import StoreHistory, TaskHistory, changed_test_data, label_drift, most_moved_labels, read_store, task_histories
-from pipeline.history_page import NEWEST_RUNS, render_history, write_history_page
-from pipeline.job import TaskJob
-from pipeline.manifest import RunManifest, write_manifest
-from pipeline.metrics_table import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
-from pipeline.plan import Plan, job_spec
-from pipeline.preflight import preflight
+from pipeline.encoder.encoder import choose_runtime
 from pipeline.records import Column, DataSummary, Failure, LabelShare, MtebTaskRow, ScoreRow, TaskResult
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.reports.history_page import NEWEST_RUNS, render_history, write_history_page
+from pipeline.run.collect import collect, finish_run
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import Plan, job_spec
+from pipeline.run.preflight import preflight
+from pipeline.store.history import StoreHistory, TaskHistory, changed_test_data, label_drift, most_moved_labels, read_store, task_histories
+from pipeline.store.manifest import RunManifest, write_manifest
+from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
 
 MONDAY = datetime(2026, 3, 2, 4, 30, tzinfo=UTC)
 

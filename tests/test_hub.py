@@ -16,12 +16,12 @@ from hub_server import HubServer, go_online
 from huggingface_hub.errors import LocalEntryNotFoundError
 from publishing import hub_of_our_own
 
-from pipeline.adapter_ref import find_adapters
-from pipeline.catalogue import load_from_hub, plan_task
 from pipeline.config import DataConfig, EncoderConfig, MtebTaskConfig
-from pipeline.encoder import find_encoder
+from pipeline.data.catalogue import load_from_hub, plan_task
+from pipeline.encoder.encoder import find_encoder
 from pipeline.errors import InputError, LorafleetError
-from pipeline.hub import HubRepository, ask, download
+from pipeline.inference.reference import find_adapters
+from pipeline.publishing.hub import HubRepository, ask, download
 
 
 def upload_failed() -> Exception:
@@ -43,7 +43,7 @@ def test_only_a_hub_out_of_reach_is_looked_for_in_the_network(
     error: Exception, is_out_of_reach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_online(monkeypatch)
-    monkeypatch.setattr("pipeline.hub._FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pipeline.publishing.hub._FIRST_WAIT_SECONDS", 0.001)
 
     def call() -> None:
         raise error
@@ -127,7 +127,7 @@ def test_a_fault_of_this_machine_is_not_waited_for(
     number: int, kind: type[LorafleetError], is_cause: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, waits = [], []
-    monkeypatch.setattr("pipeline.hub.time.sleep", waits.append)
+    monkeypatch.setattr("pipeline.publishing.hub.time.sleep", waits.append)
 
     def call() -> None:
         calls.append(1)

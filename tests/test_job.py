@@ -14,11 +14,11 @@ from bulk import save_bulk_adapter
 from commands import write_config, write_task
 
 from pipeline.config import RunConfig, load_config
-from pipeline.encoder import choose_runtime
+from pipeline.encoder.encoder import choose_runtime
 from pipeline.errors import AdapterError, DataError, EncoderError
-from pipeline.job import TaskJob
-from pipeline.plan import JobSpec, job_spec
-from pipeline.preflight import preflight
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import JobSpec, job_spec
+from pipeline.run.preflight import preflight
 
 Folders = Callable[[str], Path]
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.errors import DataError, InputError, LorafleetError, refused_by_machine
-from pipeline.page import inline_svg, shorten
+from pipeline.reports.page import inline_svg, shorten
 from tasks.board import Board
 from tasks.log import _Printable
 from tasks.progress import _shown

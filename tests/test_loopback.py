@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from pipeline.errors import InputError
-from tasks.loopback import prepare_http
-from tasks.servers import check_proxy
+from tasks.checks.servers import check_proxy
+from tasks.services.loopback import prepare_http
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 SECRET = "recognisable-secret"

@@ -12,10 +12,12 @@ import pytest
 from builders import CPU_FLOAT32, ENCODER, WHEN, finished_run, task_result
 
 import pipeline
-from pipeline import manifest as manifest_module
 from pipeline.config import RunConfig, validate_config
 from pipeline.errors import DataError
-from pipeline.manifest import (
+from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
+from pipeline.store import manifest as manifest_module
+from pipeline.store.lock import oldest_first
+from pipeline.store.manifest import (
     RunManifest,
     find_finished,
     find_unchanged,
@@ -26,9 +28,7 @@ from pipeline.manifest import (
     task_key,
     write_manifest,
 )
-from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
-from pipeline.run_folder import RunFolder
-from pipeline.run_store import oldest_first
+from pipeline.store.run_folder import RunFolder
 
 TASK = MtebTask(name="Topics", source="files", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
 KEY = "d" * 64

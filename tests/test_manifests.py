@@ -427,7 +427,7 @@ def test_every_prefect_command_is_one(line: str) -> None:
 
 def test_every_module_that_is_run_is_there() -> None:
     modules = {module for text in TEXTS.values() for module in re.findall(r" -m ([a-z][\w.]*\w)", text)}
-    assert {"prefect.engine", "tasks.reports"} <= modules
+    assert {"prefect.engine", "tasks.services.reports"} <= modules
     assert [module for module in sorted(modules) if importlib.util.find_spec(module) is None] == []
 
 

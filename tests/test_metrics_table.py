@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, InputError, LorafleetError
-from pipeline.metrics_table import (
+from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, ScoreRow
+from pipeline.store.tables import (
     EPOCHS_SCHEMA,
     MTEB_TASKS_SCHEMA,
     SCORES_SCHEMA,
@@ -30,7 +31,6 @@ from pipeline.metrics_table import (
     write_epochs,
     write_scores,
 )
-from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, ScoreRow
 
 NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -327,7 +327,7 @@ sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_metrics_table import score_row
 from pipeline.errors import LorafleetError
-from pipeline.metrics_table import write_scores
+from pipeline.store.tables import write_scores
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
@@ -347,7 +347,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_metrics_table import score_row
-from pipeline.metrics_table import append_history
+from pipeline.store.tables import append_history
 rows = [score_row(accuracy=i / 5000) for i in range(5000)]
 print("ready", flush=True)
 while True:

@@ -9,9 +9,9 @@ import pytest
 from builders import ENCODER, EUROBERT_MODULES, MINILM_MODULES, RUN_ID, WHEN, check_golden, task_result
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.model_card import render_card, usage_snippet
 from pipeline.records import CarvedTest, EncoderRef, Failure, MtebTask, TaskResult
-from pipeline.results import summarise
+from pipeline.reports.model_card import render_card, usage_snippet
+from pipeline.reports.score_table import summarise
 
 HUB_ENCODER = EncoderRef(name="org/tiny", public_name="org/tiny", revision="0123456789abcdef0123456789abcdef01234567")
 

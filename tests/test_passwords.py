@@ -12,7 +12,7 @@ import pytest
 from prefect_server import start_stand_in
 
 from pipeline.errors import InputError
-from tasks.passwords import given_login, kept_secret, login_for, new_login, private_folder, running_ups, server_settings
+from tasks.services.passwords import given_login, kept_secret, login_for, new_login, private_folder, running_ups, server_settings
 
 StartUp = Callable[..., subprocess.Popen[bytes]]
 

@@ -13,11 +13,11 @@ from builders import finished_run, task_result
 
 from pipeline.config import EncoderConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError, LorafleetError, VerificationError
-from pipeline.publication import Base, read_candidate, stage
-from pipeline.publish import PublishedFolder
+from pipeline.publishing.publication import Base, read_candidate, stage
+from pipeline.publishing.publish import PublishedFolder
+from pipeline.publishing.verify import check_files
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MtebTask, Publication, TaskResult
-from pipeline.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
-from pipeline.verify import check_files
+from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
 
 ROOT_FILES = {
     "README.md",
@@ -359,7 +359,7 @@ def test_a_copy_that_fails_leaves_the_target_as_it_was(run: RunFolder, tmp_path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("pipeline.publish.shutil.copytree", full)
+    monkeypatch.setattr("pipeline.publishing.publish.shutil.copytree", full)
     with pytest.raises(LorafleetError, match=r"left it as it was: .*No space left"):
         publish_to_folder(run.root, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before

@@ -48,13 +48,13 @@ from publishing import (
 
 from flows.cli import main
 from pipeline.config import PublishConfig, load_config
-from pipeline.encoder import choose_runtime
+from pipeline.encoder.encoder import choose_runtime
 from pipeline.errors import AdapterError, InputError, LockedError, VerificationError
-from pipeline.manifest import read_manifest
-from pipeline.preflight import preflight
-from pipeline.publish import publish, rollback
-from pipeline.run_folder import RunFolder
-from pipeline.run_store import hold_run
+from pipeline.publishing.publish import publish, rollback
+from pipeline.run.preflight import preflight
+from pipeline.store.lock import hold_run
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder
 
 ROOT_FILES = {
     "README.md",

@@ -37,7 +37,7 @@ from publishing import (
     traces,
 )
 
-from pipeline.publish import rollback
+from pipeline.publishing.publish import rollback
 
 pytestmark = pytest.mark.faults
 LARGE = pytest.mark.parametrize("large", [False, True], ids=["regular", "lfs"])

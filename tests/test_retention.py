@@ -19,14 +19,14 @@ import pytest
 from builders import CPU_FLOAT32, finished_run, task_result
 from commands import run
 
-from pipeline.collect import reuse
 from pipeline.errors import InputError, LockedError
-from pipeline.manifest import RunManifest, find_finished, finished_runs, read_manifest, write_manifest
-from pipeline.metrics_table import write_gate
 from pipeline.records import Failure, GateDecision, TaskResult
-from pipeline.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
-from pipeline.run_folder import RunFolder, read_record
-from pipeline.run_store import hold_run, hold_store
+from pipeline.run.collect import reuse
+from pipeline.store.lock import hold_run, hold_store
+from pipeline.store.manifest import RunManifest, find_finished, finished_runs, read_manifest, write_manifest
+from pipeline.store.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
+from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.tables import write_gate
 
 NOW = datetime.now(UTC)
 KEY = "0123456789abcdef" * 2
@@ -34,7 +34,7 @@ STEPS = ("os.rename", "os.remove", "os.rmdir")
 """What a process that prunes does to the disk, as Python's audit events call it; making a file is "open"."""
 
 _WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported
-_WARM.set_forkserver_preload(["psutil", "pytest", "pipeline.collect", "pipeline.retention"])
+_WARM.set_forkserver_preload(["psutil", "pytest", "pipeline.run.collect", "pipeline.store.retention"])
 
 Files = dict[str, bytes | str]
 
@@ -197,7 +197,7 @@ def test_a_run_stays_that_was_published_after_it_was_judged(tmp_path: Path, monk
         gate_of(folder, "Topics", "promote")
         return verdicts
 
-    monkeypatch.setattr("pipeline.retention.judge", judge_and_publish)
+    monkeypatch.setattr("pipeline.store.retention.judge", judge_and_publish)
     done = prune(tmp_path, Policy(keep=0), dry_run=False)
     assert done.failures == (f"run {folder.root}: published to hf:me/fleet: Topics, a moment ago",)
     assert before.items() <= files(folder.root).items()

@@ -16,14 +16,14 @@ import pytest
 import torch
 from builders import FAMILIES, calibration, give_effect, load_encoder, save_overflowing_encoder, toy_texts
 
-from pipeline.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
 from pipeline.config import AdapterConfig
-from pipeline.encoder import Encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.tokeniser import Tokens
 from pipeline.errors import AdapterError, DataError, EncoderError, InputError
-from pipeline.router import Prediction, Router
-from pipeline.router import load_adapter as load_for_people
-from pipeline.run_folder import TaskFolder
-from pipeline.tokeniser import Tokens
+from pipeline.inference.router import Prediction, Router
+from pipeline.inference.router import load_adapter as load_for_people
+from pipeline.store.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

@@ -13,7 +13,7 @@ from builders import task_result
 
 from pipeline.errors import AdapterError, DataError
 from pipeline.records import AdapterMeta, ClassificationResults, FewShot, LabelNames, Probe, Publication, TaskResult
-from pipeline.run_folder import (
+from pipeline.store.run_folder import (
     LARGEST_RECORD_BYTES,
     LARGEST_WEIGHTS_BYTES,
     adapter_sha256,

@@ -1,4 +1,4 @@
-"""Laws and textbook values of pipeline/scores.py."""
+"""Laws and textbook values of pipeline/evaluation/scores.py."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from pipeline import scores
 from pipeline.errors import LorafleetError
+from pipeline.evaluation import scores
+from pipeline.evaluation.scores import score_of_draws, score_predictions
 from pipeline.records import Comparison
-from pipeline.scores import score_of_draws, score_predictions
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
 PREDICTIONS = np.array([0, 0, 1, 1, 2, 2])

@@ -17,7 +17,7 @@ from commands import SCRIPT, Ended, bulk_rows, run, write_bulk_input
 from prefect_server import Api
 
 from flows.deployment_file import read_deployments
-from pipeline.bulk_records import BulkRequest
+from pipeline.bulk.records import BulkRequest
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.printable import reveal

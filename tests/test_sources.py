@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import absolute
+from pipeline.data.sources import find_sources, read_content, read_table
 from pipeline.errors import DataError
-from pipeline.sources import find_sources, read_content, read_table
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
 ROWS = [("a red fox", "fox"), ("one, two\nthree", "whale"), ('he said "so"', "fox"), ("007", "NA"), ("", "null"), ("  é\u2028; ", "whale")]

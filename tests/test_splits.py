@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.splits import blocks_of, held_out, label_key, text_key
+from pipeline.data.splits import blocks_of, held_out, label_key, text_key
 
 
 def choose(

@@ -15,11 +15,11 @@ from bulk import write_table
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.memory import InMemoryCatalog
 
+from pipeline.bulk.table_formats import live_files
+from pipeline.bulk.units import plan_input
+from pipeline.data.sources import find_sources
 from pipeline.errors import DataError, InputError
-from pipeline.sources import find_sources
 from pipeline.storage import find_files
-from pipeline.table_formats import live_files
-from pipeline.units import plan_input
 
 
 def rows_of(pattern: Path | str) -> int:

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import machine
 from pipeline.errors import InputError, LorafleetError
-from tasks.temporary import LONGEST_BASE, check_temporary, ray_base, ray_folder, temporary_folder
+from tasks.services.temporary import LONGEST_BASE, check_temporary, ray_base, ray_folder, temporary_folder
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +105,7 @@ def test_a_full_disk_is_told_before_anything_is_started(base: Path, monkeypatch:
         ray_base()
 
 
-HOLDER = (
-    "import sys; from tasks.temporary import ray_folder\nwith ray_folder() as folder: print(folder.parent, flush=True); sys.stdin.read()"
-)
+HOLDER = "import sys; from tasks.services.temporary import ray_folder\nwith ray_folder() as folder: print(folder.parent, flush=True); sys.stdin.read()"
 
 
 def hold() -> tuple[subprocess.Popen[str], Path]:

@@ -13,8 +13,8 @@ from builders import toy_texts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import tokeniser as tokeniser_module
-from pipeline.tokeniser import Tokeniser, Tokens
+from pipeline.encoder import tokeniser as tokeniser_module
+from pipeline.encoder.tokeniser import Tokeniser, Tokens
 
 _PIECES = ["a", "b", "un", "ship", "é", "中", "文", "!", ".", "-", "'", "[", "]", "##b", "##ip", "##ship", "##un", "##."]
 _SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]

@@ -19,14 +19,14 @@ import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
 from safetensors.torch import load, load_file
 
-from pipeline.adapter import Adapter, HeadStart, save_adapter
+from pipeline.adapter.adapter import Adapter, HeadStart, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
-from pipeline.run_folder import TaskFolder
-from pipeline.tokeniser import IntArray
-from pipeline.training import (
+from pipeline.store.run_folder import TaskFolder
+from pipeline.training.train import (
     Checkpoint,
     LabelledTokens,
     Training,

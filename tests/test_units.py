@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from bulk import write_table
 
-from pipeline.bulk_schema import text_type
+from pipeline.bulk.schema import text_type
+from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.errors import DataError, InputError
-from pipeline.units import BulkInput, plan_input
 
 
 def texts(num_rows: int, **more: Any) -> dict[str, Any]:

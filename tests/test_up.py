@@ -200,7 +200,9 @@ def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> N
     (store / "r" / "link.json").symlink_to(tmp_path / "outside.json")
     (store / "r" / "into.json").symlink_to(store / ".up" / "prefect.json")
     port = free_ports()
-    server = subprocess.Popen([sys.executable, "-P", "-m", "tasks.reports", str(store), str(port)], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tasks.services.reports", str(store), str(port)], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     try:
         eventually(lambda: answers(port), seconds=30, what="the reports answer")
         url = f"http://127.0.0.1:{port}"

@@ -16,23 +16,23 @@ import pytest
 from builders import few_shot_of, finished_run, give_effect, load_encoder, task_result
 from publishing import _run_warm
 
-import pipeline.reload
+import pipeline.inference.reload
 from flows.cli import main
-from pipeline.adapter import Adapter, save_adapter
+from pipeline.adapter.adapter import Adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, PublishConfig, RunConfig
-from pipeline.consistency import check_card, check_task
-from pipeline.encoder import exact_runtime
+from pipeline.encoder.encoder import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
-from pipeline.manifest import read_manifest, write_manifest
-from pipeline.metrics_table import read_epochs, read_scores, write_epochs, write_scores
-from pipeline.model_card import render_card
-from pipeline.publication import read_candidate
-from pipeline.publish import publish
+from pipeline.evaluation.scores import score_of_draws
+from pipeline.inference.reload import Ask, reload_elsewhere
+from pipeline.publishing.consistency import check_card, check_task
+from pipeline.publishing.publication import read_candidate
+from pipeline.publishing.publish import publish
+from pipeline.publishing.verify import verify
 from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
-from pipeline.reload import Ask, reload_elsewhere
-from pipeline.run_folder import RunFolder, TaskFolder, read_record
-from pipeline.scores import score_of_draws
-from pipeline.verify import verify
+from pipeline.reports.model_card import render_card
+from pipeline.store.manifest import read_manifest, write_manifest
+from pipeline.store.run_folder import RunFolder, TaskFolder, read_record
+from pipeline.store.tables import read_epochs, read_scores, write_epochs, write_scores
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.timeout(120)
 def _warm() -> Iterator[None]:
     """A fresh process of a server that has everything imported: 0.2 s, not 4."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
+        monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
         yield
 
 

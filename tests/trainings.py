@@ -8,13 +8,13 @@ from pathlib import Path
 from commands import Command, Ended, epochs_done, write_config, write_task
 
 from pipeline.config import load_config
-from pipeline.encoder import choose_runtime
-from pipeline.job import TaskJob
-from pipeline.manifest import read_manifest
-from pipeline.plan import job_spec
-from pipeline.preflight import preflight
+from pipeline.encoder.encoder import choose_runtime
 from pipeline.records import TaskResult
-from pipeline.run_folder import RunFolder, read_record
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import job_spec
+from pipeline.run.preflight import preflight
+from pipeline.store.manifest import read_manifest
+from pipeline.store.run_folder import RunFolder, read_record
 
 QUICK = "Quick"
 """The name of an MTEB task that is finished in no time."""

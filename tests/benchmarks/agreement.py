@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.adapter import load_adapter
-from pipeline.adapter_ref import FoundAdapter, find_adapters
-from pipeline.classifier import find_encoder_of, load_classifier
+from pipeline.adapter.adapter import load_adapter
 from pipeline.config import TrainConfig
-from pipeline.encoder import Encoder, choose_runtime
+from pipeline.encoder.encoder import Encoder, choose_runtime
+from pipeline.inference.classifier import find_encoder_of, load_classifier
+from pipeline.inference.reference import FoundAdapter, find_adapters
 
 AGREEMENT, GAP, POINTS = 0.995, 0.05, 0.1
 

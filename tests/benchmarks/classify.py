@@ -46,9 +46,9 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.adapter_ref import FoundAdapter
-    from pipeline.bulk_plan import BulkPlan
-    from pipeline.tokeniser import Tokens
+    from pipeline.bulk.plan import BulkPlan
+    from pipeline.encoder.tokeniser import Tokens
+    from pipeline.inference.reference import FoundAdapter
 
 SLOW = ("pipeline", "sentence_transformers", "ray_data", "openvino", "onnx_int8", "eight", "eight_alone")
 WARM_UP = [" ".join(["word"] * length) for length in range(1, 129) for _ in range(8)]
@@ -126,7 +126,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str] = ()) -> dict[str, Any]:
     """The unit worker over all units, in this process."""
-    from pipeline.unit_worker import UnitWorker
+    from pipeline.bulk.worker import UnitWorker
 
     job = plan(options.input, options.output, refs or [options.adapter])
     worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=options.device == "cuda"))
@@ -292,7 +292,7 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """Matrix products of the encoder's largest shape, bfloat16, and what one token costs at least."""
     import torch
 
-    from pipeline.encoder import empty_model, find_encoder
+    from pipeline.encoder.encoder import empty_model, find_encoder
 
     _, encoder = _adapter(options)
     rows, inner, outer = ROOF_SHAPES[options.device]
@@ -361,8 +361,8 @@ def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespac
 
 def plan(source: Path, output: Path, adapters: Sequence[str], **options: Any) -> BulkPlan:
     """A bulk job with the defaults of ``lorafleet classify``."""
-    from pipeline.bulk_plan import plan_bulk
-    from pipeline.bulk_records import BulkOptions, BulkRequest
+    from pipeline.bulk.plan import plan_bulk
+    from pipeline.bulk.records import BulkOptions, BulkRequest
 
     request = BulkRequest(source=str(source), output=str(output), adapters=tuple(adapters), options=BulkOptions(**options), offline=True)
     return plan_bulk(request)
@@ -373,15 +373,15 @@ def _same_adapter(options: argparse.Namespace, *, times: int) -> list[str]:
 
 
 def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any]:
-    from pipeline.adapter_ref import find_adapters
-    from pipeline.classifier import load_classifier
+    from pipeline.inference.classifier import load_classifier
+    from pipeline.inference.reference import find_adapters
 
     adapters, use_gpu = find_adapters([options.adapter], offline=True), options.device == "cuda"
     return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True).encoder
 
 
 def _encoder_folder(encoder: Any) -> Path:
-    from pipeline.encoder import find_encoder
+    from pipeline.encoder.encoder import find_encoder
 
     return find_encoder(encoder.config, offline=True).folder
 
@@ -390,7 +390,7 @@ def _merged_float32(found: FoundAdapter, encoder: Any) -> torch.nn.Module:
     import torch
     from transformers import AutoModel
 
-    from pipeline.adapter import load_adapter
+    from pipeline.adapter.adapter import load_adapter
 
     base = AutoModel.from_pretrained(_encoder_folder(encoder), attn_implementation="eager").eval()
     adapter = load_adapter(found.folder, encoder)
@@ -425,7 +425,7 @@ def _with_our_batches(
 ) -> dict[str, Any]:
     import torch
 
-    from pipeline.encoder import batches_by_budget
+    from pipeline.encoder.encoder import batches_by_budget
 
     begun = time.perf_counter()
     table = pq.read_table(options.input)

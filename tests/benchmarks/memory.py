@@ -63,7 +63,7 @@ def make_input(folder: Path, *, rows: int, files: int, mirror: str) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Label all units in this process."""
-    from pipeline.unit_worker import UnitWorker
+    from pipeline.bulk.worker import UnitWorker
 
     job = plan(options.child / "in", options.child / "out", [options.adapter])
     worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=False))

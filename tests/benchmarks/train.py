@@ -8,7 +8,7 @@
 Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head: same texts, epochs, batch size, learning rate
 and threads. The arms take turns, each in a fresh process; ratios are taken within a turn, and the medians of turns are reported.
 
-ours              ``pipeline.training.train_adapter``, head started at random
+ours              ``pipeline.training.train.train_adapter``, head started at random
 ours_probe        the same, head started from the full-data probe, whose embedding and fitting are part of its time
 ours_launched     the same as ours on a GPU, but with every step launched kernel by kernel instead of replayed
 trainer_default   Hugging Face Trainer + PEFT as they come: fp32, random batches padded to their longest text
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.dataset import TaskData
-    from pipeline.encoder import Encoder, EncoderFiles
+    from pipeline.data.dataset import TaskData
+    from pipeline.encoder.encoder import Encoder, EncoderFiles
 
 TASK = "Banking77Classification"
 MAX_TOKENS, BATCH_SIZE, RANK, ALPHA, DROPOUT, WEIGHT_DECAY, CLIP = 128, 32, 8, 16, 0.1, 0.01, 1.0
@@ -131,9 +131,9 @@ def run_arm(arm: str, settings: Settings, *, seed: int) -> dict[str, Any]:
 
 def load_task(settings: Settings, num_texts: int | None) -> TaskData:
     """Banking77 with all of train to learn from, or an equal share of each class."""
-    from pipeline.catalogue import plan_task
     from pipeline.config import DataConfig, MtebTaskConfig, TrainConfig
-    from pipeline.dataset import load_data
+    from pipeline.data.catalogue import plan_task
+    from pipeline.data.dataset import load_data
 
     task = plan_task(MtebTaskConfig(name=TASK), data=DataConfig(mirror=settings.data, offline=True), default_epochs=settings.epochs)
     data = load_data(task, config=TrainConfig(early_stopping_split="test"), offline=True)
@@ -149,10 +149,10 @@ def load_task(settings: Settings, num_texts: int | None) -> TaskData:
 
 def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = False, replay: bool = True) -> Trained:
     """The project's own training, as a worker runs it."""
-    from pipeline import training as training_module
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-    from pipeline.encoder import Batch, Encoder, choose_runtime
-    from pipeline.training import LabelledTokens, train_adapter
+    from pipeline.encoder.encoder import Batch, Encoder, choose_runtime
+    from pipeline.training.train import LabelledTokens, train_adapter
+    from pipeline.training import train as training_module
 
     config = TrainConfig.model_validate(
         {"learning_rate": settings.learning_rate, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE, "gradient_clip": CLIP}
@@ -300,7 +300,7 @@ def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData, *
     """Share of the test texts that an arm labels rightly: same tokens, same batches for every arm."""
     import torch
 
-    from pipeline.encoder import batches_by_budget
+    from pipeline.encoder.encoder import batches_by_budget
 
     tokens = _tokens(data.test_texts)
     right = 0
@@ -378,7 +378,7 @@ def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, *,
 def _probe_start(data: TaskData, encoder: Encoder, tokens: Any, seed: int) -> Any:
     """The frozen stage of a worker, less the test texts: embed train, choose the probe's C, fit it."""
     from pipeline.config import EvaluateConfig
-    from pipeline.evaluation import RowFacts, evaluate_frozen
+    from pipeline.evaluation.classification import RowFacts, evaluate_frozen
 
     little_test = dataclasses.replace(data, test_texts=data.test_texts[:1], test_labels=data.test_labels[:1])
     facts = RowFacts("benchmark", little_test, encoder, 0, seed)
@@ -430,7 +430,7 @@ def _bucketed_batches(lengths: np.ndarray, rng: np.random.Generator) -> Iterator
 @contextmanager
 def _timed_checkpoints() -> Iterator[list[float]]:
     """While open, collects the seconds of each checkpoint that training writes."""
-    from pipeline.training import Checkpoint
+    from pipeline.training.train import Checkpoint
 
     write, seconds = Checkpoint.write, []
 
@@ -462,8 +462,8 @@ def _start_device(settings: Settings) -> None:
 
 def _tokens(texts: Sequence[str]) -> Any:
     from pipeline.config import EncoderConfig
-    from pipeline.encoder import load_tokenizer
-    from pipeline.tokeniser import Tokeniser
+    from pipeline.encoder.encoder import load_tokenizer
+    from pipeline.encoder.tokeniser import Tokeniser
 
     config = EncoderConfig(max_tokens=MAX_TOKENS)
     return Tokeniser(load_tokenizer(_encoder_files().folder, config), max_tokens=MAX_TOKENS)(texts)
@@ -471,7 +471,7 @@ def _tokens(texts: Sequence[str]) -> Any:
 
 def _encoder_files() -> EncoderFiles:
     from pipeline.config import EncoderConfig
-    from pipeline.encoder import find_encoder
+    from pipeline.encoder.encoder import find_encoder
 
     return find_encoder(EncoderConfig(), offline=True)
 

@@ -20,7 +20,7 @@ class _Finder:
     """Waits for the kernel's module; whoever does not import it does not wait for torch."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if name != "pipeline.classifier":
+        if name != "pipeline.inference.classifier":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

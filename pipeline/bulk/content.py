@@ -1,0 +1,87 @@
+"""Whether an input file is still what a unit was made from: its version as the store tells it, else a hash of the bytes that were read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from hashlib import blake2b
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.units import InputFile, Unit
+from pipeline.storage import StoredFile, look_again, open_file, store_errors
+
+_BLOCK_BYTES = 1024**2
+
+
+def file_now(path: str) -> StoredFile | None:
+    """The file as its store lists it now; none if it is gone."""
+    return look_again([path])[path]
+
+
+def is_version(planned: InputFile, now: StoredFile) -> bool:
+    """Whether the store says that it is the file that was planned: the same size, and the same etag or time of change."""
+    return planned.size == now.size and planned.version == now.version != ""
+
+
+def content_of(source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str], *, version: str) -> str:
+    """What identifies the bytes that a unit is made from: the store's etag, or a hash of the footer and the column chunks.
+
+    Args:
+        source: The file, open.
+        metadata: Its footer.
+        unit: What is read of it.
+        columns: Columns that are read.
+        version: As ``StoredFile`` has it.
+    """
+    if version.startswith("etag:"):
+        return version
+    digest = blake2b(digest_size=16)
+    for start, length in _ranges(source, metadata, unit, columns):
+        source.seek(start)
+        while length > 0 and (block := source.read(min(length, _BLOCK_BYTES))):
+            digest.update(block)
+            length -= len(block)
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def content_now(unit: Unit, columns: Sequence[str]) -> str | None:
+    """The same of the file as it is now; none where the unit can no longer be read from it."""
+    try:
+        now = file_now(unit.path)
+        if now is None:
+            return None
+        with closing(open_file(unit.path)) as source:
+            metadata = pq.read_metadata(source)
+            if max(unit.row_groups) >= metadata.num_row_groups:
+                return None
+            return content_of(source, metadata, unit, columns, version=now.version)
+    except store_errors(pa.ArrowException):
+        return None
+
+
+def chunks_of(group: pq.RowGroupMetaData, columns: Sequence[str]) -> Iterator[pq.ColumnChunkMetaData]:
+    """The column chunks of some top-level columns in a row group."""
+    chosen = set(columns)
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        parts = chunk.path_in_schema.split(".")  # a dot may also be part of a name
+        if any(".".join(parts[:end]) in chosen for end in range(1, len(parts) + 1)):
+            yield chunk
+
+
+def _ranges(source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """First byte and number of bytes of each part that is read."""
+    end = source.seek(0, os.SEEK_END)
+    source.seek(end - 8)
+    footer = int.from_bytes(source.read(4), "little") + 8
+    yield end - footer, footer
+    for group in unit.row_groups:
+        for chunk in chunks_of(metadata.row_group(group), columns):
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+                start = chunk.dictionary_page_offset
+            yield start, chunk.total_compressed_size

@@ -1,0 +1,103 @@
+"""A bulk job that can start: input, adapters, encoder and output are checked, and what a worker is told is fixed."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from pipeline.bulk.footers import start_ahead
+from pipeline.bulk.records import SMALL_ROWS, BulkJob, BulkRequest
+from pipeline.bulk.state import Begun, begin, check_places, describe_job, new_columns
+from pipeline.bulk.units import BulkInput, plan_input
+from pipeline.bulk.worker import WorkerSpec
+from pipeline.errors import AdapterError, InputError, first_line
+from pipeline.inference.classifier import find_encoder_of
+from pipeline.inference.reference import NAME, FoundAdapter, find_adapters
+from pipeline.printable import concealed
+from pipeline.storage import Place, check_address, store_errors
+
+
+@dataclass(frozen=True)
+class BulkPlan:
+    """What is to be done."""
+
+    request: BulkRequest
+    adapters: Sequence[FoundAdapter]
+    source: BulkInput
+    job: BulkJob
+    output: Place
+    begun: Begun
+
+    @property
+    def rows_todo(self) -> int:
+        """Rows without output yet."""
+        return sum(unit.num_rows for unit in self.begun.todo)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the units run in the process that has planned them, rather than on Ray."""
+        where = self.request.compute.where
+        small = self.rows_todo <= SMALL_ROWS and self.request.compute.ray_address is None
+        return where == "process" or (where == "auto" and small)
+
+    def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
+        """What a worker is told, wherever it runs: its working folder may be another one."""
+        encoder = self.request.encoder
+        return WorkerSpec(
+            job=self.job,
+            refs=tuple(_ref_for_worker(*pair) for pair in zip(self.request.adapters, self.adapters, strict=True)),
+            output=self.begun.place.url(""),
+            encoder=str(Path(encoder).resolve()) if encoder is not None and Path(encoder).is_dir() else encoder,
+            threads=threads,
+            use_gpu=use_gpu,
+            offline=self.request.offline,
+            kept_schema=b64encode(self.source.schema.serialize()).decode(),
+            int96_unit=self.source.int96_unit,
+            secrets={shown: SecretStr(real) for shown, real in concealed().items()},
+        )
+
+
+def plan_bulk(request: BulkRequest) -> BulkPlan:
+    """Check all that can be checked before the first unit, and take the job up where it was left.
+
+    Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
+    """
+    for address in (request.source, request.output):
+        check_address(address)
+    output, options = Place(request.output), request.options
+    start_ahead()
+    try:
+        check_places(request.source, output)
+    except store_errors(ValueError, NotImplementedError) as error:
+        raise InputError(f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}") from None
+    adapters = find_adapters(request.adapters, offline=request.offline)
+    for ref, adapter in zip(request.adapters, adapters, strict=True):
+        if not NAME.fullmatch(adapter.name):  # a worker is told NAME=REF
+            raise AdapterError(f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}")
+    most = max(len(adapter.label_names) for adapter in adapters)
+    if options.top_k > most:
+        raise InputError(f"--top-k {options.top_k}: there are only {most} labels; choose a smaller number")
+    find_encoder_of(adapters[0], request.encoder, offline=request.offline)
+    source = plan_input(
+        request.source,
+        text_column=options.text_column,
+        columns=options.columns,
+        new_columns=new_columns([adapter.name for adapter in adapters], options),
+        rows_per_unit=options.rows_per_unit,
+        limit=options.limit,
+    )
+    job = describe_job(adapters, source, options)
+    try:
+        begun = begin(output, job, source, overwrite=request.overwrite)
+    except store_errors() as error:
+        raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
+    return BulkPlan(request, adapters, source, job, output, begun)
+
+
+def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
+    """What lies on the Hub every machine fetches for itself."""
+    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"

@@ -1,0 +1,392 @@
+"""A bulk job's state, which lies beside its output: what it is, what is done, what failed. Any process can go on from there."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline.bulk.content import content_now, is_version
+from pipeline.bulk.records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
+from pipeline.bulk.units import BulkInput, Unit, UnitFailure
+from pipeline.errors import InputError, LorafleetError, first_line
+from pipeline.inference.reference import FoundAdapter, threshold_for
+from pipeline.printable import counted
+from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
+
+PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
+FOOTER_KEY = b"lorafleet"
+_NEXT = "_next-"
+_UNIT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet")
+_ANY_FINGERPRINT = "[0-9a-f]" * 16
+GRACE_SECONDS = 60.0
+"""An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job whose output folder is ready."""
+
+    place: Place
+    """Where units go: the output folder, or one inside it that will replace it."""
+    todo: tuple[Unit, ...]
+    num_done: int
+
+
+def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
+    """Fix what the job is.
+
+    Raises: InputError: the accuracy asked for is in no adapter's coverage table.
+    """
+
+    def threshold(adapter: FoundAdapter) -> float | None:
+        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
+
+    described = tuple(
+        BulkAdapter(
+            name=found.name,
+            sha256=found.sha256,
+            described_sha256=found.described_sha256,
+            encoder_revision=found.encoder.revision or "",
+            labels_sha256=found.labels_sha256,
+            threshold=threshold(found),
+        )
+        for found in adapters
+    )
+    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
+
+
+def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
+    """Names that the output adds to the input's."""
+    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
+    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
+
+
+def check_places(source: str, output: Place) -> None:
+    """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
+    given, folder = Place(source), written_folder(source)
+    if not given.fs.isfile(given.root) and folder.holds(output):
+        raise InputError(f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere")
+    if output.holds(given):
+        raise InputError(f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere")
+    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
+        raise InputError(f"output {output} is a file; name a folder")
+
+
+def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> Begun:
+    """Take up the job where it was left, or begin it.
+
+    Raises: InputError: the folder holds another job's output, or files that are no job's, or cannot be written to.
+    """
+    place, following, units = output, Place(output.url(_next_folder(job))), source.units
+    names = output.names()
+    if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
+        _replace(output, following, units)
+        names = output.names()
+    elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
+        place, names = following, following.names()
+    elif PLAN not in names and (foreign := [name for name in names if not name.endswith(TEMPORARY)]):
+        raise InputError(f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one")
+    done = {unit.output for unit in units} & set(names)
+    before = _read_plan(place) if PLAN in names else None
+    if before is not None:
+        changed, damaged = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
+        if place is output:
+            _check_same(output, before, job, changed={unit.path for unit in changed})
+        for unit in (*changed, *damaged):  # changed are only those of an overwriting job
+            place.remove(unit.output)
+            done.discard(unit.output)
+    if before != job:
+        try:
+            place.write(PLAN, job.model_dump_json(indent=1).encode())
+        except store_errors() as error:
+            raise InputError(f"output {output}: cannot be written to: {error}") from None
+    sweep(place, job, older_than=GRACE_SECONDS)
+    return Begun(place, tuple(unit for unit in units if unit.output not in done), len(done))
+
+
+def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
+    """Delete unfinished output that nobody writes to any more."""
+    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
+        for name, written in place.temporaries(mark=mark):
+            if time.time() - written >= age:
+                place.remove(name)
+
+
+def forget_attempts(place: Place) -> None:
+    """Let every unit be tried three times again.
+
+    A unit that kills the process which runs the whole job leaves its attempts to the next start, and is quarantined by the fourth.
+    """
+    if place.local:
+        shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
+        return
+    for name in place.names(under=ATTEMPTS):
+        place.remove(name)
+
+
+def finish(
+    output: Place, begun: Begun, job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
+) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
+    """Write the summary, the failures, and, where there are none, ``_SUCCESS``; with it an overwriting job takes the old one's place."""
+    place = begun.place
+    by_number = {unit.number: unit for unit in source.units}
+    new = {r.unit: r for r in receipts if not r.failure}
+    failed = {r.unit for r in receipts if r.failure}
+    before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
+    lost = {unit.output for unit in source.units if unit.number in new} - set(place.names())
+    if lost:
+        raise LorafleetError(f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder")
+    kept = {**new, **{unit.number: read_receipt(place, unit) for unit in before}}
+    replaced = _replaced_units(source, job, kept)
+    for unit in replaced:
+        place.remove(unit.output)
+        del kept[unit.number]
+    failures = (
+        *source.failures,
+        *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure),
+        *(_failure(unit, "its file was replaced while the job ran; start it again") for unit in replaced),
+    )
+    short = next((r for r in kept.values() if job.options.sample is None and r.rows != by_number[r.unit].num_rows), None)
+    if short is not None:
+        unit = by_number[short.unit]
+        raise LorafleetError(f"output {place}: {unit.output} has {short.rows:,} of {unit.num_rows:,} rows; remove it and start again")
+    new_rows = sum(receipt.rows for receipt in new.values())
+    summary = BulkSummary(
+        job=job.fingerprint,
+        lorafleet_version=job.lorafleet_version,
+        rows_in=source.num_rows,
+        rows_out=sum(r.rows for r in kept.values()),
+        null_labels=_added(r.null_labels for r in kept.values()),
+        reasons=_added(r.reasons for r in kept.values()),
+        truncated=sum(r.truncated for r in kept.values()),
+        duplicates=sum(r.duplicates for r in kept.values()),
+        labels={a.name: _added(r.labels.get(a.name, {}) for r in kept.values()) for a in job.adapters},
+        units=len(source.units),
+        units_done_before=len(before),
+        failures=len(failures),
+        changed_types=source.changes,
+        skipped_files=source.skipped,
+        seconds=seconds,
+        rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
+    )
+    place.write(JOB, summary.model_dump_json(indent=1).encode())
+    sweep(place, job, older_than=0)  # all is there or has failed, so whatever is still written is written twice, or by nobody
+    forget_attempts(place)
+    if failures:
+        place.write(FAILURES, _failures_table(failures))
+        place.remove(SUCCESS)  # of an earlier start, whose output has been taken away since
+        return summary, failures
+    place.remove(FAILURES)
+    place.write(SUCCESS, b"")
+    if place.root != output.root:
+        _replace(output, place, source.units)
+    return summary, failures
+
+
+def read_receipt(place: Place, unit: Unit) -> Receipt:
+    """What the footer of a finished unit says.
+
+    Raises: LorafleetError: it is damaged, or not a unit's output.
+    """
+    try:
+        with open_file(place.url(unit.output)) as source:
+            metadata = pq.read_metadata(source).metadata or {}
+        receipt = json.loads(metadata[FOOTER_KEY])["receipt"]
+        return Receipt.model_validate(receipt | {"unit": unit.number})  # numbers move when an earlier file is mended
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise LorafleetError(f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again") from None
+
+
+def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
+    """What every output file says of its making."""
+    facts: dict[str, Any] = {
+        "lorafleet_version": job.lorafleet_version,
+        "job": job.fingerprint,
+        "input_file": unit.path,
+        "first_row": unit.first_row_of_file,
+        "adapters": [adapter.model_dump() for adapter in job.adapters],
+        "receipt": receipt.model_dump(exclude={"seconds", "version"}),  # the same unit gives the same bytes
+    }
+    return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
+
+
+def _next_folder(job: BulkJob) -> str:
+    return f"{_NEXT}{job.fingerprint}"
+
+
+def _read_plan(place: Place) -> BulkJob:
+    try:
+        return BulkJob.model_validate_json(place.read(PLAN))
+    except (ValueError, ValidationError):
+        raise InputError(f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
+
+
+def _stale_units(place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """The finished units whose file holds other bytes now, and those that cannot tell because they are damaged.
+
+    Read are only files that the store lists with another version.
+    """
+    versions = {file.path: file.version for file in before.files}
+    moved = {file.path for file in job.files if versions.get(file.path) != file.version or not file.version}
+    changed, damaged = list[Unit](), list[Unit]()
+    for unit in done:
+        if unit.path in moved:
+            try:
+                receipt = read_receipt(place, unit)
+            except LorafleetError:
+                damaged.append(unit)
+                continue
+            if not _is_current(receipt, unit, source, job):
+                changed.append(unit)
+    return changed, damaged
+
+
+def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Receipt]) -> list[Unit]:
+    """The finished units whose file holds other bytes than those that were read; a file that is gone cannot tell."""
+    units = [unit for unit in source.units if unit.number in receipts]
+    seen: dict[str, set[str]] = {unit.path: set() for unit in units}
+    for unit in units:
+        seen[unit.path].add(receipts[unit.number].version or "planned")
+    now = look_again(list(seen))
+    moved = {
+        file.path
+        for file in source.files
+        if file.path in seen
+        and (found := now[file.path]) is not None
+        and not (file.version and is_version(file, found) and seen[file.path] <= {"planned", file.version})
+    }
+    return [unit for unit in units if unit.path in moved and not _is_current(receipts[unit.number], unit, source, job)]
+
+
+def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -> bool:
+    columns = {*source.schema.names, job.options.text_column}
+    return bool(receipt.content) and receipt.content == content_now(unit, tuple(columns))
+
+
+def _check_same(output: Place, before: BulkJob, job: BulkJob, *, changed: Collection[str]) -> None:
+    """Compare a job with the one that the folder was begun for. Files that could not be read then, or were only touched, may differ.
+
+    Raises: InputError: something else is not as it was.
+    """
+    there = json.loads(before.model_dump_json())
+    now = {file.path: file for file in job.files}
+    for index, then in enumerate(before.files):
+        found = now.get(then.path)
+        if found is None or then.path in changed:
+            continue
+        was_mended = then.num_rows is None and job.options.limit is None
+        if was_mended or (then.size, then.num_rows) == (found.size, found.num_rows):
+            there["files"][index] = json.loads(found.model_dump_json())
+    differences = _differences(there, json.loads(job.model_dump_json()))
+    if differences or changed:
+        what = differences or [f"input: {min(changed)} has changed since"]
+        raise InputError(
+            f"output {output}: holds another job's output ({'; '.join(what[:3])}); choose another folder, or --overwrite to replace it"
+        )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    found: list[str] = []
+    for key in here:
+        name, one, two = f"{path}{key}", there.get(key), here[key]
+        if one == two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differences(one, two, f"{name}.")
+        elif key == "files":
+            found.append(_different_files(one or [], two))
+        elif key == "adapters":
+            found += _different_adapters(one or [], two)
+        else:
+            found.append(f"{name}: then {one}, now {two}")
+    return found
+
+
+def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
+    old, new = ({file["path"]: file for file in files} for files in (there, here))
+    for what, paths in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())):
+        if paths:
+            return f"input: {min(paths)} is {what} ({counted(len(old), 'file')} then, {len(new)} now)"
+    path = min(path for path in new if new[path] != old[path])
+    if {**new[path], "num_rows": None} == {**old[path], "num_rows": None}:
+        return (
+            f"input: {path} could {'not be read then, and can be now' if old[path]['num_rows'] is None else 'be read then, and cannot now'}"
+        )
+    return f"input: {path} has changed since"
+
+
+def _different_adapters(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:
+    if [a["name"] for a in there] != [a["name"] for a in here]:
+        return [f"adapters: then {_named(there)}, now {_named(here)}"]
+    pairs = zip(there, here, strict=True)
+    return [difference for one, two in pairs for difference in _differences(one, two, f"adapter {two['name']}: ")]
+
+
+def _named(adapters: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{a['name']} {a['sha256'][:8]}" for a in adapters)
+
+
+def _failure(unit: Unit, reason: str | None) -> UnitFailure:
+    return UnitFailure(path=unit.path, unit=unit.number, first_row=unit.first_row_of_file, num_rows=unit.num_rows, reason=reason or "")
+
+
+def _failures_table(failures: Sequence[UnitFailure]) -> bytes:
+    numbers = [(name, pa.int64()) for name in ("unit", "first_row", "num_rows")]
+    schema = pa.schema([("path", pa.string()), *numbers, ("reason", pa.string())])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([failure.model_dump() for failure in failures], schema=schema), sink)
+    return sink.getvalue()
+
+
+def _added(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for some in counts:
+        for key, count in some.items():
+            total[key] = total.get(key, 0) + count
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _is_a_jobs(output: Place, name: str) -> bool:
+    """Whether a job wrote this file: by its name, and a Parquet file by what its footer says."""
+    if name == FAILURES or name.startswith((f"{ATTEMPTS}/", _NEXT)):
+        return True
+    if not _UNIT_NAME.fullmatch(name):
+        return False
+    try:
+        with open_file(output.url(name)) as source:
+            return FOOTER_KEY in (pq.read_metadata(source).metadata or {})
+    except pa.ArrowException:
+        return False
+
+
+def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
+    """Put a finished job in the place of the old one. Cut short, it is ended by the next start, because ``_SUCCESS`` moves last."""
+    folder = new.root.removeprefix(output.root).strip("/")
+    names = set(new.names())
+    last = (PLAN, JOB, SUCCESS)  # in this order: with the last one the new job is in place
+    ours = {*(unit.output for unit in units), *(() if PLAN in names else last)}
+    if PLAN in names:  # first of all the old job: it must not take the new one's units for its own
+        output.remove(SUCCESS)
+        output.remove(PLAN)
+    for name in names - set(last):
+        output.move(f"{folder}/{name}", name)
+    for name in set(output.names()) - ours:
+        if not name.startswith(f"{folder}/") and _is_a_jobs(output, name):  # what others have put there stays
+            output.remove(name)
+    for name in last:
+        if name in names:
+            output.move(f"{folder}/{name}", name)
+    if output.local:
+        shutil.rmtree(new.root)

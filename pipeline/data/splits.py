@@ -1,0 +1,117 @@
+"""Which texts and labels are alike, and which texts are held out of train. Reads no file."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.quickstart import hash_order
+
+
+def held_out(
+    texts: Sequence[str], labels: NDArray[np.int64], *, groups: Sequence[str] | None, fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Choose a share of the texts of each label, bool (texts,).
+
+    Texts are taken or left in blocks (see ``blocks_of``), in the order of a hash of seed and block. A block is taken if this brings the
+    numbers of held-out texts per label nearer to their shares, and if every label keeps a text. So blocks of one text give each label
+    its share, rounded. The order of the rows has no part in it, and most of the choice stays the same while the data grow.
+
+    Args:
+        labels: A small number for each text, int (texts,).
+        groups: The group of each text; None where texts have none.
+        fraction: Share of each label, above 0 and below 0.5.
+        seed: Other seeds choose other texts.
+    """
+    blocks = blocks_of(texts, groups)
+    rank = np.argsort(np.array(hash_order(_names(blocks, texts if groups is None else groups), seed=seed), dtype=np.int64))
+    counts = np.bincount(labels)
+    missing, spare = (counts * fraction).tolist(), (counts - 1).tolist()
+    chosen = np.zeros(len(texts), dtype=np.bool_)
+    block_of, label_of = blocks.tolist(), labels.tolist()
+    wanting = sum(number >= 0.5 for number in missing)
+    for _, same in groupby(np.argsort(rank[blocks], kind="stable").tolist(), key=block_of.__getitem__):
+        if not wanting:
+            break  # no block brings a gain any more
+        rows = list(same)
+        num_texts = Counter(label_of[row] for row in rows)
+        # What the sum over labels of (missing texts)² / (texts of the label) loses if the block is taken.
+        gain = sum(number * (2 * missing[label] - number) / counts[label] for label, number in num_texts.items())
+        if gain >= 0 and all(number <= spare[label] for label, number in num_texts.items()):
+            chosen[rows] = True
+            for label, number in num_texts.items():
+                wanting -= missing[label] >= 0.5 > missing[label] - number
+                missing[label] -= number
+                spare[label] -= number
+    return chosen
+
+
+def blocks_of(texts: Sequence[str], groups: Sequence[str] | None) -> NDArray[np.int64]:
+    """Number of each text's block, int64 (texts,), from 0 without gaps.
+
+    Texts with the same ``text_key`` share a block, and so do texts of the same group. Both rules apply in turn: if A and B are near-equal,
+    and B and C are of one group, the three share a block.
+    """
+    of_text = _numbered(map(text_key, texts))
+    if groups is None:
+        return of_text
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    of_group = _numbered(groups) + of_text.max(initial=-1) + 1
+    size = int(of_group.max(initial=-1)) + 1
+    graph = coo_array((np.ones(len(texts), dtype=np.int8), (of_text, of_group)), shape=(size, size))
+    return _numbered(connected_components(graph, directed=False)[1][of_text].tolist())
+
+
+def text_key(text: str) -> bytes:
+    """Equal for near-equal texts: those with the same letters, marks and digits in the same order.
+
+    Case, white space, punctuation, symbols and the Unicode form (NFKC) make no difference. A text of symbols alone is compared as it is,
+    without the white space around it.
+    """
+    if text.isascii():  # the same, but five times as fast
+        return text.lower().encode().translate(None, _ASCII_SYMBOLS) or text.strip().encode()
+    text = unicodedata.normalize("NFKC", text)
+    return (text.casefold().translate(_LETTERS_AND_DIGITS) or text.strip()).encode()
+
+
+def label_key(label: str) -> str:
+    """Equal for labels that cannot be told apart at a glance, empty for one that cannot be seen.
+
+    Case, white space, invisible characters and the Unicode form (NFKC) make no difference; punctuation does (``C`` and ``C++``).
+    """
+    folded = unicodedata.normalize("NFKC", label).casefold()
+    return " ".join("".join(sign for sign in folded if unicodedata.category(sign) != "Cf").split())
+
+
+class _LettersAndDigits(dict[int, int | None]):
+    """A table for ``str.translate`` that drops all but letters, marks and digits; it fills itself."""
+
+    def __missing__(self, sign: int) -> int | None:
+        self[sign] = sign if unicodedata.category(chr(sign))[0] in "LMN" else None
+        return self[sign]
+
+
+_LETTERS_AND_DIGITS = _LettersAndDigits()
+_ASCII_SYMBOLS = bytes(sign for sign in range(128) if not chr(sign).isalnum())
+
+
+def _numbered(values: Iterable[object]) -> NDArray[np.int64]:
+    number: dict[object, int] = {}
+    return np.array([number.setdefault(value, len(number)) for value in values], dtype=np.int64)
+
+
+def _names(blocks: NDArray[np.int64], names: Sequence[str]) -> list[str]:
+    """The smallest name in each block: a hash of it favours neither large nor small blocks."""
+    smallest: list[str | None] = [None] * (int(blocks.max(initial=-1)) + 1)
+    for block, name in zip(blocks.tolist(), names, strict=True):
+        known = smallest[block]
+        if known is None or name < known:
+            smallest[block] = name
+    return [name for name in smallest if name is not None]

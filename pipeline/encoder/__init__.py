@@ -1,0 +1,1 @@
+"""The frozen encoder: found and pinned, loaded once, texts in, vectors out."""

@@ -1,0 +1,1 @@
+"""What an encoder or adapter scores, with intervals and paired tests. The door to mteb.evaluate."""

@@ -1,0 +1,1 @@
+"""Trained adapters at work: found by reference, merged, several over one encoder."""

@@ -1,0 +1,173 @@
+"""The promotion gate: a newly trained adapter against the published one, on the same test texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import GateConfig
+from pipeline.data.dataset import load_data
+from pipeline.encoder.tokeniser import IntArray
+from pipeline.errors import DataError
+from pipeline.evaluation import scores
+from pipeline.inference.classifier import load_classifier
+from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.machine import local_cpus
+from pipeline.publishing.publication import Base, Candidate
+from pipeline.records import Decision, GateDecision, TaskResult
+from pipeline.reports.score_table import label_changes, percent, points
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Two adapters on the same test texts."""
+
+    published_accuracy: float
+    candidate_accuracy: float
+    interval: scores.Interval
+    """Of the difference."""
+    p_value: float
+    num_texts: int
+
+    @property
+    def difference(self) -> float:
+        """How much higher the candidate's accuracy is: a number of texts over all, not a rounding error beside it."""
+        return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
+
+
+def judge(candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None) -> list[GateDecision]:
+    """One decision per MTEB task of a run.
+
+    Args:
+        candidate: The run.
+        base: What is published.
+        config: What is promoted.
+        to: What is published to, as the decision names it.
+        repository: ``OWNER/NAME`` of the Hub; none where ``base`` is a folder.
+    Raises: DataError: the test texts that the run was measured on cannot be read any more.
+    """
+    decisions = []
+    for task, result in candidate.results.items():
+        published = base.publication.adapters.get(task) if base.publication else None
+        measured: Measured | None = None
+        decision, reason = first_look(result, published, base, config)
+        if decision is None:
+            assert base.folder is not None
+            there = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
+            measured = measure(candidate, task, there)
+            decision, reason = decide(measured, config)
+        if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
+            decision, reason = "block", "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
+        decisions.append(
+            GateDecision(
+                run_id=candidate.summary.run_id,
+                mteb_task=task,
+                to=to,
+                decision=decision,
+                reason=reason,
+                published_accuracy=measured.published_accuracy if measured else None,
+                candidate_accuracy=measured.candidate_accuracy if measured else None,
+                difference=measured.difference if measured else None,
+                low=measured.interval.low if measured else None,
+                high=measured.interval.high if measured else None,
+                p_value=measured.p_value if measured else None,
+                num_texts=measured.num_texts if measured else None,
+                published_sha256=published,
+                candidate_sha256=result.adapter.sha256,
+                published_revision=base.revision,
+                created_at=datetime.now(UTC),
+            )
+        )
+    return decisions
+
+
+def first_look(result: TaskResult, published: str | None, base: Base, config: GateConfig) -> tuple[Decision | None, str]:
+    """What can be said without scoring: none, if nothing."""
+    if published is None:
+        return "promote", "nothing is published under this name yet"
+    old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
+    if published == result.adapter.sha256 and old == new:  # renaming a label changes no weight
+        return "keep", "it is the published adapter"
+    if not config.enabled:
+        return "promote", "the gate is off (publish.gate.enabled)"
+    if (changes := label_changes(old, new)) and not config.allow_label_change:
+        return "block", f"its labels are not the published ones: {changes}; allow it with publish.gate.allow_label_change"
+    return None, ""
+
+
+def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
+    """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise.
+
+    Noise is what either the interval or McNemar's test says is noise: with four texts or so that only one of the two gets right,
+    resampling claims more than they can tell. Whether a candidate is not inferior, by a ``min_gain`` below 0, is for the interval alone.
+    """
+    gain, low, high = measured.difference, measured.interval.low, measured.interval.high
+    facts = (
+        f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} on the same {measured.num_texts:,} texts, "
+        f"{points(gain)} points ({points(low)} to {points(high)}, p {measured.p_value:.3g})"
+    )
+    significant = measured.p_value < SIGNIFICANT
+    if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
+        return "promote", facts
+    if gain < -config.max_regression and high < 0 and significant:
+        return "block", f"worse: {facts}"
+    return "keep", f"{'within noise' if low <= 0 <= high or not significant else 'too small a difference'}: {facts}"
+
+
+def beats_probe(result: TaskResult) -> bool:
+    """Whether the head is above the full-data probe by the MTEB task's main metric, beyond noise."""
+    comparison = result.comparison
+    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANT
+
+
+def measure(candidate: Candidate, task: str, published: str) -> Measured:
+    """Score both adapters on the candidate's test texts.
+
+    Raises: DataError: the data are not those of the run any more.
+    """
+    result, config = candidate.results[task], candidate.manifest.config
+    offline = config.data.offline
+    data = load_data(result.mteb_task, config=config.train, offline=offline)
+    if data.fingerprint != result.data.fingerprint:
+        raise DataError(f"{task}: its data are not those of run {candidate.summary.run_id} any more; train again before publishing")
+    (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
+    (old,) = find_adapters([published], offline=offline)
+    names = {name: index for index, name in enumerate(data.label_names)}
+    if all(getattr(new.encoder, what) == getattr(old.encoder, what) for what in ("revision", "pooling", "max_tokens")):
+        first, second = _predict([new, old], data.test_texts, names, config.encoder.name, offline)
+    else:
+        (first,) = _predict([new], data.test_texts, names, config.encoder.name, offline)
+        (second,) = _predict([old], data.test_texts, names, None, offline)
+    return compare(data.test_labels, first, second)
+
+
+def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measured:
+    """Two predictions of the same texts; a label that the data do not know is wrong."""
+    return Measured(
+        published_accuracy=float((published == labels).mean()),
+        candidate_accuracy=float((candidate == labels).mean()),
+        interval=scores.paired_difference(labels, candidate, published),
+        p_value=scores.mcnemar(labels, candidate, published).p_value,
+        num_texts=len(labels),
+    )
+
+
+def _predict(
+    adapters: Sequence[FoundAdapter], texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool
+) -> list[IntArray]:
+    """Of adapters over one encoder: class numbers of the data, -1 where the data do not know the label, or there is none."""
+    classifier = load_classifier(adapters, encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
+    known = [np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters]
+    answered = classifier.classify(classifier.tokenise(texts))
+    return [np.where(answers.finite, numbers[answers.labels], -1) for numbers, answers in zip(known, answered, strict=True)]
+
+
+def _local(encoder: str | None) -> str | None:
+    """Where the encoder of the run lies, if that is not a name that everybody can load."""
+    return encoder if encoder is not None and Path(encoder).is_dir() else None

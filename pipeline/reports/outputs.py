@@ -1,0 +1,136 @@
+"""From the results of all MTEB tasks to the files that people and programs read: metrics, results, model card, report, mteb's results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.scores import holm
+from pipeline.records import (
+    ClassificationResults,
+    EncoderRef,
+    Failure,
+    FewShot,
+    FewShotColumn,
+    FewShotResult,
+    MtebTask,
+    ScoreRow,
+    TaskResult,
+)
+from pipeline.reports.model_card import render_card
+from pipeline.reports.report import render_report
+from pipeline.reports.score_table import is_of_mteb, summarise
+from pipeline.store.run_folder import RunFolder, TaskFolder, read_record, write_atomically
+from pipeline.store.tables import write_epochs, write_scores
+
+MODEL_META = "model_meta.json"
+"""Name of the file in which mteb finds which model the results beside it are of."""
+
+
+def write_outputs(
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    folder: RunFolder,
+    *,
+    encoder: EncoderRef,
+    run_id: str,
+    created_at: datetime,
+    adapted_modules: Sequence[str],
+    trust_remote_code: bool,
+    license: str | None,
+) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
+    """Write them; the same results give the same bytes.
+
+    Returns: What was written to ``classification_results.json``, and the results with p-values corrected over the MTEB tasks.
+    """
+    corrected = correct_over_tasks(results)
+    summary = summarise(corrected, failures, encoder=encoder, run_id=run_id, created_at=created_at)
+    folder.metrics.mkdir(parents=True, exist_ok=True)
+    write_scores([row for result in corrected for row in result.scores], folder.scores)
+    write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
+    write_atomically(folder.results, summary.model_dump_json(indent=1))
+    card = render_card(corrected, summary, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code, license=license)
+    write_atomically(folder.readme, card)
+    write_atomically(folder.report, render_report(corrected, summary))
+    return summary, corrected
+
+
+def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder) -> None:
+    """The few-shot scores as mteb's ``ResultCache(cache_path=…)`` reads them; the own head is no mteb protocol and stays out.
+
+    The frozen encoder is a model by its name and revision, the adapted one a model of its own, whose revision is the adapter's hash.
+    """
+    from mteb.models import ModelMeta
+
+    public_name = result.encoder.public_name
+    for column, few_shot in read_record(source.few_shot, FewShot).root.items():
+        name, revision = mteb_model(result, column)
+        meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
+        path = mteb_path(result, column, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_mteb_loads(few_shot).to_disk(path)
+        write_atomically(path.with_name(MODEL_META), json.dumps(meta.to_dict(), indent=1, sort_keys=True, default=str))
+
+
+def mteb_model(result: TaskResult, column: FewShotColumn) -> tuple[str, str]:
+    """Name and revision of the model that a few-shot column is the result of."""
+    public_name = result.encoder.public_name
+    if column == "frozen_few_shot":
+        return public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)
+    return f"lorafleet/{public_name.rpartition('/')[2]}-{result.mteb_task.name}", result.adapter.sha256[:40]
+
+
+def mteb_path(result: TaskResult, column: FewShotColumn, folder: RunFolder) -> Path:
+    """Where mteb looks for the result of a few-shot column."""
+    from mteb.cache import ResultCache
+
+    name, revision = mteb_model(result, column)
+    return ResultCache(cache_path=folder.mteb_results).get_task_result_path(result.mteb_task.name, name, revision)
+
+
+def as_mteb_loads(few_shot: FewShotResult) -> Any:
+    """A result of mteb's, as mteb's own class.
+
+    Raises: ValueError: mteb cannot load it.
+    """
+    from mteb.results import TaskResult as MtebTaskResult
+
+    return MtebTaskResult.model_validate(few_shot.model_dump(mode="json"))
+
+
+def mteb_main_score(task: MtebTask) -> str | None:
+    """Name of the score that mteb compares models by; none where this version of mteb does not know the task."""
+    import mteb
+
+    if not is_of_mteb(task):
+        return "accuracy"  # as the task was made for mteb
+    try:
+        return str(mteb.get_task(task.name).metadata.main_score)
+    except KeyError:
+        return None
+
+
+def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
+    """Holm's correction of the head's p-values over the MTEB tasks: those of McNemar's test, and those of each task's main metric."""
+    comparisons = [result.comparison for result in results]
+    accuracy = holm([comparison.p_value if comparison else None for comparison in comparisons])
+    main = holm([comparison.main_p_value if comparison else None for comparison in comparisons])
+    corrected = []
+    for result, p_value, p_value_main in zip(results, accuracy, main, strict=True):
+        values = {"p_value_holm": p_value, "p_value_main_holm": p_value_main}
+        rows = tuple(rewritten(row, **values) if row.column == "head" else row for row in result.scores)
+        corrected.append(TaskResult.model_validate(result.model_dump() | {"scores": rows}))
+    return tuple(corrected)
+
+
+def rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:
+    """A row with other values."""
+    return ScoreRow.model_validate(row.model_dump() | changes)
+
+
+def _commit_like(revision: str) -> str:
+    return re.sub(r"^sha256:", "", revision)[:40]

@@ -1,0 +1,1 @@
+"""One training run, from a checked config to a finished folder. The work of one worker, without Ray."""

@@ -1,0 +1,277 @@
+"""One MTEB task from data to finished adapter, in stages that each survive a kill. What a worker owns, without Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from pipeline.adapter.adapter import HeadStart, save_adapter
+from pipeline.data.dataset import TaskData, load_data
+from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.errors import AdapterError, DataError, EncoderError
+from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
+from pipeline.inference.reference import find_adapters
+from pipeline.inference.reload import check_reload
+from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
+from pipeline.run.plan import JobSpec
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
+from pipeline.training.train import LabelledTokens, Training, tensor_file, train_adapter
+
+_RELOADED_TEXTS = 32
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    train: LabelledTokens
+    validation: LabelledTokens
+    test: LabelledTokens
+
+
+class TaskJob:
+    """Holds the data and the encoder of one MTEB task, for training and both evaluations.
+
+    What a stage has finished lies under ``<runs>/.work/<key>``, so a new worker, or a new run with the same key, goes on from there.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.work = Path(spec.runs) / ".work" / spec.key
+        self.runtime = self._begun_with()
+        self.folder = RunFolder(Path(spec.runs) / spec.run_id).task(spec.mteb_task.name)
+        self._baselines: Baselines | None = None
+        self._training: Training | None = None
+        self._seconds: dict[str, float] = {}
+
+    def load(self) -> DataSummary:
+        """Read and tokenise the data and load the encoder."""
+        started = time.perf_counter()
+        data, tokens = self._data, self._tokens
+        self._seconds.setdefault("load", time.perf_counter() - started)
+        return DataSummary(
+            num_train=len(data.train_texts),
+            num_validation=len(data.validation_texts),
+            num_test=len(data.test_texts),
+            label_names=data.label_names,
+            num_overlap=data.num_overlap,
+            num_empty_train=data.num_empty_train,
+            num_empty_test=data.num_empty_test,
+            num_truncated_train=int(tokens.train.tokens.truncated.sum() + tokens.validation.tokens.truncated.sum()),
+            num_truncated_test=int(tokens.test.tokens.truncated.sum()),
+            fingerprint=data.fingerprint,
+            notes=data.notes,
+            label_counts=tuple(np.bincount(data.train_labels, minlength=len(data.label_names)).tolist()),
+            token_quantiles=tuple(np.quantile(tokens.train.tokens.lengths, (0.1, 0.5, 0.9), method="inverted_cdf").tolist()),
+            test_fingerprint=data.test_fingerprint,
+        )
+
+    def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
+        """Measure the frozen encoder; done once, also over restarts."""
+        return self._frozen().rows
+
+    def train(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> AdapterRef:
+        """Train from the last finished epoch on, and write the adapter's files."""
+        training = self._trained(on_epoch, on_progress)
+        meta = {
+            "task": self.spec.mteb_task.name,
+            "epochs": len(training.epochs),
+            "best_epoch": training.best_epoch,
+            "selected_on": training.selected_on,
+            "learnt_validation": training.learnt_selection,
+            "seed": self.config.train.seed,
+            "run_id": self.spec.run_id,
+        }
+        return save_adapter(training.adapter, self.folder, meta=meta)
+
+    def finish(self) -> TaskResult:
+        """Evaluate the adapter, pass the reload gate, and write the result: with it the MTEB task is finished.
+
+        Raises: VerificationError: the saved adapter, loaded in a fresh process, is not the one that was trained.
+        """
+        if (finished := self._finished()) is not None:
+            return finished
+        baselines = self._frozen()
+        training = self._trained(lambda row: None, lambda progress: None)
+        adapter = self.train(lambda row: None, lambda progress: None)
+        started = time.perf_counter()
+        facts = self._facts()
+        evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
+        reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
+        is_trained = training.best_epoch > 0
+        check_reload(training.adapter, self.folder, reloaded_texts, is_trained=is_trained, offline=self.config.data.offline)
+        _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
+        write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
+        write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
+        result = TaskResult(
+            mteb_task=self._data.task,
+            key=self.spec.key,
+            run_id=self.spec.run_id,
+            data=self.load(),
+            encoder=self._encoder.ref,
+            runtime=self._encoder.runtime,
+            adapter=adapter,
+            num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
+            num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
+            merge_difference=training.adapter.merge_difference(self._encoder.tokenise(reloaded_texts)),
+            probe_c=baselines.probe_c,
+            epochs=training.epochs,
+            best_epoch=training.best_epoch,
+            selected_on=training.selected_on,
+            refitted=training.refitted,
+            start_accuracy=training.start_score,
+            warm_start=WarmStart(sha256=self.spec.warm_start.sha256) if self.spec.warm_start else None,
+            scores=(*baselines.rows, *evaluation.rows),
+            comparison=evaluation.comparison,
+            calibration=evaluation.calibration,
+            confusions=evaluation.confusions,
+            busy_seconds=sum(self._seconds.values()) + time.perf_counter() - started,
+        )
+        write_atomically(self.folder.result, result.model_dump_json(indent=1))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+    def _finished(self) -> TaskResult | None:
+        """What a worker left that died between its last file and its answer."""
+        try:
+            result = read_record(self.folder.result, TaskResult)
+            is_this = result.key == self.spec.key and adapter_sha256(self.folder.root) == result.adapter.sha256
+        except (DataError, AdapterError):
+            return None
+        return result if is_this else None
+
+    def _begun_with(self) -> Runtime:
+        """The runtime recorded by whoever began this job; a new one's is recorded now."""
+        path = self.work / "runtime.json"
+        if not path.exists():
+            write_atomically(path, self.spec.runtime.model_dump_json())
+        return read_record(path, Runtime)
+
+    @cached_property
+    def _data(self) -> TaskData:
+        data = load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
+        if data.fingerprint != self.spec.fingerprint:
+            raise DataError(f"{self.spec.mteb_task.name}: its data are not those that this run has checked; start it again")
+        return data
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        files = find_encoder(self.config.encoder, offline=self.config.data.offline)
+        if files.ref.revision != self.spec.encoder_revision:
+            found = f"is {files.ref.revision} now, and was {self.spec.encoder_revision} when this run checked it"
+            raise EncoderError(f"encoder {self.config.encoder.name}: {found}; start it again")
+        return Encoder(files, self.config.encoder, self.runtime)
+
+    @cached_property
+    def _tokens(self) -> _Tokenised:
+        data, encoder = self._data, self._encoder
+        return _Tokenised(
+            LabelledTokens(encoder.tokenise(data.train_texts), data.train_labels),
+            LabelledTokens(encoder.tokenise(data.validation_texts), data.validation_labels),
+            LabelledTokens(encoder.tokenise(data.test_texts), data.test_labels),
+        )
+
+    def _facts(self) -> RowFacts:
+        truncated = int(self._tokens.test.tokens.truncated.sum())
+        return RowFacts(self.spec.run_id, self._data, self._encoder, truncated, self.config.train.seed)
+
+    def _frozen(self) -> Baselines:
+        if self._baselines is None:
+            assert self._training is None, "the frozen encoder is measured before an adapter is attached"
+            file = _BaselinesFile(self.work / "frozen.safetensors")
+            found = file.read()
+            if found is None:
+                started = time.perf_counter()
+                tokens = self._tokens.train.tokens
+                baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit)
+                found = baselines, time.perf_counter() - started
+                file.write(*found)
+                _LOG.info("frozen encoder measured in %.1f s, probe with C = %g", found[1], baselines.probe_c)
+            else:
+                _LOG.info("frozen encoder was measured before, in %.1f s", found[1])
+            self._baselines, self._seconds["frozen"] = found
+            rows = tuple(ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows)
+            self._baselines = replace(self._baselines, rows=rows)
+        return self._baselines
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.work / "checkpoint.safetensors"
+
+    def _trained(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> Training:
+        if self._training is None:
+            baselines, train = self._frozen(), self.config.train
+            started = time.perf_counter()
+            tokens = self._tokens
+            begun = "going on from the last finished epoch" if self._checkpoint.exists() else "training"
+            _LOG.info("%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs)
+            selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
+            self._training = train_adapter(
+                tokens.train,
+                selection if len(selection.labels) else None,
+                self._encoder,
+                label_names=self._data.label_names,
+                adapter_config=self.config.adapter,
+                train_config=train,
+                max_epochs=self.spec.mteb_task.max_epochs,
+                head_start=baselines.head_start if train.head_init == "probe" else None,
+                warm_start=self._warm_start(),
+                checkpoint=self._checkpoint,
+                on_epoch=on_epoch,
+                on_progress=on_progress,
+            )
+            self._seconds["train"] = max(time.perf_counter() - started, sum(row.seconds for row in self._training.epochs))
+        return self._training
+
+    def _warm_start(self) -> TaskFolder | None:
+        start = self.spec.warm_start
+        if start is None:
+            return None
+        (found,) = find_adapters([start.path], offline=self.config.data.offline)
+        if found.sha256 != start.sha256:
+            raise AdapterError(f"{start.path} is another adapter now than when this run checked it; start it again")
+        return found.folder
+
+
+class _BaselinesFile:
+    """The frozen stage on disk: arrays, with rows and times as metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, baselines: Baselines, seconds: float) -> None:
+        tensors = {
+            "predictions": torch.from_numpy(baselines.probe_predictions),
+            "weight": torch.from_numpy(baselines.head_start.weight),
+            "bias": torch.from_numpy(baselines.head_start.bias),
+        }
+        facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
+        facts |= {"rows": [row.model_dump(mode="json") for row in baselines.rows], "few_shot": baselines.few_shot}
+        write_atomically(self.path, tensor_file(tensors, {"facts": json.dumps(facts)}))
+
+    def read(self) -> tuple[Baselines, float] | None:
+        """What was written; none if nothing was, or a fault cut it short."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="np") as file:
+                facts = json.loads(file.metadata()["facts"])
+                start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
+                predictions = file.get_tensor("predictions").astype(np.int64)
+            rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
+            baselines = Baselines(rows, facts["probe_c"], predictions, start, facts["few_shot"])
+        except (SafetensorError, ValidationError, KeyError):  # cut short, or written by another version
+            return None
+        return baselines, facts["seconds"]

@@ -1,0 +1,93 @@
+"""Check everything that can be checked before the first worker starts, and pin what the run depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.adapter.adapter import projection_paths
+from pipeline.config import RunConfig
+from pipeline.data.catalogue import plan_tasks
+from pipeline.data.dataset import load_data
+from pipeline.encoder.encoder import EncoderFiles, empty_model, find_encoder, load_tokenizer
+from pipeline.errors import AdapterError, DataError, InputError
+from pipeline.inference.reference import find_adapters
+from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
+from pipeline.run.plan import Plan, PlannedTask
+from pipeline.store.manifest import library_versions, task_key
+
+
+def preflight(config: RunConfig, runtime: Runtime) -> Plan:
+    """Read every data set, load the encoder's tokenizer and structure, and resolve the adapter's target.
+
+    Args:
+        config: With paths that hold in this process's working folder; see ``anchored``.
+        runtime: How the workers will compute.
+    Raises: InputError: with one line for each fault found.
+    """
+    mteb_tasks = plan_tasks(config)  # an unknown name is told before anything is fetched
+    mirror = config.data.mirror
+    if mirror is not None and not Path(mirror).is_dir() and any(mteb_task.source == "mirror" for mteb_task in mteb_tasks):
+        raise DataError(f"data.mirror: there is no folder {mirror}; name the one that has a folder with train.parquet for each MTEB task")
+    files = find_encoder(config.encoder, offline=config.data.offline)
+    load_tokenizer(files.folder, config.encoder)
+    model = empty_model(files, config.encoder)
+    paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
+    pinned = _pin(config, files)
+    tasks: list[PlannedTask] = []
+    faults: list[str] = []
+    for mteb_task in mteb_tasks:
+        try:
+            tasks.append(_check_task(pinned, mteb_task, files.ref, runtime, paths))
+        except InputError as error:
+            faults.extend(error.args)
+    if faults:
+        raise DataError(*faults)
+    tasks.sort(key=lambda t: -t.num_train * t.mteb_task.max_epochs)
+    return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
+
+
+def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime, paths: Sequence[str]) -> PlannedTask:
+    data = load_data(mteb_task, config=config.train, offline=config.data.offline)
+    key = task_key(
+        config,
+        mteb_task=data.task,
+        fingerprint=data.fingerprint,
+        encoder=encoder,
+        runtime=runtime,
+        versions=library_versions(),
+    )
+    start = _find_warm_start(config, mteb_task.name, encoder, paths)
+    notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
+    found = start if isinstance(start, AdapterRef) else None
+    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, found, notes)
+
+
+def _find_warm_start(config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]) -> AdapterRef | str | None:
+    """The adapter that is to be gone on from, or why it cannot; none where none is asked for."""
+    if config.train.warm_start is None:
+        return None
+    ref = f"{config.train.warm_start}#{name}"
+    try:
+        (adapter,) = find_adapters([ref], offline=config.data.offline)
+    except AdapterError as error:
+        return f"nothing to start from: {error}"
+    expected = {
+        "rank": config.adapter.rank,
+        "alpha": config.adapter.alpha,
+        "adapted_modules": tuple(paths),
+        "pooling": config.encoder.pooling,
+    }
+    other = [what for what, value in expected.items() if getattr(adapter.meta, what) != value]
+    if adapter.encoder.revision != encoder.revision:
+        other.append("encoder revision")
+    if other:
+        return f"{ref} has another {' and another '.join(other)}"
+    return AdapterRef(path=ref, sha256=adapter.sha256, encoder_revision=encoder.revision)
+
+
+def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
+    """The config with the commit in it that the Hub's newest revision resolved to."""
+    if Path(config.encoder.name).is_dir() or config.encoder.name.startswith("package:"):
+        return config
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": files.ref.revision})})

@@ -1,0 +1,75 @@
+"""What a folder is: an adapter's, a run's, a publication, a run store, or none of these. One answer for every command that is given one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from pipeline.store.manifest import finished_runs
+from pipeline.store.run_folder import RunFolder, TaskFolder
+
+FolderKind = Literal["nothing", "file", "adapter", "run", "unfinished run", "publication", "run store", "other"]
+RUN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+"""What `lorafleet train` calls its run folders."""
+
+
+def kind_of(root: Path) -> FolderKind:
+    """What lies there. Looks at names only, so nothing that is damaged or hostile is read."""
+    if not is_folder(root):
+        return "file" if os.path.lexists(root) else "nothing"
+    run = RunFolder(root)
+    if os.path.lexists(run.publication):
+        return "publication"
+    if os.path.lexists(run.manifest):
+        return "run"
+    if os.path.lexists(TaskFolder(root).adapter_weights):
+        return "adapter"
+    if os.path.lexists(run.results) or (RUN_NAME.fullmatch(root.absolute().name) and os.path.lexists(run.config)):
+        return "unfinished run"
+    return "run store" if os.path.lexists(root / ".lock") or _runs_in(root) else "other"
+
+
+def is_folder(path: Path | str) -> bool:
+    """Whether a folder lies there; ``Path.is_dir`` raises where a name is too long to be one."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def adapters_in(root: Path) -> list[str]:
+    """Names of the folders in a run or a publication that hold an adapter, sorted; those that begin with a dot are copies cut short."""
+    names = root.glob(f"[!.]*/{TaskFolder(root).adapter_weights.name}") if is_folder(root) else ()
+    return sorted(path.parent.name for path in names)
+
+
+def explain(root: Path, *, task: str | None = None) -> str:
+    """What lies there, and what to name in its place, for a message to somebody who was to name something else.
+
+    Args:
+        root: The folder.
+        task: The MTEB task whose adapter is looked for in it.
+    """
+    match kind_of(root):
+        case "nothing":
+            return f"there is no folder {root}"
+        case "file":
+            return f"{root} is a file"
+        case "adapter":
+            return f"{root} is the folder of a single adapter"
+        case "run":
+            return f"{root} is a run folder, in the run store {root.absolute().parent}"
+        case "unfinished run":
+            return f"{root} is not finished: manifest.json is missing, which is written last; let `lorafleet train` finish"
+        case "publication":
+            return f"{root} is a publication"
+        case "run store":
+            newest = next((run.root for run, _ in finished_runs(root)), None)
+            if newest is None:
+                return f"{root} is a run store, and none of its runs is finished"
+            return f"{root} is a run store; name one of its runs, such as {newest}{f'#{task}' if task else ''}"
+        case "other":
+            return f"{root} is neither a run folder, nor a publication, nor an adapter's folder"
+
+
+def _runs_in(root: Path) -> bool:
+    return any(is_folder(path) and (RUN_NAME.fullmatch(path.name) or os.path.lexists(RunFolder(path).manifest)) for path in root.glob("*"))

@@ -1,0 +1,95 @@
+"""Training steps on a GPU, recorded once for each shape of batch and then replayed.
+
+A step of a small encoder on short texts is some thousand short kernels: launching them one by one from Python takes several times longer
+than running them. What replaying gives: CHANGELOG, Experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.encoder.encoder import Batch, Encoder
+
+LENGTH_STEP = 8
+"""Batches are padded to a multiple of so many tokens, so that an epoch comes in few shapes."""
+RECORDABLE = frozenset({"bert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"})
+"""Encoders whose replayed steps were compared with launched ones (tests/test_devices.py); others may copy from the host in between."""
+
+Step = Callable[[Batch, Tensor], Tensor]
+"""Learns from a batch with its labels, int64 (texts,), and returns the loss."""
+
+
+def is_recordable(encoder: Encoder) -> bool:
+    """Whether steps on it can be replayed: on a GPU, not compiled, of a known architecture."""
+    known = encoder.model.config.model_type in RECORDABLE
+    return known and encoder.device.type == "cuda" and not encoder.runtime.compiled
+
+
+class StepGraphs:
+    """A training step that is recorded for every length of full batches; smaller batches, of which an epoch has few, are launched."""
+
+    def __init__(self, step: Step, *, batch_size: int, state: Sequence[Tensor]) -> None:
+        """Record nothing yet.
+
+        Args:
+            step: What is recorded. All that it changes lies on the GPU and is changed in place.
+            batch_size: Texts of a full batch.
+            state: The tensors that it changes and that the next step depends on.
+        """
+        self._step = step
+        self._batch_size = batch_size
+        self._state = state
+        self._recorded: dict[int, _Recorded] = {}
+        self._stream = torch.cuda.Stream()
+        self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+
+    def __call__(self, batch: Batch, labels: Tensor) -> Tensor:
+        """Take the step, and return its loss."""
+        texts, length = batch.ids.shape
+        if texts != self._batch_size:
+            return self._step(batch, labels)
+        if length not in self._recorded:
+            self._recorded[length] = self._record(batch, labels)
+        recorded = self._recorded[length]
+        recorded.batch.ids.copy_(batch.ids)
+        recorded.batch.mask.copy_(batch.mask)
+        recorded.labels.copy_(labels)
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _record(self, batch: Batch, labels: Tensor) -> _Recorded:
+        batch, labels = Batch(batch.ids.clone(), batch.mask.clone()), labels.clone()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._try_out(batch, labels)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                loss = self._step(batch, labels)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return _Recorded(batch, labels, loss, graph)
+
+    def _try_out(self, batch: Batch, labels: Tensor) -> None:
+        """A step that counts for nothing: libraries set themselves up at their first call, which cannot be recorded."""
+        before = [tensor.detach().clone() for tensor in self._state]
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+            self._step(batch, labels)
+        with torch.no_grad():
+            for tensor, value in zip(self._state, before, strict=True):
+                tensor.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph, with the tensors that it reads and writes."""
+
+    batch: Batch
+    labels: Tensor
+    loss: Tensor
+    graph: torch.cuda.CUDAGraph

@@ -1,0 +1,1 @@
+"""Checks of `lorafleet doctor`: this machine, its libraries and its servers."""
