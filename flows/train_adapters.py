@@ -29,7 +29,8 @@ from pipeline.store.tables import read_gate
 from tasks import stages
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 from tasks.early_check import early_check
-from tasks.fleet import Fleet, FleetWorker, WorkerDiedError, fleet_of_run
+from tasks.fleet import Fleet, fleet_of_run
+from tasks.fleet_worker import FleetWorker, WorkerDiedError
 from tasks.log import run_logger
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from pipeline.config import RunConfig, anchored
 from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import own_output, read_answers
-from pipeline.store.manifest import finished_runs, library_versions, sources_sha256
+from pipeline.store.finished import finished_runs
+from pipeline.store.key import library_versions, sources_sha256
 from tasks.children import die_with_parent
 
 _AHEAD: list[EarlyCheck] = []
@@ -105,7 +106,7 @@ def _same_as_before(config: RunConfig, runs: Path) -> bool:
 
 
 def _answer(config: RunConfig) -> dict[str, Any]:
-    from pipeline.encoder.encoder import choose_runtime
+    from pipeline.encoder.runtime import choose_runtime
     from pipeline.run.preflight import preflight
 
     try:

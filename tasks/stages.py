@@ -31,14 +31,16 @@ from pipeline.records import (
     ScoreRow,
     TaskResult,
 )
-from pipeline.reports.score_table import SCORE_HEADINGS, head_change, label_changes, percent, said_of_start, score_table
+from pipeline.reports.formatting import label_changes, percent
+from pipeline.reports.score_table import SCORE_HEADINGS, head_change, said_of_start, score_table
 from pipeline.run.plan import Plan
-from pipeline.store.manifest import RunManifest, find_finished, latest_results
-from pipeline.store.manifest import find_unchanged as find_unchanged_run
+from pipeline.store.finished import find_finished, latest_results
+from pipeline.store.finished import find_unchanged as find_unchanged_run
+from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder
 from tasks.board import BOARD
 from tasks.early_check import EarlyCheck
-from tasks.fleet import FleetWorker, WorkerDiedError
+from tasks.fleet_worker import FleetWorker, WorkerDiedError
 from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 

@@ -45,13 +45,13 @@ class Worker:
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
         import pipeline.run.job  # noqa: F401
-        from pipeline.evaluation.classification import import_ahead
+        from pipeline.evaluation.few_shot import import_ahead
 
         import_ahead()
 
     def check(self, config: RunConfig) -> Plan:
         """Check the inputs of a whole run, where they will be used, and choose how its workers compute; see ``preflight``."""
-        from pipeline.encoder.encoder import choose_runtime
+        from pipeline.encoder.runtime import choose_runtime
         from pipeline.run.preflight import preflight
 
         return preflight(config, choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu))

@@ -474,7 +474,8 @@ def save_overflowing_encoder(folder: Path, word: str) -> Path:
 def load_encoder(name: str | Path, *, pooling: Literal["mean", "cls", "max"] = "mean", max_tokens: int = 24) -> Encoder:
     """An encoder on the CPU in float32, as a run would load it."""
     from pipeline.config import EncoderConfig
-    from pipeline.encoder.encoder import Encoder, find_encoder
+    from pipeline.encoder.encoder import Encoder
+    from pipeline.encoder.files import find_encoder
 
     config = EncoderConfig(name=str(name), pooling=pooling, max_tokens=max_tokens)
     return Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from builders import calibration, give_effect, load_encoder
 
-from pipeline.adapter.adapter import Adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.files import save_adapter
 from pipeline.bulk.plan import plan_bulk
 from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
 from pipeline.bulk.state import Begun, finish

@@ -29,7 +29,7 @@ from hub_server import CUT, HubServer, go_online, serve_hub
 
 import pipeline.inference.reload
 import pipeline.publishing.hub
-from pipeline.adapter.adapter import load_adapter, save_adapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.publishing.publish import Published, publish

@@ -32,12 +32,17 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter.adapter import Adapter, HeadStart, check_both_forms, check_peft, load_adapter, projection_paths, save_adapter
+from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.description import describe_adapter
+from pipeline.adapter.files import check_both_forms, load_adapter, save_adapter, start_from
 from pipeline.adapter.lora import LoraLinear
+from pipeline.adapter.peft_form import check_peft
+from pipeline.adapter.targets import projection_paths
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder.encoder import Encoder, FloatArray, choose_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder, FloatArray
+from pipeline.encoder.files import find_encoder
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
-from pipeline.inference.reference import describe_adapter
 from pipeline.records import EncoderRef
 from pipeline.reports.model_card import usage_snippet
 from pipeline.store.run_folder import TaskFolder, adapter_sha256
@@ -600,7 +605,7 @@ def test_a_weight_that_cannot_be_computed_with_is_refused_by_its_name(
         load_adapter(folder, encoder)
     assert embed(encoder).tobytes() == before.tobytes()
     with pytest.raises(AdapterError, match=says):  # as a warm start reads it
-        Adapter(encoder, AdapterConfig(), LABELS).start_from(folder)
+        start_from(Adapter(encoder, AdapterConfig(), LABELS), folder)
 
 
 @pytest.mark.usefixtures("saved")

@@ -14,9 +14,10 @@ import pytest
 from builders import COMMIT, calibration, finished_run, save_tiny_encoder, task_result
 from bulk import LABELS, save_bulk_adapter
 
+from pipeline.adapter.description import FoundAdapter
 from pipeline.errors import AdapterError, InputError
-from pipeline.evaluation.scores import coverage_table
-from pipeline.inference.reference import FoundAdapter, find_adapters, threshold_for
+from pipeline.evaluation.calibration import coverage_table
+from pipeline.inference.reference import find_adapters, threshold_for
 from pipeline.store.run_folder import adapter_sha256
 
 Folders = Callable[[str], Path]

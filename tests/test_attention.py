@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import EncoderConfig
 from pipeline.encoder.attention import _attend, _attend_forward, attend_jointly, for_inference
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 
 Folders = Callable[[str], Path]
 TEXTS = ["a goal in the last minute of the match", "rain", "the market fell, then rose", "wind and snow over the hills all day long"]

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk.schema import FileSchema, join_schemas, keys_left_out, kinds_by_column, output_metadata, pandas_labels, wider
+from pipeline.bulk.metadata import keys_left_out, output_metadata, pandas_labels
+from pipeline.bulk.schema import FileSchema, join_schemas, kinds_by_column
+from pipeline.bulk.widening import wider
 from pipeline.errors import DataError
 
 STRING, LARGE = pa.string(), pa.large_string()

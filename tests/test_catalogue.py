@@ -15,8 +15,10 @@ import pytest
 from mteb.models.model_meta import ModelMeta
 
 from pipeline.config import DataConfig, MtebTaskConfig
-from pipeline.data.catalogue import UNREAD, LoadedTask, load_from_hub, load_mteb_task, plan_task
+from pipeline.data.catalogue import UNREAD, load_mteb_task, plan_task
+from pipeline.data.mteb_tasks import load_from_hub
 from pipeline.data.quickstart import hash_order
+from pipeline.data.table_checks import LoadedTask
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import MtebTask
 

@@ -12,12 +12,18 @@ import torch
 from builders import FAMILIES, give_effect, load_encoder, save_overflowing_encoder, save_tiny_encoder, toy_texts
 from torch import nn
 
-from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import AdapterConfig, TrainConfig
-from pipeline.encoder.encoder import Encoder, choose_runtime, known_package
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import known_package
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import AdapterError, EncoderError
-from pipeline.inference.classifier import CLOSE_CALL, Answers, Classifier, find_encoder_of, load_classifier
-from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.inference.classifier import CLOSE_CALL, Classifier, load_classifier
+from pipeline.inference.encoder_of_adapter import find_encoder_of
+from pipeline.inference.engine import Answers
+from pipeline.inference.reference import find_adapters
 from pipeline.publishing.gate import _predict
 from pipeline.store.run_folder import TaskFolder
 
@@ -201,7 +207,7 @@ def test_a_long_text_is_cut_where_its_whole_would_be(text: str, bert: Encoder) -
 def test_float32_is_there_to_be_asked_where_the_fast_dtype_is_another(
     precision: Any, asks: bool, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.encoder.encoder._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
+    monkeypatch.setattr("pipeline.encoder.runtime._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
     adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
     classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True, precision=precision)
     assert (classifier._referee is not None) == asks
@@ -224,7 +230,7 @@ def test_few_texts_are_spread_over_several_batches(
     least: int, batches: int, encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that no core waits long for another: an eighth of the tokens in each, but no fewer than are worth a batch."""
-    monkeypatch.setattr("pipeline.inference.classifier._LEAST_TOKENS_PER_BATCH", least)
+    monkeypatch.setattr("pipeline.inference.engine._LEAST_TOKENS_PER_BATCH", least)
     adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
     classifier = Classifier(adapters, load_encoder(encoder_folder("bert")))
     tokens = classifier.tokenise([*["goal " * 22] * 8, *["rain"] * 32])

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_task
 
-from flows.cli import _print_summary, _says_something
+from flows.commands.classify import _print_summary
+from flows.commands.run_flow import is_worth_logging
 from pipeline.bulk.records import BulkSummary
 from pipeline.config import load_config, preset_names
 
@@ -212,7 +213,7 @@ def test_train_prints_the_score_table_and_the_run_folder_last(finished_run: Fini
     ],
 )
 def test_of_prefects_lines_only_those_are_shown_that_say_something(logger: str, message: str, is_shown: bool) -> None:
-    assert _says_something(logging.LogRecord(logger, logging.INFO, "", 0, message, None, None)) == is_shown
+    assert is_worth_logging(logging.LogRecord(logger, logging.INFO, "", 0, message, None, None)) == is_shown
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,16 @@ import pytest
 import torch
 from builders import CPU_FLOAT32, load_encoder, toy_texts
 
-from pipeline.adapter.adapter import load_adapter, save_adapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder.encoder import Encoder, choose_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.records import EpochRow, Runtime
 from pipeline.store.run_folder import TaskFolder
+from pipeline.training.batches import LabelledTokens
 from pipeline.training.step_graphs import RECORDABLE, is_recordable
-from pipeline.training.train import LabelledTokens, Training, train_adapter
+from pipeline.training.train import Training, train_adapter
 
 LABELS = ("sea", "kitchen", "garden")
 

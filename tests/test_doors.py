@@ -16,14 +16,14 @@ SOURCES = sorted(path for package in ("flows", "tasks", "pipeline") for path in 
 PROGRAMS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path in (ROOT / "pipeline").rglob(ending))
 DOORS = {
-    "peft": {"pipeline/adapter/adapter.py"},
-    "mteb": {"pipeline/data/catalogue.py", "pipeline/evaluation/classification.py", "pipeline/reports/outputs.py"},
+    "peft": {"pipeline/adapter/peft_form.py"},
+    "mteb": {"pipeline/data/mteb_tasks.py", "pipeline/evaluation/few_shot.py", "pipeline/reports/outputs.py"},
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules
         *("tasks/bulk.py", "tasks/cancelling.py", "tasks/log.py", "tasks/progress.py", "tasks/stages.py"),
     },
-    "ray": {"tasks/bulk.py", "tasks/fleet.py"},
+    "ray": {"tasks/bulk.py", "tasks/fleet.py", "tasks/fleet_worker.py"},
     "deltalake": {"pipeline/bulk/table_formats.py"},
     "pyiceberg": {"pipeline/bulk/table_formats.py"},
 }

@@ -17,8 +17,11 @@ from builders import COMMIT, CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import EncoderConfig, TrainConfig
-from pipeline.encoder.encoder import Encoder, EncoderFiles, batches_by_budget, choose_runtime, empty_model, find_encoder, pool
-from pipeline.encoder import encoder as encoder_module
+from pipeline.encoder import runtime
+from pipeline.encoder.encoder import Encoder, batches_by_budget, pool
+from pipeline.encoder.files import EncoderFiles, find_encoder
+from pipeline.encoder.loading import empty_model
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import EncoderError
 from pipeline.records import EncoderRef
 
@@ -328,7 +331,7 @@ def test_bfloat16_is_taken_where_the_processor_gains_by_it(
     vendor: str, flags: str, dtype: str, processor: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(encoder_module, "_cpuinfo", {"vendor_id": [vendor], "flags": flags.split()}.get)
+    monkeypatch.setattr(runtime, "_cpuinfo", {"vendor_id": [vendor], "flags": flags.split()}.get)
     chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert chosen.dtype == dtype
     assert processor in (None, chosen.processor)

@@ -17,26 +17,22 @@ from mteb.models import ModelMeta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
-from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import ALL_COLUMNS, AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
 from pipeline.data.catalogue import plan_task
 from pipeline.data.dataset import TaskData, load_data
-from pipeline.encoder.encoder import Encoder, FloatArray, find_encoder
+from pipeline.encoder.encoder import Encoder, FloatArray
+from pipeline.encoder.files import find_encoder
 from pipeline.encoder.tokeniser import Tokens
-from pipeline.evaluation.classification import (
-    AdapterEvaluation,
-    Baselines,
-    RowFacts,
-    TextVectors,
-    _hold_out,
-    evaluate_adapter,
-    evaluate_frozen,
-    few_shot,
-    unit,
-)
+from pipeline.evaluation.classification import AdapterEvaluation, Baselines, RowFacts, evaluate_adapter, evaluate_frozen
+from pipeline.evaluation.few_shot import few_shot
+from pipeline.evaluation.probe import _hold_out
+from pipeline.evaluation.vectors import TextVectors, unit
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.train import LabelledTokens, Training, train_adapter
+from pipeline.training.batches import LabelledTokens
+from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

@@ -16,13 +16,17 @@ import torch
 from builders import FAMILIES, calibration, give_effect, load_encoder, toy_texts
 from safetensors.torch import load_file
 
-from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import AdapterConfig
-from pipeline.encoder.encoder import FloatArray, known_package
+from pipeline.encoder.encoder import FloatArray
+from pipeline.encoder.files import known_package
 from pipeline.errors import AdapterError, InputError, VerificationError
-from pipeline.evaluation.classification import unit
-from pipeline.export.export import Exported, Form, export, export_adapter
-from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.evaluation.vectors import unit
+from pipeline.export import export
+from pipeline.export.export import Exported, Form, export_adapter
+from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import PROBE_TEXTS
 from pipeline.store.run_folder import TaskFolder, read_record
 

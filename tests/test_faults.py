@@ -10,7 +10,7 @@ import pytest
 from commands import Command, Ended, epochs_done, write_config, write_task
 
 from pipeline.config import load_config
-from pipeline.encoder.encoder import choose_runtime
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.records import TaskResult
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec

@@ -24,7 +24,8 @@ from pipeline.records import MtebTask
 from pipeline.run.plan import JobSpec
 from pipeline.store.manifest import read_manifest
 from pipeline.store.run_folder import RunFolder
-from tasks.fleet import Fleet, FleetWorker, StoppedError, WorkerDiedError
+from tasks.fleet import Fleet
+from tasks.fleet_worker import FleetWorker, StoppedError, WorkerDiedError
 
 Folders = Callable[[str], Path]
 CLUSTER = """

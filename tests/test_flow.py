@@ -19,9 +19,10 @@ from builders import CPU_FLOAT32, toy_texts
 from commands import Command, Ended, FinishedRun, run, write_task
 from publishing import change_adapter, copy_run
 
-from pipeline.adapter.adapter import load_adapter
+from pipeline.adapter.files import load_adapter
 from pipeline.config import PublishConfig, load_config
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 from pipeline.publishing.publish import publish
 from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
 from pipeline.store.manifest import RunManifest, read_manifest

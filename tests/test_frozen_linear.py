@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.encoder.encoder import choose_runtime
 from pipeline.encoder.frozen_linear import FrozenLinear, pack_linears
+from pipeline.encoder.runtime import choose_runtime
 
 BF16 = choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False)
 

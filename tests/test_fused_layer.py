@@ -13,10 +13,11 @@ from builders import CPU_FLOAT32, calibration, load_encoder, save_tiny_encoder
 from bulk import save_bulk_adapter
 from torch import nn
 
-from pipeline.adapter.adapter import load_adapter
+from pipeline.adapter.files import load_adapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder.attention import for_inference
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 from pipeline.encoder.frozen_linear import FrozenLinear
 from pipeline.inference.classifier import load_classifier
 from pipeline.inference.fused_layer import FusedLayer, FusedModel, fuse_layers

@@ -21,7 +21,8 @@ from commands import run, write_task
 from sklearn.linear_model import LogisticRegression
 
 from flows.cli import lorafleet
-from pipeline.adapter.adapter import Adapter, HeadStart, save_adapter
+from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.files import save_adapter
 from pipeline.config import (
     AdapterConfig,
     DataConfig,
@@ -35,9 +36,12 @@ from pipeline.config import (
 )
 from pipeline.data.catalogue import plan_task
 from pipeline.data.dataset import TaskData, load_data
-from pipeline.encoder.encoder import Encoder, FloatArray, choose_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder, FloatArray
+from pipeline.encoder.files import find_encoder
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.scores import Interval, paired_difference, score_predictions
+from pipeline.evaluation.scores import Interval, score_predictions
+from pipeline.evaluation.significance import paired_difference
 from pipeline.inference.reload import PROBE_TEXTS, PROBE_TOLERANCE
 from pipeline.publishing.gate import beats_probe, compare, decide, first_look, judge
 from pipeline.publishing.publication import Base, read_candidate

@@ -18,7 +18,7 @@ from test_dataset import load_own, numbered
 from test_report import HOSTILE, figures, parse, texts
 
 from pipeline.config import load_config
-from pipeline.encoder.encoder import choose_runtime
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.records import Column, DataSummary, Failure, LabelShare, MtebTaskRow, ScoreRow, TaskResult
 from pipeline.reports.history_page import NEWEST_RUNS, render_history, write_history_page
 from pipeline.run.collect import collect, finish_run

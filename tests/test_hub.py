@@ -17,8 +17,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from publishing import hub_of_our_own
 
 from pipeline.config import DataConfig, EncoderConfig, MtebTaskConfig
-from pipeline.data.catalogue import load_from_hub, plan_task
-from pipeline.encoder.encoder import find_encoder
+from pipeline.data.catalogue import plan_task
+from pipeline.data.mteb_tasks import load_from_hub
+from pipeline.encoder.files import find_encoder
 from pipeline.errors import InputError, LorafleetError
 from pipeline.inference.reference import find_adapters
 from pipeline.publishing.hub import HubRepository, ask, download

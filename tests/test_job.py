@@ -14,7 +14,7 @@ from bulk import save_bulk_adapter
 from commands import write_config, write_task
 
 from pipeline.config import RunConfig, load_config
-from pipeline.encoder.encoder import choose_runtime
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import JobSpec, job_spec

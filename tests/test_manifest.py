@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,13 @@ import pipeline
 from pipeline.config import RunConfig, validate_config
 from pipeline.errors import DataError
 from pipeline.records import EncoderRef, Failure, MtebTask, Runtime
-from pipeline.store import manifest as manifest_module
+from pipeline.store.finished import find_finished, find_unchanged, finished_runs, latest_results
+from pipeline.store.key import imported_files, sources_sha256, task_key
 from pipeline.store.lock import oldest_first
-from pipeline.store.manifest import (
-    RunManifest,
-    find_finished,
-    find_unchanged,
-    finished_runs,
-    latest_results,
-    read_manifest,
-    sources_sha256,
-    task_key,
-    write_manifest,
-)
+from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.run_folder import RunFolder
 
+PIPELINE = Path(pipeline.__file__).parent
 TASK = MtebTask(name="Topics", source="files", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
 KEY = "d" * 64
 
@@ -87,48 +80,50 @@ def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str,
     assert key(**changes) == key()
 
 
-def test_every_module_that_a_training_imports_counts_or_is_known_not_to() -> None:
-    """The others are in the key by their values (config, runtime, texts that were read), or have no weight (a reload's check)."""
-    folder, found, left = Path(pipeline.__file__).parent, set[str](), ["job"]
-    while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
-                    left += [str(node.module).removeprefix("pipeline.")] if node.module != "pipeline" else [a.name for a in node.names]
-    others = {"adapter_ref", "config", "errors", "folders", "hub_errors", "manifest", "plan", "records", "reload", "run_folder"}
-    others |= {"run_store", "sources", "storage", "documents", "machine", "printable"}
-    assert found - others == set(manifest_module._SOURCES)
+def test_all_that_python_loads_for_the_workers_job_counts() -> None:
+    program = "import sys, pipeline.run.job\nprint(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'pipeline'))"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=PIPELINE.parent, capture_output=True, text=True, check=True)
+    rooms = {path for path in map(Path, loaded.stdout.split()) if path.name != "__init__.py"}
+    assert len(rooms) > 20
+    assert rooms <= set(imported_files())
+
+
+def test_an_import_inside_a_function_counts_and_so_does_a_module_named_as_an_attribute(tmp_path: Path) -> None:
+    package = tmp_path / "pipeline"
+    for name, text in {
+        "run/job.py": "def f():\n    from pipeline.data import late\n",
+        "data/late.py": "from pipeline.records import X\n",
+        "records.py": "import json\n",
+        "reports/page.py": "from pipeline.records import X\n",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text, encoding="utf-8")
+    assert [path.relative_to(package).as_posix() for path in imported_files(package)] == ["data/late.py", "records.py", "run/job.py"]
 
 
 def test_which_published_adapter_is_gone_on_from_does_not_count() -> None:
     assert key(config={"train": {"warm_start": "out"}}) == key(config={"train": {"warm_start": "other"}})
 
 
-def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path: Path) -> None:
     copy = tmp_path / "pipeline"
-    shutil.copytree(Path(pipeline.__file__).parent, copy)
-    monkeypatch.setattr(manifest_module.pipeline, "__file__", str(copy / "__init__.py"))
-    before = sources_sha256()
-    for name in ("report.py", "model_card.py", "hub.py", "collect.py", "run_folder.py"):
-        (copy / name).write_text("# changed\n")
-        assert sources_sha256() == before, name
+    shutil.copytree(PIPELINE, copy)
+
+    def changed_by(name: str) -> bool:
+        before = sources_sha256(copy)
+        sources_sha256.cache_clear()
+        with (copy / name).open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+        return sources_sha256(copy) != before
+
+    for name in ("reports/report.py", "reports/model_card.py", "publishing/hub.py", "run/collect.py", "bulk/worker.py", "export/export.py"):
+        assert not changed_by(name), name
     for name in (
-        "dataset.py",
-        "encoder.py",
-        "tokeniser.py",
-        "attention.py",
-        "frozen_linear.py",
-        "adapter.py",
-        "training.py",
-        "evaluation.py",
-        "scores.py",
-        "catalogue.py",
+        *("run/job.py", "data/catalogue.py", "data/table_checks.py", "data/dataset.py", "encoder/encoder.py", "encoder/loading.py"),
+        *("encoder/tokeniser.py", "encoder/attention.py", "encoder/frozen_linear.py", "adapter/adapter.py", "adapter/lora.py"),
+        *("training/train.py", "training/flat_weights.py", "evaluation/classification.py", "evaluation/scores.py", "evaluation/probe.py"),
     ):
-        (copy / name).write_text("# changed\n")
-        assert sources_sha256() != before, name
-        before = sources_sha256()
+        assert changed_by(name), name
 
 
 def test_the_newest_finished_task_with_the_key_is_found_also_in_a_run_that_was_killed(tmp_path: Path) -> None:

@@ -315,7 +315,8 @@ def test_no_image_is_called_latest() -> None:
 _FROM_THE_IMAGE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
-from flows import cli, deploying, up
+from flows import cli, deploying
+from tasks.services import up
 assert deploying.FILE.is_file() and up.CONFIG.is_file(), "deploy/ lies beside flows/"
 cli.main(["train", "--dry-run"])
 """

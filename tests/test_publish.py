@@ -48,7 +48,7 @@ from publishing import (
 
 from flows.cli import main
 from pipeline.config import PublishConfig, load_config
-from pipeline.encoder.encoder import choose_runtime
+from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import AdapterError, InputError, LockedError, VerificationError
 from pipeline.publishing.publish import publish, rollback
 from pipeline.run.preflight import preflight

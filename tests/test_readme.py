@@ -250,7 +250,8 @@ def _put_eurobert(hub: HubServer, cwd: Path, texts: list[str]) -> Path:
     """A tiny EuroBERT on the Hub, and beside it an adapter of it that favours no label; returns the encoder's folder."""
     import torch
 
-    from pipeline.adapter.adapter import Adapter, save_adapter
+    from pipeline.adapter.adapter import Adapter
+    from pipeline.adapter.files import save_adapter
     from pipeline.config import AdapterConfig
     from pipeline.store.run_folder import TaskFolder
 
@@ -436,7 +437,7 @@ def _accuracy(reader: Reader, name: str, column: str) -> float:
 
 def _ours(place: Path, encoder: str, texts: list[str]) -> tuple[Any, Any]:
     """Vectors and logits of the adapter as it was trained: not merged, float32."""
-    from pipeline.adapter.adapter import load_adapter
+    from pipeline.adapter.files import load_adapter
     from pipeline.store.run_folder import TaskFolder
 
     adapter = load_adapter(TaskFolder(place), load_encoder(encoder, max_tokens=128))

@@ -11,9 +11,11 @@ import pytest
 import torch
 from builders import CPU_FLOAT32, give_effect, toy_texts
 
-from pipeline.adapter.adapter import Adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.files import save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 from pipeline.errors import VerificationError
 from pipeline.inference.reload import Reloaded, check_reload
 from pipeline.store.run_folder import TaskFolder

@@ -9,16 +9,8 @@ import pytest
 from builders import ENCODER, RUN_ID, WHEN, task_result
 
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MainMetric, TaskResult, WarmStart
-from pipeline.reports.score_table import (
-    SCORE_HEADINGS,
-    head_change,
-    percent,
-    points,
-    said_of_start,
-    score_table,
-    summarise,
-    without_local_paths,
-)
+from pipeline.reports.formatting import percent, points, without_local_paths
+from pipeline.reports.score_table import SCORE_HEADINGS, head_change, said_of_start, score_table, summarise
 
 
 def summary_of(*results: TaskResult, failures: tuple[Failure, ...] = ()) -> ClassificationResults:

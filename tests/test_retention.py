@@ -22,8 +22,9 @@ from commands import run
 from pipeline.errors import InputError, LockedError
 from pipeline.records import Failure, GateDecision, TaskResult
 from pipeline.run.collect import reuse
+from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
-from pipeline.store.manifest import RunManifest, find_finished, finished_runs, read_manifest, write_manifest
+from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
 from pipeline.store.run_folder import RunFolder, read_record
 from pipeline.store.tables import write_gate

@@ -16,7 +16,8 @@ import pytest
 import torch
 from builders import FAMILIES, calibration, give_effect, load_encoder, save_overflowing_encoder, toy_texts
 
-from pipeline.adapter.adapter import Adapter, load_adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import AdapterConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.tokeniser import Tokens

@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score
 
+from pipeline.data.splits import overlap
 from pipeline.errors import LorafleetError
-from pipeline.evaluation import scores
+from pipeline.evaluation import calibration, scores, significance
 from pipeline.evaluation.scores import score_of_draws, score_predictions
 from pipeline.records import Comparison
 
@@ -160,7 +161,7 @@ def test_mcnemar_counts_only_texts_that_one_of_the_two_gets_right() -> None:
     second[:8] = 1  # only the first is right
     first[8:10] = 1  # only the second is right
     first[10:13] = second[10:13] = 2  # both are wrong
-    comparison = scores.mcnemar(labels, first, second)
+    comparison = significance.mcnemar(labels, first, second)
     assert (comparison.only_head, comparison.only_probe) == (8, 2)
     # Two tails of ten fair coins: 2 * (1 + 10 + 45) / 1024.
     assert comparison.p_value == pytest.approx(112 / 1024)
@@ -169,17 +170,17 @@ def test_mcnemar_counts_only_texts_that_one_of_the_two_gets_right() -> None:
 def test_mcnemar_does_not_mind_which_prediction_comes_first() -> None:
     rng = np.random.default_rng(1)
     labels, first, second = (rng.integers(3, size=300) for _ in range(3))
-    forward, backward = scores.mcnemar(labels, first, second), scores.mcnemar(labels, second, first)
+    forward, backward = significance.mcnemar(labels, first, second), significance.mcnemar(labels, second, first)
     assert forward.p_value == pytest.approx(backward.p_value)
     assert (forward.only_head, forward.only_probe) == (backward.only_probe, backward.only_head)
 
 
 def test_mcnemar_of_equal_predictions_or_equal_merit_is_one() -> None:
-    assert scores.mcnemar(LABELS, PREDICTIONS, PREDICTIONS).p_value == 1.0
+    assert significance.mcnemar(LABELS, PREDICTIONS, PREDICTIONS).p_value == 1.0
     for half in range(1, 60):
         labels = np.zeros(2 * half, dtype=int)
         first = (np.arange(2 * half) < half).astype(int)
-        assert scores.mcnemar(labels, first, 1 - first).p_value == pytest.approx(1.0)
+        assert significance.mcnemar(labels, first, 1 - first).p_value == pytest.approx(1.0)
 
 
 def macro_f1_of(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -187,7 +188,7 @@ def macro_f1_of(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def by_macro_f1(labels: np.ndarray, first: np.ndarray, second: np.ndarray, *, num_classes: int = 4) -> Comparison:
-    return scores.compare_paired(labels, first, second, num_classes=num_classes, main_metric="macro_f1", seed=0)
+    return significance.compare_paired(labels, first, second, num_classes=num_classes, main_metric="macro_f1", seed=0)
 
 
 def test_the_test_of_macro_f1_is_the_share_of_all_swaps_that_differ_as_much() -> None:
@@ -232,8 +233,8 @@ def test_on_an_unbalanced_set_accuracy_and_macro_f1_can_judge_in_opposite_ways()
     lazy = np.zeros(1000, dtype=int)
     keen = labels.copy()
     keen[:400] = 1
-    by_accuracy = scores.compare_paired(labels, keen, lazy, num_classes=4, main_metric="accuracy", seed=0)
-    assert by_accuracy == scores.mcnemar(labels, keen, lazy)
+    by_accuracy = significance.compare_paired(labels, keen, lazy, num_classes=4, main_metric="accuracy", seed=0)
+    assert by_accuracy == significance.mcnemar(labels, keen, lazy)
     assert by_accuracy.gain < 0
     assert by_accuracy.main_p_value == by_accuracy.p_value < 0.05
     found = by_macro_f1(labels, keen, lazy)
@@ -244,14 +245,14 @@ def test_on_an_unbalanced_set_accuracy_and_macro_f1_can_judge_in_opposite_ways()
 
 def test_holm_agrees_with_a_hand_computed_example() -> None:
     # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 = 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
-    assert scores.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_holm_never_lowers_a_p_value_and_keeps_their_order() -> None:
     rng = np.random.default_rng(2)
     for _ in range(50):
         p_values = list(rng.random(8) ** 3)
-        corrected = scores.holm(p_values)
+        corrected = significance.holm(p_values)
         pairs = sorted((before, after) for before, after in zip(p_values, corrected, strict=True) if after is not None)
         assert len(pairs) == 8
         assert all(before <= after <= 1 for before, after in pairs)
@@ -259,15 +260,15 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order() -> None:
 
 
 def test_holm_does_not_count_what_was_not_tested() -> None:
-    assert scores.holm([0.02, None, 0.5, None]) == [pytest.approx(0.04), None, pytest.approx(0.5), None]
-    assert scores.holm([None, None]) == [None, None]
-    assert scores.holm([]) == []
-    assert scores.holm([0.3]) == [0.3]
+    assert significance.holm([0.02, None, 0.5, None]) == [pytest.approx(0.04), None, pytest.approx(0.5), None]
+    assert significance.holm([None, None]) == [None, None]
+    assert significance.holm([]) == []
+    assert significance.holm([0.3]) == [0.3]
 
 
 def test_holm_gives_equal_p_values_equal_corrections_and_stops_at_one() -> None:
-    assert scores.holm([0.2, 0.2, 0.2]) == pytest.approx([0.6, 0.6, 0.6])
-    assert scores.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert significance.holm([0.2, 0.2, 0.2]) == pytest.approx([0.6, 0.6, 0.6])
+    assert significance.holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 # --- calibration ---
@@ -275,41 +276,41 @@ def test_holm_gives_equal_p_values_equal_corrections_and_stops_at_one() -> None:
 
 def test_softmax_of_huge_logits_is_finite_and_ignores_a_common_shift() -> None:
     logits = np.array([[1e4, 1e4 - math.log(3)], [-1e4, -1e4]])
-    assert scores.softmax(logits) == pytest.approx(np.array([[0.75, 0.25], [0.5, 0.5]]))
-    assert scores.softmax(logits + 123.0) == pytest.approx(scores.softmax(logits))
+    assert calibration.softmax(logits) == pytest.approx(np.array([[0.75, 0.25], [0.5, 0.5]]))
+    assert calibration.softmax(logits + 123.0) == pytest.approx(calibration.softmax(logits))
 
 
 def test_a_diverged_head_is_reported_with_what_to_do() -> None:
     logits = np.array([[0.0, 1.0], [np.nan, 1.0], [0.0, np.inf]])
     with pytest.raises(LorafleetError, match=r"2 of 3 texts .* lower train\.learning_rate"):
-        scores.calibrate(None, None, logits, np.array([0, 1, 1]))
+        calibration.calibrate(None, None, logits, np.array([0, 1, 1]))
 
 
 def test_calibration_error_agrees_with_a_hand_computed_example() -> None:
     probabilities = np.array([[0.9, 0.1], [0.92, 0.08], [0.4, 0.6], [0.45, 0.55]])
     labels = np.array([0, 1, 1, 1])
     # With ten bins: (0.8, 0.9] one text, right; (0.9, 1] one text, wrong; (0.5, 0.6] two texts, right.
-    assert scores.calibration_error(probabilities, labels, bins=10) == pytest.approx((0.1 + 0.92 + 2 * 0.425) / 4)
+    assert calibration.calibration_error(probabilities, labels, bins=10) == pytest.approx((0.1 + 0.92 + 2 * 0.425) / 4)
     # With a single bin it is the gap of the two means.
-    assert scores.calibration_error(probabilities, labels, bins=1) == pytest.approx(abs(0.75 - (0.9 + 0.92 + 0.6 + 0.55) / 4))
+    assert calibration.calibration_error(probabilities, labels, bins=1) == pytest.approx(abs(0.75 - (0.9 + 0.92 + 0.6 + 0.55) / 4))
 
 
 def test_certainty_has_no_error_when_right_and_the_whole_error_when_wrong() -> None:
     certain = np.eye(3)
-    assert scores.calibration_error(certain, np.array([0, 1, 2])) == 0.0
-    assert scores.calibration_error(certain, np.array([1, 2, 0])) == 1.0
+    assert calibration.calibration_error(certain, np.array([0, 1, 2])) == 0.0
+    assert calibration.calibration_error(certain, np.array([1, 2, 0])) == 1.0
 
 
 def test_probabilities_that_made_the_labels_are_calibrated() -> None:
     logits, labels = planted(temperature=1.0)
-    assert scores.calibration_error(scores.softmax(logits), labels) < 0.01
-    assert scores.calibration_error(scores.softmax(3 * logits), labels) > 0.05
+    assert calibration.calibration_error(calibration.softmax(logits), labels) < 0.01
+    assert calibration.calibration_error(calibration.softmax(3 * logits), labels) > 0.05
 
 
 def test_reliability_bins_hold_every_text_once_and_are_never_empty() -> None:
     logits, labels = planted(temperature=1.0, num_texts=1000)
-    probabilities = scores.softmax(logits)
-    bins = scores.reliability(probabilities, labels)
+    probabilities = calibration.softmax(logits)
+    bins = calibration.reliability(probabilities, labels)
     assert all(b.num_texts > 0 for b in bins)
     assert sum(b.num_texts for b in bins) == 1000
     assert sum(b.num_texts * b.accuracy for b in bins) / 1000 == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
@@ -320,43 +321,43 @@ def test_reliability_bins_hold_every_text_once_and_are_never_empty() -> None:
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
-    bins = scores.reliability(np.array([[0.5, 0.5], [0.51, 0.49], [1.0, 0.0]]), np.array([0, 0, 0]), bins=2)
+    bins = calibration.reliability(np.array([[0.5, 0.5], [0.51, 0.49], [1.0, 0.0]]), np.array([0, 0, 0]), bins=2)
     assert [b.num_texts for b in bins] == [1, 2]
 
 
 def test_a_float32_probability_a_rounding_error_above_one_counts_as_one() -> None:
     probabilities = np.array([[1.0000001, 0.0]], dtype=np.float32)
     assert probabilities.max() > 1
-    assert [b.confidence for b in scores.reliability(probabilities, np.array([0]))] == [1.0]
+    assert [b.confidence for b in calibration.reliability(probabilities, np.array([0]))] == [1.0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_temperature_recovers_a_planted_value(temperature: float) -> None:
     logits, labels = planted(temperature=temperature)
-    assert scores.fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+    assert calibration.fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
 
 
 def test_temperature_grows_with_the_logits() -> None:
     logits, labels = planted(temperature=1.0, num_texts=500)
-    assert scores.fit_temperature(4 * logits, labels) == pytest.approx(4 * scores.fit_temperature(logits, labels), rel=1e-3)
+    assert calibration.fit_temperature(4 * logits, labels) == pytest.approx(4 * calibration.fit_temperature(logits, labels), rel=1e-3)
 
 
 def test_at_the_fitted_temperature_the_expected_logit_is_the_true_one() -> None:
     # The derivative of the loss by 1/temperature is the difference of these two means.
     logits, labels = planted(temperature=1.7, num_texts=500)
-    expected = (scores.softmax(logits / scores.fit_temperature(logits, labels)) * logits).sum(axis=1).mean()
+    expected = (calibration.softmax(logits / calibration.fit_temperature(logits, labels)) * logits).sum(axis=1).mean()
     assert expected == pytest.approx(logits[np.arange(500), labels].mean(), abs=1e-3)
 
 
 def test_temperature_stays_in_its_range_and_is_one_where_nothing_is_wrong() -> None:
     always_wrong = np.array([[9.0, 0.0], [0.0, 9.0]])
-    assert scores.fit_temperature(always_wrong, np.array([1, 0])) == pytest.approx(20.0, rel=1e-3)
-    assert scores.fit_temperature(always_wrong, np.array([0, 1])) == 1.0
+    assert calibration.fit_temperature(always_wrong, np.array([1, 0])) == pytest.approx(20.0, rel=1e-3)
+    assert calibration.fit_temperature(always_wrong, np.array([0, 1])) == 1.0
 
 
 def test_coverage_falls_with_the_threshold_and_is_none_where_no_text_is_left() -> None:
     probabilities = np.array([[0.5, 0.5], [0.65, 0.35], [0.2, 0.8], [0.04, 0.96]])
-    rows = scores.coverage_table(probabilities, np.array([1, 0, 1, 1]))
+    rows = calibration.coverage_table(probabilities, np.array([1, 0, 1, 1]))
     assert [row.threshold for row in rows] == [0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99]
     assert [row.num_texts for row in rows] == [4, 4, 4, 4, 3, 2, 2, 1, 1, 1, 0, 0]
     assert [row.coverage for row in rows] == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.5, 0.25, 0.25, 0.25, 0.0, 0.0]
@@ -365,7 +366,7 @@ def test_coverage_falls_with_the_threshold_and_is_none_where_no_text_is_left() -
 
 def test_a_lower_end_is_what_the_binomial_test_does_not_refute_at_its_share_of_five_per_cent() -> None:
     logits, labels = planted(temperature=1.5, num_texts=900)
-    rows = scores.coverage_table(scores.softmax(logits), labels)
+    rows = calibration.coverage_table(calibration.softmax(logits), labels)
     for row in rows:
         if not row.num_texts:
             assert row.low == 0
@@ -379,7 +380,7 @@ def test_a_lower_end_is_what_the_binomial_test_does_not_refute_at_its_share_of_f
 def test_five_right_texts_support_no_high_accuracy_and_wrong_ones_none() -> None:
     probabilities = np.tile([0.999, 0.001], (5, 1))
     for labels, low in ((np.zeros(5, dtype=int), (0.05 / 12) ** (1 / 5)), (np.ones(5, dtype=int), 0.0)):
-        assert scores.coverage_table(probabilities, labels)[-1].low == pytest.approx(low)
+        assert calibration.coverage_table(probabilities, labels)[-1].low == pytest.approx(low)
 
 
 def test_all_lower_ends_of_a_table_hold_together_in_19_of_20_tables() -> None:
@@ -390,11 +391,11 @@ def test_all_lower_ends_of_a_table_hold_together_in_19_of_20_tables() -> None:
         return confidence**1.5
 
     many = random.uniform(0.5, 1.0, size=1_000_000)
-    true = [float(chance(many[many >= threshold]).mean()) for threshold in scores.COVERAGE_THRESHOLDS]
+    true = [float(chance(many[many >= threshold]).mean()) for threshold in calibration.COVERAGE_THRESHOLDS]
     for _ in range(tables):
         confidence = random.uniform(0.5, 1.0, size=600)
         labels = np.where(random.random(600) < chance(confidence), 0, 1)
-        rows = scores.coverage_table(np.stack([confidence, 1 - confidence], axis=1), labels)
+        rows = calibration.coverage_table(np.stack([confidence, 1 - confidence], axis=1), labels)
         broken += any((row.low or 0) > accuracy for row, accuracy in zip(rows, true, strict=True))
         lowest = min(lowest, rows[0].low or 0)
     assert broken / tables < 0.05
@@ -403,23 +404,23 @@ def test_all_lower_ends_of_a_table_hold_together_in_19_of_20_tables() -> None:
 
 def test_calibration_repairs_an_overconfident_head() -> None:
     logits, labels = planted(temperature=3.0, num_texts=8000)
-    result = scores.calibrate(logits[:4000], labels[:4000], logits[4000:], labels[4000:])
+    result = calibration.calibrate(logits[:4000], labels[:4000], logits[4000:], labels[4000:])
     assert result.fitted_on == "validation"
     assert result.temperature == pytest.approx(3.0, rel=0.1)
     assert result.error_before > 0.1
     assert result.error_after < 0.03
-    calibrated = scores.softmax(logits / result.temperature)
-    assert result.coverage == scores.coverage_table(calibrated[:4000], labels[:4000])
-    assert result.reliability == pytest.approx(scores.reliability(calibrated[4000:], labels[4000:]))
+    calibrated = calibration.softmax(logits / result.temperature)
+    assert result.coverage == calibration.coverage_table(calibrated[:4000], labels[:4000])
+    assert result.reliability == pytest.approx(calibration.reliability(calibrated[4000:], labels[4000:]))
     assert sum(b.num_texts for b in result.reliability) == 4000
 
 
 def test_without_validation_the_temperature_is_one_and_coverage_is_that_of_test() -> None:
     logits, labels = planted(temperature=3.0, num_texts=300)
-    result = scores.calibrate(None, None, logits, labels)
+    result = calibration.calibrate(None, None, logits, labels)
     assert (result.temperature, result.fitted_on) == (1.0, "none")
     assert result.error_before == result.error_after
-    assert result.coverage == scores.coverage_table(scores.softmax(logits), labels)
+    assert result.coverage == calibration.coverage_table(calibration.softmax(logits), labels)
 
 
 # --- confusions and overlap ---
@@ -447,7 +448,7 @@ def test_nothing_is_confused_where_everything_is_right() -> None:
 
 
 def test_overlap_is_equality_of_the_whole_text() -> None:
-    found = scores.overlap(["good film", "bad film"], ["bad film", "Bad film", "bad film ", "film", "good film"])
+    found = overlap(["good film", "bad film"], ["bad film", "Bad film", "bad film ", "film", "good film"])
     assert found.dtype == np.bool_
     assert found.tolist() == [True, False, False, False, True]
-    assert scores.overlap(["a"], []).shape == (0,)
+    assert overlap(["a"], []).shape == (0,)

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import absolute
-from pipeline.data.sources import find_sources, read_content, read_table
+from pipeline.data.formats import read_table
+from pipeline.data.sources import find_sources, read_content
 from pipeline.errors import DataError
 
 COLUMNS = {"text_column": "text", "label_column": "label"}

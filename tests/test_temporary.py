@@ -105,7 +105,12 @@ def test_a_full_disk_is_told_before_anything_is_started(base: Path, monkeypatch:
         ray_base()
 
 
-HOLDER = "import sys; from tasks.services.temporary import ray_folder\nwith ray_folder() as folder: print(folder.parent, flush=True); sys.stdin.read()"
+HOLDER = """import sys
+from tasks.services.temporary import ray_folder
+with ray_folder() as folder:
+    print(folder.parent, flush=True)
+    sys.stdin.read()
+"""
 
 
 def hold() -> tuple[subprocess.Popen[str], Path]:

@@ -19,25 +19,18 @@ import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
 from safetensors.torch import load, load_file
 
-from pipeline.adapter.adapter import Adapter, HeadStart, save_adapter
+from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.files import save_adapter, start_from
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import AdapterError, LorafleetError, ResumeError
 from pipeline.records import EpochRow, Progress
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.train import (
-    Checkpoint,
-    LabelledTokens,
-    Training,
-    _class_weights,
-    _cross_entropy,
-    _State,
-    accuracy,
-    epoch_batches,
-    tensor_file,
-    train_adapter,
-)
+from pipeline.training.batches import LabelledTokens, epoch_batches
+from pipeline.training.checkpoint import Checkpoint, LoopState, tensor_file
+from pipeline.training.train import Training, _class_weights, _cross_entropy, accuracy, train_adapter
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")
@@ -352,10 +345,10 @@ def test_an_epoch_that_equals_the_start_is_taken(encoder_folder: Folders) -> Non
 
 
 def test_a_checkpoint_keeps_all_that_the_rest_of_a_training_depends_on(undisturbed: Training, tmp_path: Path) -> None:
-    state = _State(
+    state = LoopState(
         list(undisturbed.epochs), best_epoch=2, best_score=0.75, last_gain=3, steps=90, finished=True, start_score=0.25, start_knows=True
     )
-    assert all(getattr(state, name) != value for name, value in vars(_State()).items()), "no field has the value that it begins with"
+    assert all(getattr(state, name) != value for name, value in vars(LoopState()).items()), "no field has the value that it begins with"
     file = Checkpoint(tmp_path / "c", {"seed": 0})
     file.write({"weights": torch.ones(3)}, state)
     found = file.read()
@@ -562,7 +555,7 @@ def published(undisturbed: Training, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_warm_start_begins_with_the_published_weights(published: TaskFolder, undisturbed: Training, bert: Encoder) -> None:
     adapter = Adapter(bert, AdapterConfig(), LABELS, seed=5)
-    adapter.start_from(published)
+    start_from(adapter, published)
     assert [p.detach().tolist() for p in adapter.parameters] == [p.detach().tolist() for p in undisturbed.adapter.parameters]
 
 
@@ -572,7 +565,7 @@ def test_the_heads_rows_follow_their_labels_and_a_new_label_keeps_its_own_start(
     names = ("garden", "desert", "sea")
     adapter = Adapter(bert, AdapterConfig(), names)
     fresh = adapter.head[1].weight.detach().clone()
-    adapter.start_from(published)
+    start_from(adapter, published)
     weight, before = adapter.head[1].weight.detach(), undisturbed.adapter.head[1].weight.detach()
     assert weight[0].tolist() == before[LABELS.index("garden")].tolist()
     assert weight[1].tolist() == fresh[1].tolist()
@@ -629,4 +622,4 @@ def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_fir
 
 def test_an_adapter_of_another_rank_cannot_be_started_from(published: TaskFolder, bert: Encoder) -> None:
     with pytest.raises(AdapterError, match="cannot be started from: expected rank 4, found 8"):
-        Adapter(bert, AdapterConfig(rank=4), LABELS).start_from(published)
+        start_from(Adapter(bert, AdapterConfig(rank=4), LABELS), published)

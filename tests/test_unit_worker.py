@@ -25,12 +25,13 @@ import torch
 from builders import calibration, load_encoder, save_overflowing_encoder, toy_texts
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 
-from pipeline.adapter.adapter import load_adapter
+from pipeline.adapter.files import load_adapter
+from pipeline.bulk.parquet import block_rows
 from pipeline.bulk.records import Receipt
 from pipeline.bulk.schema import _Wkb
 from pipeline.bulk.state import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk.units import Unit
-from pipeline.bulk.worker import UnitWorker, _block_rows
+from pipeline.bulk.worker import UnitWorker
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
 from pipeline.store.run_folder import TaskFolder
@@ -156,7 +157,7 @@ def test_texts_that_are_merely_alike_are_not_taken_for_equal(begun: Callable[...
 def test_wide_rows_are_read_a_few_at_a_time(
     column: str, repeated: bool, begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.bulk.worker._BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("pipeline.bulk.parquet._BLOCK_BYTES", 2**20)
     random = np.random.default_rng(0)
     texts = [f"{text} {number}" for number, text in enumerate(TEXTS[:50])]
     wide = [random.bytes(2**17)] * 50 if repeated else [random.bytes(2**17) for _ in texts]
@@ -201,7 +202,7 @@ def test_rows_that_grow_wide_after_narrow_ones_are_read_a_few_at_a_time(tmp_path
             num_rows=104,
             first_row_of_file=0,
         )
-        assert _block_rows(parquet, unit, ["text"]) < 40
+        assert block_rows(parquet, unit, ["text"]) < 40
 
 
 @pytest.mark.parametrize("options", [{}, {"min_score": 0.0}, {"min_score": 0.9}, {"top_k": 3}])

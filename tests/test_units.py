@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from bulk import write_table
 
-from pipeline.bulk.schema import text_type
 from pipeline.bulk.units import BulkInput, plan_input
+from pipeline.bulk.widening import text_type
 from pipeline.errors import DataError, InputError
 
 

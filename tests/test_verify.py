@@ -18,9 +18,10 @@ from publishing import _run_warm
 
 import pipeline.inference.reload
 from flows.cli import main
-from pipeline.adapter.adapter import Adapter, save_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.files import save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, PublishConfig, RunConfig
-from pipeline.encoder.encoder import exact_runtime
+from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.evaluation.scores import score_of_draws
 from pipeline.inference.reload import Ask, reload_elsewhere

@@ -27,7 +27,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.schema import Kinds, keys_left_out, kinds_by_column, pandas_labels, types_lost_in_reading
+from pipeline.bulk.metadata import keys_left_out, pandas_labels
+from pipeline.bulk.schema import Kinds, kinds_by_column, types_lost_in_reading
 from pipeline.errors import LorafleetError, first_line
 from pipeline.machine import own_output, read_answers
 from pipeline.printable import reveal

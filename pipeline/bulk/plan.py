@@ -9,14 +9,15 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.footers import start_ahead
 from pipeline.bulk.records import SMALL_ROWS, BulkJob, BulkRequest
 from pipeline.bulk.state import Begun, begin, check_places, describe_job, new_columns
 from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.bulk.worker import WorkerSpec
 from pipeline.errors import AdapterError, InputError, first_line
-from pipeline.inference.classifier import find_encoder_of
-from pipeline.inference.reference import NAME, FoundAdapter, find_adapters
+from pipeline.inference.encoder_of_adapter import find_encoder_of
+from pipeline.inference.reference import NAME, find_adapters
 from pipeline.printable import concealed
 from pipeline.storage import Place, check_address, store_errors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,24 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.bulk.metadata import ARROW_SCHEMA
+from pipeline.bulk.widening import plain_type, wider
 from pipeline.errors import DataError
 
-ARROW_SCHEMA = b"ARROW:schema"
-"""Key of Arrow's own schema in a footer."""
 Kinds = Mapping[str, Sequence[str]]
 """Top-level column -> the type of each leaf in it: its logical type, or the physical one where there is none."""
 
-_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-_BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_TIME_UNITS = ("s", "ms", "us", "ns")
 _WKB, _GEOMETRIES, _VARIANT = "geoarrow.wkb", ("Geometry", "Geography"), "Variant"
 _EXTENSION_NAME, _EXTENSION_METADATA = b"ARROW:extension:name", b"ARROW:extension:metadata"
-_PANDAS, _SPARK = b"pandas", b"org.apache.spark.sql.parquet.row.metadata"
-# Of a value that is no JSON, nested too deep, or another object than expected.
-_NOT_UNDERSTOOD = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
-_TEXT_LABELS = ("unicode", "string", "mixed", "mixed-integer", "empty")
-_SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean"}
 # Parquet's older annotation of a time stays: it says nothing of time zones, and DuckDB and Polars take it for one without.
 _FLAGS = re.compile(r", (?:is_from_converted_type=false|force_set_converted_type=\w+)")
 # What Parquet's integers are where nothing is said about them.
@@ -42,27 +32,6 @@ class FileSchema:
 
     path: str
     schema: pa.Schema
-
-
-def text_type(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
-    kind = _plain(kind)
-    return any(is_one(kind) for is_one in _STRINGS)
-
-
-def binary_type(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes, which may be text."""
-    kind = _plain(kind)
-    return any(is_one(kind) for is_one in _BINARIES)
-
-
-def is_utf8(value: bytes) -> bool:
-    """Whether bytes can be read as text."""
-    try:
-        value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> pa.Schema:
@@ -112,90 +81,6 @@ def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSche
             f"these two cannot be joined without a loss; {_TWO_JOBS}"
         )
     return field.with_type(kind).with_nullable(field.nullable or other.nullable), origin
-
-
-def wider(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    """The type that holds every value of both; none where one of them would lose something."""
-    if one == two:
-        return one
-    if pa.types.is_null(one) or pa.types.is_null(two):
-        return two if pa.types.is_null(one) else one
-    if pa.types.is_dictionary(one) or pa.types.is_dictionary(two):
-        return _wider_dictionary(one, two)
-    for family, widest in ((_STRINGS, pa.large_string()), (_BINARIES, pa.large_binary())):
-        if all(any(is_one(kind) for is_one in family) for kind in (one, two)):
-            return widest
-    if pa.types.is_integer(one) and pa.types.is_integer(two):
-        return _wider_integer(one, two)
-    if pa.types.is_floating(one) and pa.types.is_floating(two):
-        return max(one, two, key=lambda kind: kind.bit_width)
-    if pa.types.is_decimal(one) and pa.types.is_decimal(two):
-        return _wider_decimal(one, two)
-    return _wider_time(one, two) or _wider_nested(one, two)
-
-
-def _wider_dictionary(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    values = wider(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, two)))
-    if values is None or not (pa.types.is_dictionary(one) and pa.types.is_dictionary(two)):
-        return values
-    return pa.dictionary(pa.int32(), values) if not one.ordered and not two.ordered else None  # the order of categories is each file's own
-
-
-def _wider_integer(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    signed = [kind for kind in (one, two) if pa.types.is_signed_integer(kind)]
-    if len(signed) != 1:
-        return max(one, two, key=lambda kind: kind.bit_width)
-    unsigned = two if signed[0] == one else one
-    width = max(signed[0].bit_width, 2 * unsigned.bit_width)
-    return {16: pa.int16(), 32: pa.int32(), 64: pa.int64()}.get(width)
-
-
-def _wider_decimal(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    scale = max(one.scale, two.scale)
-    precision = scale + max(one.precision - one.scale, two.precision - two.scale)
-    return pa.decimal128(precision, scale) if precision <= 38 else pa.decimal256(precision, scale) if precision <= 76 else None
-
-
-def _wider_time(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    """Of times of day, any two. Of timestamps and durations those up to microseconds: nanoseconds have room for 585 years only."""
-    if pa.types.is_time(one) and pa.types.is_time(two):
-        unit = max(one.unit, two.unit, key=_TIME_UNITS.index)
-        return pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
-    for is_one, make in ((pa.types.is_timestamp, pa.timestamp), (pa.types.is_duration, pa.duration)):
-        if is_one(one) and is_one(two) and "ns" not in (one.unit, two.unit):
-            zones = [kind.tz for kind in (one, two) if pa.types.is_timestamp(kind)]
-            unit = max(one.unit, two.unit, key=_TIME_UNITS.index)
-            return None if len(set(zones)) > 1 else make(unit, *zones[:1])
-    return None
-
-
-def _wider_nested(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    if pa.types.is_map(one) and pa.types.is_map(two):
-        key, item = wider(one.key_type, two.key_type), wider(one.item_type, two.item_type)
-        if key is None or item is None or one.keys_sorted != two.keys_sorted:
-            return None
-        item_field = one.item_field.with_type(item).with_nullable(one.item_field.nullable or two.item_field.nullable)
-        return pa.map_(one.key_field.with_type(key), item_field, keys_sorted=one.keys_sorted)
-    if all(any(is_one(kind) for is_one in _LISTS) for kind in (one, two)):
-        value = wider(one.value_type, two.value_type)
-        if value is None:
-            return None
-        element = one.value_field.with_type(value).with_nullable(one.value_field.nullable or two.value_field.nullable)
-        if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(two) and one.list_size == two.list_size:
-            return pa.list_(element, one.list_size)
-        return pa.large_list(element) if pa.types.is_large_list(one) or pa.types.is_large_list(two) else pa.list_(element)
-    if pa.types.is_struct(one) and pa.types.is_struct(two) and [f.name for f in one] == [f.name for f in two]:
-        parts = [(a, b, wider(a.type, b.type)) for a, b in zip(one, two, strict=True)]
-        if all(kind is not None for _, _, kind in parts):
-            return pa.struct([a.with_type(kind).with_nullable(a.nullable or b.nullable) for a, b, kind in parts])
-    return None
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values themselves."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 # Writing
@@ -299,7 +184,7 @@ def _kind_of_leaf(leaf: Any) -> str:
 
 
 def _kinds(field: pa.Field, leaves: Iterator[str], printed: str) -> Iterator[str]:
-    kind = _plain(field.type)
+    kind = plain_type(field.type)
     parts = [kind.field(index) for index in range(kind.num_fields)]
     if pa.types.is_struct(kind) and _is_variant(field.name, [part.name for part in parts], printed):
         yield _VARIANT
@@ -339,79 +224,3 @@ def _as_geometry(field: pa.Field) -> pa.Field:
 
 
 # Metadata
-
-
-def output_metadata(
-    metadata: Mapping[bytes, bytes], *, kept: Sequence[str], added: Sequence[pa.Field], leave_out: bytes
-) -> dict[bytes, bytes]:
-    """The key-values of an input's footer for its output. Those by which pandas and Spark find the columns learn of the new ones.
-
-    Args:
-        metadata: Of the input's footer.
-        kept: Columns of the input that the output has.
-        added: Columns that the output adds.
-        leave_out: A key that is the output's own.
-    """
-    values = {key: value for key, value in metadata.items() if key not in (ARROW_SCHEMA, leave_out)}
-    for key, extend in _EXTENDED.items():
-        if key in values:
-            try:
-                values[key] = json.dumps(extend(json.loads(values[key]), kept, added)).encode()
-            except _NOT_UNDERSTOOD:
-                del values[key]  # a reader that trusts it would fail, or not see the new columns
-    return values
-
-
-def keys_left_out(metadata: Mapping[bytes, bytes], kept: Sequence[str]) -> list[str]:
-    """The key-values of an input's footer that its output cannot have, because nobody understands them."""
-    there = output_metadata(metadata, kept=kept, added=(), leave_out=b"")
-    return [key.decode() for key in _EXTENDED if key in metadata and key not in there]
-
-
-def _has_text_names(pandas: dict[str, Any]) -> bool:
-    levels = pandas["column_indexes"]
-    return len(levels) == 1 and levels[0]["pandas_type"] in _TEXT_LABELS and levels[0]["numpy_type"] in ("object", "str", "string")
-
-
-def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
-    """The type of the column labels that pandas wrote, where that is not one text each: the new columns have no such labels."""
-    try:
-        pandas = json.loads(metadata[_PANDAS])
-        levels = pandas["column_indexes"]
-        return "" if not levels or _has_text_names(pandas) else ", ".join(level["pandas_type"] for level in levels)
-    except _NOT_UNDERSTOOD:
-        return ""
-
-
-def _extend_pandas(pandas: dict[str, Any], _kept: Sequence[str], added: Sequence[pa.Field]) -> dict[str, Any]:
-    """With other than one text per column, pandas would try to read a new column's name as a number, a date or a tuple."""
-    if pandas.get("column_indexes") and not _has_text_names(pandas):
-        text = {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": {"encoding": "UTF-8"}}
-        pandas = pandas | {"column_indexes": [text]}
-        for column in pandas["columns"]:
-            column["name"] = column["field_name"]
-    known = {"string": ("unicode", "object"), "float": ("float32", "float32"), "bool": ("bool", "bool")}
-    new = [
-        {"name": f.name, "field_name": f.name, "pandas_type": kinds[0], "numpy_type": kinds[1], "metadata": None}
-        for f in added
-        if (kinds := known.get(str(f.type), ("object", "object")))
-    ]
-    return pandas | {"columns": [*pandas["columns"], *new]}
-
-
-def _extend_spark(spark: dict[str, Any], kept: Sequence[str], added: Sequence[pa.Field]) -> dict[str, Any]:
-    """Spark takes these for the file's columns, whatever else is in it."""
-    new = [{"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in added]
-    return spark | {"fields": [*(field for field in spark["fields"] if field["name"] in kept), *new]}
-
-
-def _spark_type(kind: pa.DataType) -> Any:
-    if pa.types.is_list(kind):
-        return {"type": "array", "elementType": _spark_type(kind.value_type), "containsNull": True}
-    if pa.types.is_struct(kind):
-        fields = [{"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in kind]
-        return {"type": "struct", "fields": fields}
-    return _SPARK_TYPES[str(kind)]
-
-
-_EXTENDED = {_PANDAS: _extend_pandas, _SPARK: _extend_spark}

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.content import content_now, is_version
+from pipeline.bulk.differences import check_same_job
 from pipeline.bulk.records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.inference.reference import FoundAdapter, threshold_for
-from pipeline.printable import counted
+from pipeline.inference.reference import threshold_for
 from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
@@ -103,7 +104,7 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
     if before is not None:
         changed, damaged = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
         if place is output:
-            _check_same(output, before, job, changed={unit.path for unit in changed})
+            check_same_job(output, before, job, changed={unit.path for unit in changed})
         for unit in (*changed, *damaged):  # changed are only those of an overwriting job
             place.remove(unit.output)
             done.discard(unit.output)
@@ -273,69 +274,6 @@ def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Rece
 def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -> bool:
     columns = {*source.schema.names, job.options.text_column}
     return bool(receipt.content) and receipt.content == content_now(unit, tuple(columns))
-
-
-def _check_same(output: Place, before: BulkJob, job: BulkJob, *, changed: Collection[str]) -> None:
-    """Compare a job with the one that the folder was begun for. Files that could not be read then, or were only touched, may differ.
-
-    Raises: InputError: something else is not as it was.
-    """
-    there = json.loads(before.model_dump_json())
-    now = {file.path: file for file in job.files}
-    for index, then in enumerate(before.files):
-        found = now.get(then.path)
-        if found is None or then.path in changed:
-            continue
-        was_mended = then.num_rows is None and job.options.limit is None
-        if was_mended or (then.size, then.num_rows) == (found.size, found.num_rows):
-            there["files"][index] = json.loads(found.model_dump_json())
-    differences = _differences(there, json.loads(job.model_dump_json()))
-    if differences or changed:
-        what = differences or [f"input: {min(changed)} has changed since"]
-        raise InputError(
-            f"output {output}: holds another job's output ({'; '.join(what[:3])}); choose another folder, or --overwrite to replace it"
-        )
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
-    found: list[str] = []
-    for key in here:
-        name, one, two = f"{path}{key}", there.get(key), here[key]
-        if one == two:
-            continue
-        if isinstance(one, dict) and isinstance(two, dict):
-            found += _differences(one, two, f"{name}.")
-        elif key == "files":
-            found.append(_different_files(one or [], two))
-        elif key == "adapters":
-            found += _different_adapters(one or [], two)
-        else:
-            found.append(f"{name}: then {one}, now {two}")
-    return found
-
-
-def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
-    old, new = ({file["path"]: file for file in files} for files in (there, here))
-    for what, paths in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())):
-        if paths:
-            return f"input: {min(paths)} is {what} ({counted(len(old), 'file')} then, {len(new)} now)"
-    path = min(path for path in new if new[path] != old[path])
-    if {**new[path], "num_rows": None} == {**old[path], "num_rows": None}:
-        return (
-            f"input: {path} could {'not be read then, and can be now' if old[path]['num_rows'] is None else 'be read then, and cannot now'}"
-        )
-    return f"input: {path} has changed since"
-
-
-def _different_adapters(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:
-    if [a["name"] for a in there] != [a["name"] for a in here]:
-        return [f"adapters: then {_named(there)}, now {_named(here)}"]
-    pairs = zip(there, here, strict=True)
-    return [difference for one, two in pairs for difference in _differences(one, two, f"adapter {two['name']}: ")]
-
-
-def _named(adapters: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{a['name']} {a['sha256'][:8]}" for a in adapters)
 
 
 def _failure(unit: Unit, reason: str | None) -> UnitFailure:

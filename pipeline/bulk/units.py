@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
-from pipeline.bulk.schema import FileSchema, binary_type, changed_types, is_utf8, join_schemas, text_type
+from pipeline.bulk.metadata import is_utf8
+from pipeline.bulk.schema import FileSchema, changed_types, join_schemas
 from pipeline.bulk.table_formats import check_columns, live_files
+from pipeline.bulk.widening import binary_type, text_type
 from pipeline.errors import DataError
 from pipeline.printable import counted
 from pipeline.records import Record

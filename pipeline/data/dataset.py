@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
 from pipeline.data.catalogue import load_mteb_task
-from pipeline.data.splits import held_out, label_key
+from pipeline.data.splits import held_out, label_key, overlap
 from pipeline.errors import DataError
-from pipeline.evaluation.scores import overlap
 from pipeline.records import LONGEST_LABEL, MOST_LABEL_BYTES, MtebTask
 
 Labels = NDArray[np.int64]

@@ -115,3 +115,9 @@ def _names(blocks: NDArray[np.int64], names: Sequence[str]) -> list[str]:
         if known is None or name < known:
             smallest[block] = name
     return [name for name in smallest if name is not None]
+
+
+def overlap(train_texts: Sequence[str], test_texts: Sequence[str]) -> NDArray[np.bool_]:
+    """Which test texts also occur in train, character for character; bool (number of test texts,)."""
+    known = set(train_texts)
+    return np.fromiter((text in known for text in test_texts), dtype=np.bool_, count=len(test_texts))

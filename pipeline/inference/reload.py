@@ -15,11 +15,15 @@ import numpy as np
 import torch
 
 from pipeline import errors
-from pipeline.adapter.adapter import Adapter, check_both_forms, check_peft, load_adapter
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.description import describe_adapter
+from pipeline.adapter.files import check_both_forms, load_adapter
+from pipeline.adapter.peft_form import check_peft
 from pipeline.config import EncoderConfig
-from pipeline.encoder.encoder import Encoder, FloatArray, exact_runtime, find_encoder
+from pipeline.encoder.encoder import Encoder, FloatArray
+from pipeline.encoder.files import find_encoder
+from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
-from pipeline.inference.reference import describe_adapter
 from pipeline.machine import own_output, read_answers
 from pipeline.records import Probe, Runtime
 from pipeline.store.run_folder import TaskFolder, write_atomically

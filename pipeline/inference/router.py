@@ -12,7 +12,8 @@ import numpy as np
 from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import AdapterError, DataError, InputError
-from pipeline.inference.classifier import Answers, load_classifier
+from pipeline.inference.classifier import load_classifier
+from pipeline.inference.engine import Answers
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
 

@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import DataError, VerificationError, first_line
 from pipeline.evaluation.scores import score_of_draws
-from pipeline.inference.reference import FoundAdapter, describe_adapter
 from pipeline.records import (
     AdapterMeta,
     Calibration,

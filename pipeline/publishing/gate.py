@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.adapter.description import FoundAdapter
 from pipeline.config import GateConfig
 from pipeline.data.dataset import load_data
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import DataError
-from pipeline.evaluation import scores
+from pipeline.evaluation import scores, significance
 from pipeline.inference.classifier import load_classifier
-from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
 from pipeline.publishing.publication import Base, Candidate
 from pipeline.records import Decision, GateDecision, TaskResult
-from pipeline.reports.score_table import label_changes, percent, points
+from pipeline.reports.formatting import label_changes, percent, points
 
 SIGNIFICANT = 0.05
 
@@ -152,8 +153,8 @@ def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measu
     return Measured(
         published_accuracy=float((published == labels).mean()),
         candidate_accuracy=float((candidate == labels).mean()),
-        interval=scores.paired_difference(labels, candidate, published),
-        p_value=scores.mcnemar(labels, candidate, published).p_value,
+        interval=significance.paired_difference(labels, candidate, published),
+        p_value=significance.mcnemar(labels, candidate, published).p_value,
         num_texts=len(labels),
     )
 

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from pipeline.config import EncoderConfig
-from pipeline.encoder.encoder import exact_runtime
+from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
-from pipeline.inference.classifier import encoder_config_of
+from pipeline.inference.encoder_of_adapter import encoder_config_of
 from pipeline.inference.reference import HUB_REF, split_folder
 from pipeline.inference.reload import Ask, reload_elsewhere
 from pipeline.machine import local_cpus

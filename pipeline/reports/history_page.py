@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.history_figure import draw_history
 from pipeline.reports.page import (
     OPEN_UP_TO,
@@ -16,7 +17,6 @@ from pipeline.reports.page import (
     render_page,
     shorten,
 )
-from pipeline.reports.score_table import percent, points, utc
 from pipeline.store.history import RunFacts, StoreHistory, TaskHistory, read_store
 from pipeline.store.run_folder import write_atomically
 

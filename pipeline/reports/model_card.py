@@ -10,18 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, EncoderRef, ResultsEntry, ScoreRow, TaskResult
-from pipeline.reports.score_table import (
-    HOW_IT_WAS_MADE,
-    SCORE_HEADINGS,
-    data_source,
-    is_of_mteb,
-    percent,
-    points,
-    score_row,
-    score_table,
-    task_heading,
-    utc,
-)
+from pipeline.reports.formatting import percent, points, utc
+from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, data_source, is_of_mteb, score_row, score_table, task_heading
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.scores import holm
+from pipeline.evaluation.significance import holm
 from pipeline.records import (
     ClassificationResults,
     EncoderRef,

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.printable import printable
-from pipeline.reports.score_table import percent
+from pipeline.reports.formatting import percent
 
 PAGE_WIDTH = 1180
 """Pixels of a figure that is as wide as the page; what a laptop's screen of 1366 leaves."""

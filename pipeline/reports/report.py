@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.records import ClassificationResults, EpochRow, ReliabilityBin, TaskResult
+from pipeline.reports.formatting import percent, utc, without_local_paths
 from pipeline.reports.page import ADAPTED, FROZEN, INK, OPEN_UP_TO, PAGE_WIDTH, PAPER, STYLE, duration, inline_svg, render_page, shorten
 from pipeline.reports.score_table import (
     HOW_IT_WAS_MADE,
@@ -20,13 +21,10 @@ from pipeline.reports.score_table import (
     ScoreLine,
     ScoreTable,
     data_source,
-    percent,
     said_of_start,
     score_row,
     score_table,
     task_heading,
-    utc,
-    without_local_paths,
 )
 
 _PANELS_WIDTH = 780

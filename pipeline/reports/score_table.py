@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 from pipeline.records import (
@@ -20,6 +19,7 @@ from pipeline.records import (
     ScoreRow,
     TaskResult,
 )
+from pipeline.reports.formatting import percent, points, without_local_paths
 
 Verdict = Literal["above", "below", "within noise"]
 """The head against the full-data probe on the same test texts; ``within noise`` unless the Holm-corrected p is below 0.05."""
@@ -237,30 +237,6 @@ def score_row(result: TaskResult, column: Column) -> ScoreRow | None:
     return next((row for row in result.scores if row.column == column), None)
 
 
-def percent(score: float | None) -> str:
-    """``0.9213`` -> ``92.1``; ``–`` for none."""
-    return "–" if score is None else f"{100 * score:.1f}"
-
-
-def points(difference: float | None) -> str:
-    """``0.152`` -> ``+15.2``; ``–`` for none."""
-    if difference is None:
-        return "–"
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
-
-
-def utc(when: datetime) -> str:
-    """``2026-01-02 03:04 UTC``."""
-    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def label_changes(old: Sequence[str], new: Sequence[str]) -> str:
-    """``without 'x' and with new 'y'``; empty where both have the same labels, in whatever order."""
-    lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-    return " and ".join(f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names)
-
-
 def head_change(result: TaskResult, before: TaskResult | None) -> str:
     """How far the own head's accuracy is from that of an earlier run, in points; in words where the two cannot be compared."""
     if before is None:
@@ -311,20 +287,6 @@ def data_source(mteb_task: MtebTask) -> str:
     carved = "" if mteb_task.test_split is None else f", {mteb_task.test_split.fraction:.0%} of them as test"
     grouped = "" if mteb_task.group_column is None else f", split by {mteb_task.group_column}"
     return f"{place[mteb_task.source]}{carved}{grouped} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
-
-
-def without_local_paths(text: str) -> str:
-    """The same text with ``…/name`` for each absolute path, for what leaves this machine; web addresses stay."""
-    return _LOCAL_PATH.sub(lambda match: f"…/{match['name']}", text)
-
-
-_LOCAL_PATH = re.compile(
-    r"""(?<![\w.:/-])(?:file://)?(?:[A-Za-z]:\\(?:[^\s\\'":;,()]+\\)*|/(?:[^\s/'":;,()]+/)+)(?P<name>[^\s/\\'":;,()]*)"""
-)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _entry(result: TaskResult) -> ResultsEntry:

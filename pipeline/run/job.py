@@ -17,9 +17,11 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from pipeline.adapter.adapter import HeadStart, save_adapter
+from pipeline.adapter.adapter import HeadStart
+from pipeline.adapter.files import save_adapter
 from pipeline.data.dataset import TaskData, load_data
-from pipeline.encoder.encoder import Encoder, find_encoder
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.files import find_encoder
 from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.inference.reference import find_adapters
@@ -27,7 +29,9 @@ from pipeline.inference.reload import check_reload
 from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
 from pipeline.run.plan import JobSpec
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
-from pipeline.training.train import LabelledTokens, Training, tensor_file, train_adapter
+from pipeline.training.batches import LabelledTokens
+from pipeline.training.checkpoint import tensor_file
+from pipeline.training.train import Training, train_adapter
 
 _RELOADED_TEXTS = 32
 _LOG = logging.getLogger(__name__)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.adapter.adapter import projection_paths
+from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig
 from pipeline.data.catalogue import plan_tasks
 from pipeline.data.dataset import load_data
-from pipeline.encoder.encoder import EncoderFiles, empty_model, find_encoder, load_tokenizer
+from pipeline.encoder.files import EncoderFiles, find_encoder
+from pipeline.encoder.loading import empty_model, load_tokenizer
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
 from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
 from pipeline.run.plan import Plan, PlannedTask
-from pipeline.store.manifest import library_versions, task_key
+from pipeline.store.key import library_versions, task_key
 
 
 def preflight(config: RunConfig, runtime: Runtime) -> Plan:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pipeline.store.manifest import finished_runs
+from pipeline.store.finished import finished_runs
 from pipeline.store.run_folder import RunFolder, TaskFolder
 
 FolderKind = Literal["nothing", "file", "adapter", "run", "unfinished run", "publication", "run store", "other"]

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline.adapter.adapter import Adapter, HeadStart
-from pipeline.adapter.lora import Factors
+from pipeline.adapter.description import describe_adapter
+from pipeline.adapter.files import start_from
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
-from pipeline.encoder.tokeniser import IntArray, Tokens
-from pipeline.errors import LorafleetError, ResumeError
-from pipeline.inference.reference import describe_adapter
+from pipeline.encoder.tokeniser import IntArray
+from pipeline.errors import LorafleetError
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
-from pipeline.store.run_folder import TaskFolder, write_atomically
+from pipeline.store.run_folder import TaskFolder
+from pipeline.training.batches import LabelledTokens, arrays_sha256, epoch_batches, token_arrays
+from pipeline.training.checkpoint import Checkpoint, LoopState
+from pipeline.training.flat_weights import WorkingCopy, flatten
 from pipeline.training.step_graphs import LENGTH_STEP, Step, StepGraphs, is_recordable
 
-_BATCHES_PER_BUCKET = 256
 _STEPS_PER_REPORT = 20
-
-
-@dataclass(frozen=True)
-class LabelledTokens:
-    """Tokenised texts with their classes, int64 (texts,)."""
-
-    tokens: Tokens
-    labels: IntArray
-
-    def __add__(self, other: LabelledTokens) -> LabelledTokens:
-        offsets = np.concatenate([self.tokens.offsets, self.tokens.offsets[-1] + other.tokens.offsets[1:]])
-        ids = np.concatenate([self.tokens.ids, other.tokens.ids])
-        truncated = np.concatenate([self.tokens.truncated, other.tokens.truncated])
-        return LabelledTokens(Tokens(ids, offsets, truncated), np.concatenate([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
@@ -106,9 +89,9 @@ def train_adapter(
     conditions = _conditions(train_config, adapter_config, encoder) | {
         "max_epochs": max_epochs,
         "label names": list(label_names),
-        "training texts": _sha256(*_arrays(train)),
-        "selection texts": _sha256(*_arrays(selection)) if selection is not None else None,
-        "head start": _sha256(head_start.weight, head_start.bias) if head_start is not None else None,
+        "training texts": arrays_sha256(*token_arrays(train)),
+        "selection texts": arrays_sha256(*token_arrays(selection)) if selection is not None else None,
+        "head start": arrays_sha256(head_start.weight, head_start.bias) if head_start is not None else None,
     }
 
     def fresh_loop(data: LabelledTokens, path: Path | None, *, stop_after: int | None = None) -> _Loop:
@@ -116,7 +99,7 @@ def train_adapter(
         if head_start is not None:
             adapter.start_head(head_start)
         if warm_start is not None:
-            adapter.start_from(warm_start)
+            start_from(adapter, warm_start)
         file = Checkpoint(path, conditions) if path else None
         return _Loop(adapter, data, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
@@ -134,21 +117,6 @@ def train_adapter(
     loop.adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
     return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or state.start_knows)
-
-
-@dataclass
-class _State:
-    """All that the rest of a training depends on, besides the arguments."""
-
-    epochs: list[EpochRow] = field(default_factory=list)
-    best_epoch: int = 0
-    best_score: float = 0.0
-    last_gain: int = 1
-    """The first epoch that reached the best score; 1 for the start, because patience begins with the first epoch."""
-    steps: int = 0
-    finished: bool = False
-    start_score: float | None = None
-    start_knows: bool = False
 
 
 class _Loop:
@@ -172,9 +140,9 @@ class _Loop:
         self.stop_after = stop_after or max_epochs
         self.checkpoint = checkpoint
         self.on_progress = on_progress
-        self.state = _State()
+        self.state = LoopState()
         self.weights = flatten(adapter.parameters)
-        self.working = _WorkingCopy(adapter, self.weights)
+        self.working = WorkingCopy(adapter, self.weights)
         self.best = self.weights.detach().clone()
         self.optimizer = _optimizer(self.weights, config)
         self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
@@ -306,134 +274,10 @@ class _Loop:
             moments["exp_avg_sq"].copy_(tensors["second_moment"])
 
 
-class _WorkingCopy:
-    """The LoRA part of the weights in the encoder's dtype, B scaled: made by one operation a step, its gradients taken back by another."""
-
-    def __init__(self, adapter: Adapter, weights: nn.Parameter) -> None:
-        """``weights`` begins with A and B of every pair, as ``flatten`` lays them out."""
-        self.loras = list(adapter.projections.values())
-        length = sum(p.numel() for p in adapter.lora_parameters)
-        scales = [
-            torch.tensor([1.0, lora.scaling]).repeat_interleave(torch.tensor([lora.lora_A.numel(), lora.lora_B.numel()]))
-            for lora in self.loras
-        ]
-        self.scales = torch.cat(scales).to(weights.device)
-        assert weights.grad is not None
-        self.weights, self.weights_grad = weights.detach()[:length], weights.grad[:length]
-        dtype = self.loras[0].base.weight.dtype
-        self.copy, self.grad = (torch.zeros(length, dtype=dtype, device=weights.device) for _ in range(2))
-        values, grads = (_cut(vector, like=adapter.lora_parameters) for vector in (self.copy, self.grad))
-        self.factors = [
-            Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1])) for i in range(0, len(values), 2)
-        ]
-
-    def attach(self) -> None:
-        """Let the LoRA layers compute with the copy."""
-        for lora, factors in zip(self.loras, self.factors, strict=True):
-            lora.working_copy = factors
-
-    def detach(self) -> None:
-        """Let them compute with their own parameters again."""
-        for lora in self.loras:
-            lora.working_copy = None
-
-    def refresh(self) -> None:
-        """Take over what the optimiser has changed, and forget the gradients."""
-        with torch.no_grad():
-            torch.mul(self.weights, self.scales, out=self.copy)
-        self.grad.zero_()
-
-    def collect_gradients(self) -> None:
-        """Give the copy's gradients to the weights."""
-        torch.mul(self.grad, self.scales, out=self.weights_grad)
-
-
-def _cut(vector: Tensor, *, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = vector.split([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-class Checkpoint:
-    """The state of a training after an epoch, in one safetensors file that is replaced whole."""
-
-    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
-        self.path = path
-        self.conditions = conditions
-
-    def write(self, tensors: dict[str, Tensor], state: _State) -> None:
-        """Replace the file atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        described = vars(state) | {"epochs": [row.model_dump() for row in state.epochs]}
-        metadata = {"state": json.dumps(described), "conditions": json.dumps(self.conditions, sort_keys=True)}
-        write_atomically(self.path, tensor_file(tensors, metadata))
-
-    def read(self) -> tuple[dict[str, Tensor], _State] | None:
-        """The saved state; none if there is no file, or one that a fault cut short.
-
-        Raises: ResumeError: the file was made under other conditions.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            found = json.loads(metadata["conditions"])
-        except (SafetensorError, OSError):
-            return None
-        different = sorted(k for k in self.conditions.keys() | found.keys() if self.conditions.get(k) != found.get(k))
-        if different:
-            facts = ", ".join(f"{k}: then {found.get(k)}, now {self.conditions.get(k)}" for k in different)
-            raise ResumeError(f"{self.path}: made under other conditions ({facts}); delete it to train from the start")
-        state = json.loads(metadata["state"])
-        epochs = [EpochRow.model_validate(row) for row in state.pop("epochs")]
-        return tensors, _State(epochs=epochs, **state)
-
-
-def tensor_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file; its own ``save`` refuses a tensor that is not contiguous, such as a transposed one."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata)
-
-
-def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
-    """One epoch's rows in random batches of texts of like length: every row once, hardly any padding.
-
-    Args:
-        lengths: Tokens per text, (texts,).
-        batch_size: Texts per batch; the last one may be smaller.
-        order: Decides which texts meet, and the order of the batches.
-    """
-    shuffled = order.permutation(len(lengths))
-    bucket = batch_size * _BATCHES_PER_BUCKET
-    batches: list[npt.NDArray[np.int64]] = []
-    for start in range(0, len(shuffled), bucket):
-        rows = shuffled[start : start + bucket]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches.extend(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-    for index in order.permutation(len(batches)):
-        yield batches[index]
-
-
 def accuracy(adapter: Adapter, data: LabelledTokens) -> float:
     """Share of the texts that the adapter's head labels rightly, 0..1."""
     logits = adapter.logits_of_vectors(adapter.encoder.embed(data.tokens))
     return float((logits.argmax(axis=1) == data.labels).mean())
-
-
-def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one vector that shares their memory, gradients included.
-
-    With it, one optimiser step, one norm and one copy take the place of fifty.
-    """
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for parameter in parameters:
-        end = start + parameter.numel()
-        parameter.data = flat.data[start:end].view_as(parameter)
-        parameter.grad = flat.grad[start:end].view_as(parameter)
-        start = end
-    return flat
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor, *, smoothing: float) -> Tensor:
@@ -502,11 +346,3 @@ def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encode
     del settings["train.max_epochs"]  # a default for others; what counts here is this training's own number
     del settings["train.warm_start"]  # what was begun holds all weights, whatever has been published since
     return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}
-
-
-def _arrays(data: LabelledTokens) -> tuple[npt.NDArray[Any], ...]:
-    return data.tokens.ids, data.tokens.offsets, data.labels
-
-
-def _sha256(*arrays: npt.NDArray[Any]) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

@@ -1,7 +1,8 @@
-"""What ``lorafleet doctor`` tries out in a process of its own: a library that is broken may take its process with it.
+"""Trials of ``lorafleet doctor`` in a process of their own: a broken library may end the process that imports it.
 
-``python -m tasks.checks.trial STEP...`` does one step after the other, and prints what came of each as one line of JSON. A step is the name of a
-library's module, or ``@compute``, ``@gpu``, ``@ray=ADDRESS`` (none: a local Ray is started and stopped).
+``python -m tasks.checks.trial STEP...`` takes one step after the other and prints the outcome of each as one line of
+JSON. A step is the name of a library's module, ``@compute``, ``@gpu`` or ``@ray=ADDRESS``. Without an address, a local
+Ray is started and stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _do(step: str) -> dict[str, Any]:
 def _compute() -> dict[str, Any]:
     """How training computes on this machine, if nothing is said about it."""
     from pipeline.config import TrainConfig
-    from pipeline.encoder.encoder import choose_runtime
+    from pipeline.encoder.runtime import choose_runtime
 
     return choose_runtime(TrainConfig(), threads=1, use_gpu=True).model_dump()
 

@@ -1,7 +1,7 @@
-"""What a run needs on a machine where nothing runs yet: a Prefect server on loopback, started and stopped with it.
+"""A Prefect server on loopback, started and stopped with the run that needs it.
 
-``python -m tasks.services.prefect_server PORT [FD]`` is that server, FD a socket of its parent's that is bound to the port. It dies with the process that
-started it, killed or not.
+``python -m tasks.services.prefect_server PORT [FD]`` is that server. FD is a socket of the parent process, bound to the
+port. The server dies with the process that started it, even if that one was killed.
 """
 
 from __future__ import annotations

@@ -19,11 +19,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.adapter.adapter import load_adapter
+from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.files import load_adapter
 from pipeline.config import TrainConfig
-from pipeline.encoder.encoder import Encoder, choose_runtime
-from pipeline.inference.classifier import find_encoder_of, load_classifier
-from pipeline.inference.reference import FoundAdapter, find_adapters
+from pipeline.encoder.encoder import Encoder
+from pipeline.encoder.runtime import choose_runtime
+from pipeline.inference.classifier import load_classifier
+from pipeline.inference.encoder_of_adapter import find_encoder_of
+from pipeline.inference.reference import find_adapters
 
 AGREEMENT, GAP, POINTS = 0.995, 0.05, 0.1
 

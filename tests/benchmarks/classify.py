@@ -46,9 +46,9 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.adapter.description import FoundAdapter
     from pipeline.bulk.plan import BulkPlan
     from pipeline.encoder.tokeniser import Tokens
-    from pipeline.inference.reference import FoundAdapter
 
 SLOW = ("pipeline", "sentence_transformers", "ray_data", "openvino", "onnx_int8", "eight", "eight_alone")
 WARM_UP = [" ".join(["word"] * length) for length in range(1, 129) for _ in range(8)]
@@ -292,7 +292,8 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """Matrix products of the encoder's largest shape, bfloat16, and what one token costs at least."""
     import torch
 
-    from pipeline.encoder.encoder import empty_model, find_encoder
+    from pipeline.encoder.files import find_encoder
+    from pipeline.encoder.loading import empty_model
 
     _, encoder = _adapter(options)
     rows, inner, outer = ROOF_SHAPES[options.device]
@@ -381,7 +382,7 @@ def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any
 
 
 def _encoder_folder(encoder: Any) -> Path:
-    from pipeline.encoder.encoder import find_encoder
+    from pipeline.encoder.files import find_encoder
 
     return find_encoder(encoder.config, offline=True).folder
 
@@ -390,7 +391,7 @@ def _merged_float32(found: FoundAdapter, encoder: Any) -> torch.nn.Module:
     import torch
     from transformers import AutoModel
 
-    from pipeline.adapter.adapter import load_adapter
+    from pipeline.adapter.files import load_adapter
 
     base = AutoModel.from_pretrained(_encoder_folder(encoder), attn_implementation="eager").eval()
     adapter = load_adapter(found.folder, encoder)

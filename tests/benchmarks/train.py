@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.data.dataset import TaskData
-    from pipeline.encoder.encoder import Encoder, EncoderFiles
+    from pipeline.encoder.encoder import Encoder
+    from pipeline.encoder.files import EncoderFiles
 
 TASK = "Banking77Classification"
 MAX_TOKENS, BATCH_SIZE, RANK, ALPHA, DROPOUT, WEIGHT_DECAY, CLIP = 128, 32, 8, 16, 0.1, 0.01, 1.0
@@ -150,9 +151,11 @@ def load_task(settings: Settings, num_texts: int | None) -> TaskData:
 def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = False, replay: bool = True) -> Trained:
     """The project's own training, as a worker runs it."""
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-    from pipeline.encoder.encoder import Batch, Encoder, choose_runtime
-    from pipeline.training.train import LabelledTokens, train_adapter
+    from pipeline.encoder.encoder import Batch, Encoder
+    from pipeline.encoder.runtime import choose_runtime
     from pipeline.training import train as training_module
+    from pipeline.training.batches import LabelledTokens
+    from pipeline.training.train import train_adapter
 
     config = TrainConfig.model_validate(
         {"learning_rate": settings.learning_rate, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE, "gradient_clip": CLIP}
@@ -430,7 +433,7 @@ def _bucketed_batches(lengths: np.ndarray, rng: np.random.Generator) -> Iterator
 @contextmanager
 def _timed_checkpoints() -> Iterator[list[float]]:
     """While open, collects the seconds of each checkpoint that training writes."""
-    from pipeline.training.train import Checkpoint
+    from pipeline.training.checkpoint import Checkpoint
 
     write, seconds = Checkpoint.write, []
 
@@ -462,7 +465,7 @@ def _start_device(settings: Settings) -> None:
 
 def _tokens(texts: Sequence[str]) -> Any:
     from pipeline.config import EncoderConfig
-    from pipeline.encoder.encoder import load_tokenizer
+    from pipeline.encoder.loading import load_tokenizer
     from pipeline.encoder.tokeniser import Tokeniser
 
     config = EncoderConfig(max_tokens=MAX_TOKENS)
@@ -471,7 +474,7 @@ def _tokens(texts: Sequence[str]) -> Any:
 
 def _encoder_files() -> EncoderFiles:
     from pipeline.config import EncoderConfig
-    from pipeline.encoder.encoder import find_encoder
+    from pipeline.encoder.files import find_encoder
 
     return find_encoder(EncoderConfig(), offline=True)
 

@@ -1,0 +1,1 @@
+"""The commands of lorafleet, one file each. ``flows/cli.py`` registers them."""

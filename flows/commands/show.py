@@ -1,0 +1,86 @@
+"""``lorafleet show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flows.commands.options import Command
+from flows.terminal import complain, say, say_json, say_table
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.reports.score_table import ScoreTable
+
+
+@click.command(cls=Command)
+@click.argument("place", metavar="RUN|RUNS", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def show(place: Path, as_json: bool) -> None:
+    """Print the scores of a run, or the history.
+
+    For a run store, print the scores of each MTEB task over its runs.
+
+    Example: lorafleet show runs
+    """
+    from pipeline.store.run_folder import RunFolder
+
+    if RunFolder(place).results.is_file():
+        show_run(place, as_json=as_json)
+    else:
+        _show_history(place, as_json=as_json)
+
+
+def show_run(run: Path, *, as_json: bool) -> None:
+    """Print the score table of a run, or of a publication."""
+    from pipeline.records import ClassificationResults, TaskResult
+    from pipeline.reports.score_table import score_table
+    from pipeline.store.run_folder import RunFolder, read_record
+
+    folder = RunFolder(run)
+    summary = read_record(folder.results, ClassificationResults)
+    if as_json:
+        say_json(summary.model_dump(mode="json"))
+        return
+    files = [folder.task(entry.task).result for entry in summary.tasks]
+    results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a published folder has none
+    _print_table(score_table(summary, results))
+    for failure in summary.failures:
+        complain(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}")
+
+
+def _print_table(table: ScoreTable) -> None:
+    from pipeline.reports.score_table import SCORE_HEADINGS
+
+    lines = [*(line.cells() for line in table.lines), table.average_cells()]
+    say_table(
+        SCORE_HEADINGS, [[f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells] for cells in lines]
+    )
+    for note in table.notes():
+        say(note)
+
+
+def _show_history(runs: Path, *, as_json: bool) -> None:
+    from pipeline.reports.formatting import percent
+    from pipeline.store.history import changed_test_data
+    from pipeline.store.tables import read_history
+
+    rows = read_history(runs)
+    if not rows:
+        raise InputError(f"{runs}: neither a run folder nor a run store with finished runs in it")
+    changed = changed_test_data(rows)
+    if as_json:
+        facts = [row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows]
+        say_json(facts)
+        return
+    by_run: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
+    columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+    lines = []
+    for (mteb_task, run_id), scores in sorted(by_run.items(), key=lambda line: line[0][0]):  # the runs of each, oldest first, as read
+        note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
+        lines.append((mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note))
+    say_table(("MTEB task", "run", *columns, ""), lines)

@@ -1,0 +1,86 @@
+"""The form of an adapter that peft loads. The door to peft."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.lora import LoraLinear
+from pipeline.encoder.encoder import FloatArray
+from pipeline.encoder.tokeniser import Tokens
+from pipeline.errors import AdapterError, VerificationError, first_line
+from pipeline.records import EncoderName, JsonObject
+from pipeline.store.run_folder import read_record
+
+
+def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, logits: FloatArray, tolerance: float) -> None:
+    """Load the adapter's files with PEFT, and compare what comes of them with the adapter itself.
+
+    Args:
+        adapter: Loaded and detached again. PEFT attaches itself to its encoder, in float32, and leaves it as it was.
+        found: Its files.
+        tokens: Of some texts.
+        logits: What the adapter says of them.
+        tolerance: Largest difference of a logit.
+    Raises: VerificationError: PEFT would load something else, or nothing.
+    """
+    from peft import LoraConfig, PeftModel
+
+    # It could make PEFT import modules or match patterns without end, so it is compared before PEFT reads it.
+    path = found.folder.adapter_config
+    config = LoraConfig().to_dict() | read_record(path, JsonObject, fault=AdapterError).root
+    for key, value in json.loads(peft_config(adapter, encoder=found.meta.encoder)).items():
+        if config[key] != value and key != "peft_version":
+            raise VerificationError(f"{path}: {key} is {config[key]!r:.100}, but the adapter's is {value!r:.100}")
+    encoder = adapter.encoder
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            loaded = PeftModel.from_pretrained(encoder.model, found.folder.root, torch_device=str(encoder.device))
+    except Exception as error:  # noqa: BLE001 - PEFT raises whatever the damage leads it to
+        raise VerificationError(f"{found.folder.root}: PEFT cannot load the adapter: {first_line(error)}") from None
+    difference = float(np.abs(adapter.logits_of_vectors(encoder.embed(tokens)) - logits).max())
+    loaded.unload()
+    if not difference <= tolerance:
+        raise VerificationError(f"{found.folder.root}: loaded by PEFT, logits differ by {difference:.3g} (allowed: {tolerance:g})")
+
+
+def peft_names(projections: Mapping[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name of each LoRA tensor in peft's file, with the tensor."""
+    for path, lora in projections.items():
+        yield peft_name(path, "A"), lora.lora_A
+        yield peft_name(path, "B"), lora.lora_B
+
+
+def peft_name(path: str, factor: Literal["A", "B"]) -> str:
+    """Name of one LoRA tensor in peft's file."""
+    return f"base_model.model.{path}.lora_{factor}.weight"
+
+
+def peft_config(adapter: Adapter, *, encoder: EncoderName) -> str:
+    """Content of ``adapter_config.json``."""
+    from peft import LoraConfig, TaskType
+
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=adapter.config.rank,
+        lora_alpha=adapter.config.alpha,
+        lora_dropout=0.0,
+        target_modules=f"(?:{'|'.join(re.escape(path) for path in adapter.projections)})",
+        base_model_name_or_path=encoder.name,
+        revision=None if encoder.revision.startswith("sha256:") else encoder.revision,
+        inference_mode=True,
+    )
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=list)
+
+
+def encoder_name(adapter: Adapter) -> EncoderName:
+    """Public name and revision of the encoder, as the adapter's files give it."""
+    return EncoderName(name=adapter.encoder.ref.public_name, revision=adapter.encoder.ref.revision)

@@ -1,0 +1,88 @@
+"""The linear layers of an encoder that get LoRA pairs, by the architecture and ``adapter.target``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from pipeline.config import AdapterConfig
+from pipeline.errors import AdapterError
+
+# Query, key, value and output projection by architecture. Full paths: `dense` and `Wo` also name MLP layers.
+_LAYERS = r"(?:.*\.)?layers\.(\d+)\."
+
+
+_ENCODER_LAYER = r"(?:.*\.)?encoder\.layer\.(\d+)\."
+
+
+_LLAMA_LIKE = _LAYERS + r"self_attn\.[qkvo]_proj"
+
+
+_BERT_LIKE = _ENCODER_LAYER + r"attention\.(?:self\.(?:query|key|value)|output\.dense)"
+
+
+ATTENTION_PROJECTIONS = {
+    "eurobert": _LLAMA_LIKE,
+    "nomic_bert": _LLAMA_LIKE,
+    "jina_embeddings_v3": _LLAMA_LIKE,
+    "bert": _BERT_LIKE,
+    "roberta": _BERT_LIKE,
+    "xlm-roberta": _BERT_LIKE,
+    "electra": _BERT_LIKE,
+    "mpnet": _ENCODER_LAYER + r"attention\.attn\.[qkvo]",
+    "distilbert": r"(?:.*\.)?transformer\.layer\.(\d+)\.attention\.(?:[qkv]|out)_lin",
+    "modernbert": _LAYERS + r"attn\.(?:Wqkv|Wo)",
+    "deberta-v2": _ENCODER_LAYER + r"attention\.(?:self\.(?:query|key|value)_proj|output\.dense)",
+}
+"""model_type -> pattern of the whole module path, whose first group is the layer's number."""
+
+
+def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str) -> list[str]:
+    """The linear layers that get a LoRA pair, in ``named_modules()`` order.
+
+    Raises: AdapterError: nothing matches, an explicit path does not exist, or ``last:k`` exceeds the layers.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if config.target == "attention":
+        if model_type not in ATTENTION_PROJECTIONS:
+            raise AdapterError(
+                f'adapter.target = "attention" is not known for model type {model_type!r} (known: {", ".join(ATTENTION_PROJECTIONS)}); '
+                f"set adapter.target to module paths; the linear layers are {_some(linears)}"
+            )
+        pattern = re.compile(ATTENTION_PROJECTIONS[model_type])
+        paths = [name for name in linears if pattern.fullmatch(name)]
+    else:
+        missing = sorted(set(config.target) - set(linears))
+        if missing:
+            raise AdapterError(f"adapter.target names {_some(missing)}, which is no linear layer; those are {_some(linears)}")
+        paths = [name for name in linears if name in config.target]
+    if not paths:
+        raise AdapterError(f"adapter.target = {config.target!r} matches none of the linear layers {_some(linears)}")
+    return _last_layers(paths, config.layers)
+
+
+def layer_number(path: str) -> int | None:
+    """The number of the layer that a module path lies in; none outside the stack."""
+    number = re.search(r"\.(\d+)\.", f".{path}")
+    return None if number is None else int(number[1])
+
+
+def _last_layers(paths: list[str], layers: str) -> list[str]:
+    if layers == "all":
+        return paths
+    last = int(layers.removeprefix("last:"))
+    found = [layer_number(path) for path in paths]
+    outside = [path for path, number in zip(paths, found, strict=True) if number is None]
+    if outside:
+        raise AdapterError(f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target")
+    numbers = [number for number in found if number is not None]
+    there = sorted(set(numbers))
+    if last > len(there):
+        raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(there)} layers")
+    return [path for path, number in zip(paths, numbers, strict=True) if number in there[-last:]]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")

@@ -1,0 +1,153 @@
+"""Checks of a table of texts and labels before anything learns from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.splits import label_key
+from pipeline.errors import DataError, first_line
+from pipeline.records import MtebTask
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """The data of one task, read."""
+
+    task: MtebTask
+    """With the revision of what was read."""
+    mteb_task: Any
+    """An ``mteb.abstasks.AbsTaskClassification`` with its data filled in: one subset, split test."""
+    splits: dict[str, Any]
+    """``train``, ``test`` and perhaps ``validation``: pyarrow tables.
+
+    Columns: ``text`` (string), ``label`` (int64 or string), perhaps ``group`` and ``label_text`` (string). Nulls only in the last."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how they were read, one sentence each."""
+
+
+def check_kinds(splits: dict[str, Any], name: str) -> None:
+    """Raises: DataError: the labels of two splits differ in type."""
+    kinds = {split: table["label"].type for split, table in splits.items()}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{split} {kind}" for split, kind in kinds.items())
+        raise DataError(
+            f"{name}: labels are numbers in one split and strings in another ({found}); write them alike (CSV has only strings)"
+        )
+
+
+def checked_table(table: Any, task: MtebTask, where: str) -> Any:
+    """The columns that ``LoadedTask.splits`` promises, of its types and without nulls."""
+    if table.num_rows == 0:
+        raise DataError(f"{where} is empty; expected at least one text")
+    text = _as_strings(table[task.text_column], where, task.text_column)
+    if text is None:
+        kind = table[task.text_column].type
+        raise DataError(f"{where}: column {task.text_column!r} is {kind}, not text; set text_column to a column of strings")
+    columns = {"text": text, "label": _checked_label(table[task.label_column], task, where)}
+    if task.group_column is not None:
+        columns["group"] = _checked_group(table[task.group_column], task.group_column, where)
+    for column, values in zip(columns_by_key(task).values(), columns.values(), strict=True):
+        if values.null_count:
+            first = pc.index(pc.is_null(values), True).as_py() + 1
+            count = f"{values.null_count} of {table.num_rows} rows have no value"
+            raise DataError(f"{where}: column {column!r}: {count}; remove these rows or fill them (the first is row {first})")
+    if "label_text" in table.column_names and (names := _as_strings(table["label_text"], where, "label_text")) is not None:
+        columns["label_text"] = names
+    checked = pa.table(columns)
+    try:
+        checked.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: holds bytes that are not UTF-8: {first_line(error)}; write the file again") from None
+    return checked
+
+
+def _as_strings(values: Any, where: str, column: str) -> Any | None:
+    """The values as pyarrow strings; None if they are no text. Bytes without a type are text if they are UTF-8."""
+    values = _plain(values)
+    kind = values.type
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    if not is_bytes and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        return None
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        fault = f"column {column!r} holds bytes that are not UTF-8: {first_line(error)}"
+        raise DataError(f"{where}: {fault}; write the file again, or choose another column") from None
+
+
+def _plain(values: Any) -> Any:
+    """Without dictionary, and without a logical type such as JSON that pyarrow keeps as an extension."""
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = values.cast(values.type.storage_type)
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
+    """Strings or int64; null where there is no label, and an empty string is none."""
+    strings = _as_strings(values, where, task.label_column)
+    if strings is not None:
+        blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
+        return pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
+    where, values = f"{where}: column {task.label_column!r}", _plain(values)
+    kind = values.type
+    if pa.types.is_boolean(kind):
+        return values.cast(pa.string())
+    if pa.types.is_floating(kind):
+        values = pc.if_else(pc.is_nan(values), None, values)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
+        try:
+            return values.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            expected = "whole numbers" if pa.types.is_floating(kind) else "numbers of 64 bits with a sign"
+            raise DataError(f"{where} is {kind}, but not of {expected}: {first_line(error)}; write the labels as strings") from None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind):
+        raise DataError(f"{where} is {kind}, so several labels for a text; expected one label for each text, several are not supported yet")
+    raise DataError(f"{where} is {kind}; expected strings, whole numbers or booleans; set label_column")
+
+
+def _checked_group(values: Any, column: str, where: str) -> Any:
+    """Strings, equal where the values are; null where there is no value, and an empty string or NaN is none.
+
+    The files of a split may write one value in several types: 7 of a whole column is 7.0 of one with gaps, as pandas writes it.
+    """
+    strings = _as_strings(values, where, column)
+    if strings is None:
+        strings = _names_of_values(values, f"{where}: column {column!r}")
+    return pc.if_else(pc.equal(strings, ""), None, strings)
+
+
+def _names_of_values(values: Any, where: str) -> Any:
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    kind = _plain(values).type
+    try:
+        if pa.types.is_fixed_size_binary(kind):  # Parquet's UUID too, whose values are such objects
+            return pa.array(
+                [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()], pa.string()
+            )
+        values = _plain(values)
+        if pa.types.is_decimal(kind):
+            return pa.array([None if value is None else f"{value.normalize():f}" for value in values.to_pylist()], pa.string())
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            return values.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
+        if pa.types.is_floating(kind):
+            values = pc.if_else(pc.is_nan(values), None, values.cast(pa.float64()))
+            is_whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
+            return pc.if_else(is_whole, pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.string()), values.cast(pa.string()))
+        return values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"{where} is {kind}; expected one value for each text; set group_column") from None
+
+
+def columns_by_key(task: MtebTask) -> dict[str, str]:
+    """Key of the config -> column of the files."""
+    grouped = {} if task.group_column is None else {"group_column": task.group_column}
+    return {"text_column": task.text_column, "label_column": task.label_column, **grouped}
+
+
+def with_revision(task: MtebTask, revision: str) -> MtebTask:
+    """The same MTEB task with its resolved revision."""
+    return MtebTask.model_validate({**task.model_dump(), "revision": revision})

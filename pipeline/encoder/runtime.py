@@ -1,0 +1,66 @@
+"""The device, the number format and the kernels for an encoder on this machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from pipeline.config import TrainConfig
+from pipeline.encoder import attention
+from pipeline.records import Runtime
+
+
+def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
+    """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
+
+    bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short
+    texts it is faster there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
+    """
+    if use_gpu and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, implementation, processor = "cuda", "sdpa", torch.cuda.get_device_name()
+    else:
+        native, processor = _cpu_bfloat16()
+        device, implementation = "cpu", "eager" if train.compile else attention.NAME
+    dtype = ("bfloat16" if native else "float32") if train.precision == "auto" else train.precision
+    return Runtime.model_validate(
+        {
+            "device": device,
+            "dtype": dtype,
+            "attention": implementation,
+            "compiled": train.compile,
+            "threads": threads,
+            "processor": processor,
+        }
+    )
+
+
+def exact_runtime(*, threads: int, use_gpu: bool) -> Runtime:
+    """Everything in float32: what decides where the fast dtype cannot, and what two machines can compare."""
+    return choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
+
+
+def _cpu_bfloat16() -> tuple[bool, str]:
+    """Whether this CPU multiplies bfloat16 natively and gains by it, and the name of the widest instruction set it has.
+
+    Intel's AVX-512 form takes twice as long as float32, so there it is only the matrix tiles (AMX): see CHANGELOG, Experiments.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        flags = set(_cpuinfo("Features"))
+        return "bf16" in flags, "arm-bf16" if "bf16" in flags else "arm"
+    flags = set(_cpuinfo("flags"))
+    if "amx_bf16" in flags:
+        return True, "amx-bf16"
+    if "avx512_bf16" in flags:
+        return _cpuinfo("vendor_id") != ["GenuineIntel"], "avx512-bf16"
+    return False, torch.backends.cpu.get_cpu_capability().lower()
+
+
+def _cpuinfo(field: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = re.search(rf"^{field}\s*:(.*)$", text, flags=re.MULTILINE)
+    return line.group(1).split() if line else []

@@ -1,0 +1,41 @@
+"""Vectors of the texts of an MTEB task, each text encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.encoder.encoder import Encoder, FloatArray
+from pipeline.encoder.tokeniser import Tokens
+
+
+class TextVectors:
+    """The vectors that one state of an encoder gives; no text is embedded twice."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._row_of: dict[str, int] = {}
+        self._vectors: FloatArray = np.empty((0, encoder.hidden_size), dtype=np.float32)
+
+    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> FloatArray:
+        """float32 (texts, width), not normalised; ``tokens`` saves tokenising texts that are all new."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._row_of))
+        if new:
+            reuse = tokens is not None and len(new) == len(texts)
+            made = self._encoder.embed(tokens if reuse and tokens is not None else self._encoder.tokenise(new))
+            for text in new:
+                self._row_of[text] = len(self._row_of)
+            self._vectors = np.concatenate([self._vectors, made])
+        return self._vectors[[self._row_of[text] for text in texts]]
+
+    def features(self, texts: Sequence[str]) -> FloatArray:
+        """What classifiers on top see: unit vectors where the encoder's own definition ends in them."""
+        vectors = self(texts)
+        return unit(vectors) if self._encoder.normalize else vectors
+
+
+def unit(vectors: FloatArray) -> FloatArray:
+    """The vectors at length 1, float32 (texts, width)."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)

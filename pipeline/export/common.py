@@ -1,0 +1,40 @@
+"""Parts that every exported form shares: the texts that are compared, the tokenizer, the head."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.adapter.adapter import Adapter
+from pipeline.encoder.encoder import Encoder
+from pipeline.inference.reload import PROBE_TEXTS
+
+COMPARED_TEXTS = (*PROBE_TEXTS, " ".join(PROBE_TEXTS))  # the last is longer than most encoders read
+
+
+TEXTS_AT_ONCE = 8
+
+
+def save_tokenizer(encoder: Encoder, folder: Path) -> None:
+    """In such a way that its files alone cut and pad as ``Encoder`` does."""
+    tokenizer = deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = encoder.config.max_tokens
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:  # any will do, because it is masked; but others do not pad without one
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.pad_id)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=encoder.config.max_tokens)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=encoder.pad_id, pad_token=tokenizer.pad_token)
+    tokenizer.save_pretrained(folder)
+
+
+def head_tensors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Weight (classes, width) and bias (classes,)."""
+    state = adapter.head[1].state_dict()
+    return state["weight"], state["bias"]
+
+
+def text_batches() -> list[list[str]]:
+    """The compared texts, in batches."""
+    return [list(COMPARED_TEXTS[start : start + TEXTS_AT_ONCE]) for start in range(0, len(COMPARED_TEXTS), TEXTS_AT_ONCE)]

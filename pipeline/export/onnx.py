@@ -1,0 +1,73 @@
+"""ONNX graphs from token ids to logits."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapter.adapter import Adapter
+from pipeline.encoder.encoder import Batch, FloatArray
+from pipeline.errors import AdapterError, first_line
+from pipeline.export.common import save_tokenizer, text_batches
+from pipeline.inference.reload import PROBE_TEXTS
+
+
+class _Logits(nn.Module):
+    """Encoder, pooling and head as one module."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.model, self.head = adapter.encoder.model, adapter.head
+        self._adapter = adapter
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64 (texts, tokens), twice -> float32 (texts, classes)."""
+        return self._adapter.logits(Batch(input_ids, attention_mask))
+
+
+def write_onnx(adapter: Adapter, folder: Path) -> None:
+    """Write an ONNX graph from token ids to logits, with its tokenizer."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    encoder = adapter.encoder
+    example = encoder.batch(encoder.tokenise(PROBE_TEXTS), np.arange(2))
+    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, and of deprecations inside torch
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                _Logits(adapter).eval(),
+                (example.ids, example.mask),
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes=(axes, axes),
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # what torch raises depends on the layer that it cannot follow
+        family = encoder.model.config.model_type
+        raise AdapterError(f"torch cannot export a {family} model to ONNX: {first_line(error)}; choose the form classifier") from error
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # each node names the source line that it came from, with its path
+    program.save(folder / "model.onnx")
+    save_tokenizer(encoder, folder)
+
+
+def read_onnx(folder: Path) -> FloatArray:
+    """Logits of the compared texts by ONNX Runtime, float32 (texts, classes)."""
+    import onnxruntime  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    logits: list[FloatArray] = []
+    for texts in text_batches():
+        encodings = tokenizer.encode_batch(texts)
+        inputs = {"input_ids": np.array([e.ids for e in encodings]), "attention_mask": np.array([e.attention_mask for e in encodings])}
+        logits.append(session.run(["logits"], inputs)[0])
+    return np.concatenate(logits)

@@ -1,0 +1,57 @@
+"""Folders that sentence-transformers loads: an embedder, or a classifier with the head as its last module."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline.adapter.adapter import Adapter
+from pipeline.encoder.encoder import FloatArray
+from pipeline.export.common import COMPARED_TEXTS, TEXTS_AT_ONCE, head_tensors, save_tokenizer
+
+
+def write_embedder(adapter: Adapter, folder: Path) -> None:
+    """Write the merged encoder as a SentenceTransformer."""
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    _write_modules(adapter, folder, [Normalize()] if adapter.encoder.normalize else [])
+
+
+def write_classifier(adapter: Adapter, folder: Path) -> None:
+    """Write the merged encoder and the head as a SentenceTransformer whose vectors are logits."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    weight, bias = head_tensors(adapter)
+    head = Dense(weight.shape[1], weight.shape[0], activation_function=nn.Identity(), init_weight=weight, init_bias=bias)
+    _write_modules(adapter, folder, [head])
+
+
+def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    encoder = adapter.encoder
+    # Else whoever loads a BERT is warned of random weights, in a layer that nothing reads.
+    has_pooler = "add_pooling_layer" in inspect.signature(type(encoder.model).__init__).parameters
+    options = {"add_pooling_layer": False} if has_pooler else {}
+    with tempfile.TemporaryDirectory(dir=folder) as merged:
+        encoder.model.save_pretrained(merged)
+        save_tokenizer(encoder, Path(merged))
+        transformer: Any = Transformer(merged, model_kwargs=options.copy())
+        transformer.model_kwargs, transformer.config_keys = options, [*transformer.config_keys, "model_kwargs"]
+        pooling = Pooling(encoder.hidden_size, encoder.config.pooling)
+        SentenceTransformer(modules=[transformer, pooling, *last], device="cpu").save(str(folder), create_model_card=False)
+
+
+def read_sentence_transformers(folder: Path) -> FloatArray:
+    """Vectors of the compared texts by sentence-transformers, float32 (texts, width)."""
+    from sentence_transformers import SentenceTransformer
+
+    model: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    vectors: FloatArray = model.encode(list(COMPARED_TEXTS), batch_size=TEXTS_AT_ONCE, show_progress_bar=False)
+    return vectors

@@ -1,0 +1,45 @@
+"""Numbers, times and names as people read them, without paths of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+
+def percent(score: float | None) -> str:
+    """``0.9213`` -> ``92.1``; ``–`` for none."""
+    return "–" if score is None else f"{100 * score:.1f}"
+
+
+def points(difference: float | None) -> str:
+    """``0.152`` -> ``+15.2``; ``–`` for none."""
+    if difference is None:
+        return "–"
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def utc(when: datetime) -> str:
+    """``2026-01-02 03:04 UTC``."""
+    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def label_changes(old: Sequence[str], new: Sequence[str]) -> str:
+    """``without 'x' and with new 'y'``; empty where both have the same labels, in whatever order."""
+    lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    return " and ".join(f"{what} {_some(names)}" for what, names in (("without", lost), ("with new", added)) if names)
+
+
+def without_local_paths(text: str) -> str:
+    """The same text with ``…/name`` for each absolute path, for what leaves this machine; web addresses stay."""
+    return _LOCAL_PATH.sub(lambda match: f"…/{match['name']}", text)
+
+
+_LOCAL_PATH = re.compile(
+    r"""(?<![\w.:/-])(?:file://)?(?:[A-Za-z]:\\(?:[^\s\\'":;,()]+\\)*|/(?:[^\s/'":;,()]+/)+)(?P<name>[^\s/\\'":;,()]*)"""
+)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,58 @@
+"""Training texts as token arrays, and the batches of an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.encoder.tokeniser import IntArray, Tokens
+
+_BATCHES_PER_BUCKET = 256
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Tokenised texts with their classes, int64 (texts,)."""
+
+    tokens: Tokens
+    labels: IntArray
+
+    def __add__(self, other: LabelledTokens) -> LabelledTokens:
+        offsets = np.concatenate([self.tokens.offsets, self.tokens.offsets[-1] + other.tokens.offsets[1:]])
+        ids = np.concatenate([self.tokens.ids, other.tokens.ids])
+        truncated = np.concatenate([self.tokens.truncated, other.tokens.truncated])
+        return LabelledTokens(Tokens(ids, offsets, truncated), np.concatenate([self.labels, other.labels]))
+
+
+def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
+    """One epoch's rows in random batches of texts of like length: every row once, hardly any padding.
+
+    Args:
+        lengths: Tokens per text, (texts,).
+        batch_size: Texts per batch; the last one may be smaller.
+        order: Decides which texts meet, and the order of the batches.
+    """
+    shuffled = order.permutation(len(lengths))
+    bucket = batch_size * _BATCHES_PER_BUCKET
+    batches: list[npt.NDArray[np.int64]] = []
+    for start in range(0, len(shuffled), bucket):
+        rows = shuffled[start : start + bucket]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches.extend(rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    for index in order.permutation(len(batches)):
+        yield batches[index]
+
+
+def token_arrays(data: LabelledTokens) -> tuple[npt.NDArray[Any], ...]:
+    """The arrays that training data consist of."""
+    return data.tokens.ids, data.tokens.offsets, data.labels
+
+
+def arrays_sha256(*arrays: npt.NDArray[Any]) -> str:
+    """Hash of the bytes of arrays."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

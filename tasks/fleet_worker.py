@@ -1,0 +1,124 @@
+"""The driver's handle on a worker of the fleet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import LorafleetError
+
+if TYPE_CHECKING:
+    from pipeline.run.plan import JobSpec
+    from tasks.fleet import Fleet
+
+_POLL_SECONDS = 0.5
+
+
+class WorkerDiedError(LorafleetError):
+    """The worker's process is gone: killed, out of memory, or its node is lost. A new one can go on."""
+
+
+class FleetLostError(LorafleetError):
+    """No node of the fleet is left, so a new worker has nowhere to run."""
+
+
+class StoppedError(LorafleetError):
+    """The run is being stopped."""
+
+
+class FleetWorker:
+    """The driver's handle on a worker; makes a new process where the old one died."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._spec: JobSpec | None = None
+        self._actor: Any = None
+        self._has_slot = False
+
+    def begin(self, spec: JobSpec) -> None:
+        """Give it the MTEB task whose stages are called next."""
+        self._spec = spec
+        if self._actor is not None:
+            self._actor.begin.remote(spec)
+
+    def call(self, stage: str, *arguments: Any, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float) -> Any:
+        """Run one stage of its MTEB task, or the check before there is one, and wait for the result, passing on what it reports.
+
+        Raises:
+            WorkerDiedError: the process is gone; the next call starts a new one.
+            ConfigError: as ``Fleet.ready``.
+            LorafleetError: whatever the stage raised.
+            FleetLostError, StoppedError: as ``Fleet.check``.
+        """
+        actor = self._ready()
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        answer = getattr(actor, stage).remote(*arguments)
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while not ray.wait([answer], timeout=_POLL_SECONDS)[0]:
+                self._pass_on(actor, on_event)
+                self._check_clock(stage, deadline, timeout_seconds)
+            result = ray.get(answer)
+            with suppress(RayError):  # who dies now has done its work
+                self._pass_on(actor, on_event)
+            return result
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:  # died, out of memory, its node is gone, no place for it any more
+            self._actor = None
+            if getattr(error, "actor_init_failed", False):  # as the next one would
+                why = str(error).strip().splitlines()[-1][:300]
+                raise LorafleetError(f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks") from error
+            self._fleet.check()
+            raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
+
+    def release(self) -> None:
+        """Give the process and its place back."""
+        self.stop()
+        if self._has_slot:
+            self._has_slot = False
+            self._fleet._slots.release()
+
+    def stop(self) -> None:
+        """Kill the process."""
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            ray.kill(actor)
+
+    def _ready(self) -> Any:
+        self._fleet.ready()
+        if not self._has_slot:
+            self._fleet._slots.acquire()
+            self._has_slot = True
+        self._fleet.check()
+        if self._actor is None:
+            self._actor = self._fleet._take_actor()
+            if self._spec is not None:
+                self._actor.begin.remote(self._spec)
+        return self._actor
+
+    @property
+    def _name(self) -> str:
+        return "" if self._spec is None else f"{self._spec.mteb_task.name}: "
+
+    def _pass_on(self, actor: Any, on_event: Callable[[Any], None]) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        try:
+            for event in ray.get(actor.events.remote(), timeout=30):
+                on_event(event)
+        except GetTimeoutError:
+            return  # busy, or not started yet
+
+    def _check_clock(self, stage: str, deadline: float, timeout_seconds: float) -> None:
+        self._fleet.check()
+        if time.monotonic() > deadline:
+            self.stop()
+            raise WorkerDiedError(f"{self._name}{stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
