@@ -69,7 +69,9 @@ def _invoke(arguments: Sequence[str]) -> None:
     """Run the command. What the machine refuses is an error of ours; what else goes wrong is a fault of ours, with its traceback."""
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
-            raise InputError(f"{argument}: not a text in this terminal's encoding; rename the file, or write the name in UTF-8")
+            raise InputError(
+                f"{argument}: not a text in this terminal's encoding; rename the file, or write the name in UTF-8"
+            )
     try:
         lorafleet.main(args=list(arguments), standalone_mode=False)
         sys.stdout.flush()

@@ -21,7 +21,13 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.server.schemas import schedules as server_schedules
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    get_current_settings,
+    temporary_settings,
+)
 from prefect.utilities.schema_tools.validation import ValidationError as ParameterError
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.urls import url_for
@@ -72,14 +78,19 @@ def deploy(
     """
     chosen = _chosen([(entry, _load_flow(file, entry)) for entry in read_deployments(file)], file, names)
     if schedule is not None and len(chosen) > 1:
-        raise InputError(f"--interval, --cron: {file} has {len(chosen)} deployments; say with --name which one is meant")
+        raise InputError(
+            f"--interval, --cron: {file} has {len(chosen)} deployments; say with --name which one is meant"
+        )
     for entry, flow in chosen:
         _check_parameters(file, entry, flow)
         _check_schedules(file, entry, entry.schedules if schedule is None else (schedule,))
     with _server() as client:
         if notify is not None:
             notify_of_failures(client, notify, tag=TAG, ui=str(get_current_settings().ui_url))
-        return [_register(client, file, entry, flow, entry.schedules if schedule is None else (schedule,)) for entry, flow in chosen]
+        return [
+            _register(client, file, entry, flow, entry.schedules if schedule is None else (schedule,))
+            for entry, flow in chosen
+        ]
 
 
 def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
@@ -91,7 +102,9 @@ def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
     except (Exception, SystemExit) as error:  # whatever a module of the user's raises
         if module.partition(".")[0] == "flows" and not isinstance(error, ImportError):
             raise
-        raise InputError(f"{where}: cannot be imported: {type(error).__name__}: {first_line(error)}; expected module.flow") from None
+        raise InputError(
+            f"{where}: cannot be imported: {type(error).__name__}: {first_line(error)}; expected module.flow"
+        ) from None
     if not isinstance(flow, Flow):
         raise InputError(f"{where}: {name} is not a flow of {module}; expected module.flow")
     return flow
@@ -104,10 +117,14 @@ def _chosen(
     if len(there) < len(entries):
         every = [f"{flow.name}/{entry.name}" for entry, flow in entries]
         twice = sorted({name for name in every if every.count(name) > 1})
-        raise InputError(f"{file}: {', '.join(twice)} is there more than once, and the last one would replace the others; rename them")
+        raise InputError(
+            f"{file}: {', '.join(twice)} is there more than once, and the last one would replace the others; rename them"
+        )
     if unknown := [name for name in names if name not in (*there, *there.values())]:
         raise InputError(f"--name {', '.join(unknown)}: not in {file}; it has {', '.join(there)}")
-    return [(entry, flow) for entry, flow in entries if not names or {entry.name, f"{flow.name}/{entry.name}"} & set(names)]
+    return [
+        (entry, flow) for entry, flow in entries if not names or {entry.name, f"{flow.name}/{entry.name}"} & set(names)
+    ]
 
 
 def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) -> None:
@@ -116,7 +133,9 @@ def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) 
     for parameters in (entry.parameters, *(entry.parameters | schedule.parameters for schedule in entry.schedules)):
         if unknown := set(parameters) - set(schema["properties"]):
             known = ", ".join(schema["properties"])
-            raise InputError(f"{file}: deployment {entry.name!r}: no parameter {', '.join(sorted(unknown))}; there are {known}")
+            raise InputError(
+                f"{file}: deployment {entry.name!r}: no parameter {', '.join(sorted(unknown))}; there are {known}"
+            )
         try:
             validate(parameters, schema, raise_on_error=True, ignore_required=True)
         except ParameterError as error:
@@ -128,7 +147,9 @@ def _check_schedules(file: Path, entry: DeploymentEntry, schedules: Sequence[Sch
         try:
             _next_run(schedule)
         except ValueError as error:  # the 31st of February
-            raise InputError(f"{file}: deployment {entry.name!r}: {schedule}: no run would ever be due: {first_line(error)}") from None
+            raise InputError(
+                f"{file}: deployment {entry.name!r}: {schedule}: no run would ever be due: {first_line(error)}"
+            ) from None
 
 
 @contextmanager
@@ -142,16 +163,24 @@ def _server() -> Iterator[SyncPrefectClient]:
             fault = client.api_healthcheck()
         if fault is not None:
             why = str(fault).splitlines()[0]
-            raise InputError(f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours")
+            raise InputError(
+                f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours"
+            )
         try:
             with get_client(sync_client=True) as client:
                 yield client
         except PrefectHTTPStatusError as error:
             if error.response.status_code in (401, 403):
-                raise InputError(f"the Prefect server at {url} asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD") from None
-            raise LorafleetError(f"the Prefect server at {url} fails: {error.response.status_code} {error.response.text[:300]}") from None
+                raise InputError(
+                    f"the Prefect server at {url} asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+                ) from None
+            raise LorafleetError(
+                f"the Prefect server at {url} fails: {error.response.status_code} {error.response.text[:300]}"
+            ) from None
         except HTTPError as error:
-            raise LorafleetError(f"the Prefect server at {url} does not answer any more: {error}; give the same command again") from None
+            raise LorafleetError(
+                f"the Prefect server at {url} does not answer any more: {error}; give the same command again"
+            ) from None
 
 
 def _server_of_up() -> str:
@@ -171,7 +200,11 @@ def _server_of_up() -> str:
 
 
 def _register(
-    client: SyncPrefectClient, file: Path, entry: DeploymentEntry, flow: Flow[..., Any], schedules: Sequence[ScheduleEntry]
+    client: SyncPrefectClient,
+    file: Path,
+    entry: DeploymentEntry,
+    flow: Flow[..., Any],
+    schedules: Sequence[ScheduleEntry],
 ) -> Deployed:
     _make_pool(client, entry.work_pool.name)
     limit = entry.concurrency_limit
@@ -187,7 +220,8 @@ def _register(
             parameter_openapi_schema=flow.parameters.model_dump(exclude_unset=True),
             enforce_parameter_schema=True,
             schedules=[
-                DeploymentScheduleCreate(schedule=s.prefect(), active=s.active, parameters=s.parameters, slug=s.slug) for s in schedules
+                DeploymentScheduleCreate(schedule=s.prefect(), active=s.active, parameters=s.parameters, slug=s.slug)
+                for s in schedules
             ],
             concurrency_limit=None if limit is None else limit.limit,
             concurrency_options=None if limit is None else _options(limit),
@@ -199,7 +233,9 @@ def _register(
         )
     except PrefectHTTPStatusError as error:
         if error.response.is_client_error:
-            raise InputError(f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {error.response.text[:300]}") from None
+            raise InputError(
+                f"{file}: deployment {entry.name!r}: the Prefect server refuses it: {error.response.text[:300]}"
+            ) from None
         raise
     following = [_next_run(schedule) for schedule in schedules if schedule.active and not entry.paused]
     return Deployed(

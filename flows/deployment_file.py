@@ -49,7 +49,9 @@ def read_deployments(file: Path) -> list[DeploymentEntry]:
     try:
         json.dumps(filled, allow_nan=False)
     except ValueError:
-        raise InputError(f"{file}: holds .nan or .inf, which Prefect's server cannot be sent; write another value") from None
+        raise InputError(
+            f"{file}: holds .nan or .inf, which Prefect's server cannot be sent; write another value"
+        ) from None
     return [_entry(file, entry) for entry in filled]
 
 
@@ -60,7 +62,9 @@ class ScheduleEntry(Record):
     interval: float | None = Field(default=None, gt=0, le=_LONGEST_INTERVAL_SECONDS)
     """Seconds, at least one, counted from the anchor date."""
     timezone: str = Field(default="UTC", min_length=1)
-    anchor_date: datetime = Field(default=_ANCHOR, ge=datetime(1970, 1, 2, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))
+    anchor_date: datetime = Field(
+        default=_ANCHOR, ge=datetime(1970, 1, 2, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC)
+    )
     day_or: bool = True
     """Whether a cron expression's day of the month and day of the week are alternatives."""
     active: bool = True
@@ -84,10 +88,14 @@ class ScheduleEntry(Record):
         if self.cron is not None:
             return CronSchedule(cron=self.cron, timezone=self.timezone, day_or=self.day_or)
         assert self.interval is not None
-        return IntervalSchedule(interval=timedelta(seconds=self.interval), anchor_date=self.anchor_date, timezone=self.timezone)
+        return IntervalSchedule(
+            interval=timedelta(seconds=self.interval), anchor_date=self.anchor_date, timezone=self.timezone
+        )
 
     def __str__(self) -> str:
-        when = f"cron {self.cron}, {self.timezone}" if self.cron is not None else f"every {_in_words(self.interval or 0)}"
+        when = (
+            f"cron {self.cron}, {self.timezone}" if self.cron is not None else f"every {_in_words(self.interval or 0)}"
+        )
         return when if self.active else f"{when} (inactive)"
 
 
@@ -130,7 +138,9 @@ def schedule_of(*, interval: float | None, cron: str | None, timezone: str | Non
     """
     if interval is None and cron is None:
         if timezone is not None:
-            raise InputError(f"--timezone {timezone}: belongs to --cron or --interval; without them the file's schedules hold")
+            raise InputError(
+                f"--timezone {timezone}: belongs to --cron or --interval; without them the file's schedules hold"
+            )
         return None
     given = {"--interval": interval, "--cron": cron, "--timezone": timezone}
     try:
@@ -148,7 +158,9 @@ def _entry(file: Path, values: Any) -> DeploymentEntry:
         raise InputError(f"{file}: deployment {name!r}: {_fault(error)}") from None
     # Those of the job variables are filled when a run starts.
     if "{{" in json.dumps(entry.model_dump(mode="json", exclude={"work_pool"})):
-        raise InputError(f"{file}: deployment {name!r}: a {{{{ … }}}} that is not a set variable of the environment; write out its value")
+        raise InputError(
+            f"{file}: deployment {name!r}: a {{{{ … }}}} that is not a set variable of the environment; write out its value"
+        )
     is_path = ":" in entry.entrypoint or "/" in entry.entrypoint
     if is_path or not all(part.isidentifier() for part in entry.entrypoint.split(".")):
         what = "is a path" if is_path else "is not the name of a flow"

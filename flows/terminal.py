@@ -114,7 +114,9 @@ class _Standard(io.FileIO):
             except OSError as error:
                 self._is_lost = True
                 if not (self._is_error or isinstance(error, BrokenPipeError)):
-                    raise OutputError(f"standard output cannot be written: {error.strerror}; what was finished is kept") from None
+                    raise OutputError(
+                        f"standard output cannot be written: {error.strerror}; what was finished is kept"
+                    ) from None
         return len(memoryview(content).cast("B"))
 
 

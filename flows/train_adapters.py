@@ -120,7 +120,10 @@ def _fan_out(
     done = {result.mteb_task.name for result in reused}
     todo = [planned for planned in plan.tasks if planned.mteb_task.name not in done]
     workers = [first, *(fleet.worker() for _ in todo[1:])]
-    chains = [_Chain(planned, plan, worker, store=store, run_id=run_id) for planned, worker in zip(todo, workers, strict=False)]
+    chains = [
+        _Chain(planned, plan, worker, store=store, run_id=run_id)
+        for planned, worker in zip(todo, workers, strict=False)
+    ]
     outcomes = [chain.outcome() for chain in chains]
     return [o for o in outcomes if isinstance(o, TaskResult)], [o for o in outcomes if isinstance(o, Failure)]
 
@@ -129,8 +132,12 @@ def _publish(folder: RunFolder, config: RunConfig) -> list[Failure]:
     """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
     published = stages.publish(folder, config.publish, trust_remote_code=config.encoder.trust_remote_code)
     if isinstance(published, LorafleetError):
-        return [Failure(mteb_task="", stage="publish", reason=str(published), user_fault=isinstance(published, InputError))]
-    return [Failure(mteb_task=decision.mteb_task, stage="gate", reason=decision.reason) for decision in published.blocked]
+        return [
+            Failure(mteb_task="", stage="publish", reason=str(published), user_fault=isinstance(published, InputError))
+        ]
+    return [
+        Failure(mteb_task=decision.mteb_task, stage="gate", reason=decision.reason) for decision in published.blocked
+    ]
 
 
 class _Chain:
@@ -144,7 +151,9 @@ class _Chain:
         self.futures: dict[str, PrefectFuture[Any]] = {}
         before: list[PrefectFuture[Any]] = []
         for stage in (stages.load_data, stages.evaluate_frozen, stages.train_adapter, stages.evaluate_adapter):
-            future = stages.with_policy(stage, compute).submit(self.name, self.worker, compute.timeout_seconds, wait_for=before)
+            future = stages.with_policy(stage, compute).submit(
+                self.name, self.worker, compute.timeout_seconds, wait_for=before
+            )
             self.futures[stage.name] = future
             before = [future]
         # The last stage ends with whichever fails before it. Its place is given on at once, not when the flow comes to look.
@@ -156,7 +165,9 @@ class _Chain:
         for stage, future in self.futures.items():
             result = _wait(future)
             if not future.state.is_completed():
-                return Failure(mteb_task=self.name, stage=stage, reason=_reason(result), user_fault=isinstance(result, InputError))
+                return Failure(
+                    mteb_task=self.name, stage=stage, reason=_reason(result), user_fault=isinstance(result, InputError)
+                )
         assert isinstance(result, TaskResult)
         return result
 
@@ -199,5 +210,7 @@ def _ended(outcome: RunOutcome, message: str) -> State[Any]:
     if not outcome.failures:
         return Completed(message=message, data=outcome)
     failed = ", ".join(f"{f.mteb_task} ({f.stage}: {f.reason})" for f in outcome.failures)
-    names = {result.mteb_task.name for result in outcome.results} | {f.mteb_task for f in outcome.failures if f.mteb_task}
+    names = {result.mteb_task.name for result in outcome.results} | {
+        f.mteb_task for f in outcome.failures if f.mteb_task
+    }
     return Failed(message=printable(f"{len(outcome.failures)} of {len(names)} failed: {failed}"), data=outcome)

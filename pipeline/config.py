@@ -77,7 +77,9 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> EncoderConfig:
         if self.trust_remote_code and self.revision is None:
-            raise ValueError("trust_remote_code = true needs an explicit revision; code that can change overnight is not run")
+            raise ValueError(
+                "trust_remote_code = true needs an explicit revision; code that can change overnight is not run"
+            )
         return self
 
 
@@ -134,7 +136,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _refit_needs_validation(self) -> TrainConfig:
         if self.refit and self.early_stopping_split == "test":
-            raise ValueError('refit = true has no effect with early_stopping_split = "test": nothing was held out of train')
+            raise ValueError(
+                'refit = true has no effect with early_stopping_split = "test": nothing was held out of train'
+            )
         return self
 
 
@@ -144,9 +148,9 @@ class EvaluateConfig(Section):
     columns: Annotated[tuple[Column, ...], *_List] = ALL_COLUMNS
     bootstrap_draws: int = Field(default=1000, ge=100, le=1_000_000)
     """Resamples of the test texts behind each interval."""
-    probe_c: Annotated[tuple[Annotated[float, Field(gt=0, le=1e9)], ...], Field(min_length=1, max_length=32), *_List] = (
-        *(0.1, 1.0, 10.0, 100.0),
-    )
+    probe_c: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1e9)], ...], Field(min_length=1, max_length=32), *_List
+    ] = (*(0.1, 1.0, 10.0, 100.0),)
     """Inverse regularisations that the full-data probe chooses from, on validation."""
     main_metric: Literal["auto"] | MainMetric = "auto"
     """The score by which the head is judged against the full-data probe; epoch and C are chosen by accuracy all the same.
@@ -156,7 +160,9 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _main_metric_has_an_effect(self) -> EvaluateConfig:
         if self.main_metric != "auto" and "frozen_full_data" not in self.columns:
-            raise ValueError(f'main_metric = "{self.main_metric}" has no effect without the column "frozen_full_data" to judge against')
+            raise ValueError(
+                f'main_metric = "{self.main_metric}" has no effect without the column "frozen_full_data" to judge against'
+            )
         return self
 
     @model_validator(mode="after")
@@ -264,10 +270,14 @@ class MtebTaskConfig(Section):
         of_files = ("test", "text_column", "label_column", "group_column", "test_fraction", "test_seed")
         given = [key for key in of_files if getattr(self, key) is not None]
         if self.train is None and given:
-            raise ValueError(f"{' and '.join(given)} {_have(given)} an effect only with train, which names your own files")
+            raise ValueError(
+                f"{' and '.join(given)} {_have(given)} an effect only with train, which names your own files"
+            )
         carving = [key for key in given if key.startswith("test_")]
         if self.test is not None and carving:
-            raise ValueError(f"{' and '.join(carving)} {_have(carving)} no effect beside test; leave out one or the other")
+            raise ValueError(
+                f"{' and '.join(carving)} {_have(carving)} no effect beside test; leave out one or the other"
+            )
         return self
 
 
@@ -293,7 +303,9 @@ class RunConfig(Section):
         names = [t.name for t in self.mteb_tasks]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise ValueError(f"mteb_tasks names {', '.join(twice)} more than once; each adapter needs a name of its own")
+            raise ValueError(
+                f"mteb_tasks names {', '.join(twice)} more than once; each adapter needs a name of its own"
+            )
         return self
 
 
@@ -382,7 +394,9 @@ def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tupl
     _apply_overrides(values, overrides)
     found = validate_config(values, "lorafleet publish").publish
     if found.private and not to.startswith("hf:"):
-        raise ConfigError(f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private")
+        raise ConfigError(
+            f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private"
+        )
     return found
 
 
@@ -400,23 +414,39 @@ def _read_source(source: str) -> tuple[str, str]:
     try:
         return read_text(path), str(path)
     except ConfigError as error:
-        raise ConfigError(f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file to be read: {error}") from None
+        raise ConfigError(
+            f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file to be read: {error}"
+        ) from None
 
 
 def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[str, ...]) -> list[tuple[str, str]]:
     """Keys that are given and count for nothing beside the others, and why."""
     train, gate, to = config.train, config.publish.gate, config.publish.to
     rules: list[tuple[str, bool, str]] = [
-        ("train.validation_fraction", train.early_stopping_split == "test", 'early_stopping_split = "test" holds nothing out'),
+        (
+            "train.validation_fraction",
+            train.early_stopping_split == "test",
+            'early_stopping_split = "test" holds nothing out',
+        ),
         ("compute.retry_delay_seconds", config.compute.retries == 0, "compute.retries = 0"),
         ("data.mirror", all(t.train for t in config.mteb_tasks), "every MTEB task names its own files"),
-        ("publish.private", config.publish.private and to is not None and not to.startswith("hf:"), "publish.to is a folder"),
+        (
+            "publish.private",
+            config.publish.private and to is not None and not to.startswith("hf:"),
+            "publish.to is a folder",
+        ),
         ("publish.token_block", to is not None and not to.startswith("hf:"), "publish.to is a folder"),
-        *((f"publish.gate.{key}", not gate.enabled, "publish.gate.enabled = false") for key in GateConfig.model_fields if key != "enabled"),
+        *(
+            (f"publish.gate.{key}", not gate.enabled, "publish.gate.enabled = false")
+            for key in GateConfig.model_fields
+            if key != "enabled"
+        ),
     ]
     found = [(key, why) for key, is_idle, why in rules if is_idle and _is_given(values, key)]
     # In a file it may be the default for MTEB tasks to come.
-    if all(t.max_epochs for t in config.mteb_tasks) and any(o.partition("=")[0].strip() == "train.max_epochs" for o in overrides):
+    if all(t.max_epochs for t in config.mteb_tasks) and any(
+        o.partition("=")[0].strip() == "train.max_epochs" for o in overrides
+    ):
         found.append(("train.max_epochs", "every MTEB task names its own (mteb_tasks.NAME.max_epochs)"))
     return found
 
@@ -497,7 +527,9 @@ def _describe(faults: Sequence[Any]) -> list[str]:
         if fault["type"] == "too_short" and fault["input"]:
             continue  # it has items, and each of them a fault of its own
         if fault["type"] == "extra_forbidden":
-            unknown.append(f"unknown key {'.'.join(map(str, fault['loc']))!r}; the keys there are {', '.join(model.model_fields)}")
+            unknown.append(
+                f"unknown key {'.'.join(map(str, fault['loc']))!r}; the keys there are {', '.join(model.model_fields)}"
+            )
         else:
             by_key.setdefault(key, []).append(fault)
     return [_describe_key(key, of_key) for key, of_key in by_key.items()] + unknown
@@ -517,7 +549,13 @@ def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:
         if isinstance(part, str) and part not in model.model_fields:
             break
         key.append(str(part))
-        inner = MtebTaskConfig if part == "mteb_tasks" else model.model_fields[part].annotation if isinstance(part, str) else None
+        inner = (
+            MtebTaskConfig
+            if part == "mteb_tasks"
+            else model.model_fields[part].annotation
+            if isinstance(part, str)
+            else None
+        )
         if isinstance(inner, type) and issubclass(inner, Record):
             model = inner
     return ".".join(key), model

@@ -40,7 +40,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > _LARGEST_BYTES:
-        raise ConfigError(f"{path}: larger than {_LARGEST_BYTES // 1024**2} MiB; expected a file that a person has written")
+        raise ConfigError(
+            f"{path}: larger than {_LARGEST_BYTES // 1024**2} MiB; expected a file that a person has written"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,7 +86,9 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep") from None
     except (ValueError, OverflowError) as error:  # a 13th month, 4,301 digits
-        raise ConfigError(f"{origin}: holds a value that cannot be read: {first_line(error).partition(':')[0]}") from None
+        raise ConfigError(
+            f"{origin}: holds a value that cannot be read: {first_line(error).partition(':')[0]}"
+        ) from None
     except (LookupError, AttributeError, TypeError):  # PyYAML's, of !!bool perhaps and the like
         raise ConfigError(f"{origin}: holds a value that does not fit its tag (!!…)") from None
     check_values(values, origin=origin)
@@ -138,6 +142,8 @@ def _inside_node(node: Any, origin: str) -> Iterator[Any]:
         return
     keys = Counter(part[0].value for part in node.value if isinstance(part, tuple) and isinstance(part[0].value, str))
     if twice := sorted(key for key, count in keys.items() if count > 1):
-        raise ConfigError(f"{origin}: line {node.start_mark.line + 1}: {', '.join(twice)} is there twice, and only one would count")
+        raise ConfigError(
+            f"{origin}: line {node.start_mark.line + 1}: {', '.join(twice)} is there twice, and only one would count"
+        )
     for part in node.value:
         yield from part if isinstance(part, tuple) else (part,)

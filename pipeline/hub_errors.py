@@ -22,7 +22,9 @@ def hub_faults() -> tuple[type[Exception], ...]:
     return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, TransportError
 
 
-def hub_error(error: BaseException, what: str, *, offline: bool = False, kind: type[InputError] = InputError) -> LorafleetError:
+def hub_error(
+    error: BaseException, what: str, *, offline: bool = False, kind: type[InputError] = InputError
+) -> LorafleetError:
     """The error that a command ends with.
 
     Args:
@@ -43,7 +45,9 @@ def hub_error(error: BaseException, what: str, *, offline: bool = False, kind: t
     not_cached = isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, OfflineModeIsEnabled) or (not_cached and (offline or constants.HF_HUB_OFFLINE)):
         return kind(f"{what}: not in the local cache, and offline; fetch it once while online, or name a folder")
-    out_of_reach = status is None and (not_cached or any(isinstance(e, TransportError) for e in (error, error.__cause__)))
+    out_of_reach = status is None and (
+        not_cached or any(isinstance(e, TransportError) for e in (error, error.__cause__))
+    )
     return LorafleetError(f"{what}: {hub_said(error)}{_REACH if out_of_reach else ''}")
 
 
@@ -53,7 +57,9 @@ def hub_fault_behind(error: BaseException) -> BaseException | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError):
+    while behind is not None and not isinstance(
+        behind, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError
+    ):
         behind = behind.__cause__ or behind.__context__
     return behind
 
@@ -68,5 +74,7 @@ def hub_status(error: BaseException) -> int | None:
 
 def hub_said(error: BaseException) -> str:
     """What an error says, in one line, without what is signed in an address."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")]
+    lines = [
+        line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")
+    ]
     return re.sub(r"\?[^\s'\"]*", "?…", " ".join(lines[:3]))[:300] or type(error).__name__

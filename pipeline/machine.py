@@ -32,7 +32,9 @@ def existing(path: Path) -> Path:
 def free_bytes(path: Path) -> int | None:
     """Of the disk where the path lies, or will; None where its file system does not say, as that of /proc or of some mounted buckets."""
     place = existing(path)
-    usage = shutil.disk_usage(place if place.exists() else place.parent)  # a link may lead nowhere; who writes there will be told
+    usage = shutil.disk_usage(
+        place if place.exists() else place.parent
+    )  # a link may lead nowhere; who writes there will be told
     return usage.free if usage.total else None
 
 
@@ -47,7 +49,9 @@ def check_room(folder: Path, *, what: str) -> None:
     free = free_bytes(folder)
     if free is not None and free < LEAST_ROOM_BYTES:
         least = f"{LEAST_ROOM_BYTES / 1e6:.0f} MB"
-        raise LorafleetError(f"{folder}: {free / 1e6:.1f} MB free, but a start needs {least}; free some space, or {what}")
+        raise LorafleetError(
+            f"{folder}: {free / 1e6:.1f} MB free, but a start needs {least}; free some space, or {what}"
+        )
 
 
 def own_output() -> IO[str]:

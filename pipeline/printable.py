@@ -24,7 +24,9 @@ _WHOLE_URL = re.compile(_SCHEME + r"(?P<rest>.+)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
 _PARAMETER = re.compile(r"(?P<sign>[?&;#])(?P<name>[^=&;#?]*)(?P<value>=[^&;#]*)?")
 _PATH_PARAMETER = re.compile(r"(?P<sign>;)(?P<name>[^=;/]*)(?P<value>=[^;/]*)?")
-_WITHOUT_SCHEME = re.compile(r"(?<![^\s\"'<>(=,])//[^\s\"'<>/@:]*:[^\s\"'<>/]*@")  # //user:password@host, as a page may have it
+_WITHOUT_SCHEME = re.compile(
+    r"(?<![^\s\"'<>(=,])//[^\s\"'<>/@:]*:[^\s\"'<>/]*@"
+)  # //user:password@host, as a page may have it
 # What a query says besides secrets. Over HTTP every other value is taken for one. In a store's URL a ? may be part of a name, or a
 # wildcard, so there it is the names that tell.
 _SAID_OPENLY = {"versionid", "generation", "snapshot"}
@@ -56,7 +58,9 @@ def redacted(text: str) -> str:
 
 def conceal(url: str) -> str:
     """The URL (or path) without its secrets; this process remembers the real one for ``reveal``."""
-    shown = redacted(_WHOLE_URL.sub(_without_secrets, url, count=1))  # a space ends a URL in a text, but not in an address
+    shown = redacted(
+        _WHOLE_URL.sub(_without_secrets, url, count=1)
+    )  # a space ends a URL in a text, but not in an address
     if shown != url:
         _real[shown] = url
     return shown

@@ -19,7 +19,9 @@ from pipeline.errors import InputError, first_line
 from pipeline.printable import conceal, counted, reveal
 
 _SUFFIXES = re.compile(r"\.(parquet|parq|pq)(\.(snappy|gz|gzip|zst|zstd|lz4|br|brotli|lzo))?$", re.IGNORECASE)
-_TEMPORARY = re.compile(r".*(~|\.(tmp|temp|crc|part|partial|inprogress|crdownload|bak|backup|old|orig|swp|_copying_))", re.IGNORECASE)
+_TEMPORARY = re.compile(
+    r".*(~|\.(tmp|temp|crc|part|partial|inprogress|crdownload|bak|backup|old|orig|swp|_copying_))", re.IGNORECASE
+)
 _SPECIAL = "of no content of its own (a pipe, a socket or a device)"
 _MAGIC = b"PAR1"
 _READERS = 16
@@ -31,7 +33,12 @@ _NOT_STORES = (
     *("cached", "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper", "asynclocal"),
 )
 _S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
-_CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
+_CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+    ("aiohttp", "ClientError"),
+)
 
 TEMPORARY = ".tmp"
 """What the names of unfinished local files end with."""
@@ -160,7 +167,11 @@ class Place:
 
 TableFormat = Literal["Delta", "Iceberg", "Hudi", "Spark Structured Streaming"]
 """Formats that keep a log of which files of a folder belong to the table."""
-_LOGS: dict[str, TableFormat] = {"_delta_log": "Delta", ".hoodie": "Hudi", "_spark_metadata": "Spark Structured Streaming"}
+_LOGS: dict[str, TableFormat] = {
+    "_delta_log": "Delta",
+    ".hoodie": "Hudi",
+    "_spark_metadata": "Spark Structured Streaming",
+}
 
 
 @dataclass(frozen=True)
@@ -188,9 +199,13 @@ def check_address(url: str) -> None:
     if protocol == "memory":
         raise InputError(f"{url}: what is in memory is gone when the command ends; name a folder or a store")
     if protocol in _NOT_STORES or "::" in url:
-        raise InputError(f"{url}: not the address of a store; expected a path, or an address such as s3://…, gs://…, hf://… or https://…")
+        raise InputError(
+            f"{url}: not the address of a store; expected a path, or an address such as s3://…, gs://…, hf://… or https://…"
+        )
     if protocol in (*_S3, *_GCS) and "@" in url.partition("://")[2].partition("/")[0]:
-        variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if protocol in _S3 else "GOOGLE_APPLICATION_CREDENTIALS"
+        variables = (
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if protocol in _S3 else "GOOGLE_APPLICATION_CREDENTIALS"
+        )
         raise InputError(f"{url}: such an address holds no credentials; set {variables} instead")
 
 
@@ -214,10 +229,14 @@ def find_files(pattern: str) -> FoundFiles:
         every = dict(_files(fs, matched))
         listed = sorted((name, info) for name, info in every.items() if info["type"] == "file")
         skipped[_SPECIAL] += len(every) - len(listed)
-        chosen = set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()  # ``*.dat`` says which suffix is meant
+        chosen = (
+            set(matched) if is_glob and not path.endswith(("*", "?", "]")) else set()
+        )  # ``*.dat`` says which suffix is meant
         start = written_folder(pattern).root + "/"
         with ThreadPoolExecutor(_READERS) as pool:
-            files = list(pool.map(lambda found: _stored(fs, *found, below=_without_query(found[0]).removeprefix(start)), listed))
+            files = list(
+                pool.map(lambda found: _stored(fs, *found, below=_without_query(found[0]).removeprefix(start)), listed)
+            )
             reasons = list(pool.map(_reason_to_skip, files, [name in chosen for name, _ in listed]))
         tables = tables_around(fs, [name for (name, _), reason in zip(listed, reasons, strict=True) if not reason])
     except store_errors(ValueError, NotImplementedError) as error:
@@ -226,7 +245,9 @@ def find_files(pattern: str) -> FoundFiles:
     skipped = +skipped
     found = tuple(file for file, reason in zip(files, reasons, strict=True) if not reason)
     if len({file.path for file in found}) < len(found):
-        raise InputError(f"input {pattern}: it has files that differ only in the secret part of their addresses; name them one by one")
+        raise InputError(
+            f"input {pattern}: it has files that differ only in the secret part of their addresses; name them one by one"
+        )
     if not found:
         empty = "no Parquet file in it" if fs.exists(path) else "no such file or folder"
         there = f"no Parquet file in it ({in_words(skipped)})" if skipped else empty
@@ -277,7 +298,9 @@ def _table_format(fs: Any, folder: str) -> TableFormat | None:
             found = [kind for log, kind in _LOGS.items() if fs.isdir(f"{folder}/{log}")]
             has_metadata = fs.isdir(f"{folder}/metadata")
         if not found and has_metadata:
-            found = ["Iceberg" for name in fs.ls(f"{folder}/metadata", detail=False) if str(name).endswith(".metadata.json")]
+            found = [
+                "Iceberg" for name in fs.ls(f"{folder}/metadata", detail=False) if str(name).endswith(".metadata.json")
+            ]
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, NotImplementedError):
         return None  # the Hub's has ValueError for what lies above a repository
     except store_errors():
@@ -319,7 +342,11 @@ def written_folder(pattern: str) -> Place:
 
 def store_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     """What the world outside makes file systems raise; the clients of S3 and the Hub have errors of their own for a lost network."""
-    return (OSError, *others, *(getattr(sys.modules[module], name) for module, name in _CLIENT_ERRORS if module in sys.modules))
+    return (
+        OSError,
+        *others,
+        *(getattr(sys.modules[module], name) for module, name in _CLIENT_ERRORS if module in sys.modules),
+    )
 
 
 def open_file(path: str) -> BinaryIO:
@@ -387,7 +414,9 @@ def _reason_to_skip(file: StoredFile, is_chosen: bool) -> str:
     *folders, name = file.below.split("/")
     if name.startswith(("_metadata", "_common_metadata")):
         return "of Parquet's own summaries (_metadata)"
-    if any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in folders) or name.startswith(("_", ".")):
+    if any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in folders) or name.startswith(
+        ("_", ".")
+    ):
         return "with a name, or in a folder, that begins with _ or ."
     if _TEMPORARY.fullmatch(name):
         return "with the name of a temporary file or a backup"
@@ -430,5 +459,7 @@ def _stored(fs: Any, name: str, info: dict[str, Any], *, below: str) -> StoredFi
     if size is None:  # listings over HTTP have none
         size = fs.info(name).get("size")
     if size is None:
-        raise InputError(f"{path}: its server does not tell its size (no Content-Length), so it cannot be read in parts; copy it first")
+        raise InputError(
+            f"{path}: its server does not tell its size (no Content-Length), so it cannot be read in parts; copy it first"
+        )
     return StoredFile(path, int(size), f"etag:{etag}" if is_strong else f"mtime:{written}" if written else "", below)

@@ -35,7 +35,9 @@ class Board:
         grid = Table("", "", "", f"{time.monotonic() - self._started:.0f} s", box=None, pad_edge=False)
         with self._lock:
             for name, (stage, percent, detail) in self._lines.items():
-                grid.add_row(name, stage, "" if percent is None else ProgressBar(completed=percent, width=_BAR_WIDTH), detail)
+                grid.add_row(
+                    name, stage, "" if percent is None else ProgressBar(completed=percent, width=_BAR_WIDTH), detail
+                )
         return grid
 
     @contextmanager

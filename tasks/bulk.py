@@ -69,7 +69,9 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
             receipts.append(receipt)
             progress.show(receipts)
             if receipt.fatal:
-                return LorafleetError(f"stopped: {receipt.failure}; start again when that is mended, {_units(plan, receipts)} are kept")
+                return LorafleetError(
+                    f"stopped: {receipt.failure}; start again when that is mended, {_units(plan, receipts)} are kept"
+                )
     except LorafleetError as error:
         return error
     return receipts, progress.seconds
@@ -81,13 +83,20 @@ def finish_job(
 ) -> tuple[BulkSummary, tuple[UnitFailure, ...]] | LorafleetError:
     """Write the summary beside the output, and show it in the UI; returns why it cannot be written."""
     try:
-        summary, failures = finish(plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds)
+        summary, failures = finish(
+            plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
+        )
     except LorafleetError as error:
         return error
     except store_errors() as error:
-        return LorafleetError(f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept")
+        return LorafleetError(
+            f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept"
+        )
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
-    lines = [f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {counted(summary.failures, 'failure')}", ""]
+    lines = [
+        f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {counted(summary.failures, 'failure')}",
+        "",
+    ]
     for name, counts in summary.labels.items():
         most = ", ".join(f"{markdown(label)} {count:,}" for label, count in list(counts.items())[:10])
         lines.append(f"- {markdown(name)}: {most}; {summary.null_labels.get(name, 0):,} without a label")
@@ -115,7 +124,9 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         raise LorafleetError(f"output {plan.output}: {first_line(error)}") from error
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
     fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray Data has the core complain of how it makes its own actors
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # else Ray Data has the core complain of how it makes its own actors
     with fleet:
         fleet.ready()
         import ray.data
@@ -124,10 +135,14 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.target_max_block_size = _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
+        context.target_max_block_size = (
+            _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
+        )
         most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
-        run_logger().info("labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus)
+        run_logger().info(
+            "labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus
+        )
         units = ray.data.from_items(
             [{"unit": unit.model_dump_json()} for unit in plan.begun.todo], override_num_blocks=len(plan.begun.todo)
         )
@@ -160,7 +175,9 @@ class UnitActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One unit in, its receipt out, both as JSON."""
-        return {"receipt": [self._worker.label(Unit.model_validate_json(text)).model_dump_json() for text in batch["unit"]]}
+        return {
+            "receipt": [self._worker.label(Unit.model_validate_json(text)).model_dump_json() for text in batch["unit"]]
+        }
 
 
 class _Progress:

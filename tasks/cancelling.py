@@ -37,7 +37,9 @@ def interrupted_if_cancelled() -> Iterator[None]:
     # A shell ignores Ctrl-C for what it starts in the background.
     before = signal.signal(signal.SIGTERM, of_ctrl_c if callable(of_ctrl_c) else signal.default_int_handler)
     ended, cancelled = threading.Event(), threading.Event()
-    watch = threading.Thread(target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True)
+    watch = threading.Thread(
+        target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True
+    )
     watch.start()
     try:
         yield

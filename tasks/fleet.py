@@ -202,14 +202,20 @@ class Fleet:
         try:
             options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
             if self.address is None:
-                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_LOST_SECONDS))  # read by the import of Ray
+                os.environ.setdefault(
+                    "RAY_gcs_rpc_server_reconnect_timeout_s", str(_HEAD_LOST_SECONDS)
+                )  # read by the import of Ray
                 # Says whether Ray may be more than this machine. If so it listens on all interfaces, whatever address it is given.
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
                 if not _token_can_be_kept():
                     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 # Without "local", Ray would join whatever cluster a stale file names.
                 options |= {"address": "local", "num_cpus": max(local_cpus(), int(self.cpus_per_worker))}
-                options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+                options |= {
+                    "_node_ip_address": "127.0.0.1",
+                    "include_dashboard": False,
+                    "object_store_memory": _OBJECT_STORE_BYTES,
+                }
                 options["_temp_dir"] = str(ends.enter_context(ray_folder()))
             else:
                 options["address"] = self.address
@@ -217,10 +223,14 @@ class Fleet:
             import ray
             from ray.job_config import JobConfig
 
-            if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # Ray marks a submitted job so; its folder may be the code itself
+            if (
+                "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
+            ):  # Ray marks a submitted job so; its folder may be the code itself
                 # Or Ray would have its workers import from the driver's working folder first, which may hold a tasks.py of its own.
                 options["job_config"] = JobConfig(_client_job=True)
-            ends.callback(self._made_ahead.clear)  # after Ray: its core complains on standard error of an actor dropped while it is made
+            ends.callback(
+                self._made_ahead.clear
+            )  # after Ray: its core complains on standard error of an actor dropped while it is made
             ends.callback(ray.shutdown)
             if not ray.is_initialized():
                 _init(options)
@@ -232,7 +242,9 @@ class Fleet:
             if self.address is None or not isinstance(error, OSError | ValueError | RuntimeError):
                 return error
             where = f"Ray address {self.address!r}"
-            return ConfigError(f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)")
+            return ConfigError(
+                f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)"
+            )
         return None
 
 

@@ -43,7 +43,9 @@ class FleetWorker:
         if self._actor is not None:
             self._actor.begin.remote(spec)
 
-    def call(self, stage: str, *arguments: Any, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float) -> Any:
+    def call(
+        self, stage: str, *arguments: Any, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float
+    ) -> Any:
         """Run one stage of its MTEB task, or the check before there is one, and wait for the result, passing on what it reports.
 
         Raises:
@@ -72,7 +74,9 @@ class FleetWorker:
             self._actor = None
             if getattr(error, "actor_init_failed", False):  # as the next one would
                 why = str(error).strip().splitlines()[-1][:300]
-                raise LorafleetError(f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks") from error
+                raise LorafleetError(
+                    f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks"
+                ) from error
             self._fleet.check()
             raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
 
@@ -121,4 +125,6 @@ class FleetWorker:
         self._fleet.check()
         if time.monotonic() > deadline:
             self.stop()
-            raise WorkerDiedError(f"{self._name}{stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}")
+            raise WorkerDiedError(
+                f"{self._name}{stage!r} took longer than compute.timeout_seconds = {timeout_seconds:g}"
+            )

@@ -51,7 +51,9 @@ class ProgressArtifact:
             assert isinstance(made, UUID)
             self._artifact = made
         else:
-            artifacts.update_progress_artifact(artifact_id=self._artifact, progress=percent, description=printable(facts))
+            artifacts.update_progress_artifact(
+                artifact_id=self._artifact, progress=percent, description=printable(facts)
+            )
 
 
 def _harmless(create: Callable[..., Any]) -> Callable[..., None]:

@@ -186,7 +186,9 @@ def collect(
     """Write metrics, results, card and report; show the score table in the UI."""
     from pipeline.run.collect import collect as write_files
 
-    before = latest_results(folder.root.parent, [result.mteb_task.name for result in results])  # this run has no manifest yet
+    before = latest_results(
+        folder.root.parent, [result.mteb_task.name for result in results]
+    )  # this run has no manifest yet
     summary, corrected = write_files(plan, results, failures, run_id=run_id, folder=folder)
     table = score_table(summary, corrected)
     rows = []
@@ -194,11 +196,17 @@ def collect(
         cells = {heading: cell.text for heading, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)}
         name, head = SCORE_HEADINGS[0], "LoRA, own head"
         change = head_change(result, before.get(result.mteb_task.name))
-        rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)  # what a laptop shows first
+        rows.append(
+            {name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells
+        )  # what a laptop shows first
     create_table_artifact(table=rows, key="score-table", description=f"Accuracy in per cent on test, run {run_id}")
     facts = [f"- run folder: {markdown(folder.root.name)}", *(f"- {markdown(note)}" for note in table.notes())]
-    facts += [f"- {markdown(f'{result.mteb_task.name}: {said}')}" for result in corrected if (said := said_of_start(result))]
-    create_markdown_artifact("\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}")
+    facts += [
+        f"- {markdown(f'{result.mteb_task.name}: {said}')}" for result in corrected if (said := said_of_start(result))
+    ]
+    create_markdown_artifact(
+        "\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}"
+    )
     create_link_artifact(_report_url(folder), key="report", link_text=f"report of run {run_id}")
     return summary, corrected
 
@@ -206,7 +214,9 @@ def collect(
 def _report_url(folder: RunFolder) -> str:
     """Where the report can be read: at the address under which the run store is served, else as a file."""
     served = os.environ.get(REPORTS_URL)
-    return f"{served.rstrip('/')}/{folder.root.name}/{folder.report.name}" if served else folder.report.resolve().as_uri()
+    return (
+        f"{served.rstrip('/')}/{folder.root.name}/{folder.report.name}" if served else folder.report.resolve().as_uri()
+    )
 
 
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
@@ -222,11 +232,20 @@ def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool
     except LorafleetError as error:
         logger.error("not published: %s", error)
         return error
-    rows = [decision.model_dump(mode="json", exclude={"run_id", "to", "created_at"}) for decision in published.decisions]
-    create_table_artifact(table=rows, key="gate", description=f"Promotion gate of run {folder.root.name}, to {config.to}")
+    rows = [
+        decision.model_dump(mode="json", exclude={"run_id", "to", "created_at"}) for decision in published.decisions
+    ]
+    create_table_artifact(
+        table=rows, key="gate", description=f"Promotion gate of run {folder.root.name}, to {config.to}"
+    )
     for decision in published.decisions:
         logger.log(logging.ERROR if decision.decision == "block" else logging.INFO, "%s: %s: %s", *_said(decision))
-    logger.info("published %d adapters to %s%s", len(published.verified), config.to, f"@{published.revision}" * bool(published.revision))
+    logger.info(
+        "published %d adapters to %s%s",
+        len(published.verified),
+        config.to,
+        f"@{published.revision}" * bool(published.revision),
+    )
     create_link_artifact(published.url, key="published", link_text=f"what is published after run {folder.root.name}")
     return published
 
@@ -252,7 +271,9 @@ def _hub_token(block: str | None) -> Iterator[None]:
     try:
         secret: Any = Secret.load(block)
     except ValueError:
-        raise InputError(f"publish.token_block: there is no Prefect Secret block {block!r}; create it, or set HF_TOKEN") from None
+        raise InputError(
+            f"publish.token_block: there is no Prefect Secret block {block!r}; create it, or set HF_TOKEN"
+        ) from None
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = secret.get()
     try:
@@ -265,7 +286,12 @@ def _hub_token(block: str | None) -> Iterator[None]:
 
 @task(name="manifest", task_run_name="manifest", cache_policy=NO_CACHE)
 def finish_run(
-    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], run_id: str, folder: RunFolder, seconds: float
+    plan: Plan,
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    run_id: str,
+    folder: RunFolder,
+    seconds: float,
 ) -> RunManifest:
     """Enter the run into the history and mark it finished."""
     from pipeline.run.collect import finish_run as write_manifest

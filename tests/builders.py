@@ -54,7 +54,9 @@ ENCODER = EncoderRef(
     revision="sha256:" + "c" * 64,
 )
 MINILM_MODULES = tuple(
-    f"encoder.layer.{layer}.attention.{name}" for layer in range(6) for name in ("self.query", "self.key", "self.value", "output.dense")
+    f"encoder.layer.{layer}.attention.{name}"
+    for layer in range(6)
+    for name in ("self.query", "self.key", "self.value", "output.dense")
 )
 EUROBERT_MODULES = tuple(f"layers.{layer}.self_attn.{name}_proj" for layer in range(6) for name in "qkvo")
 
@@ -86,11 +88,18 @@ def task_result(
         "adapted_few_shot": 0.861,
         "head": 0.893,
     }
-    adapter = adapter or AdapterRef(path=f"/home/anna/runs/{RUN_ID}/{name}", sha256="a" * 64, encoder_revision=encoder.revision)
+    adapter = adapter or AdapterRef(
+        path=f"/home/anna/runs/{RUN_ID}/{name}", sha256="a" * 64, encoder_revision=encoder.revision
+    )
     head, probe = chosen.get("head"), chosen.get("frozen_full_data")
     paired = head is not None and probe is not None
     mteb_task = source or MtebTask(
-        name=name, source="hub", location=f"mteb/{name.lower()}", revision="b" * 40, max_epochs=num_epochs, samples_per_label=8
+        name=name,
+        source="hub",
+        location=f"mteb/{name.lower()}",
+        revision="b" * 40,
+        max_epochs=num_epochs,
+        samples_per_label=8,
     )
     rows = [
         _score_row(
@@ -140,7 +149,9 @@ def task_result(
         refitted=False,
         scores=tuple(rows),
         comparison=Comparison(
-            only_head=round(1000 * max(head - probe, 0)) + 20, only_probe=round(1000 * max(probe - head, 0)) + 20, p_value=0.01
+            only_head=round(1000 * max(head - probe, 0)) + 20,
+            only_probe=round(1000 * max(probe - head, 0)) + 20,
+            p_value=0.01,
         )
         if head is not None and probe is not None
         else None,
@@ -199,7 +210,9 @@ def finished_run(
 
     run = RunFolder(root)
     run.metrics.mkdir(parents=True)
-    names = [MtebTaskConfig(name=name) for name in (*(r.mteb_task.name for r in results), *(f.mteb_task for f in failures))]
+    names = [
+        MtebTaskConfig(name=name) for name in (*(r.mteb_task.name for r in results), *(f.mteb_task for f in failures))
+    ]
     config = config or RunConfig(data=DataConfig(mirror=str(root.parent / "mirror")), mteb_tasks=tuple(names))
     run.config.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     rewritten = []
@@ -213,7 +226,9 @@ def finished_run(
         folder.calibration.write_text(result.calibration.model_dump_json(), encoding="utf-8")
         if adapters is not None and result.mteb_task.name in adapters:
             shutil.copytree(adapters[result.mteb_task.name], folder.root, dirs_exist_ok=True)
-        adapter = AdapterRef(path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision)
+        adapter = AdapterRef(
+            path=str(folder.root), sha256=adapter_sha256(folder.root), encoder_revision=result.encoder.revision
+        )
         folder.labels.write_text(json.dumps(result.data.label_names), encoding="utf-8")
         rewritten.append(of_adapter(result, adapter))
         folder.result.write_text(rewritten[-1].model_dump_json(), encoding="utf-8")
@@ -221,7 +236,9 @@ def finished_run(
     summary = summarise(correct_over_tasks(rewritten), failures, encoder=encoder, run_id=run_id, created_at=WHEN)
     run.results.write_text(summary.model_dump_json(indent=2), encoding="utf-8")
     for path in (run.readme, run.report, run.scores, run.epochs):
-        path.write_bytes(hashlib.sha256(path.name.encode()).digest() if path.suffix == ".parquet" else path.name.encode())
+        path.write_bytes(
+            hashlib.sha256(path.name.encode()).digest() if path.suffix == ".parquet" else path.name.encode()
+        )
     manifest = RunManifest(
         run_id=run_id,
         created_at=WHEN,
@@ -249,7 +266,11 @@ def of_adapter(result: TaskResult, adapter: AdapterRef) -> TaskResult:
 
 def few_shot_of(result: TaskResult) -> dict[str, Any]:
     """The content of ``few_shot.json``, as mteb would have measured these scores."""
-    return {column: few_shot_result(row) for column in get_args(FewShotColumn) if (row := score_row(result, column)) is not None}
+    return {
+        column: few_shot_result(row)
+        for column in get_args(FewShotColumn)
+        if (row := score_row(result, column)) is not None
+    }
 
 
 def few_shot_result(row: ScoreRow) -> dict[str, Any]:
@@ -286,7 +307,9 @@ def check_golden(name: str, text: str) -> None:
     path = GOLDEN / name
     if os.environ.get("REGENERATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8"), f"{name} changed; look at the difference, then REGENERATE_GOLDEN=1 pytest"
+    assert text == path.read_text(encoding="utf-8"), (
+        f"{name} changed; look at the difference, then REGENERATE_GOLDEN=1 pytest"
+    )
 
 
 def _epoch(epoch: int, *, best: int) -> EpochRow:
@@ -375,7 +398,8 @@ def toy_texts(num_texts: int, *, seed: int = 0, topics: Sequence[str] = tuple(_T
     for index in range(num_texts):
         label = index % len(topics)
         words = [
-            random.choice((_TOPICS[topics[label]] if random.random() < 0.5 else _FILLERS).split()) for _ in range(random.randint(3, 14))
+            random.choice((_TOPICS[topics[label]] if random.random() < 0.5 else _FILLERS).split())
+            for _ in range(random.randint(3, 14))
         ]
         texts.append(" ".join(words))
         labels.append(label)
@@ -409,7 +433,13 @@ def tiny_architecture(family: str) -> Any:
     """The real architecture at two layers of width 32; weights wide enough that attention matters."""
     import transformers
 
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 40}
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 40,
+    }
     common = {"vocab_size": 64, "pad_token_id": 1, "initializer_range": 0.3}
     ids = {"bos_token_id": 2, "eos_token_id": 3}
     match family:
@@ -420,9 +450,13 @@ def tiny_architecture(family: str) -> Any:
         case "mpnet":
             return transformers.MPNetConfig(**common, **size, **ids)
         case "distilbert":
-            return transformers.DistilBertConfig(**common, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=40)
+            return transformers.DistilBertConfig(
+                **common, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=40
+            )
         case "modernbert":
-            return transformers.ModernBertConfig(**common, **size, **ids, cls_token_id=2, sep_token_id=3, local_attention=8)
+            return transformers.ModernBertConfig(
+                **common, **size, **ids, cls_token_id=2, sep_token_id=3, local_attention=8
+            )
         case "roberta":
             return transformers.RobertaConfig(**common, **size, **ids)
         case "xlm-roberta":

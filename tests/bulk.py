@@ -26,7 +26,13 @@ LABELS = ("sea", "kitchen", "garden")
 
 
 def save_bulk_adapter(
-    folder: Path, encoder_folder: Path, *, labels: Sequence[str] = LABELS, seed: int = 1, calibrated: bool = True, **config: Any
+    folder: Path,
+    encoder_folder: Path,
+    *,
+    labels: Sequence[str] = LABELS,
+    seed: int = 1,
+    calibrated: bool = True,
+    **config: Any,
 ) -> Path:
     """An adapter on disk that has an effect, named as its folder."""
     adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(**config), labels), seed=seed)
@@ -68,7 +74,13 @@ class Bulk:
 
 
 def start(
-    source: Path | str, output: Path, adapters: Sequence[Path | str], encoder: Path, *, overwrite: bool = False, **options: Any
+    source: Path | str,
+    output: Path,
+    adapters: Sequence[Path | str],
+    encoder: Path,
+    *,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Bulk:
     """What ``lorafleet classify`` does before the first unit."""
     request = BulkRequest(

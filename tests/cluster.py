@@ -40,8 +40,14 @@ class Cluster:
     def __init__(self, cwd: Path, *, dashboard: bool = False) -> None:
         token = cwd / "ray-token"
         token.write_text(secrets.token_hex(32), encoding="utf-8")
-        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self.environment
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+        } | self.environment
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_failure_threshold": "2"}
         ports = [_free_port(), _free_port() if dashboard else 0]
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-")  # the path of a socket in it must be short

@@ -22,7 +22,12 @@ import pyarrow.parquet as pq
 import tomli_w
 from builders import toy_texts
 
-LORAFLEET = (sys.executable, "-P", "-m", "flows.cli")  # -P: as the console script, which does not look into the working folder
+LORAFLEET = (
+    sys.executable,
+    "-P",
+    "-m",
+    "flows.cli",
+)  # -P: as the console script, which does not look into the working folder
 SCRIPT = (str(Path(sys.executable).with_name("lorafleet")),)
 """The console script, as it is installed."""
 PLANTED = Path(__file__).parent / "planted"
@@ -71,7 +76,9 @@ class FinishedRun:
 class Command:
     """A running command; a mark in its environment finds every process that it started, and theirs."""
 
-    def __init__(self, *arguments: str | Path, cwd: Path, program: Sequence[str] = LORAFLEET, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str | Path, cwd: Path, program: Sequence[str] = LORAFLEET, **environment: str
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self._started = time.monotonic()
         self._known: set[psutil.Process] = set()
@@ -119,7 +126,9 @@ class Command:
         while not (value := condition()):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.sweep()
-                raise AssertionError(f"waited in vain; the command's exit code is {self.process.returncode}: {self._err.read_text()}")
+                raise AssertionError(
+                    f"waited in vain; the command's exit code is {self.process.returncode}: {self._err.read_text()}"
+                )
             time.sleep(0.05)
         return value
 
@@ -181,12 +190,16 @@ def eventually(condition: Callable[[], Any], *, seconds: float, what: str) -> An
     return value
 
 
-def run(*arguments: str | Path, cwd: Path, seconds: float = 280, program: Sequence[str] = LORAFLEET, **environment: str) -> Ended:
+def run(
+    *arguments: str | Path, cwd: Path, seconds: float = 280, program: Sequence[str] = LORAFLEET, **environment: str
+) -> Ended:
     """Run ``lorafleet`` with these arguments to its end."""
     return Command(*arguments, cwd=cwd, program=program, **environment).wait(seconds=seconds)
 
 
-def write_task(folder: Path, name: str, *, num_train: int = 200, num_test: int = 60, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:
+def write_task(
+    folder: Path, name: str, *, num_train: int = 200, num_test: int = 60, num_classes: int = 3, seed: int = 0
+) -> dict[str, Any]:
     """Two Parquet files of toy texts; returns their entry of ``mteb_tasks``."""
     folder.mkdir(parents=True, exist_ok=True)
     entry: dict[str, Any] = {"name": name}
@@ -198,7 +211,9 @@ def write_task(folder: Path, name: str, *, num_train: int = 200, num_test: int =
     return entry
 
 
-def write_config(path: Path, encoder: Path | str, tasks: Sequence[dict[str, Any]], /, **sections: dict[str, Any]) -> Path:
+def write_config(
+    path: Path, encoder: Path | str, tasks: Sequence[dict[str, Any]], /, **sections: dict[str, Any]
+) -> Path:
     """A config of a small run: three epochs, few resamples, one CPU per worker."""
     values: dict[str, Any] = {
         "encoder": {"name": str(encoder), "max_tokens": 24},
@@ -225,12 +240,16 @@ def epochs_done(runs: Path) -> dict[str, int]:
     return done
 
 
-def write_bulk_input(folder: Path, *, num_files: int, rows: int, group: int, changes: Mapping[int, str | None] | None = None) -> Path:
+def write_bulk_input(
+    folder: Path, *, num_files: int, rows: int, group: int, changes: Mapping[int, str | None] | None = None
+) -> Path:
     """Parquet files ``part-N`` of toy texts in row groups of a size, ids counted over all; ``changes`` replaces the texts of some ids."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_files):
         ids = range(number * rows, (number + 1) * rows)
-        texts = [(changes or {}).get(id, text) for id, text in zip(ids, toy_texts(rows, seed=100 + number)[0], strict=True)]
+        texts = [
+            (changes or {}).get(id, text) for id, text in zip(ids, toy_texts(rows, seed=100 + number)[0], strict=True)
+        ]
         pq.write_table(pa.table({"id": ids, "text": texts}), folder / f"part-{number}.parquet", row_group_size=group)
     return folder
 

@@ -108,11 +108,16 @@ def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest
             cwd.mkdir(exist_ok=True)  # of a process whose run failed: this one shall fail for the same reason
             for name in ("flows", "tasks", "pipeline"):
                 (cwd / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
-            tasks = [write_task(cwd / "data", "Topics", num_classes=3), write_task(cwd / "data", "Pairs", num_classes=2, seed=1)]
+            tasks = [
+                write_task(cwd / "data", "Topics", num_classes=3),
+                write_task(cwd / "data", "Pairs", num_classes=2, seed=1),
+            ]
             config = write_config(cwd / "config.toml", encoder_folder("bert"), tasks)
             ended = run("train", "--config", config, "--runs", "runs", cwd=cwd, program=SCRIPT, PYTHONPATH=str(cwd))
             assert ended.code == 0, ended.err
-            done.write_text(json.dumps({"config": str(config), "tasks": tasks, "ended": asdict(ended)}), encoding="utf-8")
+            done.write_text(
+                json.dumps({"config": str(config), "tasks": tasks, "ended": asdict(ended)}), encoding="utf-8"
+            )
     facts = json.loads(done.read_text(encoding="utf-8"))
     return FinishedRun(cwd, Path(facts["config"]), tuple(facts["tasks"]), Ended(**facts["ended"]))
 

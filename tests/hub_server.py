@@ -85,7 +85,9 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # etag -> content as it was uploaded
-    damage: dict[tuple[str, str], bytes | None] = field(default_factory=dict)  # (path, etag) -> what is served in its place
+    damage: dict[tuple[str, str], bytes | None] = field(
+        default_factory=dict
+    )  # (path, etag) -> what is served in its place
 
     def at(self, revision: str) -> Commit:
         """The commit that a branch, a tag or a commit's hash names."""
@@ -107,7 +109,9 @@ class Repo:
 
     def lacks(self, sha256: str) -> bool:
         """Whether the content of a large file has yet to be uploaded."""
-        return sha256 not in self.objects or any(etag == sha256 and content is None for (_, etag), content in self.damage.items())
+        return sha256 not in self.objects or any(
+            etag == sha256 and content is None for (_, etag), content in self.damage.items()
+        )
 
     def history(self, commit: Commit) -> Iterator[Commit]:
         """The commit and its ancestors."""
@@ -119,7 +123,9 @@ class Repo:
     def move(self, branch: str, tree: dict[str, Blob], title: str, message: str = "") -> Commit:
         """Commit ``tree`` on top of a branch."""
         parent = self.branches.get(branch)
-        identity = json.dumps([len(self.commits), parent, title, message, sorted((path, blob.oid) for path, blob in tree.items())])
+        identity = json.dumps(
+            [len(self.commits), parent, title, message, sorted((path, blob.oid) for path, blob in tree.items())]
+        )
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         commit = Commit(hashlib.sha1(identity.encode()).hexdigest(), parent, tree, title, message, date)
         self.commits[commit.oid] = commit
@@ -420,9 +426,17 @@ class HubServer:
         commit = repo.at(_part(request, "revision", "main"))
         siblings: list[dict[str, Any]] = []
         for path, blob in sorted(commit.tree.items()):
-            known = {"blobId": blob.oid, "size": blob.size} | blob.lfs_info("sha256") if _switch(request, "blobs") else {}
+            known = (
+                {"blobId": blob.oid, "size": blob.size} | blob.lfs_info("sha256") if _switch(request, "blobs") else {}
+            )
             siblings.append({"rfilename": path} | known)
-        names = {"id": repo.id, "modelId": repo.id, "author": repo.id.partition("/")[0], "private": repo.private, "tags": []}
+        names = {
+            "id": repo.id,
+            "modelId": repo.id,
+            "author": repo.id.partition("/")[0],
+            "private": repo.private,
+            "tags": [],
+        }
         return JSONResponse(names | {"sha": commit.oid, "lastModified": commit.date, "siblings": siblings})
 
     def _refs(self, request: Request) -> Response:
@@ -431,7 +445,9 @@ class HubServer:
         def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in refs.items()]
 
-        return JSONResponse({"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []})
+        return JSONResponse(
+            {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []}
+        )
 
     def _tree(self, request: Request) -> Response:
         repo, folder = self._repo(request), _part(request, "folder", "")
@@ -451,7 +467,13 @@ class HubServer:
         repo = self._repo(request)
         return JSONResponse(
             [
-                {"id": commit.oid, "title": commit.title, "message": commit.message, "date": commit.date, "authors": [{"user": USER}]}
+                {
+                    "id": commit.oid,
+                    "title": commit.title,
+                    "message": commit.message,
+                    "date": commit.date,
+                    "authors": [{"user": USER}],
+                }
                 for commit in repo.history(repo.at(_part(request, "revision")))
             ]
         )
@@ -492,7 +514,11 @@ class HubServer:
         tree = repo.at(_part(request, "revision")).tree
         answers = []
         for file in _json(request)["files"]:
-            answer = {"path": file["path"], "uploadMode": "lfs" if self._is_large(file["size"]) else "regular", "shouldIgnore": False}
+            answer = {
+                "path": file["path"],
+                "uploadMode": "lfs" if self._is_large(file["size"]) else "regular",
+                "shouldIgnore": False,
+            }
             answers.append(answer | ({"oid": tree[file["path"]].etag} if file["path"] in tree else {}))
         return JSONResponse({"files": answers})
 
@@ -500,7 +526,9 @@ class HubServer:
         repo, branch = self._repo(request, write=True), _part(request, "revision")
         if branch not in repo.branches:
             raise _problem(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-        (_, header), *changes = ((line["key"], line["value"]) for line in map(json.loads, request.state.body.splitlines()))
+        (_, header), *changes = (
+            (line["key"], line["value"]) for line in map(json.loads, request.state.body.splitlines())
+        )
         if header.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
             raise _problem(412, "A commit has happened since. Please refresh and try again.")
         tree = dict(repo.at(branch).tree)
@@ -513,7 +541,11 @@ class HubServer:
                     raise _problem(400, f"LFS pointer pointed to a file that does not exist: {path}")
                 tree[path] = Blob.of(repo.objects[value["oid"]], lfs=True)
             elif key in ("deletedFile", "deletedFolder"):
-                gone = [held for held in tree if held == path or (key == "deletedFolder" and held.startswith(path.rstrip("/") + "/"))]
+                gone = [
+                    held
+                    for held in tree
+                    if held == path or (key == "deletedFolder" and held.startswith(path.rstrip("/") + "/"))
+                ]
                 if not gone:
                     raise _problem(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 for held in gone:
@@ -521,7 +553,14 @@ class HubServer:
             else:
                 raise _problem(400, f"Unknown operation: {key}")
         oid = repo.move(branch, tree, header["summary"], header["description"]).oid
-        return JSONResponse({"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo.id}/commit/{oid}", "hookOutput": ""})
+        return JSONResponse(
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self.endpoint}/{repo.id}/commit/{oid}",
+                "hookOutput": "",
+            }
+        )
 
     def _lfs_batch(self, request: Request) -> Response:
         repo = self._repo(request, write=True)
@@ -571,7 +610,12 @@ def serve_hub(*, token: str = "hf_test", lfs_from_bytes: int | None = None) -> I
         hub = HubServer(f"http://127.0.0.1:{listener.getsockname()[1]}", token, lfs_from_bytes)
         # A connection that the server closes because it is idle would now and then fail a request that the client does not repeat.
         config = uvicorn.Config(
-            hub, http=_Connection, lifespan="off", log_level="error", timeout_keep_alive=600, timeout_graceful_shutdown=2
+            hub,
+            http=_Connection,
+            lifespan="off",
+            log_level="error",
+            timeout_keep_alive=600,
+            timeout_graceful_shutdown=2,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -598,7 +642,9 @@ def _pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
-def _problem(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> HTTPException:
+def _problem(
+    status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+) -> HTTPException:
     """The Hub's refusal, for a handler to raise; the client chooses its exception by ``code``."""
     codes = {} if code is None else {"X-Error-Code": code}
     return HTTPException(status, message, {"X-Error-Message": message} | codes | (headers or {}))

@@ -50,12 +50,24 @@ def _pyarrow() -> dict[str, Write]:
 
     times = pa.array([_DAY, None, *[_DAY] * (ROWS - 2)])
     strings = pa.array(["a", "b", None, "a", "", "c"])
-    structs = [{"a": 1, "b": ["x", None]}, None, {"a": None, "b": []}, {"a": 2, "b": None}, {"a": 3, "b": ["y"]}, {"a": 4, "b": []}]
+    structs = [
+        {"a": 1, "b": ["x", None]},
+        None,
+        {"a": None, "b": []},
+        {"a": 2, "b": None},
+        {"a": 3, "b": ["y"]},
+        {"a": 4, "b": []},
+    ]
     json_column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}'] * ROWS))
-    uuids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([uuid.UUID(int=i).bytes for i in range(ROWS)], pa.binary(16)))
+    uuids = pa.ExtensionArray.from_storage(
+        pa.uuid(), pa.array([uuid.UUID(int=i).bytes for i in range(ROWS)], pa.binary(16))
+    )
     nested_maps = pa.array([[("a", 1)], [], None, [("b", None)], [], []], pa.map_(pa.string(), pa.int8()))
     of_kind: dict[str, Write] = {
-        **{str(kind): table(pa.array(range(ROWS), kind)) for kind in (pa.int8(), pa.uint8(), pa.uint32(), pa.uint64(), pa.float64())},
+        **{
+            str(kind): table(pa.array(range(ROWS), kind))
+            for kind in (pa.int8(), pa.uint8(), pa.uint32(), pa.uint64(), pa.float64())
+        },
         "float16": table(pa.array(np.arange(ROWS, dtype=np.float16))),
         "null": table(pa.nulls(ROWS)),
         "bool": table([True, None, False, True, False, None]),
@@ -64,8 +76,12 @@ def _pyarrow() -> dict[str, Write]:
         "string-view": table(strings.cast(pa.string_view())),
         "large-string": table(strings.cast(pa.large_string())),
         "dictionary": table(strings.dictionary_encode()),
-        "ordered-dictionary": table(pa.DictionaryArray.from_arrays([0, 1, None, 0, 1, 1], ["low", "high"], ordered=True)),
-        "decimal-small": table(pa.array([decimal.Decimal("1.25")] * ROWS, pa.decimal128(7, 2)), store_decimal_as_integer=True),
+        "ordered-dictionary": table(
+            pa.DictionaryArray.from_arrays([0, 1, None, 0, 1, 1], ["low", "high"], ordered=True)
+        ),
+        "decimal-small": table(
+            pa.array([decimal.Decimal("1.25")] * ROWS, pa.decimal128(7, 2)), store_decimal_as_integer=True
+        ),
         "decimal-large": table(pa.array([decimal.Decimal("1e40")] * ROWS, pa.decimal256(50, 2))),
         "date": table([dt.date(1, 1, 1), None, dt.date(9999, 12, 31), *[dt.date(2024, 1, 1)] * (ROWS - 3)]),
         "date64": table(pa.array([dt.date(2024, 1, 1)] * ROWS, pa.date64())),
@@ -76,7 +92,10 @@ def _pyarrow() -> dict[str, Write]:
         "timestamp-zone": table(times.cast(pa.timestamp("us", "Europe/Berlin"))),
         "timestamp-far": table([dt.datetime(1, 1, 1), dt.datetime(9999, 12, 31), *[_DAY] * (ROWS - 2)]),
         "int96": table(times.cast(pa.timestamp("ns")), use_deprecated_int96_timestamps=True),
-        "int96-far": table([dt.datetime(1, 1, 1), dt.datetime(9999, 12, 31), *[_DAY] * (ROWS - 2)], use_deprecated_int96_timestamps=True),
+        "int96-far": table(
+            [dt.datetime(1, 1, 1), dt.datetime(9999, 12, 31), *[_DAY] * (ROWS - 2)],
+            use_deprecated_int96_timestamps=True,
+        ),
         "lists": table([[1, None], [], None, [2], [3], []]),
         "old-lists": table([[1, None], [], None, [2], [3], []], use_compliant_nested_type=False),
         "structs": table(structs),
@@ -85,17 +104,24 @@ def _pyarrow() -> dict[str, Write]:
         "uuid": table(uuids),
         "first-version": table(range(ROWS), version="1.0", store_schema=False),
         "pages-2": table(range(ROWS), data_page_version="2.0", compression="zstd", write_page_checksum=True),
-        "delta-encoded": table(strings, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY", "x": "DELTA_LENGTH_BYTE_ARRAY"}),
+        "delta-encoded": table(
+            strings, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY", "x": "DELTA_LENGTH_BYTE_ARRAY"}
+        ),
     }
     dotted = pa.table({"text": TEXTS, "a.b": range(ROWS), "a": range(ROWS), "ü ([{": range(ROWS), "": range(ROWS)})
-    keyed = dotted.replace_schema_metadata({"owner": "me", "geo": '{"version": "1.1.0", "columns": {}, "primary_column": "a"}'})
+    keyed = dotted.replace_schema_metadata(
+        {"owner": "me", "geo": '{"version": "1.1.0", "columns": {}, "primary_column": "a"}'}
+    )
     wide = {f"column {i}": range(ROWS) for i in range(500)}
     return of_kind | {
         "names": lambda path: pq.write_table(dotted, path),
         "metadata": lambda path: pq.write_table(keyed, path, store_schema=False),
         "wide": lambda path: pq.write_table(pa.table({"text": TEXTS, **wide}), path),
         "required": lambda path: pq.write_table(
-            pa.table([pa.array(TEXTS), pa.array(range(ROWS))], schema=pa.schema([("text", pa.string()), pa.field("x", pa.int64(), False)])),
+            pa.table(
+                [pa.array(TEXTS), pa.array(range(ROWS))],
+                schema=pa.schema([("text", pa.string()), pa.field("x", pa.int64(), False)]),
+            ),
             path,
         ),
     }
@@ -115,11 +141,19 @@ def _pandas() -> dict[str, Write]:
         "day-index": frame(plain, index=days),
         "multi-index": frame(plain, index=pd.MultiIndex.from_product([["a", "b"], [1, 2, 3]], names=["one", None])),
         "range-index": frame(plain, index=pd.RangeIndex(10, 22, 2)),
-        "nullable": frame(plain | {"y": pd.array([1, None, 3, 4, 5, 6], "Int32"), "z": pd.array([True, None] * 3, "boolean")}),
+        "nullable": frame(
+            plain | {"y": pd.array([1, None, 3, 4, 5, 6], "Int32"), "z": pd.array([True, None] * 3, "boolean")}
+        ),
         "categories": frame(plain | {"y": pd.Categorical(["a", "b", None, "a", "b", "a"], ordered=True)}),
-        "times": frame(plain | {"y": days, "z": days.tz_localize("Asia/Tokyo"), "d": pd.to_timedelta(range(ROWS), unit="h")}),
-        "integer-columns": lambda path: pd.DataFrame({0: range(ROWS), "text": TEXTS}).rename(columns={"text": 1}).to_parquet(path),
-        "day-columns": lambda path: pd.DataFrame([TEXTS, TEXTS], index=pd.Index(days[:2], name="day")).T.to_parquet(path),
+        "times": frame(
+            plain | {"y": days, "z": days.tz_localize("Asia/Tokyo"), "d": pd.to_timedelta(range(ROWS), unit="h")}
+        ),
+        "integer-columns": lambda path: (
+            pd.DataFrame({0: range(ROWS), "text": TEXTS}).rename(columns={"text": 1}).to_parquet(path)
+        ),
+        "day-columns": lambda path: pd.DataFrame([TEXTS, TEXTS], index=pd.Index(days[:2], name="day")).T.to_parquet(
+            path
+        ),
         "multi-columns": lambda path: pd.DataFrame({("a", "text"): TEXTS, ("a", "n"): range(ROWS)}).to_parquet(path),
         "objects": frame(plain | {"y": [[1], None, [2, 3], [], [4], [5]], "z": [b"a", None, b"b", b"", b"c", b"d"]}),
         "fastparquet": lambda path: pd.DataFrame(plain).to_parquet(path, engine="fastparquet"),
@@ -128,7 +162,9 @@ def _pandas() -> dict[str, Write]:
 
 def _polars() -> dict[str, Write]:
     def frame(values: Any, kind: Any = None, **options: Any) -> Write:
-        return lambda path: pl.DataFrame({"text": TEXTS, "x": pl.Series(values, dtype=kind, strict=False)}).write_parquet(path, **options)
+        return lambda path: pl.DataFrame(
+            {"text": TEXTS, "x": pl.Series(values, dtype=kind, strict=False)}
+        ).write_parquet(path, **options)
 
     return {
         "plain": frame(range(ROWS)),
@@ -157,7 +193,9 @@ def _duckdb() -> dict[str, Write]:
 
     def query(expression: str, options: str = "") -> Write:
         def write(path: Path) -> None:
-            connection.sql(f"COPY (SELECT text, {expression} AS x FROM texts ORDER BY i) TO '{path}' (FORMAT parquet{options})")
+            connection.sql(
+                f"COPY (SELECT text, {expression} AS x FROM texts ORDER BY i) TO '{path}' (FORMAT parquet{options})"
+            )
 
         return write
 

@@ -84,7 +84,9 @@ class Api:
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, method=method, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
+        )
         if self.login is not None:
             request.add_header("Authorization", "Basic " + b64encode(self.login.encode()).decode())
         for _ in range(30):
@@ -120,7 +122,14 @@ def answers_to_strangers(url: str, *, login: str) -> list[str]:
     }.items():
         status, _ = _raw("POST", url + "/flows/", body, {"Content-Type": "application/json"} | headers)
         taken += [f"POST {name}: {status}"] * (status != 401)
-    for path in ("/flows/filter", "/deployments/filter", "/block_documents/filter", "/admin/settings", "/docs", "/openapi.json"):
+    for path in (
+        "/flows/filter",
+        "/deployments/filter",
+        "/block_documents/filter",
+        "/admin/settings",
+        "/docs",
+        "/openapi.json",
+    ):
         status, _ = _raw("GET" if "filter" not in path else "POST", url + path, b"{}" if "filter" in path else None, {})
         taken += [f"{path}: {status}"] * (status != 401)
     for path in _WEBSOCKETS:
@@ -128,8 +137,12 @@ def answers_to_strangers(url: str, *, login: str) -> list[str]:
             for token in (None, login[:-1]):
                 if _is_let_in(url, path, subprotocols, token):
                     taken.append(f"websocket {path}, {subprotocols}, {token}")
-        assert _is_let_in(url, path, ["prefect"], login), f"{path} is not open to who knows the password, so this test sees nothing"
-    status, headers = _raw("POST", url + "/flows/", body, {"Authorization": "Basic " + b64encode(login.encode()).decode()})
+        assert _is_let_in(url, path, ["prefect"], login), (
+            f"{path} is not open to who knows the password, so this test sees nothing"
+        )
+    status, headers = _raw(
+        "POST", url + "/flows/", body, {"Authorization": "Basic " + b64encode(login.encode()).decode()}
+    )
     assert status in (200, 201), "the right password is refused, so this test sees nothing"
     origin = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     _, headers = _raw("OPTIONS", url + "/flows/", None, origin)
@@ -163,7 +176,9 @@ def _is_let_in(url: str, path: str, subprotocols: list[str] | None, token: str |
     """Whether a websocket is open after the first message, in which Prefect's client gives its password."""
     address = f"ws{url.removeprefix('http')}{path}"
     try:
-        with connect(address, subprotocols=subprotocols, origin="http://evil.example", proxy=None, open_timeout=30) as socket:  # type: ignore[arg-type]
+        with connect(
+            address, subprotocols=subprotocols, origin="http://evil.example", proxy=None, open_timeout=30
+        ) as socket:  # type: ignore[arg-type]
             socket.send(json.dumps({"type": "auth", "token": token}))
             return "auth_success" in str(socket.recv(timeout=3))
     except TimeoutError:  # open, and waiting for what comes next
@@ -172,9 +187,15 @@ def _is_let_in(url: str, path: str, subprotocols: list[str] | None, token: str |
         return False
 
 
-def start_stand_in(api: str, runs: Path, *, login: str = "lorafleet:x", title: str = "supervisor.supervisord") -> subprocess.Popen[bytes]:
+def start_stand_in(
+    api: str, runs: Path, *, login: str = "lorafleet:x", title: str = "supervisor.supervisord"
+) -> subprocess.Popen[bytes]:
     """A process that looks like the supervisor of a `lorafleet up`, until its standard input ends."""
-    environment = os.environ | {"PREFECT_API_URL": api, "LORAFLEET_UP_RUNS": str(runs), "PREFECT_API_AUTH_STRING": login}
+    environment = os.environ | {
+        "PREFECT_API_URL": api,
+        "LORAFLEET_UP_RUNS": str(runs),
+        "PREFECT_API_AUTH_STRING": login,
+    }
     command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", title]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -201,7 +222,9 @@ class Server:
 
     def start(self, *, seconds: float = 120) -> None:
         """Start, and wait until it answers."""
-        environment = os.environ | {"PREFECT_HOME": str(self.home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | self._settings
+        environment = (
+            os.environ | {"PREFECT_HOME": str(self.home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | self._settings
+        )
         with (self.home / "server.log").open("ab") as log:
             command = [sys.executable, "-m", "tasks.services.prefect_server", str(self._port)]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

@@ -50,8 +50,12 @@ FOREIGN = {".gitattributes", "publication.json"}
 BOTH = {"Topics", "Pairs"}
 STAGING = "staging/both"
 
-_WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported, and share no thread with us
-_WARM.set_forkserver_preload(["publishing", "mteb", "peft", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"])
+_WARM = multiprocessing.get_context(
+    "forkserver"
+)  # its children start with everything imported, and share no thread with us
+_WARM.set_forkserver_preload(
+    ["publishing", "mteb", "peft", "matplotlib.pyplot", "transformers.models.bert.modeling_bert"]
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,14 @@ class Child:
     def __init__(self, place: Place, run: Path, answer: Path, config: PublishConfig) -> None:
         self._answer = answer
         answer.unlink(missing_ok=True)
-        arguments = (place.hub.endpoint, place.hub.token, str(place.home), str(run), str(answer), config.model_dump_json())
+        arguments = (
+            place.hub.endpoint,
+            place.hub.token,
+            str(place.home),
+            str(run),
+            str(answer),
+            config.model_dump_json(),
+        )
         self.process = _WARM.Process(target=_publish_here, args=arguments)
         self.process.start()
 
@@ -131,10 +142,15 @@ class Trap(list[tuple[str, str, int]]):
 @contextlib.contextmanager
 def hub_of_our_own(home: Path, *, large: bool = False, token: str = "hf_test") -> Iterator[Place]:
     """A Hub that this process publishes to. No wait is waited, and what verifies is a fresh process of a warm server: 0.2 s, not 4."""
-    with serve_hub(token=token, lfs_from_bytes=LARGE if large else None) as hub, pytest.MonkeyPatch.context() as monkeypatch:
+    with (
+        serve_hub(token=token, lfs_from_bytes=LARGE if large else None) as hub,
+        pytest.MonkeyPatch.context() as monkeypatch,
+    ):
         waits: list[float] = []
         _go_to(hub.endpoint, token, home, waits, monkeypatch)
-        monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
+        monkeypatch.setattr(
+            pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
+        )
         yield Place(hub, home, waits)
 
 
@@ -163,16 +179,22 @@ def _publish_here(endpoint: str, token: str, home: str, run: str, answer: str, c
     write_atomically(Path(answer), json.dumps(said))
 
 
-def _run_warm(command: Sequence[str], *, input: bytes, stdout: IO[bytes], **_: Any) -> subprocess.CompletedProcess[bytes]:
+def _run_warm(
+    command: Sequence[str], *, input: bytes, stdout: IO[bytes], **_: Any
+) -> subprocess.CompletedProcess[bytes]:
     return _as_main(command, input, stdout, lambda target, *args: _WARM.Process(target=target, args=args))
 
 
-def _run_forked(command: Sequence[str], *, input: bytes, stdout: IO[bytes], **_: Any) -> subprocess.CompletedProcess[bytes]:
+def _run_forked(
+    command: Sequence[str], *, input: bytes, stdout: IO[bytes], **_: Any
+) -> subprocess.CompletedProcess[bytes]:
     fork = multiprocessing.get_context("fork")
     return _as_main(command, input, stdout, lambda target, *args: fork.Process(target=target, args=args))
 
 
-def _as_main(command: Sequence[str], input: bytes, stdout: IO[bytes], make: Callable[..., Any]) -> subprocess.CompletedProcess[bytes]:
+def _as_main(
+    command: Sequence[str], input: bytes, stdout: IO[bytes], make: Callable[..., Any]
+) -> subprocess.CompletedProcess[bytes]:
     *_, option, module = command
     assert option == "-m"
     receive, send = multiprocessing.Pipe(duplex=False)
@@ -264,7 +286,9 @@ def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable
     saved: AdapterRef = save_adapter(adapter, place, meta=meta)
     probe = read_record(place.probe, Probe)
     logits = adapter.logits_of_vectors(loaded.embed(loaded.tokenise(probe.texts)))
-    place.probe.write_text(Probe.model_validate(probe.model_dump() | {"logits": logits.tolist()}).model_dump_json(), encoding="utf-8")
+    place.probe.write_text(
+        Probe.model_validate(probe.model_dump() | {"logits": logits.tolist()}).model_dump_json(), encoding="utf-8"
+    )
     results = {path.parent.name: read_record(path, TaskResult) for path in folder.root.glob("*/result.json")}
     result = results[task]
     results[task] = of_adapter(result, result.adapter.model_copy(update={"sha256": saved.sha256}))
@@ -401,7 +425,9 @@ def suffer_kill(place: Place, world: World, at: Callable[[int, tuple[str, str, i
     assert files in (world.old, world.new)
     check_ends_well(place, world)
     method, path, _ = trap[-1]
-    return Outcome(f"kill -9 at request {len(trap)}: {method} {path[:60]}", "killed", "old" if files == world.old else "new")
+    return Outcome(
+        f"kill -9 at request {len(trap)}: {method} {path[:60]}", "killed", "old" if files == world.old else "new"
+    )
 
 
 WHERE = {
@@ -429,13 +455,17 @@ def _passing(kind: int | str, where: str) -> Fault:
 
     def plant(place: Place, _: World) -> None:
         if isinstance(kind, int):
-            place.hub.fail(times=2, status=kind, method=method, path_contains=path, retry_after=7 if kind == 429 else None)
+            place.hub.fail(
+                times=2, status=kind, method=method, path_contains=path, retry_after=7 if kind == 429 else None
+            )
         else:
             place.hub.cut(method=method, path_contains=path, takes_effect=kind == "cut after")
 
     def met(place: Place) -> bool:
         struck = sent(place.hub, f"{method} ", path)
-        in_time = kind != 429 or (bool(place.waits) and set(place.waits) <= {7, 8})  # huggingface_hub waits a second more
+        in_time = kind != 429 or (
+            bool(place.waits) and set(place.waits) <= {7, 8}
+        )  # huggingface_hub waits a second more
         return in_time and any(status == (kind if isinstance(kind, int) else CUT) for *_, status in struck)
 
     return Fault(f"{kind} {'at ' if isinstance(kind, int) else ''}{where}", plant, met)

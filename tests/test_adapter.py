@@ -51,12 +51,16 @@ Folders = Callable[[str], Path]
 TEXTS, _ = toy_texts(30)
 LABELS = ("sea", "kitchen", "garden")
 BERT_PATHS = [
-    f"encoder.layer.{layer}.attention.{name}" for layer in (0, 1) for name in ("self.query", "self.key", "self.value", "output.dense")
+    f"encoder.layer.{layer}.attention.{name}"
+    for layer in (0, 1)
+    for name in ("self.query", "self.key", "self.value", "output.dense")
 ]
 PATHS = {
     "eurobert": [f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo"],
     "mpnet": [f"encoder.layer.{layer}.attention.attn.{name}" for layer in (0, 1) for name in "qkvo"],
-    "distilbert": [f"transformer.layer.{layer}.attention.{name}_lin" for layer in (0, 1) for name in ("q", "k", "v", "out")],
+    "distilbert": [
+        f"transformer.layer.{layer}.attention.{name}_lin" for layer in (0, 1) for name in ("q", "k", "v", "out")
+    ],
     "modernbert": [f"layers.{layer}.attn.{name}" for layer in (0, 1) for name in ("Wqkv", "Wo")],
     "deberta-v2": [
         f"encoder.layer.{layer}.attention.{name}"
@@ -127,7 +131,10 @@ def test_explicit_paths_are_adapted_in_the_models_order(bert: Encoder) -> None:
 
 
 def test_an_unknown_path_is_refused_with_those_that_exist(bert: Encoder) -> None:
-    with pytest.raises(AdapterError, match=r"layer\.9\.attention\.self\.query.*no linear layer.*encoder\.layer\.0\.attention\.self\.query"):
+    with pytest.raises(
+        AdapterError,
+        match=r"layer\.9\.attention\.self\.query.*no linear layer.*encoder\.layer\.0\.attention\.self\.query",
+    ):
         Adapter(bert, AdapterConfig(target=("encoder.layer.9.attention.self.query",)), LABELS)
 
 
@@ -196,7 +203,9 @@ def test_the_published_encoder_has_the_published_counts(
         assert state["lora_23_A"].shape == (256, 8)
         assert state["lora_23_B"].shape == (8, 256)
         assert state["lora_23_scaling"].item() == 2.0
-        assert 400_000 < folder.lora_adapter_pt.stat().st_size < 415_000  # 393,216 bytes of weights; the document says about 405 KB
+        assert (
+            400_000 < folder.lora_adapter_pt.stat().st_size < 415_000
+        )  # 393,216 bytes of weights; the document says about 405 KB
     finally:
         adapter.detach()
 
@@ -207,7 +216,9 @@ def test_fresh_pairs_have_normal_a_by_fan_in_and_zero_b(published_size: Encoder)
         values = torch.cat([lora.lora_A.detach().flatten() for lora in adapter.projections.values()])
         assert values.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
         assert abs(values.mean().item()) < 0.002
-        assert (values.abs() > 2 * math.sqrt(2 / 256)).float().mean().item() == pytest.approx(0.0455, abs=0.005), "normal, not uniform"
+        assert (values.abs() > 2 * math.sqrt(2 / 256)).float().mean().item() == pytest.approx(0.0455, abs=0.005), (
+            "normal, not uniform"
+        )
         assert all(not lora.lora_B.any() for lora in adapter.projections.values())
         assert {lora.scaling for lora in adapter.projections.values()} == {2.0}
     finally:
@@ -218,7 +229,9 @@ def test_fresh_pairs_have_normal_a_by_fan_in_and_zero_b(published_size: Encoder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_untrained_adapter_leaves_the_encoder_output_unchanged_bit_for_bit(family: str, encoder_folder: Folders) -> None:
+def test_an_untrained_adapter_leaves_the_encoder_output_unchanged_bit_for_bit(
+    family: str, encoder_folder: Folders
+) -> None:
     encoder = load_encoder(encoder_folder(family))
     before = embed(encoder)
     adapter = Adapter(encoder, AdapterConfig(), LABELS)
@@ -230,7 +243,9 @@ def test_an_untrained_adapter_leaves_the_encoder_output_unchanged_bit_for_bit(fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merging_changes_the_vectors_by_rounding_only_and_is_undone_bit_for_bit(family: str, encoder_folder: Folders) -> None:
+def test_merging_changes_the_vectors_by_rounding_only_and_is_undone_bit_for_bit(
+    family: str, encoder_folder: Folders
+) -> None:
     encoder = load_encoder(encoder_folder(family))
     frozen = {name: p.detach().clone() for name, p in encoder.model.named_parameters()}
     plain = embed(encoder)
@@ -288,7 +303,10 @@ def test_the_loss_reaches_every_trained_weight_and_nothing_frozen(family: str, e
 
 def test_the_seed_decides_the_initial_weights(encoder_folder: Folders) -> None:
     def initial(seed: int) -> list[torch.Tensor]:
-        return [p.detach() for p in Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS, seed=seed).parameters]
+        return [
+            p.detach()
+            for p in Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS, seed=seed).parameters
+        ]
 
     assert all(torch.equal(a, b) for a, b in zip(initial(3), initial(3), strict=True))
     assert not torch.equal(initial(3)[0], initial(4)[0])
@@ -316,7 +334,9 @@ def test_dropout_acts_while_training_only(bert: Encoder) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saving_and_loading_gives_the_same_logits_bit_for_bit(family: str, encoder_folder: Folders, folder: TaskFolder) -> None:
+def test_saving_and_loading_gives_the_same_logits_bit_for_bit(
+    family: str, encoder_folder: Folders, folder: TaskFolder
+) -> None:
     config = AdapterConfig(rank=4, alpha=6, dropout=0.2, layers="last:1")
     adapter = trained(load_encoder(encoder_folder(family), pooling="cls"), config)
     ref = save_adapter(adapter, folder, meta={})
@@ -325,7 +345,11 @@ def test_saving_and_loading_gives_the_same_logits_bit_for_bit(family: str, encod
     assert loaded.label_names == LABELS
     assert list(loaded.projections) == list(adapter.projections)
     assert not loaded.head.training
-    assert (ref.path, ref.sha256, ref.encoder_revision) == ("Topics", adapter_sha256(folder.root), adapter.encoder.ref.revision)
+    assert (ref.path, ref.sha256, ref.encoder_revision) == (
+        "Topics",
+        adapter_sha256(folder.root),
+        adapter.encoder.ref.revision,
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "eurobert", "modernbert"])
@@ -352,13 +376,23 @@ def test_the_files_name_the_public_encoder_and_commit_and_no_local_path(folder: 
     save_adapter(adapter, folder, meta={})
     described = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
     assert (described["base_model_name_or_path"], described["revision"]) == ("someone/tiny", COMMIT)
-    assert (described["r"], described["lora_alpha"], described["lora_dropout"], described["inference_mode"]) == (8, 16.0, 0.0, True)
-    assert json.loads(folder.meta.read_text(encoding="utf-8"))["encoder"] == {"name": "someone/tiny", "revision": COMMIT}
+    assert (described["r"], described["lora_alpha"], described["lora_dropout"], described["inference_mode"]) == (
+        8,
+        16.0,
+        0.0,
+        True,
+    )
+    assert json.loads(folder.meta.read_text(encoding="utf-8"))["encoder"] == {
+        "name": "someone/tiny",
+        "revision": COMMIT,
+    }
     for path in folder.root.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
-def test_an_encoder_from_a_folder_is_named_without_its_path(saved: Adapter, folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_an_encoder_from_a_folder_is_named_without_its_path(
+    saved: Adapter, folder: TaskFolder, encoder_folder: Folders
+) -> None:
     described = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
     assert (described["base_model_name_or_path"], described["revision"]) == ("tiny-bert", None)
     assert saved.encoder.ref.name == str(encoder_folder("bert"))
@@ -418,7 +452,10 @@ def test_the_source_documents_snippet_gives_our_labels_on_eurobert(encoder_folde
     adapter = trained(load_encoder(encoder_folder("eurobert")))
     save_adapter(adapter, folder, meta={})
     # From here on as published, with the paths put in and `classifier.eval()` added.
-    base_model, tokenizer = AutoModel.from_pretrained(encoder_folder("eurobert")), AutoTokenizer.from_pretrained(encoder_folder("eurobert"))
+    base_model, tokenizer = (
+        AutoModel.from_pretrained(encoder_folder("eurobert")),
+        AutoTokenizer.from_pretrained(encoder_folder("eurobert")),
+    )
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
     lora_state = torch.load(folder.lora_adapter_pt, map_location="cpu", weights_only=True)
     idx = 0
@@ -450,7 +487,9 @@ def test_the_source_documents_snippet_gives_our_labels_on_eurobert(encoder_folde
 
 def our_snippet(adapter: Adapter, folder: TaskFolder, *, encoder: Path, text: str = TEXTS[0]) -> str:
     """The card's program with the two places put in that only its reader knows, and another text."""
-    ref = EncoderRef.model_construct(name=str(encoder), public_name=str(encoder), revision="sha256:0")  # a card names no place
+    ref = EncoderRef.model_construct(
+        name=str(encoder), public_name=str(encoder), revision="sha256:0"
+    )  # a card names no place
     program = usage_snippet(task=folder.root.name, encoder=ref, adapted_modules=list(adapter.projections))
     program = program.replace('REPOSITORY = "."', f"REPOSITORY = {str(folder.root.parent)!r}")
     return program.replace('TEXT = "I need to transfer money to another account"', f"TEXT = {text!r}")
@@ -471,8 +510,12 @@ def test_the_cards_snippet_gives_our_label(
         assert float(probability) == pytest.approx(probabilities[index].max().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize(("family", "other"), [("bert", "distilbert"), ("bert", "eurobert"), ("eurobert", "distilbert")])
-def test_the_cards_snippet_raises_when_no_pair_attaches(family: str, other: str, encoder_folder: Folders, folder: TaskFolder) -> None:
+@pytest.mark.parametrize(
+    ("family", "other"), [("bert", "distilbert"), ("bert", "eurobert"), ("eurobert", "distilbert")]
+)
+def test_the_cards_snippet_raises_when_no_pair_attaches(
+    family: str, other: str, encoder_folder: Folders, folder: TaskFolder
+) -> None:
     adapter = trained(load_encoder(encoder_folder(family)))
     save_adapter(adapter, folder, meta={})
     with pytest.raises(RuntimeError, match="not the encoder"):
@@ -480,10 +523,14 @@ def test_the_cards_snippet_raises_when_no_pair_attaches(family: str, other: str,
 
 
 @pytest.mark.faults
-def test_the_cards_snippet_runs_as_a_program_of_its_own(saved: Adapter, folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_the_cards_snippet_runs_as_a_program_of_its_own(
+    saved: Adapter, folder: TaskFolder, encoder_folder: Folders
+) -> None:
     program = our_snippet(saved, folder, encoder=encoder_folder("bert"))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder.root, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder.root, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == LABELS[int(logits(saved)[0].argmax())]
 
@@ -548,7 +595,9 @@ def test_tensors_that_do_not_fit_are_refused(
 
 
 @pytest.mark.usefixtures("saved")
-@pytest.mark.parametrize("shapes", [{"weight": (1, 32), "bias": (3,)}, {"weight": (2, 32), "bias": (2,)}, {"weight": (3, 32)}])
+@pytest.mark.parametrize(
+    "shapes", [{"weight": (1, 32), "bias": (3,)}, {"weight": (2, 32), "bias": (2,)}, {"weight": (3, 32)}]
+)
 def test_a_head_that_does_not_fit_the_labels_is_refused(
     shapes: dict[str, tuple[int, ...]], folder: TaskFolder, encoder_folder: Folders
 ) -> None:
@@ -594,7 +643,12 @@ WRONG_NUMBERS: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
 @pytest.mark.parametrize(("change", "says"), WRONG_NUMBERS)
 @pytest.mark.parametrize(("file", "name"), FILES)
 def test_a_weight_that_cannot_be_computed_with_is_refused_by_its_name(
-    file: str, name: str, change: Callable[[torch.Tensor], torch.Tensor], says: str, folder: TaskFolder, encoder_folder: Folders
+    file: str,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    says: str,
+    folder: TaskFolder,
+    encoder_folder: Folders,
 ) -> None:
     if says == "expected shape" and name == "bias" and change(torch.zeros(3)).shape == (3,):
         pytest.skip("a bias has this shape")
@@ -610,7 +664,9 @@ def test_a_weight_that_cannot_be_computed_with_is_refused_by_its_name(
 
 @pytest.mark.usefixtures("saved")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_float_type_are_loaded_as_float32(dtype: torch.dtype, folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_weights_of_another_float_type_are_loaded_as_float32(
+    dtype: torch.dtype, folder: TaskFolder, encoder_folder: Folders
+) -> None:
     for file, name in FILES:
         _replace(folder.root / file, name, lambda tensor: tensor.to(dtype))
     loaded = load_adapter(folder, load_encoder(encoder_folder("bert")))
@@ -620,7 +676,9 @@ def test_weights_of_another_float_type_are_loaded_as_float32(dtype: torch.dtype,
 
 @pytest.mark.usefixtures("saved")
 @pytest.mark.parametrize(("alpha", "factor"), [(16.0, 1e30), (1e6, 1e25)])
-def test_an_update_that_would_overflow_is_refused(alpha: float, factor: float, folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_an_update_that_would_overflow_is_refused(
+    alpha: float, factor: float, folder: TaskFolder, encoder_folder: Folders
+) -> None:
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
     folder.meta.write_text(json.dumps(meta | {"alpha": alpha}), encoding="utf-8")
     _replace(folder.adapter_weights, PAIR, lambda tensor: tensor / tensor.abs().max() * factor)
@@ -641,7 +699,9 @@ def test_pairs_in_another_order_than_the_encoders_are_refused(folder: TaskFolder
 
 @pytest.mark.usefixtures("saved")
 @pytest.mark.parametrize("changes", [{"max_tokens": 32}, {"hidden_size": 64}])
-def test_an_encoder_of_another_length_or_width_is_refused(changes: dict[str, int], folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_an_encoder_of_another_length_or_width_is_refused(
+    changes: dict[str, int], folder: TaskFolder, encoder_folder: Folders
+) -> None:
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
     folder.meta.write_text(json.dumps(meta | changes), encoding="utf-8")
     with pytest.raises(AdapterError, match=r"trained on an encoder of (max_tokens 32, but .* 24|width 64, but .* 32)"):
@@ -649,7 +709,9 @@ def test_an_encoder_of_another_length_or_width_is_refused(changes: dict[str, int
 
 
 @pytest.mark.usefixtures("saved")
-def test_files_that_are_replaced_after_they_were_looked_at_are_not_loaded(folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_files_that_are_replaced_after_they_were_looked_at_are_not_loaded(
+    folder: TaskFolder, encoder_folder: Folders
+) -> None:
     found = describe_adapter(folder)
     _replace(folder.head, "bias", lambda tensor: tensor + 1)
     with pytest.raises(AdapterError, match="was replaced while it was being loaded"):
@@ -661,7 +723,12 @@ def _header(entries: str) -> bytes:
 
 
 LONG_FILES: list[tuple[Callable[[], bytes], str]] = [
-    (lambda: _header("{" + ",".join(f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(400_000)) + "}"), "bytes"),
+    (
+        lambda: _header(
+            "{" + ",".join(f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(400_000)) + "}"
+        ),
+        "bytes",
+    ),
     (lambda: _header('{"__metadata__":{"x":"' + "x" * 99_000_000 + '"}}'), "bytes"),
     (lambda: (1 << 62).to_bytes(8, "little"), "damaged"),
     (lambda: _header("{}") + b"x", "damaged"),
@@ -682,7 +749,9 @@ def test_a_file_that_would_be_read_for_long_is_refused_at_once(
         load_adapter(folder, load_encoder(encoder_folder("bert")))
 
 
-def test_a_head_of_very_many_classes_is_not_made_before_its_file_is_read(saved: Adapter, folder: TaskFolder, tmp_path: Path) -> None:
+def test_a_head_of_very_many_classes_is_not_made_before_its_file_is_read(
+    saved: Adapter, folder: TaskFolder, tmp_path: Path
+) -> None:
     names = [str(number) for number in range(100_000)]
     folder.labels.write_text(json.dumps(names), encoding="utf-8")
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
@@ -751,14 +820,18 @@ def test_a_configuration_by_which_peft_would_load_something_else_is_refused(
 @pytest.mark.usefixtures("saved")
 def test_a_configuration_of_another_version_of_peft_is_no_fault(folder: TaskFolder, encoder_folder: Folders) -> None:
     config = json.loads(folder.adapter_config.read_text(encoding="utf-8"))
-    left_out = {key: value for key, value in config.items() if key not in ("velora_config", "use_bdlora", "peft_version")}
+    left_out = {
+        key: value for key, value in config.items() if key not in ("velora_config", "use_bdlora", "peft_version")
+    }
     folder.adapter_config.write_text(json.dumps(left_out | {"of_a_later_version": None}), encoding="utf-8")
     check_with_peft(folder, load_encoder(encoder_folder("bert")))
 
 
 @pytest.mark.usefixtures("saved")
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"{}"])
-def test_a_configuration_that_is_damaged_or_gone_is_refused(content: bytes | None, folder: TaskFolder, encoder_folder: Folders) -> None:
+def test_a_configuration_that_is_damaged_or_gone_is_refused(
+    content: bytes | None, folder: TaskFolder, encoder_folder: Folders
+) -> None:
     folder.adapter_config.unlink()
     if content is not None:
         folder.adapter_config.write_bytes(content)
@@ -832,7 +905,9 @@ def test_a_pt_file_that_is_not_the_adapter_is_refused_before_it_is_unpacked(
     check_both_forms(saved, folder)
     harm(folder.root / file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(VerificationError, match=rf"{file}: (missing or damaged|expected tensors by name|not the weights)"):
+    with pytest.raises(
+        VerificationError, match=rf"{file}: (missing or damaged|expected tensors by name|not the weights)"
+    ):
         check_both_forms(saved, folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
 
@@ -848,7 +923,9 @@ def _one_vector(adapter: Adapter) -> Adapter:
 
 @pytest.mark.parametrize("num_classes", [2, 77])
 @pytest.mark.parametrize("rank", [1, 8])
-def test_a_tensor_file_holds_its_tensors_and_little_more(num_classes: int, rank: int, encoder_folder: Folders, folder: TaskFolder) -> None:
+def test_a_tensor_file_holds_its_tensors_and_little_more(
+    num_classes: int, rank: int, encoder_folder: Folders, folder: TaskFolder
+) -> None:
     names = [f"class {number}" for number in range(num_classes)]
     adapter = _one_vector(give_effect(Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(rank=rank), names)))
     save_adapter(adapter, folder, meta={})
@@ -861,7 +938,9 @@ def test_a_tensor_file_holds_its_tensors_and_little_more(num_classes: int, rank:
     check_both_forms(adapter, folder)
 
 
-def test_pt_files_of_older_versions_which_held_more_still_are_the_adapter(encoder_folder: Folders, folder: TaskFolder) -> None:
+def test_pt_files_of_older_versions_which_held_more_still_are_the_adapter(
+    encoder_folder: Folders, folder: TaskFolder
+) -> None:
     adapter = _one_vector(trained(load_encoder(encoder_folder("bert"))))
     save_adapter(adapter, folder, meta={})
     torch.save({name: tensor.detach() for name, tensor in adapter.head.state_dict().items()}, folder.classifier_head_pt)

@@ -40,7 +40,11 @@ def test_an_adapters_folder_tells_all_that_is_known_of_it(run: Path) -> None:
     meta = json.loads((run / "Topics" / "meta.json").read_text())
     assert (adapter.name, adapter.folder.root, adapter.label_names) == ("Topics", run / "Topics", LABELS)
     assert adapter.sha256 == adapter_sha256(run / "Topics")
-    assert (adapter.encoder.revision, adapter.encoder.pooling, adapter.encoder.max_tokens) == (meta["encoder"]["revision"], "mean", 24)
+    assert (adapter.encoder.revision, adapter.encoder.pooling, adapter.encoder.max_tokens) == (
+        meta["encoder"]["revision"],
+        "mean",
+        24,
+    )
     assert adapter.calibration == calibration()
 
 
@@ -66,7 +70,10 @@ def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
 def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> None:
     for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
         finished_run(run.parent / name, [task_result("Topics")])
-    for ref, newest in ((run.parent, "20261108-000000-bbbb;"), (f"{run.parent}#Topics", "20261108-000000-bbbb#Topics;")):
+    for ref, newest in (
+        (run.parent, "20261108-000000-bbbb;"),
+        (f"{run.parent}#Topics", "20261108-000000-bbbb#Topics;"),
+    ):
         with pytest.raises(AdapterError, match=rf"is a run store; name one of its runs, such as \S+/{newest}"):
             find(ref)
 
@@ -79,14 +86,19 @@ def test_a_run_with_one_adapter_is_that_adapter(run: Path) -> None:
 def test_a_folder_without_adapter_and_no_folder_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="is neither a run folder, nor a publication, nor an adapter's folder"):
         find(tmp_path)
-    with pytest.raises(AdapterError, match=r"there is no folder .*; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME\[@"):
+    with pytest.raises(
+        AdapterError, match=r"there is no folder .*; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME\[@"
+    ):
         find(tmp_path / "gone")
 
 
 @pytest.mark.parametrize(
-    "ref", ["", "#Topics", "mine=", "hf:", "hf:someone", "hf:someone/adapters#", "hf:someone/adapters#../x", "hf:a/b#c d"]
+    "ref",
+    ["", "#Topics", "mine=", "hf:", "hf:someone", "hf:someone/adapters#", "hf:someone/adapters#../x", "hf:a/b#c d"],
 )
-def test_what_is_no_reference_is_not_taken_for_the_current_folder(ref: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_reference_is_not_taken_for_the_current_folder(
+    ref: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(run)
     with pytest.raises(AdapterError, match="expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME"):
         find(ref)
@@ -98,7 +110,9 @@ def test_a_task_behind_the_folder_is_a_name_and_not_a_path(task: str, run: Path)
         find(f"{run}#{task}")
 
 
-def test_a_folder_whose_name_has_an_equals_sign_is_a_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_whose_name_has_an_equals_sign_is_a_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(run, tmp_path / "ex=1" / "run")
     monkeypatch.chdir(tmp_path)
     for ref in ("ex=1/run#Topics", "ex=1/run/Topics"):
@@ -211,7 +225,9 @@ def test_a_damaged_calibration_and_a_missing_head_are_told_by_their_file(run: Pa
         find(run / "Pairs")
 
 
-def test_other_label_names_have_another_hash_and_the_same_ones_the_same(encoder_folder: Folders, run: Path, tmp_path: Path) -> None:
+def test_other_label_names_have_another_hash_and_the_same_ones_the_same(
+    encoder_folder: Folders, run: Path, tmp_path: Path
+) -> None:
     topics, pairs = find(run / "Topics", run / "Pairs")
     turned = save_bulk_adapter(tmp_path / "Turned", encoder_folder("bert"), labels=LABELS[::-1])
     assert topics.labels_sha256 == pairs.labels_sha256 != find(turned)[0].labels_sha256
@@ -220,7 +236,9 @@ def test_other_label_names_have_another_hash_and_the_same_ones_the_same(encoder_
 def test_adapters_of_different_encoders_are_refused_with_both_revisions(run: Path, tmp_path: Path) -> None:
     other = save_bulk_adapter(tmp_path / "Other", save_tiny_encoder(tmp_path / "encoder", "bert", seed=5))
     one, two = (find(folder)[0].encoder.revision for folder in (run / "Topics", other))
-    with pytest.raises(AdapterError, match=f"adapters Topics and Other were trained on encoders of revision {one} and {two}"):
+    with pytest.raises(
+        AdapterError, match=f"adapters Topics and Other were trained on encoders of revision {one} and {two}"
+    ):
         find(run / "Topics", other)
 
 
@@ -252,7 +270,9 @@ def test_an_adapter_of_the_hub_is_found_in_the_cache(revision: str, published: P
 
 
 def test_what_the_cache_lacks_is_told(published: Path) -> None:
-    with pytest.raises(AdapterError, match="hf:someone/adapters#Nothing: there is no adapter Nothing in it, but Topics"):
+    with pytest.raises(
+        AdapterError, match="hf:someone/adapters#Nothing: there is no adapter Nothing in it, but Topics"
+    ):
         find("hf:someone/adapters#Nothing")
     with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
         find("hf:someone/adapters@v2#Topics")
@@ -300,9 +320,15 @@ def test_five_right_texts_of_seven_hundred_promise_no_accuracy_of_four_nines(run
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"coverage": [{"threshold": 0.9, "coverage": 0.5, "accuracy": 1.0}]}, "its calibration.json counts no texts, as older versions"),
+        (
+            {"coverage": [{"threshold": 0.9, "coverage": 0.5, "accuracy": 1.0}]},
+            "its calibration.json counts no texts, as older versions",
+        ),
         ({"coverage": []}, "its calibration.json counts no texts"),
-        ({"fitted_on": "none"}, "it was trained without a validation slice to measure its coverage on; use --min-score"),
+        (
+            {"fitted_on": "none"},
+            "it was trained without a validation slice to measure its coverage on; use --min-score",
+        ),
     ],
 )
 def test_a_table_that_supports_no_promise_still_loads_and_a_target_accuracy_on_it_is_refused(
@@ -310,7 +336,9 @@ def test_a_table_that_supports_no_promise_still_loads_and_a_target_accuracy_on_i
 ) -> None:
     adapter = measured(run, **changes)
     assert adapter.calibration is not None
-    with pytest.raises(InputError, match=f"adapter Topics: --target-accuracy 0.5 cannot be promised: {re.escape(told)}"):
+    with pytest.raises(
+        InputError, match=f"adapter Topics: --target-accuracy 0.5 cannot be promised: {re.escape(told)}"
+    ):
         threshold_for(adapter, 0.5)
 
 
@@ -318,5 +346,7 @@ def test_an_adapter_without_calibration_promises_no_accuracy(run: Path) -> None:
     (run / "Topics" / "calibration.json").unlink()
     (adapter,) = find(run / "Topics")
     assert adapter.calibration is None
-    with pytest.raises(InputError, match=r"Topics: --target-accuracy 0\.5 cannot be promised: there is no calibration\.json; use --min"):
+    with pytest.raises(
+        InputError, match=r"Topics: --target-accuracy 0\.5 cannot be promised: there is no calibration\.json; use --min"
+    ):
         threshold_for(adapter, 0.5)

@@ -18,7 +18,12 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 
 Folders = Callable[[str], Path]
-TEXTS = ["a goal in the last minute of the match", "rain", "the market fell, then rose", "wind and snow over the hills all day long"]
+TEXTS = [
+    "a goal in the last minute of the match",
+    "rain",
+    "the market fell, then rose",
+    "wind and snow over the hills all day long",
+]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -53,14 +58,19 @@ def padding(tokens: int) -> Tensor:
 def result_and_gradients(attend: Callable[..., Tensor], arguments: tuple[Tensor, ...], *rest: object) -> list[Tensor]:
     leaves = [a.detach().clone().requires_grad_() for a in arguments]
     output = attend(*leaves, *rest)
-    return [output, *torch.autograd.grad((output.tanh() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), leaves)]
+    return [
+        output,
+        *torch.autograd.grad((output.tanh() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), leaves),
+    ]
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33])
 def test_result_and_gradients_are_those_of_a_plain_formulation(tokens: int, masked: bool) -> None:
     mask = padding(tokens) if masked else None
-    for found, expected in zip(*(result_and_gradients(attend, inputs(tokens=tokens), mask, 0.35) for attend in (ours, plain)), strict=True):
+    for found, expected in zip(
+        *(result_and_gradients(attend, inputs(tokens=tokens), mask, 0.35) for attend in (ours, plain)), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +83,10 @@ def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: boo
     expected = plain(*(a.float() for a in arguments), None if mask is None else mask.float(), 0.35)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(
-        forward(*arguments, mask, 0.35).float(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=tolerance
+        forward(*arguments, mask, 0.35).float(),
+        expected,
+        rtol=1e-2 if dtype is torch.bfloat16 else 1e-4,
+        atol=tolerance,
     )
 
 
@@ -96,7 +109,9 @@ def test_projections_side_by_side_attend_as_apart(masked: bool, fused: bool, mon
 def test_scores_too_large_for_powers_are_no_matter(scaling: float) -> None:
     arguments = inputs(tokens=7)
     shifted = (arguments[0] + 3, arguments[1] + 3, arguments[2])  # scores of one sign: all too large, or all too small
-    for found, expected in zip(*(result_and_gradients(attend, shifted, None, scaling) for attend in (ours, plain)), strict=True):
+    for found, expected in zip(
+        *(result_and_gradients(attend, shifted, None, scaling) for attend in (ours, plain)), strict=True
+    ):
         assert found.isfinite().all()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(forward(*shifted, None, scaling), plain(*shifted, None, scaling), rtol=1e-3, atol=1e-4)
@@ -107,7 +122,9 @@ def test_a_row_that_is_masked_whole_gives_no_nan() -> None:
     mask[1] = torch.finfo(torch.float32).min
     query, key, value = inputs(tokens=6)
     for attend in (ours, forward):
-        torch.testing.assert_close(attend(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            attend(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_keys_that_several_heads_share_are_shared() -> None:

@@ -47,7 +47,11 @@ class Setting:
         self.adapter, self.encoder = adapter, encoder
         for file, name in enumerate("ab"):
             texts = [None, "", *TEXTS[:20], *TEXTS[file * 28 : file * 28 + 8]]
-            write_table(self.input / f"{name}.parquet", {"id": range(file * 30, file * 30 + 30), "text": texts}, row_group_size=10)
+            write_table(
+                self.input / f"{name}.parquet",
+                {"id": range(file * 30, file * 30 + 30), "text": texts},
+                row_group_size=10,
+            )
 
     def start(self, output: Path | None = None, **options: Any) -> Bulk:
         chosen: dict[str, Any] = {"rows_per_unit": 10, **options}
@@ -56,7 +60,9 @@ class Setting:
 
     def ids(self, output: Path | None = None) -> list[int]:
         paths = sorted((output or self.output).glob("*.parquet"))
-        return [id for path in paths if not path.name.startswith("_") for id in pq.read_table(path).column("id").to_pylist()]
+        return [
+            id for path in paths if not path.name.startswith("_") for id in pq.read_table(path).column("id").to_pylist()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +172,10 @@ def test_another_jobs_folder_is_refused_with_the_difference(setting: Setting, tm
         ({"min_score": 0.5}, r"adapter T: threshold: then None, now 0\.5; options\.min_score: then None, now 0\.5"),
         ({"columns": ("id",)}, r"options\.columns: then None, now \['id'\]"),
         ({"adapters": [f"U={setting.adapter}"]}, r"adapters: then T \w{8}, now U \w{8}"),
-        ({"adapters": [save_bulk_adapter(tmp_path / "T", setting.encoder, seed=5)]}, r"adapter T: sha256: then \w{64}, now \w{64}"),
+        (
+            {"adapters": [save_bulk_adapter(tmp_path / "T", setting.encoder, seed=5)]},
+            r"adapter T: sha256: then \w{64}, now \w{64}",
+        ),
         (
             {"adapters": [save_bulk_adapter(tmp_path / "turned" / "T", setting.encoder, labels=LABELS[::-1])]},
             r"\(adapter T: labels_sha256: then \w{64}, now \w{64}; ",
@@ -196,7 +205,11 @@ def test_a_file_that_is_mended_is_done_by_the_next_start_and_no_other_unit_is_do
     path.write_bytes(b"?" * 10)
     first = setting.start()
     first.label()
-    written = {name: (setting.output / name).stat().st_mtime_ns for name in files_below(setting.output) if not name.startswith("_")}
+    written = {
+        name: (setting.output / name).stat().st_mtime_ns
+        for name in files_below(setting.output)
+        if not name.startswith("_")
+    }
     path.write_bytes(content)
     second = setting.start()
     assert [unit.output for unit in second.begun.todo] == ["0-00000.parquet"]
@@ -229,7 +242,11 @@ def write_twins(path: Path, *, letter: str) -> None:
 
 def letters(setting: Setting) -> list[str]:
     """Letters of the labelled texts of ``b.parquet``; none of a unit that is not there."""
-    found = [text for path in sorted(setting.output.glob("b-*.parquet")) for text in pq.read_table(path).column("text").to_pylist()]
+    found = [
+        text
+        for path in sorted(setting.output.glob("b-*.parquet"))
+        for text in pq.read_table(path).column("text").to_pylist()
+    ]
     return [text.split()[1] for text in found if text and text.startswith("the ") and text.endswith(" file")]
 
 
@@ -276,7 +293,9 @@ def test_a_damaged_unit_of_a_touched_file_is_done_again(overwrite: bool, setting
     assert (again.run().rows_out, setting.ids()) == (60, list(range(60)))
 
 
-def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_footer_and_size_are_the_same(setting: Setting) -> None:
+def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_footer_and_size_are_the_same(
+    setting: Setting,
+) -> None:
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
@@ -316,7 +335,9 @@ def test_a_file_that_is_touched_while_the_job_runs_changes_nothing(setting: Sett
     assert setting.start().begun.todo == ()
 
 
-def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
@@ -363,7 +384,9 @@ def test_a_damaged_plan_is_told(content: str, setting: Setting) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_files_is_refused(overwrite: bool, setting: Setting) -> None:
     write_table(setting.output / "mine.parquet", {"id": [1]})
-    with pytest.raises(InputError, match=r"holds mine\.parquet, and no plan of a job; choose an empty folder, or a new one"):
+    with pytest.raises(
+        InputError, match=r"holds mine\.parquet, and no plan of a job; choose an empty folder, or a new one"
+    ):
         setting.start(overwrite=overwrite)
     assert files_below(setting.output) == ["mine.parquet"]
 
@@ -377,9 +400,13 @@ def test_a_folder_that_cannot_be_made_is_told(setting: Setting) -> None:
 # Where the output lies
 
 
-@pytest.mark.parametrize("source", ["in", "in/", "in/*.parquet", "in/part-*.parquet", "in/**/*.parquet", "file://{root}/in"])
+@pytest.mark.parametrize(
+    "source", ["in", "in/", "in/*.parquet", "in/part-*.parquet", "in/**/*.parquet", "file://{root}/in"]
+)
 @pytest.mark.parametrize("output", ["in", "in/out", "in/x/y"])
-def test_an_output_inside_the_input_is_refused(source: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_inside_the_input_is_refused(
+    source: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_table(tmp_path / "in" / "part-0.parquet", {"id": [1]})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="lies inside the input"):
@@ -448,7 +475,9 @@ def test_what_others_have_put_beside_the_output_stays(setting: Setting) -> None:
     assert setting.ids() == list(range(60))
 
 
-def test_parquet_of_others_stays_whatever_its_name_and_their_folders_are_refused(setting: Setting, tmp_path: Path) -> None:
+def test_parquet_of_others_stays_whatever_its_name_and_their_folders_are_refused(
+    setting: Setting, tmp_path: Path
+) -> None:
     setting.start().run()
     kept = ["raw/train-00000-of-00002.parquet", "sales-20240101.parquet"]
     for name in kept:
@@ -526,7 +555,9 @@ def test_stale_temporaries_go_at_the_beginning_and_all_of_them_at_the_end(settin
     first = setting.start()
     for mark in (first.job.fingerprint, "file", "0123456789abcdef"):  # the last one is of a job that this one replaces
         unfinished(first, "old", mark=mark, age_seconds=GRACE_SECONDS + 5)
-    fresh = [unfinished(first, "new", mark=mark, age_seconds=GRACE_SECONDS - 30) for mark in (first.job.fingerprint, "file")]
+    fresh = [
+        unfinished(first, "new", mark=mark, age_seconds=GRACE_SECONDS - 30) for mark in (first.job.fingerprint, "file")
+    ]
     second = setting.start()
     assert files_below(setting.output) == sorted([*fresh, PLAN])
     second.run()

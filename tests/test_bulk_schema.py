@@ -48,7 +48,11 @@ STRING, LARGE = pa.string(), pa.large_string()
         (pa.date32(), pa.timestamp("us"), None),
         (pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.large_list(pa.int64())),
         (pa.list_(pa.int32()), pa.list_(pa.float32()), None),
-        (pa.struct({"a": pa.int8(), "b": STRING}), pa.struct({"a": pa.int16(), "b": STRING}), pa.struct({"a": pa.int16(), "b": STRING})),
+        (
+            pa.struct({"a": pa.int8(), "b": STRING}),
+            pa.struct({"a": pa.int16(), "b": STRING}),
+            pa.struct({"a": pa.int16(), "b": STRING}),
+        ),
         (pa.struct({"a": pa.int8()}), pa.struct({"b": pa.int8()}), None),
         (pa.uuid(), pa.binary(16), None),
         (pa.map_(STRING, pa.int32()), pa.map_(LARGE, pa.int64()), pa.map_(LARGE, pa.int64())),
@@ -58,7 +62,9 @@ STRING, LARGE = pa.string(), pa.large_string()
         (pa.list_(pa.int32(), 2), pa.large_list(pa.int8()), pa.large_list(pa.int32())),
     ],
 )
-def test_two_types_are_joined_where_no_value_is_lost(one: pa.DataType, two: pa.DataType, both: pa.DataType | None) -> None:
+def test_two_types_are_joined_where_no_value_is_lost(
+    one: pa.DataType, two: pa.DataType, both: pa.DataType | None
+) -> None:
     assert wider(one, two) == both
     assert wider(two, one) == both
 
@@ -97,7 +103,12 @@ TOP = pa.field("T_top_k", pa.list_(pa.struct([("label", STRING), ("score", pa.fl
 def test_spark_is_told_of_the_new_columns_and_of_no_other() -> None:
     fields = [{"name": name, "type": "string", "nullable": True, "metadata": {}} for name in ("text", "left out")]
     key = b"org.apache.spark.sql.parquet.row.metadata"
-    metadata = {key: json.dumps({"type": "struct", "fields": fields}).encode(), b"owner": b"me", b"ours": b"old", b"ARROW:schema": b"x"}
+    metadata = {
+        key: json.dumps({"type": "struct", "fields": fields}).encode(),
+        b"owner": b"me",
+        b"ours": b"old",
+        b"ARROW:schema": b"x",
+    }
     found = output_metadata(metadata, kept=["text"], added=[*ADDED, TOP], leave_out=b"ours")
     assert found.keys() == {key, b"owner"}
     spark = json.loads(found[key])
@@ -157,5 +168,7 @@ def test_a_kind_is_known_whatever_the_columns_name(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["v", "v (x) {", 'a"b'])
 def test_a_variant_is_known_whatever_its_name(name: str, tmp_path: Path) -> None:
     quoted = name.replace('"', '""')
-    duckdb.sql(f"""COPY (SELECT 'x' AS text, 1::VARIANT AS "{quoted}") TO '{tmp_path / "a.parquet"}' (FORMAT parquet)""")
+    duckdb.sql(
+        f"""COPY (SELECT 'x' AS text, 1::VARIANT AS "{quoted}") TO '{tmp_path / "a.parquet"}' (FORMAT parquet)"""
+    )
     assert kinds_by_column(pq.ParquetFile(tmp_path / "a.parquet"))[name][0] == "Variant"

@@ -31,13 +31,25 @@ class LetterCounts:
 
     mteb_model_meta = ModelMeta.create_empty({"name": "lorafleet/letter-counts", "revision": "1"})
 
-    def __init__(self, model_name: str = "letter-counts", revision: str | None = None, *, device: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_name: str = "letter-counts",
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.asked: list[tuple[str, str, list[str]]] = []
 
-    def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any) -> Any:
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
+    ) -> Any:
         texts = [text for batch in inputs for text in batch["text"]]
         self.asked.append((hf_split, hf_subset, texts))
-        counts = np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts], dtype=np.float32)
+        counts = np.array(
+            [[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts],
+            dtype=np.float32,
+        )
         return counts / np.maximum(1.0, np.linalg.norm(counts, axis=1, keepdims=True))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
@@ -59,13 +71,21 @@ def write(path: Path, **columns: Any) -> Path:
 
 
 def own_task(folder: Path, *, train: dict[str, Any], test: dict[str, Any], **config: Any) -> MtebTask:
-    files = {split: str(write(folder / f"{split}.parquet", **columns)) for split, columns in (("train", train), ("test", test))}
+    files = {
+        split: str(write(folder / f"{split}.parquet", **columns))
+        for split, columns in (("train", train), ("test", test))
+    }
     return plan("Tickets", **files, **config)
 
 
 def evaluate(loaded: LoadedTask, encoder: LetterCounts) -> Any:
     result = mteb.evaluate(
-        encoder, loaded.mteb_task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 256}
+        encoder,
+        loaded.mteb_task,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": 256},
     )
     return result.task_results[0]
 
@@ -79,7 +99,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-TWO_CLASSES = {"text": [f"{word} {i}" for i in range(10) for word in ("red fox", "blue whale")], "label": ["fox", "whale"] * 10}
+TWO_CLASSES = {
+    "text": [f"{word} {i}" for i in range(10) for word in ("red fox", "blue whale")],
+    "label": ["fox", "whale"] * 10,
+}
 
 
 # --- plan ---
@@ -135,7 +158,10 @@ def test_a_named_subset_is_taken() -> None:
         ({"name": "EmotionVNClassification", "subset": "xx"}, "those that exist are default"),
         ({"name": "MTOPDomainClassification", "subset": "it"}, "those that exist are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),
-        ({"name": "X", "train": "a", "test": "b", "text_column": "label"}, "text_column and label_column both name 'label'"),
+        (
+            {"name": "X", "train": "a", "test": "b", "text_column": "label"},
+            "text_column and label_column both name 'label'",
+        ),
         ({"name": "X", "train": "a", "group_column": "text"}, "text_column and group_column both name 'text'"),
     ],
 )
@@ -172,7 +198,10 @@ def test_columns_of_any_name_and_labels_of_any_kind_end_as_text_and_label(tmp_pa
 
 def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> None:
     other = {"text": ["red fox", "blue whale"], "label": ["whale", "fox"]}
-    tasks = [own_task(tmp_path / str(i), train=TWO_CLASSES, test=test) for i, test in enumerate((TWO_CLASSES, TWO_CLASSES, other))]
+    tasks = [
+        own_task(tmp_path / str(i), train=TWO_CLASSES, test=test)
+        for i, test in enumerate((TWO_CLASSES, TWO_CLASSES, other))
+    ]
     first, same, changed = (load_mteb_task(task, offline=True).task.revision for task in tasks)
     assert first == same != changed
     assert first.startswith("sha256:")
@@ -186,7 +215,10 @@ def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> No
         ({"body": ["a", "b"], "label": [0, 1]}, "train.parquet has no column 'text', but 'body', 'label'"),
         ({"text": ["a", "b"], "queue": [0, 1]}, "set label_column for this MTEB task in the config"),
         ({"text": [1, 2], "label": [0, 1]}, "column 'text' is int64, not text"),
-        ({"text": ["a", None], "label": [0, 1]}, "column 'text': 1 of 2 rows have no value; remove these rows or fill them"),
+        (
+            {"text": ["a", None], "label": [0, 1]},
+            "column 'text': 1 of 2 rows have no value; remove these rows or fill them",
+        ),
         ({"text": ["a", "b"], "label": [None, 1]}, "column 'label': 1 of 2 rows have no value"),
         ({"text": ["a", "b"], "label": [0.5, 1.0]}, "column 'label' is double, but not of whole numbers"),
         ({"text": ["a", "b"], "label": [float("nan"), 1.0]}, "column 'label': 1 of 2 rows have no value"),
@@ -195,14 +227,28 @@ def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> No
             {"text": ["a", "b"], "label": [[0], [1]]},
             "so several labels for a text; expected one label for each text, several are not supported",
         ),
-        ({"text": ["a", "b"], "label": [{"x": 0}, {"x": 1}]}, "column 'label' is struct<x: int64>; expected strings, whole numbers or"),
-        ({"text": ["a", "b"], "label": [date(2026, 1, 1)] * 2}, "column 'label' is date32[day]; expected strings, whole numbers or"),
-        ({"text": ["a", "b"], "label": [Decimal(1), Decimal(2)]}, "column 'label' is decimal128(1, 0); expected strings"),
-        ({"text": ["a", "b"], "label": pa.array([2**63, 1], pa.uint64())}, "is uint64, but not of numbers of 64 bits with a sign"),
+        (
+            {"text": ["a", "b"], "label": [{"x": 0}, {"x": 1}]},
+            "column 'label' is struct<x: int64>; expected strings, whole numbers or",
+        ),
+        (
+            {"text": ["a", "b"], "label": [date(2026, 1, 1)] * 2},
+            "column 'label' is date32[day]; expected strings, whole numbers or",
+        ),
+        (
+            {"text": ["a", "b"], "label": [Decimal(1), Decimal(2)]},
+            "column 'label' is decimal128(1, 0); expected strings",
+        ),
+        (
+            {"text": ["a", "b"], "label": pa.array([2**63, 1], pa.uint64())},
+            "is uint64, but not of numbers of 64 bits with a sign",
+        ),
         ({"text": [b"a", b"\xff"], "label": [0, 1]}, "column 'text' holds bytes that are not UTF-8"),
     ],
 )
-def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(
+    tmp_path: Path, columns: dict[str, Any], words: str
+) -> None:
     with pytest.raises(DataError) as caught:
         load_mteb_task(own_task(tmp_path, train=columns, test=TWO_CLASSES), offline=True)
     assert words in str(caught.value)
@@ -220,15 +266,30 @@ def test_a_column_that_is_there_twice_is_one_message(tmp_path: Path, twice: str)
 
 def test_text_that_a_file_calls_json_or_leaves_untyped_is_text(tmp_path: Path) -> None:
     for number, kind in enumerate((pa.json_(), None)):
-        text = pa.ExtensionArray.from_storage(kind, pa.array(['"a"', '"b"'])) if kind else pa.array([b'"a"', b'"b"'], pa.large_binary())
-        task = own_task(tmp_path / str(number), train={"text": text, "label": [0, 1]}, test=TWO_CLASSES | {"label": [0, 1] * 10})
+        text = (
+            pa.ExtensionArray.from_storage(kind, pa.array(['"a"', '"b"']))
+            if kind
+            else pa.array([b'"a"', b'"b"'], pa.large_binary())
+        )
+        task = own_task(
+            tmp_path / str(number), train={"text": text, "label": [0, 1]}, test=TWO_CLASSES | {"label": [0, 1] * 10}
+        )
         assert load_mteb_task(task, offline=True).splits["train"]["text"].to_pylist() == ['"a"', '"b"']
 
 
 def test_shards_are_read_together_whatever_the_order_and_width_of_their_columns(tmp_path: Path) -> None:
     write(tmp_path / "in" / "1.parquet", text=pa.array(["a"]), label=pa.array(["x"]), label_text=["X"])
-    write(tmp_path / "in" / "2.parquet", label=pa.array(["y"]).dictionary_encode(), text=pa.array(["b"], pa.large_string()))
-    write(tmp_path / "in" / "3.parquet", id=[1], label=pa.array(["x"], pa.large_string()), text=pa.array(["c"]).dictionary_encode())
+    write(
+        tmp_path / "in" / "2.parquet",
+        label=pa.array(["y"]).dictionary_encode(),
+        text=pa.array(["b"], pa.large_string()),
+    )
+    write(
+        tmp_path / "in" / "3.parquet",
+        id=[1],
+        label=pa.array(["x"], pa.large_string()),
+        text=pa.array(["c"]).dictionary_encode(),
+    )
     write(tmp_path / "in" / "4.parquet", text=pa.nulls(0), label=pa.nulls(0))
     test = write(tmp_path / "test.parquet", text=["d"], label=["x"])
     loaded = load_mteb_task(plan("Tickets", train=str(tmp_path / "in"), test=str(test)), offline=True)
@@ -263,18 +324,24 @@ def test_a_file_that_is_in_train_and_in_test_is_refused(tmp_path: Path) -> None:
 def test_files_of_a_folder_that_were_not_read_are_told(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", **TWO_CLASSES)
     (tmp_path / "README.md").write_text("x")
-    assert load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True).notes == ("left out of the folder of train: 'README.md'",)
+    assert load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True).notes == (
+        "left out of the folder of train: 'README.md'",
+    )
 
 
 @pytest.mark.usefixtures("no_network")
 def test_files_on_the_hub_are_not_asked_for_offline() -> None:
-    with pytest.raises(DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, and data\.offline = true"):
+    with pytest.raises(
+        DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, and data\.offline = true"
+    ):
         load_mteb_task(plan("Tickets", train="hf://datasets/somebody/x"), offline=True)
 
 
 def test_a_record_of_an_earlier_version_says_parquet_for_own_files(tmp_path: Path) -> None:
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
-    assert MtebTask.model_validate(task.model_dump(exclude={"test_split", "group_column"}) | {"source": "parquet"}) == task
+    assert (
+        MtebTask.model_validate(task.model_dump(exclude={"test_split", "group_column"}) | {"source": "parquet"}) == task
+    )
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
@@ -352,7 +419,9 @@ def test_the_few_shot_scores_are_those_of_mteb_with_the_labels_as_the_hub_has_th
     theirs = mteb.get_task(name, eval_splits=["test"], hf_subsets=["en"])
     theirs.dataset, theirs.data_loaded = {"en": as_on_hub}, True
     ours = load_mteb_task(plan(name, mirror=tmp_path), offline=True)
-    expected, found = (evaluate(loaded, LetterCounts()).scores["test"][0] for loaded in (LoadedTask(ours.task, theirs, {}), ours))
+    expected, found = (
+        evaluate(loaded, LetterCounts()).scores["test"][0] for loaded in (LoadedTask(ours.task, theirs, {}), ours)
+    )
     assert found["accuracy"] == expected["accuracy"]
     assert found["f1"] == pytest.approx(expected["f1"], abs=1e-12)
 
@@ -360,7 +429,9 @@ def test_the_few_shot_scores_are_those_of_mteb_with_the_labels_as_the_hub_has_th
 # --- Hub ---
 
 
-def test_a_hub_task_that_is_not_in_the_local_cache_fails_at_once_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_task_that_is_not_in_the_local_cache_fails_at_once_when_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
@@ -370,20 +441,29 @@ def test_a_hub_task_that_is_not_in_the_local_cache_fails_at_once_when_offline(tm
     assert not datasets.config.HF_HUB_OFFLINE
 
 
-def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The data set is a folder in place of a Hub repository; ``datasets`` loads both by one call. mteb cuts this task's test to 2048."""
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for split, count in (("train", 40), ("test", 2100)):
         names = ["not toxic", "toxic"] * (count // 2)
-        write(tmp_path / "hub" / f"{split}.parquet", text=[f"{i}" for i in range(count)], label=[0, 1] * (count // 2), label_text=names)
+        write(
+            tmp_path / "hub" / f"{split}.parquet",
+            text=[f"{i}" for i in range(count)],
+            label=[0, 1] * (count // 2),
+            label_text=names,
+        )
     mteb_task = mteb.get_task("ToxicConversationsClassification", eval_splits=["test"])
     repository = {"path": str(tmp_path / "hub"), "revision": "0" * 40}
     mteb_task.metadata = mteb_task.metadata.model_copy(update={"dataset": repository})
     loaded = load_from_hub(plan("ToxicConversationsClassification"), mteb_task, offline=True)
     assert {split: table.num_rows for split, table in loaded.splits.items()} == {"train": 40, "test": 2048}
-    assert set(zip(*(loaded.splits["test"][column].to_pylist() for column in ("label", "label_text")), strict=True)) == {
+    assert set(
+        zip(*(loaded.splits["test"][column].to_pylist() for column in ("label", "label_text")), strict=True)
+    ) == {
         (0, "not toxic"),
         (1, "toxic"),
     }
@@ -391,18 +471,26 @@ def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(tmp_path: Path,
     assert list(evaluate(loaded, LetterCounts()).scores) == ["test"]
 
 
-def test_a_folder_that_is_called_as_the_data_set_on_the_hub_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_called_as_the_data_set_on_the_hub_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "mteb" / "banking77" / "train.parquet", text=["a"], label=[0])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="mteb/banking77 in the working folder would be taken for the data set on the Hub"):
+    with pytest.raises(
+        DataError, match="mteb/banking77 in the working folder would be taken for the data set on the Hub"
+    ):
         load_from_hub(plan("Banking77Classification"), mteb.get_task("Banking77Classification"), offline=True)
 
 
-def test_names_that_the_hub_keeps_beside_the_numbers_arrive_as_label_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_the_hub_keeps_beside_the_numbers_arrive_as_label_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["card", "cash"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["card", "cash"])}
+    )
     for split in ("train", "test"):
         part = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
         part.to_parquet(str(tmp_path / "hub" / f"{split}.parquet"))
@@ -410,7 +498,11 @@ def test_names_that_the_hub_keeps_beside_the_numbers_arrive_as_label_text(tmp_pa
     repository = {"path": str(tmp_path / "hub"), "revision": "0" * 40}
     mteb_task.metadata = mteb_task.metadata.model_copy(update={"dataset": repository})
     loaded = load_from_hub(plan("Banking77Classification"), mteb_task, offline=True)
-    assert loaded.splits["train"].to_pydict() == {"text": ["a", "b", "c"], "label": [1, 0, 1], "label_text": ["cash", "card", "cash"]}
+    assert loaded.splits["train"].to_pydict() == {
+        "text": ["a", "b", "c"],
+        "label": [1, 0, 1],
+        "label_text": ["cash", "card", "cash"],
+    }
 
 
 # --- packages ---

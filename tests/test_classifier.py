@@ -58,7 +58,9 @@ def expected_scores(adapter: FoundAdapter, encoder_folder: Path, texts: Sequence
     return torch.softmax(torch.cat(rows), dim=1).numpy()
 
 
-def classify(adapters: Sequence[FoundAdapter], encoder_folder: Path, texts: Sequence[str] = TEXTS, **options: int) -> list[Answers]:
+def classify(
+    adapters: Sequence[FoundAdapter], encoder_folder: Path, texts: Sequence[str] = TEXTS, **options: int
+) -> list[Answers]:
     classifier = Classifier(adapters, load_encoder(encoder_folder), **options)
     return classifier.classify(classifier.tokenise(texts))
 
@@ -76,12 +78,17 @@ def test_labels_and_scores_are_those_of_the_adapter_itself_in_the_order_of_the_t
     np.testing.assert_array_equal(answers.top_labels[:, 0], answers.labels)
 
 
-@pytest.mark.parametrize("layers", [("all", "all"), ("last:1", "last:1"), ("all", "last:1"), ("last:1", "all", "last:1")])
+@pytest.mark.parametrize(
+    "layers", [("all", "all"), ("last:1", "last:1"), ("all", "last:1"), ("last:1", "all", "last:1")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_adapters_in_one_pass_say_what_each_says_alone(
     family: str, layers: tuple[str, ...], encoder_folder: Folders, tmp_path: Path
 ) -> None:
-    folders = [saved(tmp_path / f"T{i}", encoder_folder(family), layers=which, num_classes=2 + i, seed=i) for i, which in enumerate(layers)]
+    folders = [
+        saved(tmp_path / f"T{i}", encoder_folder(family), layers=which, num_classes=2 + i, seed=i)
+        for i, which in enumerate(layers)
+    ]
     together = classify(found(*folders), encoder_folder(family))
     for folder, answers in zip(folders, together, strict=True):
         (alone,) = classify(found(folder), encoder_folder(family))
@@ -91,7 +98,9 @@ def test_several_adapters_in_one_pass_say_what_each_says_alone(
 
 def test_the_number_of_threads_changes_no_bit(encoder_folder: Folders, tmp_path: Path) -> None:
     """Each thread has a stream of its own, with adapters switched in it while the others have theirs."""
-    folders = [saved(tmp_path / f"T{i}", encoder_folder("bert"), layers="last:1" if i else "all", seed=i) for i in range(3)]
+    folders = [
+        saved(tmp_path / f"T{i}", encoder_folder("bert"), layers="last:1" if i else "all", seed=i) for i in range(3)
+    ]
     texts = [f"{text} {number}" for number in range(200) for text in TEXTS]
     answers = []
     for threads in (1, 3):
@@ -140,7 +149,8 @@ def test_the_encoder_is_the_frozen_one_again_after_every_call(encoder_folder: Fo
     encoder = load_encoder(encoder_folder("bert"))
     before = encoder.embed(encoder.tokenise(TEXTS))
     classifier = Classifier(
-        found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2)), encoder
+        found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2)),
+        encoder,
     )
     first = classifier.classify(classifier.tokenise(TEXTS))
     assert encoder.embed(encoder.tokenise(TEXTS)).tobytes() == before.tobytes()
@@ -154,7 +164,9 @@ def test_no_texts_give_no_answers(encoder_folder: Folders, tmp_path: Path) -> No
 
 
 def test_more_labels_than_there_are_is_all_of_them(encoder_folder: Folders, tmp_path: Path) -> None:
-    (answers,) = classify(found(saved(tmp_path / "A", encoder_folder("bert"), num_classes=2)), encoder_folder("bert"), top_k=5)
+    (answers,) = classify(
+        found(saved(tmp_path / "A", encoder_folder("bert"), num_classes=2)), encoder_folder("bert"), top_k=5
+    )
     assert answers.top_labels.shape == (len(TEXTS), 2)
     np.testing.assert_allclose(answers.top_scores.sum(axis=1), 1, atol=1e-5)
 
@@ -209,7 +221,9 @@ def test_float32_is_there_to_be_asked_where_the_fast_dtype_is_another(
 ) -> None:
     monkeypatch.setattr("pipeline.encoder.runtime._cpu_bfloat16", lambda: (True, "some CPU with bfloat16"))
     adapters = found(saved(tmp_path / "A", encoder_folder("bert")))
-    classifier = load_classifier(adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True, precision=precision)
+    classifier = load_classifier(
+        adapters, encoder=str(encoder_folder("bert")), threads=1, use_gpu=False, offline=True, precision=precision
+    )
     assert (classifier._referee is not None) == asks
     assert 0 < CLOSE_CALL < 0.2
 
@@ -244,7 +258,9 @@ def test_few_texts_are_spread_over_several_batches(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     """Packed weights, own attention, fused GELU, merged adapters: what the bulk job runs where the processor multiplies bfloat16."""
     adapters = found(saved(tmp_path / "A", encoder_folder(family)))
     if choose_runtime(TrainConfig(), threads=1, use_gpu=False).dtype != "bfloat16":
@@ -258,17 +274,25 @@ def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(family: str
     np.testing.assert_array_equal(answers.labels[clear], scores.argmax(axis=1)[clear])
 
 
-def test_close_calls_are_decided_by_float32_and_no_others(encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2))
+def test_close_calls_are_decided_by_float32_and_no_others(
+    encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = found(
+        saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), seed=2)
+    )
     rough, exact = load_encoder(encoder_folder("bert")), load_encoder(encoder_folder("bert"))
     pooled = rough.pooled
     rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
     for close, source in ((0.0, Classifier(adapters, rough)), (1.1, Classifier(adapters, exact))):
         monkeypatch.setattr("pipeline.inference.classifier.CLOSE_CALL", close)
         both = Classifier(adapters, rough, referee=exact)
-        for one, other in zip(both.classify(both.tokenise(TEXTS)), source.classify(source.tokenise(TEXTS)), strict=True):
+        for one, other in zip(
+            both.classify(both.tokenise(TEXTS)), source.classify(source.tokenise(TEXTS)), strict=True
+        ):
             np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
-    (answers, _), (far, _) = (c.classify(c.tokenise(TEXTS)) for c in (Classifier(adapters, exact), Classifier(adapters, rough)))
+    (answers, _), (far, _) = (
+        c.classify(c.tokenise(TEXTS)) for c in (Classifier(adapters, exact), Classifier(adapters, rough))
+    )
     best = Classifier(adapters, rough, top_k=2).classify(both.tokenise(TEXTS))[0].top_scores
     gaps = 1 - best[:, 1] / best[:, 0]
     middle = float(np.median(gaps))
@@ -282,7 +306,10 @@ def test_one_adapter_about_some_texts_says_what_it_says_about_all(
     encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Close calls included, which the referee finds among the texts that were asked about."""
-    adapters = found(saved(tmp_path / "A", encoder_folder("bert")), saved(tmp_path / "B", encoder_folder("bert"), num_classes=4, seed=2))
+    adapters = found(
+        saved(tmp_path / "A", encoder_folder("bert")),
+        saved(tmp_path / "B", encoder_folder("bert"), num_classes=4, seed=2),
+    )
     rough, exact = load_encoder(encoder_folder("bert")), load_encoder(encoder_folder("bert"))
     pooled = rough.pooled
     rough.pooled = lambda batch: pooled(batch) + 1.0  # type: ignore[method-assign]
@@ -299,7 +326,9 @@ def test_one_adapter_about_some_texts_says_what_it_says_about_all(
         np.testing.assert_array_equal(some.labels, about_all.labels[rows])
         decided += (np.abs(some.scores - unaided.classify_with(index, tokens, rows, top_k=1).scores) > 1e-3).tolist()
         alone = Classifier(adapters[index : index + 1], rough)
-        np.testing.assert_allclose(both.embed_with(index, tokens, rows), alone.embed_with(0, tokens, np.arange(60))[rows], atol=1e-5)
+        np.testing.assert_allclose(
+            both.embed_with(index, tokens, rows), alone.embed_with(0, tokens, np.arange(60))[rows], atol=1e-5
+        )
     assert 0 < sum(decided) < len(decided)
 
 

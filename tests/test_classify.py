@@ -23,7 +23,17 @@ from commands import Ended, FinishedRun, bulk_rows, run, write_bulk_input
 from pipeline.config import load_config
 
 Folders = Callable[[str], Path]
-COLUMNS = ["id", "text", "Topics_label", "Topics_score", "Topics_reason", "Pairs_label", "Pairs_score", "Pairs_reason", "truncated"]
+COLUMNS = [
+    "id",
+    "text",
+    "Topics_label",
+    "Topics_score",
+    "Topics_reason",
+    "Pairs_label",
+    "Pairs_score",
+    "Pairs_reason",
+    "truncated",
+]
 SECRET = "peppermint"  # part of a text, and of nothing else
 # One process runs the command once for each list of arguments; a new one each would cost seconds.
 IN_TURN = """
@@ -52,7 +62,15 @@ class Place:
     def classify(self, *arguments: str | Path, **environment: str) -> Ended:
         """``lorafleet classify`` with one CPU."""
         options = ("--cpus", "1", *self.adapters)
-        return run("classify", *arguments, *options, cwd=self.root, PREFECT_API_URL=self.api, TOKENIZERS_PARALLELISM="false", **environment)
+        return run(
+            "classify",
+            *arguments,
+            *options,
+            cwd=self.root,
+            PREFECT_API_URL=self.api,
+            TOKENIZERS_PARALLELISM="false",
+            **environment,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +90,9 @@ class Labelled:
 @pytest.fixture(scope="module")
 def labelled(place: Place) -> Labelled:
     """Three files of 80 rows in six units, one row null and one empty, labelled in this process and on Ray."""
-    write_bulk_input(place.root / "in", num_files=3, rows=80, group=40, changes={3: None, 85: "", 90: f"the {SECRET} sea"})
+    write_bulk_input(
+        place.root / "in", num_files=3, rows=80, group=40, changes={3: None, 85: "", 90: f"the {SECRET} sea"}
+    )
     here = place.classify("in", "here", "--where", "process", "--rows-per-unit", "40")
     on_ray = place.classify("in", "there", "--where", "ray", "--rows-per-unit", "40")
     return Labelled(here, on_ray, place.root)
@@ -103,7 +123,11 @@ def test_this_process_and_ray_give_the_same_files(labelled: Labelled) -> None:
     here, there = labelled.root / "here", labelled.root / "there"
     names = sorted(path.name for path in here.iterdir())
     units = [f"part-{file}-{unit:05d}.parquet" for file in range(3) for unit in range(2)]
-    assert names == sorted(path.name for path in there.iterdir()) == sorted(["_SUCCESS", "_job.json", "_plan.json", *units])
+    assert (
+        names
+        == sorted(path.name for path in there.iterdir())
+        == sorted(["_SUCCESS", "_job.json", "_plan.json", *units])
+    )
     for name in units:
         assert (here / name).read_bytes() == (there / name).read_bytes()
     assert summary(here) == summary(there)
@@ -147,13 +171,19 @@ def test_pandas_reads_the_folder(labelled: Labelled) -> None:
 
 
 def test_no_output_for_people_holds_a_text(labelled: Labelled) -> None:
-    texts = [text for text in pq.read_table(labelled.root / "in").column("text").to_pylist() if text and len(text.split()) > 3]
+    texts = [
+        text
+        for text in pq.read_table(labelled.root / "in").column("text").to_pylist()
+        if text and len(text.split()) > 3
+    ]
     for ended in (labelled.here, labelled.on_ray):
         assert SECRET not in ended.err + ended.out
         assert not any(text in ended.err + ended.out for text in texts)
 
 
-def test_a_second_start_does_only_what_is_missing_and_json_is_the_summary_alone(labelled: Labelled, place: Place) -> None:
+def test_a_second_start_does_only_what_is_missing_and_json_is_the_summary_alone(
+    labelled: Labelled, place: Place
+) -> None:
     folder = place.root / "here"
     before = times_written(folder)
     (folder / "part-1-00001.parquet").unlink()
@@ -164,7 +194,9 @@ def test_a_second_start_does_only_what_is_missing_and_json_is_the_summary_alone(
     assert (facts["units"], facts["units_done_before"], facts["rows_in"], facts["rows_out"]) == (6, 5, 240, 240)
     assert {name for name, when in times_written(folder).items() if before[name] != when} == {"part-1-00001.parquet"}
     assert (folder / "_SUCCESS").exists()
-    assert (folder / "part-1-00001.parquet").read_bytes() == (place.root / "there" / "part-1-00001.parquet").read_bytes()
+    assert (folder / "part-1-00001.parquet").read_bytes() == (
+        place.root / "there" / "part-1-00001.parquet"
+    ).read_bytes()
 
 
 # --- one bad file among good ones ---
@@ -237,7 +269,9 @@ class Refusal:
 
 
 REFUSALS = {
-    "a missing text column": Refusal(["good", "out", "--text-column", "body"], "no column 'body'; its columns are id, text"),
+    "a missing text column": Refusal(
+        ["good", "out", "--text-column", "body"], "no column 'body'; its columns are id, text"
+    ),
     "a text column of numbers": Refusal(["good", "out", "--text-column", "id"], "column 'id' is int64, not text"),
     "a missing column to keep": Refusal(["good", "out", "--columns", "id,nope"], "no column 'nope'"),
     "schemas that differ": Refusal(["differing", "out"], "these two cannot be joined without a loss"),
@@ -253,21 +287,33 @@ REFUSALS = {
     "another encoder": Refusal(["good", "out", "--encoder", "{other}"], "adapter Topics: trained on"),
     "no such encoder": Refusal(["good", "out", "--encoder", "./nowhere"], "nowhere"),
     "two encoders": Refusal(["good", "out", "--adapter", "{elsewhere}"], "were trained on encoders of revision"),
-    "two adapters of one name": Refusal(["good", "out", "--adapter", "Pairs={run}#Topics"], "two adapters are called Pairs"),
-    "no such adapter": Refusal(["good", "out", "--adapter", "{run}#Nope"], "there is no adapter Nope in it, but Pairs, Topics"),
+    "two adapters of one name": Refusal(
+        ["good", "out", "--adapter", "Pairs={run}#Topics"], "two adapters are called Pairs"
+    ),
+    "no such adapter": Refusal(
+        ["good", "out", "--adapter", "{run}#Nope"], "there is no adapter Nope in it, but Pairs, Topics"
+    ),
     "no such run": Refusal(["good", "out", "--adapter", "nope#Nope"], "adapter nope#Nope: there is no folder nope"),
     "an adapter that is not chosen": Refusal(["good", "out", "--adapter", "{run}"], "choose one of its adapters"),
-    "a probability above one": Refusal(["good", "out", "--min-score", "2"], "--min-score: Input should be less than or equal to 1"),
+    "a probability above one": Refusal(
+        ["good", "out", "--min-score", "2"], "--min-score: Input should be less than or equal to 1"
+    ),
     "no label at all": Refusal(["good", "out", "--top-k", "0"], "--top-k: Input should be greater than or equal to 1"),
     "a sample of everything": Refusal(["good", "out", "--sample", "1"], "--sample: Input should be less than 1"),
     "units of nothing": Refusal(["good", "out", "--rows-per-unit", "0"], "--rows-per-unit: "),
     "no actor": Refusal(["good", "out", "--concurrency", "0"], "--concurrency: "),
     "a share that is no number": Refusal(["good", "out", "--cpus", "many"], "--cpus: "),
-    "both thresholds": Refusal(["good", "out", "--min-score", "0.5", "--target-accuracy", "0.9"], "both set a threshold; choose one"),
-    "two places": Refusal(["good", "out", "--where", "process", "--ray-address", "127.0.0.1:1"], "name two places; choose one"),
+    "both thresholds": Refusal(
+        ["good", "out", "--min-score", "0.5", "--target-accuracy", "0.9"], "both set a threshold; choose one"
+    ),
+    "two places": Refusal(
+        ["good", "out", "--where", "process", "--ray-address", "127.0.0.1:1"], "name two places; choose one"
+    ),
     "a place that is not there": Refusal(["good", "out", "--where", "elsewhere"], "'elsewhere' is not one of"),
     "an option that is none": Refusal(["good", "out", "--nope"], "--nope"),
-    "a cluster that does not answer": Refusal(["good", "begun", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers there"),
+    "a cluster that does not answer": Refusal(
+        ["good", "begun", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers there"
+    ),
 }
 
 
@@ -295,7 +341,9 @@ def refused(place: Place, finished_run: FinishedRun) -> dict[str, Ended]:
     assert not (root / "out").exists()
     assert [path.name for path in (root / "good").iterdir()] == ["part-0.parquet"]
     assert [path.name for path in (root / "taken").iterdir()] == ["mine.txt"]
-    read = [[(root / f"{number}.{name}").read_text() for name in ("code", "out", "err")] for number in range(len(cases))]
+    read = [
+        [(root / f"{number}.{name}").read_text() for name in ("code", "out", "err")] for number in range(len(cases))
+    ]
     return {name: Ended(int(code), out, err, 0) for name, (code, out, err) in zip(REFUSALS, read, strict=True)}
 
 
@@ -318,7 +366,9 @@ def test_an_adapter_of_a_local_encoder_asks_where_it_lies(place: Place, finished
 
 
 @pytest.mark.faults
-def test_another_job_into_the_same_folder_is_refused_and_overwritten_when_asked(labelled: Labelled, place: Place) -> None:
+def test_another_job_into_the_same_folder_is_refused_and_overwritten_when_asked(
+    labelled: Labelled, place: Place
+) -> None:
     arguments = ("in", "there", "--where", "process", "--rows-per-unit", "40", "--top-k", "2")
     before = times_written(place.root / "there")
     ended = place.classify(*arguments)

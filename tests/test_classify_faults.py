@@ -41,7 +41,11 @@ class Cluster:
 
     def __init__(self, cwd: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= ON_CLUSTER | {"PYTHONPATH": str(PLANTED), "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_failure_threshold": "2"}
+        environment |= ON_CLUSTER | {
+            "PYTHONPATH": str(PLANTED),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_failure_threshold": "2",
+        }
         with (cwd / "cluster.err").open("wb") as err:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": err, "text": True}
             self.process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, cwd=cwd, **pipes)
@@ -53,7 +57,10 @@ class Cluster:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if any("ray::MapWorker" in part for part in process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    any("ray::MapWorker" in part for part in process.cmdline())
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
         return found
 
@@ -150,7 +157,9 @@ def check_whole(output: Path, undisturbed: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-def test_a_job_survives_the_kill_of_an_actor_of_a_node_and_of_its_driver(bench: Bench, cluster: Cluster, undisturbed: Path) -> None:
+def test_a_job_survives_the_kill_of_an_actor_of_a_node_and_of_its_driver(
+    bench: Bench, cluster: Cluster, undisturbed: Path
+) -> None:
     """One after the other; the first two in one start, which goes on by itself."""
     job = bench.start("killed", *on(cluster), **ON_CLUSTER)
     job.wait_until(lambda: bench.done("killed") >= 2)
@@ -170,8 +179,16 @@ def test_a_job_survives_the_kill_of_an_actor_of_a_node_and_of_its_driver(bench: 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quarantine(bench: Bench, cluster: Cluster) -> None:
-    write_bulk_input(bench.cwd / "bad", num_files=2, rows=3 * GROUP, group=GROUP, changes={GROUP + 3: "poison", 4 * GROUP + 3: "flood"})
+def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quarantine(
+    bench: Bench, cluster: Cluster
+) -> None:
+    write_bulk_input(
+        bench.cwd / "bad",
+        num_files=2,
+        rows=3 * GROUP,
+        group=GROUP,
+        changes={GROUP + 3: "poison", 4 * GROUP + 3: "flood"},
+    )
     ended = bench.start("bad-out", *on(cluster), source="bad", **ON_CLUSTER).wait()
     assert ended.code == 1, ended.err
     assert "Traceback" not in ended.err
@@ -200,8 +217,12 @@ def test_a_unit_that_kills_the_whole_process_is_left_out_by_the_fourth_start(ben
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", [("flows.cli",), ("raylet/raylet",), ("gcs_server",), ("gcs_server", "raylet/raylet")])
-def test_a_job_on_a_ray_of_its_own_goes_on_where_it_was_killed(victim: tuple[str, ...], bench: Bench, undisturbed: Path) -> None:
+@pytest.mark.parametrize(
+    "victim", [("flows.cli",), ("raylet/raylet",), ("gcs_server",), ("gcs_server", "raylet/raylet")]
+)
+def test_a_job_on_a_ray_of_its_own_goes_on_where_it_was_killed(
+    victim: tuple[str, ...], bench: Bench, undisturbed: Path
+) -> None:
     output = "-".join(["local", *victim]).replace("/", "-")
     job = bench.start(output)
     job.wait_until(lambda: bench.done(output) >= 4)

@@ -41,7 +41,9 @@ class Lake:
     def start(self, *arguments: str, **environment: str) -> Command:
         """``lorafleet classify``."""
         given = self.environment | {"PYTHONPATH": str(PLANTED)} | environment
-        return Command("classify", *arguments, "--rows-per-unit", "20", "--cpus", "1", *self.options, cwd=self.cwd, **given)
+        return Command(
+            "classify", *arguments, "--rows-per-unit", "20", "--cpus", "1", *self.options, cwd=self.cwd, **given
+        )
 
     def objects(self, folder: str) -> dict[str, bytes]:
         """Name -> content of all that can be seen."""
@@ -85,7 +87,9 @@ def serve_lake(cwd: Path, finished_run: FinishedRun, prefect_api: str) -> Iterat
     keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
     environment = keys | {"AWS_ENDPOINT_URL": address, "PREFECT_API_URL": prefect_api}
     encoder = load_config(str(finished_run.config)).encoder.name
-    yield Lake(cwd, fs, environment, ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--offline"), server)
+    yield Lake(
+        cwd, fs, environment, ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--offline"), server
+    )
     server.kill()
     server.wait()
 
@@ -169,17 +173,28 @@ def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
         ended = job.wait(seconds=120)
     assert ended.code == 1, ended.err
     assert "Traceback" not in ended.err
-    assert re.search(r"error: stopped: output s3://lake/out: .*; start again when that is mended, \d+ of 12 units are kept", ended.err)
+    assert re.search(
+        r"error: stopped: output s3://lake/out: .*; start again when that is mended, \d+ of 12 units are kept",
+        ended.err,
+    )
     assert SECRET not in ended.out + ended.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "changes", "words"),
     [
-        (("s3://nowhere/in", "s3://lake/bad"), {}, "input s3://nowhere/in: cannot be read: The specified bucket does not exist"),
+        (
+            ("s3://nowhere/in", "s3://lake/bad"),
+            {},
+            "input s3://nowhere/in: cannot be read: The specified bucket does not exist",
+        ),
         (("s3://lake/in", "s3://lake/in/out"), {}, "lies inside the input"),
         (("s3://lake/in", "s3://nowhere/out"), {}, "s3://nowhere/out"),
-        (("s3://lake/in", "s3://lake/bad"), {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}, "s3://lake/in"),
+        (
+            ("s3://lake/in", "s3://lake/bad"),
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"},
+            "s3://lake/in",
+        ),
         (
             ("s3://lake/in", "s3://lake/bad"),
             {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"},
@@ -189,7 +204,9 @@ def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
     ids=["no such bucket", "output inside input", "no such bucket to write to", "nobody answers", "no key"],
 )
 @pytest.mark.faults
-def test_what_s3_refuses_is_one_message(arguments: tuple[str, ...], changes: dict[str, str], words: str, lake: Lake) -> None:
+def test_what_s3_refuses_is_one_message(
+    arguments: tuple[str, ...], changes: dict[str, str], words: str, lake: Lake
+) -> None:
     ended = lake.start(*arguments, "--where", "process", PLANTED_SECONDS="0", **changes).wait()
     assert ended.code == 2, ended.err
     assert words in ended.err

@@ -43,7 +43,9 @@ print(json.dumps({"code": code, "modules": list(sys.modules), "opened": opened, 
 
 def observe(*arguments: str | Path, cwd: Path) -> tuple[str, dict[str, Any]]:
     """Standard output of a command, and what its process imported, opened and connected to."""
-    done = subprocess.run([sys.executable, "-c", OBSERVED, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OBSERVED, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=True
+    )
     return done.stdout, json.loads(done.stderr)
 
 
@@ -84,7 +86,9 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_a_dry_run_prints_the_whole_plan_and_reads_no_data_no_encoder_and_no_network(preset: str, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_whole_plan_and_reads_no_data_no_encoder_and_no_network(
+    preset: str, tmp_path: Path
+) -> None:
     out, seen = observe("train", "--config", preset, "--dry-run", "--set", "train.seed=7", "--json", cwd=tmp_path)
     plan, expected = json.loads(out), load_config(preset, overrides=("train.seed=7",))
     assert seen["code"] == 0
@@ -92,16 +96,22 @@ def test_a_dry_run_prints_the_whole_plan_and_reads_no_data_no_encoder_and_no_net
     assert plan["config"]["train"]["seed"] == 7
     assert [task["name"] for task in plan["mteb_tasks"]] == [task.name for task in expected.mteb_tasks]
     assert SLOW_IMPORTS & set(seen["modules"]) == set()
-    assert [path for path in seen["opened"] if path.endswith((".parquet", ".safetensors", "tokenizer.json", ".arrow"))] == []
+    assert [
+        path for path in seen["opened"] if path.endswith((".parquet", ".safetensors", "tokenizer.json", ".arrow"))
+    ] == []
     assert seen["connected"] == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_of_files_that_do_not_exist_is_a_plan_all_the_same(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "config.toml", tmp_path / "nowhere", [{"name": "Own", "train": "a.parquet", "test": "b.parquet"}])
+    path = write_config(
+        tmp_path / "config.toml", tmp_path / "nowhere", [{"name": "Own", "train": "a.parquet", "test": "b.parquet"}]
+    )
     ended = run("train", "--config", path, "--dry-run", cwd=tmp_path)
     assert ended.code == 0
-    assert f"# Own: your files: train on {tmp_path}/a.parquet, test on {tmp_path}/b.parquet; at most 3 epochs" in ended.out
+    assert (
+        f"# Own: your files: train on {tmp_path}/a.parquet, test on {tmp_path}/b.parquet; at most 3 epochs" in ended.out
+    )
     assert load_config(str(path)).train.learning_rate == 0.01
     assert "learning_rate = 0.01" in ended.out
 
@@ -120,7 +130,9 @@ def test_a_dry_run_of_files_that_do_not_exist_is_a_plan_all_the_same(tmp_path: P
         (["--no-such-option"], ["No such option"]),
     ],
 )
-def test_a_wrong_call_is_one_message_at_once(arguments: list[str], words: list[str], config: Path, tmp_path: Path) -> None:
+def test_a_wrong_call_is_one_message_at_once(
+    arguments: list[str], words: list[str], config: Path, tmp_path: Path
+) -> None:
     refused(run("train", "--config", config, *arguments, cwd=tmp_path), tmp_path, *words)
     assert not (tmp_path / "runs").exists()
 
@@ -128,7 +140,10 @@ def test_a_wrong_call_is_one_message_at_once(arguments: list[str], words: list[s
 def test_an_unknown_task_is_one_message_with_what_may_be_meant(encoder_folder: Folders, tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.toml", encoder_folder("bert"), [{"name": "Banking77Clasification"}])
     refused(
-        run("train", "--config", path, cwd=tmp_path), tmp_path, "mteb knows no task 'Banking77Clasification'", "Banking77Classification,"
+        run("train", "--config", path, cwd=tmp_path),
+        tmp_path,
+        "mteb knows no task 'Banking77Clasification'",
+        "Banking77Classification,",
     )
 
 
@@ -174,7 +189,9 @@ def test_an_encoder_that_cannot_be_loaded_is_one_message(prefect_api: str, tmp_p
     refused(ended, tmp_path, "no such folder, and not a Hub id")
 
 
-def test_a_run_store_in_use_is_one_message_that_names_the_other_run(config: Path, prefect_api: str, tmp_path: Path) -> None:
+def test_a_run_store_in_use_is_one_message_that_names_the_other_run(
+    config: Path, prefect_api: str, tmp_path: Path
+) -> None:
     (tmp_path / "runs").mkdir()
     with (tmp_path / "runs" / ".lock").open("w", encoding="utf-8") as lock:
         lock.write("run 20260102-1, process 12")
@@ -186,7 +203,9 @@ def test_a_run_store_in_use_is_one_message_that_names_the_other_run(config: Path
 
 @pytest.mark.faults
 def test_workers_that_do_not_fit_are_one_message(config: Path, prefect_api: str, tmp_path: Path) -> None:
-    ended = run("train", "--config", config, "--set", "compute.gpus_per_worker=64", cwd=tmp_path, PREFECT_API_URL=prefect_api)
+    ended = run(
+        "train", "--config", config, "--set", "compute.gpus_per_worker=64", cwd=tmp_path, PREFECT_API_URL=prefect_api
+    )
     refused(ended, tmp_path, "a worker asks for 1 CPUs and 64 GPUs")
 
 
@@ -205,8 +224,16 @@ def test_train_prints_the_score_table_and_the_run_folder_last(finished_run: Fini
     ("logger", "message", "is_shown"),
     [
         ("prefect.task_runs", "Finished in state Completed()", False),
-        ("prefect.task_runs", "Finished in state NotReady(\"Upstream task run 'x' did not reach a 'COMPLETED' state.\")", False),
-        ("prefect.task_runs", "Finished in state Failed('Task run encountered an exception StoppedError: stopped')", False),
+        (
+            "prefect.task_runs",
+            "Finished in state NotReady(\"Upstream task run 'x' did not reach a 'COMPLETED' state.\")",
+            False,
+        ),
+        (
+            "prefect.task_runs",
+            "Finished in state Failed('Task run encountered an exception StoppedError: stopped')",
+            False,
+        ),
         ("prefect.task_runs", "Finished in state Failed('Task run encountered an exception DataError: no text')", True),
         ("prefect.flow_runs", "Finished in state Failed('1 of 2 failed')", False),
         ("prefect.task_runs", "Topics: epoch 1: loss 0.5", True),
@@ -218,13 +245,23 @@ def test_of_prefects_lines_only_those_are_shown_that_say_something(logger: str, 
 
 @pytest.mark.parametrize(
     ("failures", "rows_per_second", "told"),
-    [(0, None, "nothing was left to do; 0 cut"), (3, None, "nothing was labelled; 0 cut"), (3, 20.0, "20 rows/s; 0 cut")],
+    [
+        (0, None, "nothing was left to do; 0 cut"),
+        (3, None, "nothing was labelled; 0 cut"),
+        (3, 20.0, "20 rows/s; 0 cut"),
+    ],
 )
 def test_a_job_that_failed_is_not_said_to_have_had_nothing_to_do(
     failures: int, rows_per_second: float | None, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts: dict[str, Any] = dict.fromkeys(("rows_in", "rows_out", "truncated", "duplicates", "units", "units_done_before"), 0)
-    counts |= {name: {} for name in ("null_labels", "reasons", "labels")} | {"job": "a", "lorafleet_version": "0", "seconds": 1.0}
+    counts: dict[str, Any] = dict.fromkeys(
+        ("rows_in", "rows_out", "truncated", "duplicates", "units", "units_done_before"), 0
+    )
+    counts |= {name: {} for name in ("null_labels", "reasons", "labels")} | {
+        "job": "a",
+        "lorafleet_version": "0",
+        "seconds": 1.0,
+    }
     _print_summary(BulkSummary(**counts, failures=failures, rows_per_second=rows_per_second))
     assert told in capsys.readouterr().out
 
@@ -258,18 +295,31 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
     own = shutil.copytree(finished_run.root, tmp_path / "run")
     ended = run("publish", own, "--to", "out", cwd=tmp_path)
     assert ended.code == 0, ended.err
-    published = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    published = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
     lines = ended.out.splitlines()
     assert lines[:2] == [f"promote {task}: nothing is published under this name yet" for task in ("Topics", "Pairs")]
-    assert all(line.startswith(f"verified {task}: logits within ") for line, task in zip(lines[2:4], ("Topics", "Pairs"), strict=True))
+    assert all(
+        line.startswith(f"verified {task}: logits within ")
+        for line, task in zip(lines[2:4], ("Topics", "Pairs"), strict=True)
+    )
     assert lines[4:] == [f"published 2 of 2 adapters, {len(published)} files: out"]
-    assert {"README.md", "report.html", "publication.json", "Topics/lora_adapter.pt", "Pairs/head.safetensors"} <= published
+    assert {
+        "README.md",
+        "report.html",
+        "publication.json",
+        "Topics/lora_adapter.pt",
+        "Pairs/head.safetensors",
+    } <= published
     assert not any(name.endswith(("manifest.json", "config.toml")) for name in published)
     assert not any(str(finished_run.cwd).encode() in (tmp_path / "out" / name).read_bytes() for name in published)
     gate = pd.read_parquet(own / "metrics" / "gate.parquet")
     assert list(gate.decision) == ["promote", "promote"]
     encoder = load_config(str(finished_run.config)).encoder.name
-    refused(run("publish", "out", "--to", "elsewhere", cwd=tmp_path), tmp_path, "out is a publication; name the run folder")
+    refused(
+        run("publish", "out", "--to", "elsewhere", cwd=tmp_path), tmp_path, "out is a publication; name the run folder"
+    )
     verified = run("verify", "out", "--encoder", encoder, "--offline", cwd=tmp_path)
     assert (verified.code, verified.out.splitlines()) == (0, lines[2:4])
 

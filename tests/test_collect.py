@@ -36,7 +36,9 @@ def test_p_values_are_corrected_over_the_tasks_that_have_one() -> None:
 
 def test_the_p_value_of_the_main_metric_is_corrected_by_itself() -> None:
     """One task is judged by macro-F1; McNemar's p-values are corrected over all tasks as ever."""
-    by_macro_f1 = Comparison(only_head=1, only_probe=1, p_value=0.5, main_metric="macro_f1", macro_f1_gain=0.1, macro_f1_p_value=0.001)
+    by_macro_f1 = Comparison(
+        only_head=1, only_probe=1, p_value=0.5, main_metric="macro_f1", macro_f1_gain=0.1, macro_f1_p_value=0.001
+    )
     first, second = with_p_value("A", 0.04), with_p_value("B", 0.5)
     results = correct_over_tasks([first, TaskResult.model_validate(second.model_dump() | {"comparison": by_macro_f1})])
     heads = [row for result in results for row in result.scores if row.column == "head"]
@@ -52,7 +54,9 @@ def test_a_reused_task_keeps_its_times_and_names_the_run_that_trained_it(tmp_pat
     assert {(row.run_id, row.reused_from, row.created_at) for row in second.scores} == {("two", original.run_id, WHEN)}
     assert read_record(tmp_path / "two" / "Topics" / "result.json", TaskResult) == second
     assert adapter_sha256(tmp_path / "two" / "Topics") == original.adapter.sha256
-    third = reuse(RunFolder(tmp_path / "two").task("Topics"), second, run_id="three", folder=RunFolder(tmp_path / "three"))
+    third = reuse(
+        RunFolder(tmp_path / "two").task("Topics"), second, run_id="three", folder=RunFolder(tmp_path / "three")
+    )
     assert (third.run_id, third.reused_from) == ("three", original.run_id)
     assert {row.reused_from for row in third.scores} == {original.run_id}
 
@@ -61,7 +65,12 @@ def test_a_copy_that_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
     first = finished_run(tmp_path / "one", [task_result("Topics")])
     (tmp_path / "two" / ".Topics.copying").mkdir(parents=True)
     (tmp_path / "two" / ".Topics.copying" / "half").write_text("half")
-    reuse(first.task("Topics"), read_record(first.task("Topics").result, TaskResult), run_id="two", folder=RunFolder(tmp_path / "two"))
+    reuse(
+        first.task("Topics"),
+        read_record(first.task("Topics").result, TaskResult),
+        run_id="two",
+        folder=RunFolder(tmp_path / "two"),
+    )
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["Topics"]
     assert not (tmp_path / "two" / "Topics" / "half").exists()
 
@@ -69,7 +78,9 @@ def test_a_copy_that_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
 def test_collect_writes_all_but_the_manifest_and_finish_enters_the_history_before_it(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "runs" / "one", [task_result("A"), task_result("B")])
     results = [
-        TaskResult.model_validate(r.model_dump() | {"run_id": "one", "scores": [row.model_dump() | {"run_id": "one"} for row in r.scores]})
+        TaskResult.model_validate(
+            r.model_dump() | {"run_id": "one", "scores": [row.model_dump() | {"run_id": "one"} for row in r.scores]}
+        )
         for r in (read_record(run.task(name).result, TaskResult) for name in "AB")
     ]
     failures = [Failure(mteb_task="C", stage="train", reason="it did not want to")]

@@ -46,7 +46,13 @@ def test_mteb8_has_the_source_documents_tasks_epochs_and_hyperparameters() -> No
     train, adapter = config.train, config.adapter
     assert (train.learning_rate, train.weight_decay, train.batch_size, train.patience) == (2e-4, 0.01, 32, 3)
     assert (train.gradient_clip, train.early_stopping_split, train.class_weights) == (1.0, "validation", "none")
-    assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.layers, adapter.target) == (8, 16.0, 0.1, "all", "attention")
+    assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.layers, adapter.target) == (
+        8,
+        16.0,
+        0.1,
+        "all",
+        "attention",
+    )
     assert (config.encoder.max_tokens, config.encoder.pooling, config.encoder.trust_remote_code) == (128, "mean", False)
 
 
@@ -120,7 +126,9 @@ def test_a_config_survives_its_own_json() -> None:
         ('adapter.layers="last:99999"', "adapter.layers", "last:K", "'last:99999'"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(override: str, key: str, expected: str, found: str) -> None:
+def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(
+    override: str, key: str, expected: str, found: str
+) -> None:
     message = fault(override)
     assert message.startswith(f"preset quickstart with --set: {key}: ")
     assert expected in message
@@ -144,7 +152,9 @@ def test_a_misspelt_key_is_named_with_the_keys_that_exist_there(override: str, k
 
 
 def test_all_faults_are_in_one_message() -> None:
-    lines = fault("train.sed=7", "adapter.rank=0", 'compute.workers="x"', "encoder.max_tokens=1", "mteb_tasks.1.max_epochs=0").splitlines()
+    lines = fault(
+        "train.sed=7", "adapter.rank=0", 'compute.workers="x"', "encoder.max_tokens=1", "mteb_tasks.1.max_epochs=0"
+    ).splitlines()
     assert len(lines) == 5
     for key in ("train.sed", "adapter.rank", "compute.workers", "encoder.max_tokens", "mteb_tasks.1.max_epochs"):
         assert sum(key in line for line in lines) == 1
@@ -153,7 +163,12 @@ def test_all_faults_are_in_one_message() -> None:
 def test_an_override_reaches_a_section_and_a_task_by_name_or_number() -> None:
     config = load_config(
         "quickstart",
-        overrides=("train.seed=7", "mteb_tasks.RottenTomatoes.max_epochs=9", "mteb_tasks.0.max_epochs=4", "data.mirror=../some=where"),
+        overrides=(
+            "train.seed=7",
+            "mteb_tasks.RottenTomatoes.max_epochs=9",
+            "mteb_tasks.0.max_epochs=4",
+            "data.mirror=../some=where",
+        ),
     )
     assert config.train.seed == 7
     assert config.data.mirror == "../some=where"
@@ -170,7 +185,11 @@ def numbers(model: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Key of each number in the configuration, and whether it is a whole one."""
     for name, field in model.model_fields.items():
         kinds = {kind for kind in walk_types(field.annotation) if isinstance(kind, type)}
-        (part,) = (kind for kind in kinds if issubclass(kind, Section)) if any(issubclass(kind, Section) for kind in kinds) else (None,)
+        (part,) = (
+            (kind for kind in kinds if issubclass(kind, Section))
+            if any(issubclass(kind, Section) for kind in kinds)
+            else (None,)
+        )
         key = f"{prefix}mteb_tasks.0" if name == "mteb_tasks" else f"{prefix}{name}"
         if part is not None:
             yield from numbers(part, f"{key}.")
@@ -189,7 +208,13 @@ NUMBERS = dict(numbers(RunConfig))
 
 def test_the_numbers_of_the_configuration_are_found() -> None:
     assert len(NUMBERS) >= 24
-    assert {"train.seed", "mteb_tasks.0.max_epochs", "publish.gate.min_gain", "compute.cpus_per_worker", "evaluate.probe_c"} <= set(NUMBERS)
+    assert {
+        "train.seed",
+        "mteb_tasks.0.max_epochs",
+        "publish.gate.min_gain",
+        "compute.cpus_per_worker",
+        "evaluate.probe_c",
+    } <= set(NUMBERS)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
@@ -203,7 +228,8 @@ def test_every_number_has_sane_bounds(key: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.seed", "=7", "train.=7", "train..seed=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"]
+    "override",
+    ["train.seed", "=7", "train.=7", "train..seed=7", "mteb_tasks.Nobody.max_epochs=3", "encoder.name.x.y=1"],
 )
 def test_an_override_that_cannot_be_applied_is_refused(override: str) -> None:
     assert override.partition("=")[0] in fault(override)
@@ -222,7 +248,9 @@ def test_a_refit_after_selection_on_test_is_refused() -> None:
 
 def test_a_main_metric_without_the_probe_to_judge_against_is_refused() -> None:
     columns = 'evaluate.columns=["majority", "head"]'
-    with pytest.raises(ConfigError, match='main_metric = "macro_f1" has no effect without the column "frozen_full_data"'):
+    with pytest.raises(
+        ConfigError, match='main_metric = "macro_f1" has no effect without the column "frozen_full_data"'
+    ):
         load_config("quickstart", overrides=(columns, "evaluate.main_metric=macro_f1"))
     assert load_config("quickstart", overrides=(columns,)).evaluate.main_metric == "auto"
     assert load_config("quickstart", overrides=("evaluate.main_metric=macro_f1",)).evaluate.main_metric == "macro_f1"
@@ -247,7 +275,9 @@ def test_a_setting_without_effect_is_refused(overrides: list[str], key: str) -> 
 
 
 def test_settings_of_a_later_publication_need_no_target() -> None:
-    config = load_config("quickstart", overrides=("publish.private=true", "publish.gate.min_gain=0.1", "publish.license=mit"))
+    config = load_config(
+        "quickstart", overrides=("publish.private=true", "publish.gate.min_gain=0.1", "publish.license=mit")
+    )
     assert publish_config(config, to="hf:me/x", private=False, overrides=()).private
 
 
@@ -263,7 +293,9 @@ def test_settings_of_a_later_publication_need_no_target() -> None:
         ("x", False, ("train.seed=1",), r"only keys of \[publish\]"),
     ],
 )
-def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(to: str, private: bool, overrides: tuple[str, ...], words: str) -> None:
+def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(
+    to: str, private: bool, overrides: tuple[str, ...], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         publish_config(load_config("quickstart"), to=to, private=private, overrides=overrides)
 
@@ -299,14 +331,18 @@ def test_a_key_of_own_files_that_is_empty_or_has_no_effect_is_refused(entry: dic
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["s3://key:secret@bucket/a.csv", "https://me:secret@host/a.csv", "https://host/a.csv?token=secret"])
+@pytest.mark.parametrize(
+    "address", ["s3://key:secret@bucket/a.csv", "https://me:secret@host/a.csv", "https://host/a.csv?token=secret"]
+)
 def test_an_address_with_a_password_is_refused_and_not_repeated(address: str) -> None:
     with pytest.raises(ConfigError, match="holds a password or a signature") as caught:
         validate_config({"mteb_tasks": [{"name": "Mine", "train": address}]}, "here")
     assert "secret" not in str(caught.value)
 
 
-def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for given, expected in {
         "a/*.csv": str(tmp_path / "a" / "*.csv"),

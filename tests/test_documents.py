@@ -86,7 +86,16 @@ def test_a_key_of_too_many_parts_is_seen_before_it_is_read(before: str, text: st
 
 
 @pytest.mark.parametrize(
-    "value", [f'"{DEEP}"', f"'{DEEP}'", f'"""\n{DEEP}\n"""', f"'''{DEEP}'''", f'"\\"{DEEP}"', f"1 # {DEEP}", f'"""a"""""\n# {DEEP}']
+    "value",
+    [
+        f'"{DEEP}"',
+        f"'{DEEP}'",
+        f'"""\n{DEEP}\n"""',
+        f"'''{DEEP}'''",
+        f'"\\"{DEEP}"',
+        f"1 # {DEEP}",
+        f'"""a"""""\n# {DEEP}',
+    ],
 )
 def test_a_text_of_many_parts_is_no_key(value: str) -> None:
     assert parse_toml(f"x = {value}", origin="here")

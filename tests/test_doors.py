@@ -88,7 +88,10 @@ def trusts_strangers(tree: ast.AST) -> Iterator[int]:
                 yield from (
                     v.lineno
                     for k, v in pairs
-                    if isinstance(k, ast.Constant) and k.value == "trust_remote_code" and isinstance(v, ast.Constant) and v.value is True
+                    if isinstance(k, ast.Constant)
+                    and k.value == "trust_remote_code"
+                    and isinstance(v, ast.Constant)
+                    and v.value is True
                 )
 
 
@@ -98,7 +101,9 @@ def prints(tree: ast.AST) -> Iterator[int]:
         match node:
             case ast.Call(func=ast.Name(id="print" | "Console")) | ast.Call(func=ast.Attribute(attr="echo" | "secho")):
                 yield node.lineno
-            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr"), attr="write" | "buffer"):
+            case ast.Attribute(
+                value=ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr"), attr="write" | "buffer"
+            ):
                 yield node.lineno
             case ast.Call(args=[*_, ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr")]):
                 yield node.lineno
@@ -109,7 +114,9 @@ def logs_a_made_line(tree: ast.AST) -> Iterator[int]:
     place = {"debug": 0, "info": 0, "warning": 0, "error": 0, "exception": 0, "critical": 0, "log": 1}
     for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Attribute(value=logger, attr=attr), args=args) if attr in place and "log" in ast.unparse(logger).lower():
+            case ast.Call(func=ast.Attribute(value=logger, attr=attr), args=args) if (
+                attr in place and "log" in ast.unparse(logger).lower()
+            ):
                 if len(args) > place[attr] and not isinstance(args[place[attr]], ast.Constant):
                     yield node.lineno
 
@@ -161,7 +168,9 @@ def test_only_our_own_logger_is_prefects() -> None:
 
 
 def test_what_is_logged_is_a_format_and_values() -> None:
-    assert {line.partition(":")[0] for line in found(logs_a_made_line, SOURCES)} == WAYS_OUT["log"]  # which hands a format on
+    assert {line.partition(":")[0] for line in found(logs_a_made_line, SOURCES)} == WAYS_OUT[
+        "log"
+    ]  # which hands a format on
 
 
 def test_no_source_names_a_path_of_somebodys_machine() -> None:

@@ -34,15 +34,21 @@ def config_of(run: FinishedRun, *overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("override", ["compute.workers=1", "publish.to=elsewhere"])
-def test_a_run_like_the_newest_one_is_checked_ahead(override: str, finished_run: FinishedRun, begun: list[RunConfig]) -> None:
+def test_a_run_like_the_newest_one_is_checked_ahead(
+    override: str, finished_run: FinishedRun, begun: list[RunConfig]
+) -> None:
     """Where it computes and what it publishes is no reason to train."""
     config = config_of(finished_run, override)
     early_check(config, finished_run.runs)
     assert begun == [config]
 
 
-@pytest.mark.parametrize("override", ["train.seed=7", "encoder.max_tokens=20", "compute.ray_address=auto", "encoder.revision=other"])
-def test_a_run_that_will_train_or_is_on_a_cluster_is_not(override: str, finished_run: FinishedRun, begun: list[RunConfig]) -> None:
+@pytest.mark.parametrize(
+    "override", ["train.seed=7", "encoder.max_tokens=20", "compute.ray_address=auto", "encoder.revision=other"]
+)
+def test_a_run_that_will_train_or_is_on_a_cluster_is_not(
+    override: str, finished_run: FinishedRun, begun: list[RunConfig]
+) -> None:
     assert early_check(config_of(finished_run, override), finished_run.runs) is None
     assert begun == []
 

@@ -52,12 +52,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Pr
     process.communicate()
 
 
-def test_the_server_of_a_run_answers_nobody_who_does_not_know_its_password(server: tuple[psutil.Process, Path, str, str]) -> None:
+def test_the_server_of_a_run_answers_nobody_who_does_not_know_its_password(
+    server: tuple[psutil.Process, Path, str, str],
+) -> None:
     _, _, url, login = server
     assert answers_to_strangers(url, login=login) == []
 
 
-def test_the_password_is_another_one_each_time_and_is_written_nowhere(server: tuple[psutil.Process, Path, str, str]) -> None:
+def test_the_password_is_another_one_each_time_and_is_written_nowhere(
+    server: tuple[psutil.Process, Path, str, str],
+) -> None:
     process, home, _, login = server
     password = login.partition(":")[2]
     assert len(password) >= 32
@@ -79,19 +83,24 @@ def test_a_server_of_the_users_that_refuses_the_password_is_one_message(
     wrong = start(tmp_path / "home", PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=login[:-1])
     out, err = wrong.communicate()
     assert out == ""
-    assert "InputError: the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD" in err
+    assert (
+        "InputError: the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+        in err
+    )
     assert not (tmp_path / "home").exists()
 
 
 def can_mount() -> bool:
     return (
-        shutil.which("unshare") is not None and subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+        shutil.which("unshare") is not None
+        and subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
     )
 
 
 @pytest.mark.skipif(not can_mount(), reason="may not mount a small disk")
 @pytest.mark.parametrize(
-    ("command", "what"), [("train", "store"), ("train", "TMPDIR"), ("classify", "TMPDIR"), ("up", "store"), ("up", "TMPDIR")]
+    ("command", "what"),
+    [("train", "store"), ("train", "TMPDIR"), ("classify", "TMPDIR"), ("up", "store"), ("up", "TMPDIR")],
 )
 def test_a_full_disk_is_one_message_before_anything_is_started(command: str, what: str, tmp_path: Path) -> None:
     """With exit code 1: on another try it may work."""

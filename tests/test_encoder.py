@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import COMMIT, CPU_FLOAT32, FAMILIES, OTHER_FAMILIES, load_encoder, save_tiny_encoder, save_tiny_tokenizer, toy_texts
+from builders import (
+    COMMIT,
+    CPU_FLOAT32,
+    FAMILIES,
+    OTHER_FAMILIES,
+    load_encoder,
+    save_tiny_encoder,
+    save_tiny_tokenizer,
+    toy_texts,
+)
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import EncoderConfig, TrainConfig
@@ -54,7 +63,10 @@ class TestEachFamily:
         from transformers import AutoModel, AutoTokenizer
 
         folder = encoder_folder(family)
-        model, tokenizer = AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = (
+            AutoModel.from_pretrained(folder, attn_implementation="eager").eval(),
+            AutoTokenizer.from_pretrained(folder),
+        )
         for how in ("mean", "cls", "max"):
             vectors = load_encoder(folder, pooling=how).embed(load_encoder(folder).tokenise(TEXTS[:5]))
             for text, vector in zip(TEXTS, vectors, strict=False):
@@ -104,7 +116,10 @@ class TestEachFamily:
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_the_other_families_embed_too(family: str, encoder_folder: Folders) -> None:
     encoder = load_encoder(encoder_folder(family))
-    short, padded = encoder.embed(encoder.tokenise(["old ship"])), encoder.embed(encoder.tokenise(["old ship", words(20)]))
+    short, padded = (
+        encoder.embed(encoder.tokenise(["old ship"])),
+        encoder.embed(encoder.tokenise(["old ship", words(20)])),
+    )
     np.testing.assert_allclose(padded[:1], short, atol=2e-5)
     assert not [name for name, _ in encoder.model.named_parameters() if "pooler" in name]
 
@@ -134,14 +149,18 @@ def test_a_text_of_exactly_max_tokens_is_whole_and_one_more_is_cut(encoder_folde
     tokens = encoder.tokenise([words(7), words(8), words(9), words(30), ""])  # and [CLS], [SEP]
     assert tokens.lengths.tolist() == [9, 10, 10, 10, 2]
     assert tokens.truncated.tolist() == [False, False, True, True, False]
-    assert tokens.ids[tokens.offsets[2] : tokens.offsets[3]].tolist()[-1] == 3, "a cut text keeps its last special token"
+    assert tokens.ids[tokens.offsets[2] : tokens.offsets[3]].tolist()[-1] == 3, (
+        "a cut text keeps its last special token"
+    )
     assert len(tokens) == 5
 
 
 def test_tokens_are_those_of_the_tokenizer_itself(bert: Encoder) -> None:
     tokens = bert.tokenise(TEXTS)
     for index, text in enumerate(TEXTS):
-        assert tokens.ids[tokens.offsets[index] : tokens.offsets[index + 1]].tolist() == bert.tokenizer(text)["input_ids"]
+        assert (
+            tokens.ids[tokens.offsets[index] : tokens.offsets[index + 1]].tolist() == bert.tokenizer(text)["input_ids"]
+        )
 
 
 def test_no_texts_are_no_tokens(bert: Encoder) -> None:
@@ -150,7 +169,9 @@ def test_no_texts_are_no_tokens(bert: Encoder) -> None:
     assert bert.embed(tokens).shape == (0, 32)
 
 
-def test_an_empty_text_has_a_vector_where_the_tokenizer_adds_no_special_tokens(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_an_empty_text_has_a_vector_where_the_tokenizer_adds_no_special_tokens(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     folder = copy_of(encoder_folder("eurobert"), tmp_path / "plain")
     save_tiny_tokenizer(folder, special_tokens=False)
     encoder = load_encoder(folder)
@@ -164,7 +185,9 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     batches = list(batches_by_budget(lengths, tokens_per_batch=128))
     assert sorted(np.concatenate(batches).tolist()) == list(range(300))
     assert all(len(rows) * lengths[rows].max() <= 128 for rows in batches)
-    assert len(list(batches_by_budget(np.array([500, 1]), tokens_per_batch=128))) == 2, "a text above the budget goes alone"
+    assert len(list(batches_by_budget(np.array([500, 1]), tokens_per_batch=128))) == 2, (
+        "a text above the budget goes alone"
+    )
 
 
 def test_texts_of_one_length_keep_their_order() -> None:
@@ -180,7 +203,9 @@ def test_a_batch_is_padded_to_its_longest_text_with_the_tokenizers_padding(bert:
 
 
 @pytest.mark.parametrize(("longest", "padded"), [(3, 8), (8, 8), (9, 16), (17, 20), (30, 20)])
-def test_a_batch_may_be_padded_to_a_multiple_but_never_beyond_max_tokens(longest: int, padded: int, encoder_folder: Folders) -> None:
+def test_a_batch_may_be_padded_to_a_multiple_but_never_beyond_max_tokens(
+    longest: int, padded: int, encoder_folder: Folders
+) -> None:
     encoder = load_encoder(encoder_folder("bert"), max_tokens=20)
     batch = encoder.batch(encoder.tokenise(["ship", words(longest - 2)]), np.array([0, 1]), length_step=8)
     assert batch.ids.shape == batch.mask.shape == (2, padded)
@@ -213,7 +238,9 @@ def test_a_hub_encoder_in_the_local_cache_is_pinned_to_its_commit(hub_cache: Pat
 
 
 @pytest.mark.usefixtures("hub_cache")
-@pytest.mark.parametrize("config", [EncoderConfig(name="someone/else"), EncoderConfig(name="someone/tiny", revision="f" * 40)])
+@pytest.mark.parametrize(
+    "config", [EncoderConfig(name="someone/else"), EncoderConfig(name="someone/tiny", revision="f" * 40)]
+)
 def test_a_hub_encoder_that_is_not_in_the_cache_is_refused_offline(config: EncoderConfig) -> None:
     message = fault(config)
     assert config.name in message
@@ -258,7 +285,9 @@ def test_damaged_weights_are_refused(encoder_folder: Folders, tmp_path: Path, da
         empty_model(find_encoder(config, offline=True), config)
 
 
-def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_random_numbers(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_random_numbers(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     folder = copy_of(encoder_folder("bert"), tmp_path / "incomplete")
     state = load_file(folder / "model.safetensors")
     del state["encoder.layer.1.attention.self.query.weight"]
@@ -299,7 +328,9 @@ def test_a_missing_tokenizer_is_refused(encoder_folder: Folders, tmp_path: Path)
     assert "tokenizer" in fault(EncoderConfig(name=str(folder), max_tokens=24))
 
 
-@pytest.mark.parametrize(("family", "limit"), [("bert", 40), ("eurobert", 40), ("mpnet", 38), ("roberta", 38), ("xlm-roberta", 38)])
+@pytest.mark.parametrize(
+    ("family", "limit"), [("bert", 40), ("eurobert", 40), ("mpnet", 38), ("roberta", 38), ("xlm-roberta", 38)]
+)
 def test_max_tokens_may_use_every_position_and_not_one_more(encoder_folder: Folders, family: str, limit: int) -> None:
     encoder = load_encoder(encoder_folder(family), max_tokens=limit)
     tokens = encoder.tokenise([words(100)])
@@ -312,7 +343,13 @@ def test_max_tokens_may_use_every_position_and_not_one_more(encoder_folder: Fold
 
 def test_the_runtime_follows_from_config_and_hardware_alone() -> None:
     forced = choose_runtime(TrainConfig(precision="float32"), threads=3, use_gpu=False)
-    assert (forced.device, forced.dtype, forced.attention, forced.threads, forced.compiled) == ("cpu", "float32", "lorafleet", 3, False)
+    assert (forced.device, forced.dtype, forced.attention, forced.threads, forced.compiled) == (
+        "cpu",
+        "float32",
+        "lorafleet",
+        3,
+        False,
+    )
     assert choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False).dtype == "bfloat16"
     chosen = choose_runtime(TrainConfig(), threads=1, use_gpu=False)
     assert chosen == choose_runtime(TrainConfig(), threads=1, use_gpu=False)
@@ -356,7 +393,9 @@ def test_a_config_that_does_not_fit_the_weights_is_told_before_they_are_loaded(
         empty_model(find_encoder(config, offline=True), config)
 
 
-def test_an_encoders_revision_changes_with_any_file_it_is_loaded_from(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_encoders_revision_changes_with_any_file_it_is_loaded_from(
+    encoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(encoder_folder("bert"), tmp_path / "encoder"))
     config = EncoderConfig(name=str(folder), max_tokens=24)
     before = find_encoder(config, offline=True).ref.revision
@@ -373,7 +412,9 @@ def test_a_revision_that_is_not_what_lies_there_is_refused(encoder_folder: Calla
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "extra.txt"])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_a_pipe_or_a_device_among_an_encoders_files_is_not_waited_for(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_pipe_or_a_device_among_an_encoders_files_is_not_waited_for(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
     folder = save_tiny_encoder(tmp_path / "encoder", "bert")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)

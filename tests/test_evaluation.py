@@ -19,7 +19,15 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import load_adapter, save_adapter
-from pipeline.config import ALL_COLUMNS, AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
+from pipeline.config import (
+    ALL_COLUMNS,
+    AdapterConfig,
+    DataConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    MtebTaskConfig,
+    TrainConfig,
+)
 from pipeline.data.catalogue import plan_task
 from pipeline.data.dataset import TaskData, load_data
 from pipeline.encoder.encoder import Encoder, FloatArray
@@ -97,7 +105,9 @@ def frozen(data: TaskData, encoder: Encoder, *columns: Column) -> Baselines:
 
 def adapted(data: TaskData, training: Training, baselines: Baselines, *columns: Column) -> AdapterEvaluation:
     config = EvaluateConfig(columns=columns or ALL_COLUMNS, bootstrap_draws=100)
-    return evaluate_adapter(facts_of(data, training.adapter.encoder), config, training=training, adapter_sha256=SHA, baselines=baselines)
+    return evaluate_adapter(
+        facts_of(data, training.adapter.encoder), config, training=training, adapter_sha256=SHA, baselines=baselines
+    )
 
 
 def as_trained(adapter: Adapter, *, selected_on: SelectedOn = "validation", learnt_selection: bool = False) -> Training:
@@ -131,7 +141,9 @@ def test_the_full_data_probe_is_scikit_learns_logistic_regression_with_c_chosen_
 ) -> None:
     data = load(tmp_path, num_classes=num_classes)
     vectors = [bert.embed(bert.tokenise(texts)) for texts in (data.train_texts, data.validation_texts, data.test_texts)]
-    fits = {c: LogisticRegression(C=c, max_iter=5000).fit(vectors[0], data.train_labels) for c in EvaluateConfig().probe_c}
+    fits = {
+        c: LogisticRegression(C=c, max_iter=5000).fit(vectors[0], data.train_labels) for c in EvaluateConfig().probe_c
+    }
     best = max(fits, key=lambda c: (fits[c].score(vectors[1], data.validation_labels), -c))
     found = frozen(data, bert, "frozen_full_data", "head")
     row = by_column(found.rows)["frozen_full_data"]
@@ -154,7 +166,9 @@ def test_the_head_starts_as_the_probe(bert: Encoder, data: TaskData) -> None:
 
 
 def test_few_shot_is_mtebs_own_score_of_the_encoder(bert: Encoder, data: TaskData) -> None:
-    (result,) = mteb.evaluate(PlainEncoder(bert), data.mteb_task, cache=None, co2_tracker=False, show_progress_bar=False).task_results
+    (result,) = mteb.evaluate(
+        PlainEncoder(bert), data.mteb_task, cache=None, co2_tracker=False, show_progress_bar=False
+    ).task_results
     row = by_column(frozen(data, bert, "frozen_few_shot", "head").rows)["frozen_few_shot"]
     (expected,) = result.scores["test"]
     assert row.accuracy == pytest.approx(expected["accuracy"], abs=1e-9)
@@ -167,7 +181,10 @@ def test_few_shot_is_mtebs_own_score_of_the_encoder(bert: Encoder, data: TaskDat
 def test_an_untrained_adapter_scores_as_the_frozen_encoder(bert: Encoder, data: TaskData) -> None:
     before = frozen(data, bert)
     after = adapted(data, as_trained(Adapter(bert, AdapterConfig(), data.label_names)), before)
-    few_shot_before, few_shot_after = by_column(before.rows)["frozen_few_shot"], by_column(after.rows)["adapted_few_shot"]
+    few_shot_before, few_shot_after = (
+        by_column(before.rows)["frozen_few_shot"],
+        by_column(after.rows)["adapted_few_shot"],
+    )
     same = ("accuracy", "macro_f1", "low", "high")
     assert [getattr(few_shot_after, name) for name in same] == [getattr(few_shot_before, name) for name in same]
 
@@ -200,13 +217,18 @@ def test_the_heads_score_is_that_of_the_adapter_loaded_again(
     assert row.accuracy == right.mean()
     assert row.macro_f1 == f1_score(data.test_labels, predictions, average="macro")
     assert found.comparison is not None
-    assert (found.comparison.only_head, found.comparison.only_probe) == ((right & ~probe_right).sum(), (probe_right & ~right).sum())
+    assert (found.comparison.only_head, found.comparison.only_probe) == (
+        (right & ~probe_right).sum(),
+        (probe_right & ~right).sum(),
+    )
     assert (row.p_value, row.adapter_sha256, row.selected_on) == (found.comparison.p_value, SHA, "validation")
 
 
 def test_each_text_is_embedded_once_per_state_of_the_encoder(encoder_folder: Folders, data: TaskData) -> None:
     encoder = watched(encoder_folder("bert"))
-    every = {encoder.tokenise([text]).ids.tobytes() for text in (*data.train_texts, *data.validation_texts, *data.test_texts)}
+    every = {
+        encoder.tokenise([text]).ids.tobytes() for text in (*data.train_texts, *data.validation_texts, *data.test_texts)
+    }
     baselines = frozen(data, encoder)
     assert len(encoder.seen) == len(set(encoder.seen))
     assert set(encoder.seen) == every
@@ -228,7 +250,9 @@ def test_a_refit_leaves_nothing_to_fit_a_temperature_on(bert: Encoder, data: Tas
 def test_selection_on_test_is_marked_on_every_trained_row_and_on_no_other(bert: Encoder, tmp_path: Path) -> None:
     data = load(tmp_path, early_stopping_split="test")
     baselines = frozen(data, bert)
-    found = adapted(data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names)), selected_on="test"), baselines)
+    found = adapted(
+        data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names)), selected_on="test"), baselines
+    )
     assert {row.column: row.selected_on for row in found.rows} == {"head": "test", "adapted_few_shot": "test"}
     assert {row.selected_on for row in baselines.rows} == {None}
     assert found.calibration.fitted_on == "none"
@@ -236,7 +260,9 @@ def test_selection_on_test_is_marked_on_every_trained_row_and_on_no_other(bert: 
 
 def test_only_the_columns_that_are_asked_for_are_there(bert: Encoder, data: TaskData) -> None:
     baselines = frozen(data, bert, "majority", "head")
-    found = adapted(data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names))), baselines, "majority", "head")
+    found = adapted(
+        data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names))), baselines, "majority", "head"
+    )
     assert [row.column for row in (*baselines.rows, *found.rows)] == ["majority", "head"]
     assert found.comparison is None
 
@@ -309,7 +335,12 @@ def test_where_every_class_has_one_text_all_are_fitted_on_and_none_chooses() -> 
 
 @pytest.mark.parametrize(
     ("of_mteb", "config", "expected"),
-    [("accuracy", "auto", "accuracy"), ("f1", "auto", "macro_f1"), ("accuracy", "macro_f1", "macro_f1"), ("f1", "accuracy", "accuracy")],
+    [
+        ("accuracy", "auto", "accuracy"),
+        ("f1", "auto", "macro_f1"),
+        ("accuracy", "macro_f1", "macro_f1"),
+        ("f1", "accuracy", "accuracy"),
+    ],
 )
 def test_the_head_is_judged_by_mtebs_main_score_or_by_what_the_config_says(
     of_mteb: str, config: Any, expected: str, bert: Encoder, data: TaskData
@@ -322,7 +353,11 @@ def test_the_head_is_judged_by_mtebs_main_score_or_by_what_the_config_says(
     found = evaluate_adapter(facts_of(data, bert), settings, training=training, adapter_sha256=SHA, baselines=baselines)
     head, comparison = by_column(found.rows)["head"], found.comparison
     assert comparison is not None
-    assert (head.main_metric, head.p_value, head.p_value_main) == (expected, comparison.p_value, comparison.main_p_value)
+    assert (head.main_metric, head.p_value, head.p_value_main) == (
+        expected,
+        comparison.p_value,
+        comparison.main_p_value,
+    )
     gain = head.macro_f1 - by_column(baselines.rows)["frozen_full_data"].macro_f1
     assert comparison.macro_f1_gain == (pytest.approx(gain) if expected == "macro_f1" else None)
 
@@ -331,4 +366,10 @@ def test_rows_of_few_shot_columns_say_how_many_texts_per_label_they_are_from(ber
     baselines = frozen(data, bert)
     found = adapted(data, as_trained(give_effect(Adapter(bert, AdapterConfig(), data.label_names))), baselines)
     samples = {row.column: row.samples_per_label for row in (*baselines.rows, *found.rows)}
-    assert samples == {"majority": None, "frozen_full_data": None, "head": None, "frozen_few_shot": 8, "adapted_few_shot": 8}
+    assert samples == {
+        "majority": None,
+        "frozen_full_data": None,
+        "head": None,
+        "frozen_few_shot": 8,
+        "adapted_few_shot": 8,
+    }

@@ -26,7 +26,17 @@ class Place:
         self.cwd, self.finished, self._api = cwd, finished, api
         save_bulk_adapter(cwd / "topics", encoder)
         write_bulk_input(cwd / "in", num_files=1, rows=ROWS, group=20)
-        self._options = ("--adapter", "topics", "--encoder", encoder, "--offline", "--rows-per-unit", "20", "--cpus", "1")
+        self._options = (
+            "--adapter",
+            "topics",
+            "--encoder",
+            encoder,
+            "--offline",
+            "--rows-per-unit",
+            "20",
+            "--cpus",
+            "1",
+        )
 
     def run(self, *arguments: str | Path, **environment: str) -> Ended:
         """``lorafleet``, to its end."""
@@ -142,14 +152,25 @@ TABLE: dict[int, list[Callable[[Place], Ended]]] = {
     DONE: [nothing_is_started, a_run_is_shown, a_job_is_done, nothing_is_left_to_do, the_reader_goes_away],
     FAILED: [a_file_cannot_be_read, a_run_cannot_be_deleted_or_is_broken],
     WRONG: [
-        *(an_option_is_unknown, a_key_of_the_config_is_unknown, the_input_is_not_there, the_adapter_is_damaged, a_name_is_too_long),
+        *(
+            an_option_is_unknown,
+            a_key_of_the_config_is_unknown,
+            the_input_is_not_there,
+            the_adapter_is_damaged,
+            a_name_is_too_long,
+        ),
         *(the_store_is_in_use, the_disk_behind_standard_output_is_full),
     ],
-    INTERRUPTED: [*(stopped(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), stopped(signal.SIGTERM, program=BEHIND)],
+    INTERRUPTED: [
+        *(stopped(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)),
+        stopped(signal.SIGTERM, program=BEHIND),
+    ],
 }
 
 
-@pytest.mark.parametrize(("code", "case"), [pytest.param(code, case, id=case.__name__) for code, cases in TABLE.items() for case in cases])
+@pytest.mark.parametrize(
+    ("code", "case"), [pytest.param(code, case, id=case.__name__) for code, cases in TABLE.items() for case in cases]
+)
 def test_the_exit_code_is_that_of_the_table(code: int, case: Callable[[Place], Ended], place: Place) -> None:
     ended = case(place)
     assert ended.code == code, ended.err
@@ -159,7 +180,9 @@ def test_the_exit_code_is_that_of_the_table(code: int, case: Callable[[Place], E
         assert len([line for line in ended.err.splitlines() if line.lower().startswith("error: ")]) == 1
 
 
-def test_what_a_label_a_file_and_a_folder_are_called_cannot_forge_a_line(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> None:
+def test_what_a_label_a_file_and_a_folder_are_called_cannot_forge_a_line(
+    encoder_folder: Folders, prefect_api: str, tmp_path: Path
+) -> None:
     """On the terminal, in the log, in Prefect's artifact and in its state."""
     from prefect_server import Api
 

@@ -51,7 +51,9 @@ def saved(folder: Path, encoder: str | Path, *, labels: tuple[str, ...] = LABELS
 
 def ours(adapter: FoundAdapter, encoder: str | Path, texts: list[str] = TEXTS) -> tuple[FloatArray, FloatArray]:
     """Vectors and logits of the adapter as it was trained: not merged."""
-    loaded = load_adapter(adapter.folder, load_encoder(encoder, pooling=adapter.encoder.pooling, max_tokens=adapter.encoder.max_tokens))
+    loaded = load_adapter(
+        adapter.folder, load_encoder(encoder, pooling=adapter.encoder.pooling, max_tokens=adapter.encoder.max_tokens)
+    )
     vectors = loaded.encoder.embed(loaded.encoder.tokenise(texts))
     return vectors, loaded.logits_of_vectors(vectors)
 
@@ -99,20 +101,29 @@ POOLINGS = [("bert", "mean"), ("eurobert", "mean"), *(pytest.param(*one, marks=p
 
 
 @pytest.mark.parametrize(("family", "pooling"), POOLINGS)
-def test_sentence_transformers_gives_our_vectors(family: str, pooling: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_sentence_transformers_gives_our_vectors(
+    family: str, pooling: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder(family), pooling=pooling)
     result = exported(adapter, tmp_path / "out", "sentence-transformers", encoder_folder(family))
     vectors, _ = ours(adapter, encoder_folder(family))
     found = by_sentence_transformers(tmp_path / "out")
     assert cosine(found, vectors) >= 0.9999
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_encoder(encoder_folder(family)).model.state_dict().keys()
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_encoder(encoder_folder(family)).model.state_dict().keys()
+    )
     np.testing.assert_allclose(found, vectors, atol=1e-4)
     assert result.largest_difference < 1e-4
 
 
-def test_vectors_have_length_one_where_the_encoders_own_definition_says_so(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_vectors_have_length_one_where_the_encoders_own_definition_says_so(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     encoder = shutil.copytree(encoder_folder("bert"), tmp_path / "unit")
-    (encoder / "modules.json").write_text('[{"idx": 0, "type": "sentence_transformers.models.Normalize"}]', encoding="utf-8")
+    (encoder / "modules.json").write_text(
+        '[{"idx": 0, "type": "sentence_transformers.models.Normalize"}]', encoding="utf-8"
+    )
     adapter = saved(tmp_path / "Topics", encoder)
     exported(adapter, tmp_path / "out", "sentence-transformers", encoder)
     exported(adapter, tmp_path / "classifier", "classifier", encoder)
@@ -132,7 +143,9 @@ def test_the_classifier_gives_our_logits(family: str, pooling: str, encoder_fold
     assert dense["activation_function"] == "torch.nn.modules.linear.Identity"
 
 
-def test_where_the_tokenizer_has_no_padding_token_the_export_pads_as_we_do(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_where_the_tokenizer_has_no_padding_token_the_export_pads_as_we_do(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     encoder = shutil.copytree(encoder_folder("bert"), tmp_path / "encoder")
     described = json.loads((encoder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del described["pad_token"]
@@ -153,7 +166,9 @@ def test_transformers_own_pipeline_gives_our_labels_on_eurobert(
     adapter = saved(tmp_path / "Topics", encoder_folder("eurobert"), labels=labels, pooling=pooling)
     result = exported(adapter, tmp_path / "out", "transformers", encoder_folder("eurobert"))
     _, logits = ours(adapter, encoder_folder("eurobert"))
-    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
     with torch.inference_mode():
         found = model(**tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")).logits.numpy()
     check_logits(found, logits)
@@ -166,7 +181,9 @@ def test_transformers_own_pipeline_gives_our_labels_on_eurobert(
 
 
 @pytest.mark.parametrize(("family", "pooling"), POOLINGS)
-def test_onnx_runtime_gives_our_logits_for_batches_of_any_shape(family: str, pooling: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_onnx_runtime_gives_our_logits_for_batches_of_any_shape(
+    family: str, pooling: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder(family), pooling=pooling)
     result = exported(adapter, tmp_path / "out", "onnx", encoder_folder(family))
     _, logits = ours(adapter, encoder_folder(family))
@@ -176,12 +193,16 @@ def test_onnx_runtime_gives_our_logits_for_batches_of_any_shape(family: str, poo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_gives_our_vectors_from_the_adapters_own_folder(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_peft_gives_our_vectors_from_the_adapters_own_folder(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModel, AutoTokenizer
 
     adapter = saved(tmp_path / "Topics", encoder_folder(family))
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder_folder(family)), str(adapter.folder.root)).eval()
+    model = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(encoder_folder(family)), str(adapter.folder.root)
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder(family))
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=24, return_tensors="pt")
     with torch.inference_mode():
@@ -212,11 +233,17 @@ def test_on_real_texts_every_export_of_minilm_gives_our_vectors_and_labels(tmp_p
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(form: Form, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(
+    form: Form, encoder_folder: Folders, tmp_path: Path
+) -> None:
     encoder = shutil.copytree(encoder_folder("eurobert"), tmp_path / "secret" / "encoder")
     for name, changes in {
         "config.json": {"_name_or_path": "/home/anna/secret"},
-        "tokenizer_config.json": {"name_or_path": "/home/anna/secret", "padding_side": "left", "truncation_side": "left"},
+        "tokenizer_config.json": {
+            "name_or_path": "/home/anna/secret",
+            "padding_side": "left",
+            "truncation_side": "left",
+        },
     }.items():
         path = encoder / name
         path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
@@ -229,7 +256,12 @@ def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(form:
     assert read_record(tmp_path / "out" / "export.json", Exported) == result
     assert (result.form, result.adapter, result.adapter_sha256) == (form, "Topics", adapter.sha256)
     assert (result.encoder, result.encoder_revision) == ("encoder", adapter.encoder.revision)
-    assert (result.label_names, result.max_tokens, result.temperature, result.num_texts) == (LABELS, 24, 1.4, len(PROBE_TEXTS) + 1)
+    assert (result.label_names, result.max_tokens, result.temperature, result.num_texts) == (
+        LABELS,
+        24,
+        1.4,
+        len(PROBE_TEXTS) + 1,
+    )
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".onnx"}
     for path in files:

@@ -105,7 +105,9 @@ def left(command: Command, *, seconds: float = 10) -> list[str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.faults
-def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_worker(store: Store, undisturbed: dict[str, str]) -> None:
+def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_worker(
+    store: Store, undisturbed: dict[str, str]
+) -> None:
     """One after the other, each in the middle of an epoch; the last start recovers by itself."""
     driver = store.start_and_wait_for(1)
     (killed,) = {path.parent.parent.name for path in store.runs.glob("*/Quick/result.json")}
@@ -148,7 +150,9 @@ def test_an_interrupt_leaves_no_process_and_keeps_what_was_finished(store: Store
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("epochs", [0, 1, 4])
 @pytest.mark.parametrize("victim", TITLES)
-def test_any_kill_at_any_time_ends_in_the_same_bits(victim: str, epochs: int, store: Store, undisturbed: dict[str, str]) -> None:
+def test_any_kill_at_any_time_ends_in_the_same_bits(
+    victim: str, epochs: int, store: Store, undisturbed: dict[str, str]
+) -> None:
     command = store.start_and_wait_for(epochs, quick=epochs > 0)
     command.kill(*TITLES[victim])
     ended = command.wait(seconds=240)

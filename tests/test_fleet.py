@@ -52,8 +52,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # or it would give the machine's outer address for its own
-        process = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        patch.setenv(
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+        )  # or it would give the machine's outer address for its own
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         yield Cluster(process.stdout.readline().strip(), process)
@@ -66,7 +70,9 @@ def config(**compute: Any) -> RunConfig:
 
 
 def spec(name: str = "Topics") -> JobSpec:
-    task = MtebTask(name=name, source="files", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8)
+    task = MtebTask(
+        name=name, source="files", location="a", test_location="b", revision="r", max_epochs=1, samples_per_label=8
+    )
     checked = {"fingerprint": "f", "encoder_revision": "e", "key": "k"}
     return JobSpec(config=config(), mteb_task=task, runtime=CPU_FLOAT32, run_id="one", runs="runs", **checked)
 
@@ -132,7 +138,9 @@ def test_a_whole_gpu_is_taken_where_there_is_one(start: Callable[..., Fleet]) ->
 
 
 @pytest.mark.parametrize("share", [{"cpus_per_worker": 64}, {"gpus_per_worker": 2}])
-def test_workers_that_do_not_fit_are_refused_with_what_is_there(share: dict[str, float], start: Callable[..., Fleet]) -> None:
+def test_workers_that_do_not_fit_are_refused_with_what_is_there(
+    share: dict[str, float], start: Callable[..., Fleet]
+) -> None:
     with pytest.raises(ConfigError, match="but Ray has 2 and 1"):
         start(**share).ready()
 
@@ -172,7 +180,9 @@ def test_an_own_rays_first_workers_are_there_before_they_are_asked_for() -> None
     fleet.stop()
 
 
-def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
@@ -184,12 +194,17 @@ def test_a_folder_for_ray_with_too_long_a_path_is_refused_before_ray_is_started(
 
 
 @pytest.mark.faults
-def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(
+    encoder_folder: Folders, prefect_api: str, tmp_path: Path
+) -> None:
     """mteb keeps a cache in the home folder, and cannot be imported where there is none."""
     path = write_config(tmp_path / "config.toml", encoder_folder("bert"), [write_task(tmp_path / "data", "Topics")])
     ended = run("train", "--config", path, cwd=tmp_path, PREFECT_API_URL=prefect_api, HOME="/proc")
     assert ended.code == 1
-    assert ended.err.count("a worker cannot start: FileNotFoundError: [Errno 2] No such file or directory: '/proc/.cache'") == 1, ended.err
+    assert (
+        ended.err.count("a worker cannot start: FileNotFoundError: [Errno 2] No such file or directory: '/proc/.cache'")
+        == 1
+    ), ended.err
     assert "Traceback" not in ended.err
 
 
@@ -209,7 +224,9 @@ def answer_of(command: Command) -> dict[str, Any]:
 def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path: Path) -> None:
     """As where a run's input is refused as soon as Ray is up; Ray's own core writes to standard error past every logger of ours."""
     program = "from pipeline.config import ComputeConfig\nfrom tasks.fleet import Fleet\n"
-    program += "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
+    program += (
+        "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
+    )
     for _ in range(2):  # the complaint came two times in three
         ended = Command("-P", "-c", program, program=[sys.executable], cwd=tmp_path).wait()
         assert (ended.code, ended.out, ended.err) == (0, "", "")

@@ -87,8 +87,13 @@ def test_the_run_folder_holds_every_file_of_the_contract(finished_run: FinishedR
 
 def test_the_manifest_is_written_last(finished_run: FinishedRun) -> None:
     last = finished_run.root / "manifest.json"
-    written = [*finished_run.root.rglob("*"), finished_run.runs / "metrics" / f"scores-{finished_run.root.name}.parquet"]
-    assert max(path.stat().st_mtime_ns for path in written if path.is_file() and path != last) <= last.stat().st_mtime_ns
+    written = [
+        *finished_run.root.rglob("*"),
+        finished_run.runs / "metrics" / f"scores-{finished_run.root.name}.parquet",
+    ]
+    assert (
+        max(path.stat().st_mtime_ns for path in written if path.is_file() and path != last) <= last.stat().st_mtime_ns
+    )
 
 
 def test_the_manifest_says_what_was_made_from_what(finished_run: FinishedRun) -> None:
@@ -109,7 +114,9 @@ def test_the_written_config_makes_the_run_again(finished_run: FinishedRun) -> No
 def test_scores_have_one_row_per_task_and_column_with_its_origin(finished_run: FinishedRun) -> None:
     scores, results = scores_of(finished_run.root), results_of(finished_run.root)
     assert list(scores) == SCORES_SCHEMA.names
-    assert list(zip(scores.mteb_task, scores.column, strict=True)) == [(task, column) for task in ("Topics", "Pairs") for column in COLUMNS]
+    assert list(zip(scores.mteb_task, scores.column, strict=True)) == [
+        (task, column) for task in ("Topics", "Pairs") for column in COLUMNS
+    ]
     assert set(scores.run_id) == {finished_run.root.name}
     assert set(scores.num_texts) == {60}
     assert scores.reused_from.isna().all()
@@ -139,7 +146,9 @@ def test_epochs_have_one_row_each(finished_run: FinishedRun) -> None:
     for task, rows in epochs.groupby("mteb_task"):
         assert list(rows.epoch) == [row.epoch for row in results[str(task)].epochs]
         assert list(rows.epoch[rows.is_best]) == [results[str(task)].best_epoch]
-        assert (rows.texts_per_second * rows.seconds).tolist() == pytest.approx([results[str(task)].data.num_train] * len(rows))
+        assert (rows.texts_per_second * rows.seconds).tolist() == pytest.approx(
+            [results[str(task)].data.num_train] * len(rows)
+        )
 
 
 def test_the_results_file_has_both_few_shot_accuracies_and_their_difference(finished_run: FinishedRun) -> None:
@@ -148,7 +157,9 @@ def test_the_results_file_has_both_few_shot_accuracies_and_their_difference(fini
     for entry in summary.tasks:
         assert entry.baseline_accuracy == scores[entry.task, "frozen_few_shot"]
         assert entry.lora_accuracy == scores[entry.task, "adapted_few_shot"]
-        assert entry.delta == pytest.approx(scores[entry.task, "adapted_few_shot"] - scores[entry.task, "frozen_few_shot"])
+        assert entry.delta == pytest.approx(
+            scores[entry.task, "adapted_few_shot"] - scores[entry.task, "frozen_few_shot"]
+        )
         assert entry.full_data_probe_accuracy == scores[entry.task, "frozen_full_data"]
         assert entry.head_accuracy == scores[entry.task, "head"]
         assert entry.majority_accuracy == scores[entry.task, "majority"]
@@ -178,7 +189,9 @@ def again(finished_run: FinishedRun, prefect_api: str) -> Ended:
     return run("train", "--config", finished_run.config, "--runs", "runs", cwd=finished_run.cwd, **nowhere)
 
 
-def test_a_second_run_with_the_same_inputs_does_nothing_and_names_the_first(finished_run: FinishedRun, again: Ended) -> None:
+def test_a_second_run_with_the_same_inputs_does_nothing_and_names_the_first(
+    finished_run: FinishedRun, again: Ended
+) -> None:
     assert again.code == 0
     assert again.run == finished_run.ended.run
     assert again.out == finished_run.ended.out
@@ -198,14 +211,19 @@ def mixed(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.
     """One MTEB task is as it was, one has new data, and one loses its test file between preflight and its worker."""
     cwd = tmp_path_factory.mktemp("mixed")
     topics, _ = finished_run.tasks
-    pairs, lost = write_task(cwd / "data", "Pairs", num_classes=2, seed=7), write_task(cwd / "data", "Lost", num_train=60, seed=9)
+    pairs, lost = (
+        write_task(cwd / "data", "Pairs", num_classes=2, seed=7),
+        write_task(cwd / "data", "Lost", num_train=60, seed=9),
+    )
     values = load_config(str(finished_run.config)).model_dump(mode="json", exclude_none=True)
     values |= {"mteb_tasks": [topics, lost, pairs], "publish": {"to": str(cwd / "out")}}
     config = cwd / "config.toml"
     config.write_text(tomli_w.dumps(values), encoding="utf-8")
     known = set(finished_run.runs.iterdir())
     command = Command("train", "--config", config, "--runs", finished_run.runs, cwd=cwd, PREFECT_API_URL=prefect_api)
-    command.wait_until(lambda: any((path / "config.toml").exists() for path in set(finished_run.runs.iterdir()) - known))
+    command.wait_until(
+        lambda: any((path / "config.toml").exists() for path in set(finished_run.runs.iterdir()) - known)
+    )
     Path(lost["test"]).unlink()
     ended = command.wait()
     return Mixed(ended, ended.run, cwd / "out")
@@ -213,7 +231,9 @@ def mixed(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pytest.
 
 def test_the_workers_log_is_in_the_flow_runs(mixed: Mixed, prefect_api: str) -> None:
     question = {"logs": {"task_run_id": {"is_null_": False}}, "limit": 200, "sort": "TIMESTAMP_DESC"}
-    request = urllib.request.Request(f"{prefect_api}/logs/filter", json.dumps(question).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{prefect_api}/logs/filter", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         lines = [log["message"] for log in json.load(answer)]
     assert any(line.startswith("Pairs: frozen encoder measured in ") for line in lines), lines
@@ -248,7 +268,9 @@ def test_what_was_taken_over_is_whole_and_keeps_its_rows(mixed: Mixed, finished_
         if path.name != "result.json":
             assert (mixed.root / "Topics" / path.name).read_bytes() == path.read_bytes()
     assert results_of(mixed.root)["Topics"].reused_from == finished_run.root.name
-    first, second = (scores.query("mteb_task == 'Topics'") for scores in (scores_of(finished_run.root), scores_of(mixed.root)))
+    first, second = (
+        scores.query("mteb_task == 'Topics'") for scores in (scores_of(finished_run.root), scores_of(mixed.root))
+    )
     assert set(second.reused_from) == {finished_run.root.name}
     differing = ["run_id", "reused_from", "p_value_holm"]
     pd.testing.assert_frame_equal(first.drop(columns=differing), second.drop(columns=differing))
@@ -262,12 +284,19 @@ def test_the_history_holds_every_run(mixed: Mixed, finished_run: FinishedRun) ->
 
 
 def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
-    assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {"Topics", "Pairs", "metrics", "mteb_results"}
+    assert {path.name for path in mixed.published.iterdir() if path.is_dir()} == {
+        "Topics",
+        "Pairs",
+        "metrics",
+        "mteb_results",
+    }
 
 
 def gate_artifact(api: str, run_folder: Path) -> list[dict[str, Any]]:
     """What Prefect's UI shows of the gate's decisions about a run."""
-    (artifact,) = (artifact for artifact in _filtered(api, "gate") if f"run {run_folder.name}," in artifact["description"])
+    (artifact,) = (
+        artifact for artifact in _filtered(api, "gate") if f"run {run_folder.name}," in artifact["description"]
+    )
     assert artifact["type"] == "table"
     rows: list[dict[str, Any]] = json.loads(artifact["data"])
     return rows
@@ -295,7 +324,10 @@ class Gated:
 
 @pytest.fixture(scope="module")
 def gated(
-    finished_run: FinishedRun, prefect_api: str, encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    finished_run: FinishedRun,
+    prefect_api: str,
+    encoder_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Gated:
     """Published are Topics with a head that is wrong about everything, and Pairs with a label of another name."""
     cwd = tmp_path_factory.mktemp("gated")
@@ -381,7 +413,10 @@ def next_week(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pyt
     cwd = tmp_path_factory.mktemp("next-week")
     earlier = copy_run(finished_run.root, cwd / "runs" / finished_run.root.name)
     publish(earlier.root, str(cwd / "out"), PublishConfig())
-    tasks = [write_task(cwd / "data", "Topics", num_classes=3, seed=5), write_task(cwd / "data", "Pairs", num_classes=3, seed=6)]
+    tasks = [
+        write_task(cwd / "data", "Topics", num_classes=3, seed=5),
+        write_task(cwd / "data", "Pairs", num_classes=3, seed=6),
+    ]
     tasks.append(write_task(cwd / "data", "Fresh", num_classes=2, seed=8))
     values = load_config(str(finished_run.config)).model_dump(mode="json", exclude_none=True)
     values |= {"mteb_tasks": tasks, "publish": {"to": str(cwd / "out")}}
@@ -421,7 +456,9 @@ def test_a_new_label_is_named_before_training_and_reaches_the_gate(next_week: Ne
 
 @pytest.mark.faults
 def test_the_score_table_names_the_change_since_the_run_before(next_week: NextWeek, prefect_api: str) -> None:
-    rows = {row["MTEB task"]: row["Since the run before"] for row in _artifact(prefect_api, "score-table", next_week.root)}
+    rows = {
+        row["MTEB task"]: row["Since the run before"] for row in _artifact(prefect_api, "score-table", next_week.root)
+    }
     assert rows["Topics"].startswith("test data changed (run ")
     assert rows["Fresh"] == "first run"
 
@@ -444,7 +481,9 @@ def test_the_week_after_with_nothing_new_does_nothing_although_the_published_ada
 
 
 @pytest.mark.faults
-def test_a_publication_that_failed_is_tried_again_by_the_next_start(finished_run: FinishedRun, prefect_api: str, tmp_path: Path) -> None:
+def test_a_publication_that_failed_is_tried_again_by_the_next_start(
+    finished_run: FinishedRun, prefect_api: str, tmp_path: Path
+) -> None:
     copy_run(finished_run.root, tmp_path / "runs" / finished_run.root.name)
     target = tmp_path / "out"
     target.write_text("somebody else's file", encoding="utf-8")
@@ -465,7 +504,9 @@ def test_a_publication_that_failed_is_tried_again_by_the_next_start(finished_run
 
 def _filtered(api: str, key: str) -> list[dict[str, Any]]:
     question = {"artifacts": {"key": {"any_": [key]}}}
-    request = urllib.request.Request(f"{api}/artifacts/filter", json.dumps(question).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{api}/artifacts/filter", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         found: list[dict[str, Any]] = json.load(answer)
     return found

@@ -82,7 +82,9 @@ KINDS: list[tuple[Callable[[Path], Path], str, str]] = [
 
 
 @pytest.mark.parametrize(("make", "kind", "says"), KINDS)
-def test_a_folder_is_known_by_the_names_in_it(make: Callable[[Path], Path], kind: str, says: str, tmp_path: Path) -> None:
+def test_a_folder_is_known_by_the_names_in_it(
+    make: Callable[[Path], Path], kind: str, says: str, tmp_path: Path
+) -> None:
     place = make(tmp_path / "place")
     assert kind_of(place) == kind
     assert re.search(says, explain(place))
@@ -92,7 +94,10 @@ COMMANDS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "publish": (read_candidate, {"run"}),
     "prune": (lambda place: prune(place, Policy(), dry_run=True), {"run store"}),
     "verify": (lambda place: verify(str(place), offline=True), {"run", "publication", "adapter"}),
-    "classify": (lambda place: find_adapters([str(place)], offline=True), {"run", "unfinished run", "publication", "adapter"}),
+    "classify": (
+        lambda place: find_adapters([str(place)], offline=True),
+        {"run", "unfinished run", "publication", "adapter"},
+    ),
 }
 
 
@@ -120,7 +125,9 @@ def test_copies_that_were_cut_short_are_no_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("days", ["nan", "inf", "-inf", "-1"])
-def test_what_is_no_number_of_days_deletes_nothing(days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_number_of_days_deletes_nothing(
+    days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = store(tmp_path / "runs")
     (root / ".lock").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -143,6 +150,8 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
 def test_a_manifest_whose_time_has_no_zone_is_kept_and_called_damaged(tmp_path: Path) -> None:
     root = store(tmp_path / "runs")
     manifest = root / NAME / "manifest.json"
-    manifest.write_text(re.sub(r'("created_at":\s*"[^"]*?)Z"', r'\1"', manifest.read_text(encoding="utf-8")), encoding="utf-8")
+    manifest.write_text(
+        re.sub(r'("created_at":\s*"[^"]*?)Z"', r'\1"', manifest.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     (verdict,) = prune(root, Policy(keep=0, older_than_days=0), dry_run=False).verdicts
     assert (verdict.goes, "timezone" in verdict.reason) == (False, True)

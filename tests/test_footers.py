@@ -35,7 +35,9 @@ class LocalKeys(pe.KmsClient):
 def write_encrypted(path: Path, *, plaintext_footer: bool) -> Path:
     """A file with one encrypted column; with a plain footer, pyarrow ends its process when it looks at that column."""
     table = pa.table({"text": ["a", "b"], "secret": [1, 2]})
-    config = pe.EncryptionConfiguration(footer_key="footer", column_keys={"key": ["secret"]}, plaintext_footer=plaintext_footer)
+    config = pe.EncryptionConfiguration(
+        footer_key="footer", column_keys={"key": ["secret"]}, plaintext_footer=plaintext_footer
+    )
     properties = pe.CryptoFactory(LocalKeys).file_encryption_properties(pe.KmsConnectionConfig(), config)
     with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
@@ -119,7 +121,9 @@ def test_a_footer_that_counts_its_rows_twice_and_differently_is_refused(tmp_path
     path = write_table(tmp_path / "a.parquet", {"text": ["a"] * 8})
     content = bytearray(path.read_bytes())
     start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    footer = bytes(content[start:-8]).replace(b"\x16\x10\x19", b"\x16\x12\x19", 1)  # the file's own number: 9 in place of 8
+    footer = bytes(content[start:-8]).replace(
+        b"\x16\x10\x19", b"\x16\x12\x19", 1
+    )  # the file's own number: 9 in place of 8
     content[start:-8] = footer
     path.write_bytes(content)
     assert reasons(path) == ["its footer cannot be read: its footer promises 9 rows, and 8 in its row groups"]
@@ -127,12 +131,20 @@ def test_a_footer_that_counts_its_rows_twice_and_differently_is_refused(tmp_path
 
 def int96(path: Path, *values: dt.datetime | int | None) -> str:
     units = [
-        value if isinstance(value, int) else None if value is None else round((value - dt.datetime(1970, 1, 1)).total_seconds())
+        value
+        if isinstance(value, int)
+        else None
+        if value is None
+        else round((value - dt.datetime(1970, 1, 1)).total_seconds())
         for value in values
     ]
     seconds = pa.array(units, pa.int64())
     far = any(value is not None and abs(value) > 9 * 10**9 for value in units)
-    column = seconds.cast(pa.timestamp("s")) if far else pa.array([None if v is None else v * 10**9 for v in units], pa.timestamp("ns"))
+    column = (
+        seconds.cast(pa.timestamp("s"))
+        if far
+        else pa.array([None if v is None else v * 10**9 for v in units], pa.timestamp("ns"))
+    )
     pair = pa.FixedSizeListArray.from_arrays(pa.concat_arrays([column, column]), 2)
     table = pa.table({"at": column, "in": pa.StructArray.from_arrays([column], ["at"]), "pair": pair})
     pq.write_table(table, path, use_deprecated_int96_timestamps=True)

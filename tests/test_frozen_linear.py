@@ -44,7 +44,9 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (4, 9, 48), (3, 700, 48)])
-def test_packed_weights_give_what_plain_ones_give_forward_and_backward(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+def test_packed_weights_give_what_plain_ones_give_forward_and_backward(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
     linear, x = plain(48, 80, bias=bias, dtype=dtype), torch.randn(shape, dtype=dtype)
     for found, expected in zip(result_and_gradient(packed(linear), x), result_and_gradient(linear, x), strict=True):
         assert_same(found, expected)

@@ -35,7 +35,9 @@ def has_packed_weights(encoder: Encoder) -> bool:
 def bulk_encoder(folder: Path) -> Encoder:
     """As the bulk kernel loads it, in float32; with weights of LayerNorm that matter."""
     config = EncoderConfig(name=str(folder), max_tokens=24)
-    encoder = Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32.model_copy(update={"attention": "lorafleet"}))
+    encoder = Encoder(
+        find_encoder(config, offline=True), config, CPU_FLOAT32.model_copy(update={"attention": "lorafleet"})
+    )
     if not has_packed_weights(encoder):
         pytest.skip("weights are packed on x86 only")
     for number, module in enumerate(m for m in encoder.model.modules() if isinstance(m, nn.LayerNorm)):
@@ -50,13 +52,16 @@ def test_a_fused_encoder_gives_the_same_vectors(family: str, encoder_folder: Fol
     before = [encoder.embed(encoder.tokenise(texts)) for texts in (TEXTS, ONE_LENGTH)]
     encoder.model = fuse_layers(encoder.model)
     assert [type(layer) for layer in encoder.model.encoder.layer] == [FusedLayer, FusedLayer]
-    assert isinstance(encoder.model, FusedModel) == (family != "electra")  # whose embeddings are brought to another width first
+    assert isinstance(encoder.model, FusedModel) == (
+        family != "electra"
+    )  # whose embeddings are brought to another width first
     for texts, vectors in zip((TEXTS, ONE_LENGTH), before, strict=True):
         np.testing.assert_allclose(encoder.embed(encoder.tokenise(texts)), vectors, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [("bert", {"hidden_act": "relu"}), ("bert", {"hidden_act": "gelu_new"}), ("mpnet", {}), ("modernbert", {})]
+    ("family", "changes"),
+    [("bert", {"hidden_act": "relu"}), ("bert", {"hidden_act": "gelu_new"}), ("mpnet", {}), ("modernbert", {})],
 )
 def test_an_encoder_of_another_kind_keeps_its_layers(family: str, changes: dict[str, str], tmp_path: Path) -> None:
     encoder = bulk_encoder(save_tiny_encoder(tmp_path / "encoder", family, **changes))
@@ -83,7 +88,9 @@ def test_on_another_device_nothing_is_changed(encoder_folder: Folders) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
-def test_an_adapter_has_its_effect_wherever_it_is_attached(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_an_adapter_has_its_effect_wherever_it_is_attached(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     """All projections; one of the three that are joined; two of them, of the last layer alone; none of them."""
     encoder = encoder_folder(family)
     targets: dict[str, Any] = {
@@ -92,15 +99,21 @@ def test_an_adapter_has_its_effect_wherever_it_is_attached(family: str, encoder_
         "C": tuple(f"encoder.layer.1.attention.self.{name}" for name in ("query", "value")),
         "D": ("encoder.layer.1.intermediate.dense", "encoder.layer.0.output.dense"),
     }
-    folders = [save_bulk_adapter(tmp_path / name, encoder, seed=ord(name), target=target) for name, target in targets.items()]
+    folders = [
+        save_bulk_adapter(tmp_path / name, encoder, seed=ord(name), target=target) for name, target in targets.items()
+    ]
     adapters = find_adapters([str(folder) for folder in folders], offline=True)
-    classifier = load_classifier(adapters, encoder=str(encoder), threads=1, use_gpu=False, offline=True, top_k=3, precision="float32")
+    classifier = load_classifier(
+        adapters, encoder=str(encoder), threads=1, use_gpu=False, offline=True, top_k=3, precision="float32"
+    )
     assert isinstance(classifier.encoder.model, FusedModel) == has_packed_weights(classifier.encoder)
     answers = classifier.classify(classifier.tokenise(TEXTS))
     plain = load_encoder(encoder)
     for adapter, found in zip(adapters, answers, strict=True):
         loaded = load_adapter(adapter.folder, plain)
-        logits = torch.from_numpy(loaded.logits_of_vectors(plain.embed(plain.tokenise(TEXTS)))) / calibration().temperature
+        logits = (
+            torch.from_numpy(loaded.logits_of_vectors(plain.embed(plain.tokenise(TEXTS)))) / calibration().temperature
+        )
         loaded.detach()
         expected = torch.softmax(logits, dim=1).sort(dim=1, descending=True)
         np.testing.assert_array_equal(found.top_labels, expected.indices.numpy())

@@ -61,7 +61,9 @@ WORSE, SAME, BETTER = "block", "keep", "promote"
 RANK = {WORSE: 0, SAME: 1, BETTER: 2}
 
 
-def predictions(only_first: int, only_second: int, *, num_texts: int = 1000, both: int = 700) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predictions(
+    only_first: int, only_second: int, *, num_texts: int = 1000, both: int = 700
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, and two predictions of which each alone is right so often; the texts of all kinds are mixed."""
     labels = np.zeros(num_texts, dtype=np.int64)
     first, second = np.ones_like(labels), np.ones_like(labels)
@@ -80,7 +82,9 @@ def decision(only_candidate: int, only_published: int, **config: Any) -> str:
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(30, 10), (4, 0), (60, 60), (0, 90)])
-def test_the_interval_of_a_difference_agrees_with_resampling_the_texts_one_by_one(only_first: int, only_second: int) -> None:
+def test_the_interval_of_a_difference_agrees_with_resampling_the_texts_one_by_one(
+    only_first: int, only_second: int
+) -> None:
     labels, first, second = predictions(only_first, only_second, num_texts=400, both=250)
     interval = paired_difference(labels, first, second)
     rng = np.random.default_rng(9)
@@ -89,14 +93,20 @@ def test_the_interval_of_a_difference_agrees_with_resampling_the_texts_one_by_on
         texts = rng.integers(400, size=400)
         drawn.append((first[texts] == labels[texts]).mean() - (second[texts] == labels[texts]).mean())
     low, high = np.quantile(drawn, [0.025, 0.975])
-    assert (interval.low, interval.high) == (pytest.approx(low, abs=0.0051), pytest.approx(high, abs=0.0051))  # two texts
+    assert (interval.low, interval.high) == (
+        pytest.approx(low, abs=0.0051),
+        pytest.approx(high, abs=0.0051),
+    )  # two texts
 
 
 def test_exchanging_the_two_turns_the_interval_round() -> None:
     for only_first, only_second in ((40, 10), (25, 25), (3, 0)):
         labels, first, second = predictions(only_first, only_second)
         one, other = paired_difference(labels, first, second), paired_difference(labels, second, first)
-        assert (one.low, one.high) == (pytest.approx(-other.high, abs=0.0011), pytest.approx(-other.low, abs=0.0011))  # one text
+        assert (one.low, one.high) == (
+            pytest.approx(-other.high, abs=0.0011),
+            pytest.approx(-other.low, abs=0.0011),
+        )  # one text
 
 
 def test_what_both_get_right_or_wrong_alike_does_not_widen_the_interval() -> None:
@@ -121,7 +131,9 @@ def test_the_interval_holds_the_true_difference_about_95_times_in_100() -> None:
     for seed in range(400):
         kinds = rng.choice(4, size=1000, p=[0.8, 0.06, 0.04, 0.1])  # both right, only the first, only the second, none
         first, second = ~np.isin(kinds, [0, 1]), ~np.isin(kinds, [0, 2])
-        interval = paired_difference(np.zeros(1000, dtype=np.int64), first.astype(np.int64), second.astype(np.int64), draws=1000, seed=seed)
+        interval = paired_difference(
+            np.zeros(1000, dtype=np.int64), first.astype(np.int64), second.astype(np.int64), draws=1000, seed=seed
+        )
         hits += interval.low <= 0.02 <= interval.high
     assert 0.92 <= hits / 400 <= 0.98
 
@@ -129,9 +141,9 @@ def test_the_interval_holds_the_true_difference_about_95_times_in_100() -> None:
 def test_predictions_that_agree_differ_by_nothing_and_the_kind_of_an_error_does_not_matter() -> None:
     labels, first, second = predictions(40, 10)
     assert paired_difference(labels, first, first) == Interval(0.0, 0.0)
-    assert paired_difference(labels, np.where(first == 1, 5, first), np.where(second == 1, -1, second)) == paired_difference(
-        labels, first, second
-    )
+    assert paired_difference(
+        labels, np.where(first == 1, 5, first), np.where(second == 1, -1, second)
+    ) == paired_difference(labels, first, second)
 
 
 # --- the decision ---
@@ -191,7 +203,9 @@ def test_a_difference_of_exactly_the_threshold_is_not_lost_to_rounding(num_texts
         assert decide(compare(labels, second, first), loss)[0] == SAME, more
 
 
-@pytest.mark.parametrize("config", [{}, {"min_gain": 0.01}, {"min_gain": -0.01}, {"max_regression": 0.02}, {"min_gain": -0.02}])
+@pytest.mark.parametrize(
+    "config", [{}, {"min_gain": 0.01}, {"min_gain": -0.01}, {"max_regression": 0.02}, {"min_gain": -0.02}]
+)
 @pytest.mark.parametrize("discordant", [4, 40, 120])
 def test_a_better_candidate_is_never_treated_worse(config: dict[str, float], discordant: int) -> None:
     ranks = [RANK[decision(right, discordant - right, **config)] for right in range(discordant + 1)]
@@ -229,7 +243,9 @@ def test_the_reason_has_all_figures() -> None:
     assert reason.startswith("too small a difference: ")
 
 
-@pytest.mark.parametrize("changes", [{"min_gain": 2}, {"max_regression": -0.1}, {"enabled": "perhaps"}, {"min_gains": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"min_gain": 2}, {"max_regression": -0.1}, {"enabled": "perhaps"}, {"min_gains": 0}]
+)
 def test_a_gate_that_means_nothing_is_refused(changes: dict[str, Any]) -> None:
     config = RunConfig(mteb_tasks=(MtebTaskConfig(name="A"),))
     overrides = tuple(f"publish.gate.{key}={json.dumps(value)}" for key, value in changes.items())
@@ -242,7 +258,10 @@ def test_a_gate_that_means_nothing_is_refused(changes: dict[str, Any]) -> None:
 
 def base_of(folder: RunFolder, *, revision: str | None = None) -> Base:
     """What a run folder would be, once published."""
-    results = {path.parent.name: TaskResult.model_validate_json(path.read_bytes()) for path in folder.root.glob("*/result.json")}
+    results = {
+        path.parent.name: TaskResult.model_validate_json(path.read_bytes())
+        for path in folder.root.glob("*/result.json")
+    }
     adapters = {name: result.adapter.sha256 for name, result in results.items()}
     publication = Publication(run_id="before", lorafleet_version="0", encoder=ENCODER, adapters=adapters, files={})
     return Base(revision, folder, publication)
@@ -262,7 +281,10 @@ def look(
 
 def test_what_is_not_published_yet_is_promoted(tmp_path: Path) -> None:
     base = base_of(finished_run(tmp_path / "published", [task_result("B")]))
-    assert first_look(task_result("A"), None, base, GateConfig()) == ("promote", "nothing is published under this name yet")
+    assert first_look(task_result("A"), None, base, GateConfig()) == (
+        "promote",
+        "nothing is published under this name yet",
+    )
     assert first_look(task_result("A"), None, Base(None, None, None), GateConfig())[0] == "promote"
 
 
@@ -336,16 +358,24 @@ def test_a_head_without_a_probe_beside_it_does_not_beat_it() -> None:
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({}, "promote"), ({"require_beats_probe": True}, "block"), ({"require_beats_probe": True, "enabled": False}, "promote")],
+    [
+        ({}, "promote"),
+        ({"require_beats_probe": True}, "block"),
+        ({"require_beats_probe": True, "enabled": False}, "promote"),
+    ],
     ids=["default", "required", "gate off"],
 )
-def test_beating_the_probe_is_asked_for_only_where_the_config_does(tmp_path: Path, config: dict[str, bool], expected: str) -> None:
+def test_beating_the_probe_is_asked_for_only_where_the_config_does(
+    tmp_path: Path, config: dict[str, bool], expected: str
+) -> None:
     candidate = read_candidate(finished_run(tmp_path / "run", [compared(40, 26, 0.109)]).root)
     (found,) = judge(candidate, Base(None, None, None), GateConfig(**config), to="out", repository=None)
     assert found.decision == expected
     assert ("full-data probe" in found.reason) == (expected == "block")
     beating = read_candidate(finished_run(tmp_path / "beating", [compared(40, 20, 0.0135)]).root)
-    assert judge(beating, Base(None, None, None), GateConfig(**config), to="out", repository=None)[0].decision == "promote"
+    assert (
+        judge(beating, Base(None, None, None), GateConfig(**config), to="out", repository=None)[0].decision == "promote"
+    )
 
 
 def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path: Path) -> None:
@@ -357,7 +387,9 @@ def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path
 
 def test_what_is_kept_anyway_need_not_beat_the_probe(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [compared(40, 26, 0.109)])
-    (found,) = judge(read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), to="out", repository=None)
+    (found,) = judge(
+        read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), to="out", repository=None
+    )
     assert found.decision == "keep"
 
 
@@ -479,10 +511,14 @@ class Bench:
             high *= 2
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.right(self.start) - self.right(self.noisy(middle)) < loss else (low, middle)
+            low, high = (
+                (middle, high) if self.right(self.start) - self.right(self.noisy(middle)) < loss else (low, middle)
+            )
         return self.noisy(high)
 
-    def run(self, name: str, head: HeadStart, *, labels: Sequence[str] | None = None, data: TaskData | None = None) -> Path:
+    def run(
+        self, name: str, head: HeadStart, *, labels: Sequence[str] | None = None, data: TaskData | None = None
+    ) -> Path:
         """A finished run whose adapter has this head; ``labels`` in the order of its outputs."""
         data = data or self.data
         task = data.task.name
@@ -495,10 +531,16 @@ class Bench:
         probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, logits.tolist())), tolerance=PROBE_TOLERANCE)
         made.probe.write_text(probe.model_dump_json(), encoding="utf-8")
         made.calibration.write_text(calibration().model_dump_json(), encoding="utf-8")
-        result = task_result(task, source=data.task, encoder=self.encoder, adapter=ref, labels=adapter.label_names).model_dump()
+        result = task_result(
+            task, source=data.task, encoder=self.encoder, adapter=ref, labels=adapter.label_names
+        ).model_dump()
         result["data"] |= {"fingerprint": data.fingerprint, "num_test": len(data.test_texts)}
         run = finished_run(
-            self.root / "runs" / name, [TaskResult.model_validate(result)], config=self.config, run_id=name, adapters={task: made.root}
+            self.root / "runs" / name,
+            [TaskResult.model_validate(result)],
+            config=self.config,
+            run_id=name,
+            adapters={task: made.root},
         )
         return run.root
 
@@ -560,7 +602,9 @@ def small(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def judged(candidate: Path, published: Path, **config: Any) -> GateDecision:
-    (found,) = judge(read_candidate(candidate), base_of(RunFolder(published)), GateConfig(**config), to="out", repository=None)
+    (found,) = judge(
+        read_candidate(candidate), base_of(RunFolder(published)), GateConfig(**config), to="out", repository=None
+    )
     return found
 
 
@@ -592,7 +636,9 @@ def test_labels_that_change_places_with_the_same_weights_are_noticed(small: Benc
 
 
 def test_a_text_whose_label_the_data_no_longer_have_counts_as_wrong(small: Bench) -> None:
-    published = small.run("old-name", small.start, labels=["harbour" if name == "sea" else name for name in small.data.label_names])
+    published = small.run(
+        "old-name", small.start, labels=["harbour" if name == "sea" else name for name in small.data.label_names]
+    )
     candidate = small.run("new-name", replace(small.start, bias=small.start.bias + np.float32(1e-6)))
     blocked = judged(candidate, published)
     assert (blocked.decision, blocked.difference) == ("block", None)
@@ -601,7 +647,9 @@ def test_a_text_whose_label_the_data_no_longer_have_counts_as_wrong(small: Bench
     sea = small.data.label_names.index("sea")
     right = small.said(small.start) == small.data.test_labels
     assert found.decision == "promote"
-    assert found.published_accuracy == pytest.approx(float((right & (small.data.test_labels != sea)).mean()), abs=TWO_TEXTS)
+    assert found.published_accuracy == pytest.approx(
+        float((right & (small.data.test_labels != sea)).mean()), abs=TWO_TEXTS
+    )
     assert found.candidate_accuracy == pytest.approx(float(right.mean()), abs=TWO_TEXTS)
 
 
@@ -609,14 +657,19 @@ def test_a_label_more_and_a_label_less_are_scored_where_that_is_allowed(small: B
     head, names = small.start, small.data.label_names
     two, three = HeadStart(head.weight[:2], head.bias[:2]), small.run("three", head)
     fewer = small.run("two", two, labels=names[:2])
-    more = HeadStart(np.vstack([head.weight, head.weight[:1]]), np.append(head.bias, head.bias[:1] - 100).astype(np.float32))
+    more = HeadStart(
+        np.vstack([head.weight, head.weight[:1]]), np.append(head.bias, head.bias[:1] - 100).astype(np.float32)
+    )
     four = small.run("four", more, labels=[*names, "nowhere"])
     right_of_two = float(((small.vectors @ two.weight.T + two.bias).argmax(axis=1) == small.data.test_labels).mean())
     gained = judged(three, fewer, allow_label_change=True)
     assert (gained.decision, gained.published_accuracy) == ("promote", pytest.approx(right_of_two, abs=TWO_TEXTS))
     lost = judged(fewer, three, allow_label_change=True)
     assert (lost.decision, lost.candidate_accuracy) == ("block", pytest.approx(right_of_two, abs=TWO_TEXTS))
-    assert (lost.low, lost.high) == (pytest.approx(-gained.high, abs=0.006), pytest.approx(-gained.low, abs=0.006))  # of draws
+    assert (lost.low, lost.high) == (
+        pytest.approx(-gained.high, abs=0.006),
+        pytest.approx(-gained.low, abs=0.006),
+    )  # of draws
     same = judged(three, four, allow_label_change=True)
     assert (same.decision, same.difference) == ("keep", 0.0)
 
@@ -645,7 +698,9 @@ def test_a_changed_test_file_is_one_message(small: Bench, tmp_path: Path) -> Non
     published, candidate = moved.run("one", moved.start), moved.run("two", moved.noisy(0.1))
     assert judged(candidate, published).num_texts == 200
     write_task(tmp_path / "data", "Topics", num_test=199)
-    with pytest.raises(DataError, match="Topics: its data are not those of run two any more; train again before publishing"):
+    with pytest.raises(
+        DataError, match="Topics: its data are not those of run two any more; train again before publishing"
+    ):
         judged(candidate, published)
 
 
@@ -664,7 +719,9 @@ def banking(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for split, step in (("train", 5), ("test", 2)):
         rows = pq.read_table(MIRROR / BANKING77 / f"{split}.parquet")
         pq.write_table(rows.take(list(range(0, len(rows), step))), root / "mirror" / BANKING77 / f"{split}.parquet")
-    config = RunConfig(data=DataConfig(mirror=str(root / "mirror"), offline=True), mteb_tasks=(MtebTaskConfig(name=BANKING77),))
+    config = RunConfig(
+        data=DataConfig(mirror=str(root / "mirror"), offline=True), mteb_tasks=(MtebTaskConfig(name=BANKING77),)
+    )
     return bench_of(root, config, num_train=2000, max_tokens=128)
 
 
@@ -689,7 +746,9 @@ def promoted(banking: Bench) -> Promoted:
 
 def publish_by_command(run_folder: Path, target: Path, *options: str) -> tuple[int, list[str]]:
     """Exit code and the lines on standard output; in this process, so that nothing is imported again."""
-    ended = CliRunner().invoke(lorafleet, ["publish", str(run_folder), "--to", str(target), *options], catch_exceptions=False)
+    ended = CliRunner().invoke(
+        lorafleet, ["publish", str(run_folder), "--to", str(target), *options], catch_exceptions=False
+    )
     return ended.exit_code, ended.stdout.splitlines()
 
 
@@ -719,10 +778,15 @@ def test_a_planted_regression_of_two_points_is_blocked(banking: Bench, promoted:
     planted = banking.right(banking.start) - banking.right(worse)
     assert planted == pytest.approx(0.02, abs=0.0014)  # two texts
     candidate = banking.run("worse", worse)
-    ended = run("publish", candidate, "--to", promoted.folder, cwd=banking.root)  # as people do, in a process of its own
+    ended = run(
+        "publish", candidate, "--to", promoted.folder, cwd=banking.root
+    )  # as people do, in a process of its own
     found = gate_of(candidate)
     assert ended.code == 1
-    assert ended.out.splitlines() == [f"block   {BANKING77}: {found.reason}", f"nothing to publish; {promoted.folder} stays as it is"]
+    assert ended.out.splitlines() == [
+        f"block   {BANKING77}: {found.reason}",
+        f"nothing to publish; {promoted.folder} stays as it is",
+    ]
     assert contents(promoted.folder) == before
     assert found.decision == "block"
     assert found.difference == pytest.approx(-planted, abs=0.0033)  # the gate computes in the fastest dtype: five texts

@@ -25,7 +25,15 @@ from pipeline.run.collect import collect, finish_run
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import Plan, job_spec
 from pipeline.run.preflight import preflight
-from pipeline.store.history import StoreHistory, TaskHistory, changed_test_data, label_drift, most_moved_labels, read_store, task_histories
+from pipeline.store.history import (
+    StoreHistory,
+    TaskHistory,
+    changed_test_data,
+    label_drift,
+    most_moved_labels,
+    read_store,
+    task_histories,
+)
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder, read_record
 from pipeline.store.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
@@ -60,7 +68,9 @@ def scores(
     accuracies = {column: head - below[column] for column in columns}
     return [
         ScoreRow.model_validate(
-            template.model_dump() | changes | {"column": column, "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.018}
+            template.model_dump()
+            | changes
+            | {"column": column, "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.018}
         )
         for column, accuracy in accuracies.items()
     ]
@@ -135,7 +145,12 @@ def season(runs: Path) -> StoreHistory:
     for week in range(12):
         before = week < 7
         refunds = 0.0 if week < 5 else 0.02 + 0.012 * (week - 5)
-        tickets = {"billing": 0.46 - 0.012 * week, "delivery": 0.31, "login": 0.17 + 0.004 * week, "other": 0.06 + 0.008 * week - refunds}
+        tickets = {
+            "billing": 0.46 - 0.012 * week,
+            "delivery": 0.31,
+            "login": 0.17 + 0.004 * week,
+            "other": 0.06 + 0.008 * week - refunds,
+        }
         if refunds:
             tickets["refund (since the new terms of sale)"] = refunds
         if week >= 9:
@@ -147,8 +162,23 @@ def season(runs: Path) -> StoreHistory:
             *scores(week, "Spam", head=0.974, reused_from=taken, sha256="c" * 64),
         ]
         of_tasks = [
-            facts(week, "Reviews", shares={"bad": 0.4, "good": 0.6}, tokens=(21, 60 + 2 * week, 128), seconds=900 + 20 * week, **tests),
-            facts(week, "Spam", shares={"ham": 0.8, "spam": 0.2}, tokens=(9, 22, 64), seconds=130, reused_from=taken, sha256="c" * 64),
+            facts(
+                week,
+                "Reviews",
+                shares={"bad": 0.4, "good": 0.6},
+                tokens=(21, 60 + 2 * week, 128),
+                seconds=900 + 20 * week,
+                **tests,
+            ),
+            facts(
+                week,
+                "Spam",
+                shares={"ham": 0.8, "spam": 0.2},
+                tokens=(9, 22, 64),
+                seconds=130,
+                reused_from=taken,
+                sha256="c" * 64,
+            ),
         ]
         failures = []
         if week == 3:
@@ -227,7 +257,9 @@ def test_another_number_of_test_texts_tells_where_an_older_version_kept_no_hash(
 
 def test_a_hash_is_compared_with_the_newest_known_one() -> None:
     assert changed_weeks(scores(0, sha256="a" * 64), scores(1, sha256=None), scores(2, sha256="b" * 64)) == [2]
-    assert changed_weeks(scores(0, sha256="a" * 64), scores(1, sha256=None, num_texts=9), scores(2, sha256="b" * 64, num_texts=9)) == [1]
+    assert changed_weeks(
+        scores(0, sha256="a" * 64), scores(1, sha256=None, num_texts=9), scores(2, sha256="b" * 64, num_texts=9)
+    ) == [1]
 
 
 def test_the_hash_of_the_test_data_is_of_its_texts_and_labels_alone(tmp_path: Path) -> None:
@@ -255,8 +287,15 @@ def test_total_variation_is_the_share_of_texts_that_would_need_another_label() -
 
 
 def test_the_most_moved_labels_span_the_widest_range_of_shares() -> None:
-    weeks = ({"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 0.5, "b": 0.4, "c": 0.1}, {"a": 0.55, "b": 0.2, "c": 0.1, "new": 0.15})
-    task = one_task([row for week in range(3) for row in scores(week)], [facts(week, shares=shares) for week, shares in enumerate(weeks)])
+    weeks = (
+        {"a": 0.6, "b": 0.3, "c": 0.1},
+        {"a": 0.5, "b": 0.4, "c": 0.1},
+        {"a": 0.55, "b": 0.2, "c": 0.1, "new": 0.15},
+    )
+    task = one_task(
+        [row for week in range(3) for row in scores(week)],
+        [facts(week, shares=shares) for week, shares in enumerate(weeks)],
+    )
     assert most_moved_labels(task.points, most=3) == ("b", "new", "a")
 
 
@@ -277,7 +316,13 @@ def results_in(folder: RunFolder, *results: TaskResult) -> list[TaskResult]:
 def row_of(tmp_path: Path, result: TaskResult, *, gpus_per_worker: float | str = "auto") -> MtebTaskRow:
     folder = RunFolder(tmp_path / "one")
     config = load_config("quickstart", overrides=(f"compute.gpus_per_worker={gpus_per_worker}",))
-    collect(Plan(config, ENCODER, MINILM_MODULES, CPU_FLOAT32, ()), results_in(folder, result), [], run_id="one", folder=folder)
+    collect(
+        Plan(config, ENCODER, MINILM_MODULES, CPU_FLOAT32, ()),
+        results_in(folder, result),
+        [],
+        run_id="one",
+        folder=folder,
+    )
     (row,) = read_mteb_tasks(folder.mteb_tasks)
     return row
 
@@ -288,9 +333,16 @@ def with_values(result: TaskResult, **values: Any) -> TaskResult:
 
 def test_a_row_says_what_the_data_and_the_work_were(tmp_path: Path) -> None:
     result = task_result("Tickets", labels=("x", "y"))
-    data = result.data.model_dump() | {"label_counts": (6000, 3000), "token_quantiles": (5, 9, 30), "test_fingerprint": "b" * 64}
+    data = result.data.model_dump() | {
+        "label_counts": (6000, 3000),
+        "token_quantiles": (5, 9, 30),
+        "test_fingerprint": "b" * 64,
+    }
     row = row_of(tmp_path, with_values(result, data=data))
-    assert [(share.label, share.share) for share in row.label_shares] == [("x", pytest.approx(2 / 3)), ("y", pytest.approx(1 / 3))]
+    assert [(share.label, share.share) for share in row.label_shares] == [
+        ("x", pytest.approx(2 / 3)),
+        ("y", pytest.approx(1 / 3)),
+    ]
     assert (row.tokens_p10, row.tokens_p50, row.tokens_p90, row.test_sha256) == (5, 9, 30, "b" * 64)
     assert (row.worker_seconds, row.gpu_seconds, row.peak_memory_bytes) == (93.4, 0.0, 600_000_000)
 
@@ -303,7 +355,9 @@ def test_gpu_seconds_are_the_workers_times_its_share_of_a_gpu(tmp_path: Path) ->
 
 
 def test_what_was_taken_over_cost_nothing(tmp_path: Path) -> None:
-    row = row_of(tmp_path, with_values(task_result(), reused_from="zero", runtime=CPU_FLOAT32.model_dump() | {"device": "cuda"}))
+    row = row_of(
+        tmp_path, with_values(task_result(), reused_from="zero", runtime=CPU_FLOAT32.model_dump() | {"device": "cuda"})
+    )
     assert (row.worker_seconds, row.gpu_seconds, row.reused_from) == (0, 0, "zero")
 
 
@@ -315,7 +369,9 @@ def test_a_result_of_an_older_version_is_read_and_its_row_says_that_nothing_is_k
     assert (row.label_shares, row.tokens_p50, row.test_sha256) == ((), None, None)
 
 
-def test_a_job_counts_the_labels_and_measures_the_texts_of_train(encoder_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_job_counts_the_labels_and_measures_the_texts_of_train(
+    encoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     task = write_task(tmp_path, "Topics", num_train=60)
     config = load_config(str(write_config(tmp_path / "c.toml", encoder_folder("bert"), [task])))
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
@@ -335,7 +391,14 @@ def test_a_finished_run_is_in_the_history_and_on_its_page(tmp_path: Path) -> Non
     results = [with_values(r, scores=[row.model_dump() | {"run_id": "one"} for row in r.scores]) for r in results]
     plan = Plan(load_config("quickstart"), ENCODER, MINILM_MODULES, CPU_FLOAT32, ())
     _, results_out = collect(plan, results, [], run_id="one", folder=folder)
-    finish_run(plan, results_out, [Failure(mteb_task="B", stage="train", reason="lost")], run_id="one", folder=folder, seconds=1.0)
+    finish_run(
+        plan,
+        results_out,
+        [Failure(mteb_task="B", stage="train", reason="lost")],
+        run_id="one",
+        folder=folder,
+        seconds=1.0,
+    )
     history = mteb_tasks_of_run(tmp_path / "runs", "one")
     assert read_mteb_tasks(history) == read_mteb_tasks(folder.mteb_tasks)
     page = parse((tmp_path / "runs" / "history.html").read_text(encoding="utf-8"))
@@ -410,12 +473,17 @@ def marks(figure: ElementTree.Element) -> list[float]:
 def test_the_page_is_the_golden_one_with_figures_cut_down_to_their_words(tmp_path: Path) -> None:
     page = render_history(season(tmp_path))
     words = iter([" | ".join(texts(figure)) for figure in figures(page)])
-    check_golden("history.html", re.sub(r"<svg.*?</svg>", lambda _: f"<svg>{html.escape(next(words))}</svg>", page, flags=re.DOTALL))
+    check_golden(
+        "history.html",
+        re.sub(r"<svg.*?</svg>", lambda _: f"<svg>{html.escape(next(words))}</svg>", page, flags=re.DOTALL),
+    )
 
 
 def test_no_line_joins_scores_on_different_test_data() -> None:
     a, b = "a" * 64, "b" * 64
-    task = one_task([row for week, sha256 in enumerate((a, a, a, b, b, a)) for row in scores(week, columns=["head"], sha256=sha256)])
+    task = one_task(
+        [row for week, sha256 in enumerate((a, a, a, b, b, a)) for row in scores(week, columns=["head"], sha256=sha256)]
+    )
     (figure,) = figures(page_of(task))
     lines = [line for line in pieces(figure, "--adapted") if line]
     assert [len(line) for line in lines] == [3, 2, 1]
@@ -428,7 +496,11 @@ def test_scores_that_were_not_measured_again_are_hollow_and_have_no_interval() -
     weeks = [scores(0, columns=["head"]), scores(1, columns=["head"], reused_from=0), scores(2, columns=["head"])]
     (figure,) = figures(page_of(one_task([row for rows in weeks for row in rows])))
     hollow = [use for use in figure.iter("use") if "fill: var(--paper)" in use.get("style", "")]
-    intervals = [path for path in figure.iter("path") if "stroke-opacity: 0.6" in path.get("style", "") and "clip-path" in path.attrib]
+    intervals = [
+        path
+        for path in figure.iter("path")
+        if "stroke-opacity: 0.6" in path.get("style", "") and "clip-path" in path.attrib
+    ]
     assert len(hollow) == 1
     assert len(intervals) == 2
 
@@ -437,7 +509,10 @@ def test_new_and_vanished_labels_are_named_with_their_run(tmp_path: Path) -> Non
     text = " ".join(parse(render_history(season(tmp_path))).text.split())
     assert f"run {run_name(5)}: new label refund (since the new terms of sale)" in text
     assert f"run {run_name(9)}: without label other" in text
-    assert f"run {run_name(7)}: test data changed (640 texts, before 500), so scores before and after cannot be compared" in text
+    assert (
+        f"run {run_name(7)}: test data changed (640 texts, before 500), so scores before and after cannot be compared"
+        in text
+    )
 
 
 def test_one_run_has_a_page_that_promises_nothing() -> None:
@@ -445,7 +520,10 @@ def test_one_run_has_a_page_that_promises_nothing() -> None:
     (figure,) = figures(page)
     assert "from the second run on" in texts(figure)
     assert "test data changed" not in texts(figure)
-    assert "newest of 1, 2026-03-02: head 90.0 (88.0–91.8), 4,500 training and 500 test texts, 2 classes" in parse(page).text
+    assert (
+        "newest of 1, 2026-03-02: head 90.0 (88.0–91.8), 4,500 training and 500 test texts, 2 classes"
+        in parse(page).text
+    )
 
 
 def test_runs_of_an_older_version_show_their_scores_and_that_the_rest_was_not_recorded() -> None:
@@ -471,7 +549,9 @@ def test_the_page_asks_nothing_of_the_network_and_links_to_reports_that_exist(tm
     links = [address for address in tags.addresses if not address.startswith("#")]
     assert links == [f"{run_name(week)}/report.html" for week in reversed(range(12)) if week != 1]
     assert all((tmp_path / link).is_file() for link in links)
-    assert {address[1:] for address in tags.addresses if address.startswith("#")} <= set(re.findall(r'id="([^"]+)"', page))
+    assert {address[1:] for address in tags.addresses if address.startswith("#")} <= set(
+        re.findall(r'id="([^"]+)"', page)
+    )
     assert not tags.seen & {"script", "link", "img", "iframe", "object", "embed", "image"}
     for figure in figures(page):
         assert re.findall(r"#[0-9a-f]{6}\b", ElementTree.tostring(figure, encoding="unicode")) == []

@@ -112,7 +112,9 @@ def test_what_is_not_there_or_not_allowed_is_not_worth_one(what: str, status: in
 
 
 @pytest.mark.parametrize("what", ASKS)
-def test_what_is_not_in_the_cache_while_offline_is_not_worth_one(what: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_in_the_cache_while_offline_is_not_worth_one(
+    what: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"team/"):
         ASKS[what]()
@@ -122,7 +124,12 @@ def test_what_is_not_in_the_cache_while_offline_is_not_worth_one(what: str, hub:
 @pytest.mark.parametrize("is_cause", [False, True])
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(errno.EACCES, InputError), (errno.EROFS, InputError), (errno.ENAMETOOLONG, InputError), (errno.ENOSPC, LorafleetError)],
+    [
+        (errno.EACCES, InputError),
+        (errno.EROFS, InputError),
+        (errno.ENAMETOOLONG, InputError),
+        (errno.ENOSPC, LorafleetError),
+    ],
 )
 def test_a_fault_of_this_machine_is_not_waited_for(
     number: int, kind: type[LorafleetError], is_cause: bool, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 from hub_server import CUT, USER, HubServer, go_online, serve_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -60,16 +67,24 @@ def client(hub: HubServer, *, token: str | bool | None = None) -> HfApi:
 
 def upload(hub: HubServer, files: dict[str, bytes], branch: str = "main", parent: str | None = None) -> str:
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-    return client(hub).create_commit(REPO, operations, commit_message="Upload", revision=branch, parent_commit=parent).oid
+    return (
+        client(hub).create_commit(REPO, operations, commit_message="Upload", revision=branch, parent_commit=parent).oid
+    )
 
 
 def download(hub: HubServer, cache: Path, revision: str = "main") -> dict[str, bytes]:
-    root = Path(snapshot_download(REPO, revision=revision, cache_dir=cache, endpoint=hub.endpoint, token=hub.token, max_workers=2))
+    root = Path(
+        snapshot_download(
+            REPO, revision=revision, cache_dir=cache, endpoint=hub.endpoint, token=hub.token, max_workers=2
+        )
+    )
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("lfs_from_bytes", [None, 5])
-def test_what_the_client_uploads_it_lists_and_downloads(serve: Serve, tmp_path: Path, lfs_from_bytes: int | None) -> None:
+def test_what_the_client_uploads_it_lists_and_downloads(
+    serve: Serve, tmp_path: Path, lfs_from_bytes: int | None
+) -> None:
     hub = serve(lfs_from_bytes=lfs_from_bytes)
     api = client(hub)
     url = api.create_repo(REPO)
@@ -101,7 +116,10 @@ def test_what_the_client_uploads_it_lists_and_downloads(serve: Serve, tmp_path: 
     siblings = {sibling.rfilename: sibling for sibling in api.model_info(REPO, files_metadata=True).siblings or []}
     assert siblings[WEIGHTS].blob_id == weights.blob_id
     assert [item.path for item in api.get_paths_info(REPO, [WEIGHTS, "missing"])] == [WEIGHTS]
-    assert {entry.path for entry in api.list_repo_tree(REPO, "tasks/Topics")} == {"tasks/Topics/adapter", "tasks/Topics/task.json"}
+    assert {entry.path for entry in api.list_repo_tree(REPO, "tasks/Topics")} == {
+        "tasks/Topics/adapter",
+        "tasks/Topics/task.json",
+    }
     commits = api.list_repo_commits(REPO)
     assert [(commit.commit_id, commit.title) for commit in commits] == [(oid, "Upload"), (first, "initial commit")]
     api.delete_repo(REPO)
@@ -117,7 +135,9 @@ def test_the_client_does_not_send_what_has_not_changed(serve: Serve, lfs_from_by
     assert upload(hub, FILES) == oid == hub.head(REPO)
     assert all("/commit/" not in path for _, path, _ in hub.requests)
     assert upload(hub, FILES | {"empty.txt": b"no more"}) != oid
-    assert all(method != "PUT" for method, path, _ in hub.requests if path.endswith(hashlib.sha256(FILES[WEIGHTS]).hexdigest()))
+    assert all(
+        method != "PUT" for method, path, _ in hub.requests if path.endswith(hashlib.sha256(FILES[WEIGHTS]).hexdigest())
+    )
 
 
 @pytest.mark.parametrize("lfs_from_bytes", [None, 5])
@@ -164,9 +184,13 @@ def test_branches_with_a_slash_work_everywhere(hub: HubServer, tmp_path: Path) -
     assert api.model_info(REPO, revision=STAGING).sha == staged
     assert download(hub, tmp_path, STAGING) == hub.files(REPO, STAGING)
     assert WEIGHTS not in hub.files(REPO)
-    path = hf_hub_download(REPO, WEIGHTS, revision=STAGING, cache_dir=tmp_path / "one", endpoint=hub.endpoint, token=hub.token)
+    path = hf_hub_download(
+        REPO, WEIGHTS, revision=STAGING, cache_dir=tmp_path / "one", endpoint=hub.endpoint, token=hub.token
+    )
     assert Path(path).read_bytes() == FILES[WEIGHTS]
-    assert {entry.path for entry in api.list_repo_tree(REPO, "tasks/Topics", revision=STAGING)} >= {"tasks/Topics/task.json"}
+    assert {entry.path for entry in api.list_repo_tree(REPO, "tasks/Topics", revision=STAGING)} >= {
+        "tasks/Topics/task.json"
+    }
     assert len(api.get_paths_info(REPO, [WEIGHTS, "tasks"], revision=STAGING)) == 2
     assert [commit.commit_id for commit in api.list_repo_commits(REPO, revision=STAGING)] == [staged, main]
     assert hub.head(REPO, STAGING) == staged
@@ -202,7 +226,12 @@ def test_a_part_of_a_file_can_be_read(hub: HubServer) -> None:
     upload(hub, FILES)
     url = f"{hub.endpoint}/{REPO}/resolve/main/{WEIGHTS}"
     whole = FILES[WEIGHTS]
-    for asked, expected in (("0-9", whole[:10]), ("10000-", whole[10000:]), ("-7", whole[-7:]), ("10200-99999", whole[10200:])):
+    for asked, expected in (
+        ("0-9", whole[:10]),
+        ("10000-", whole[10000:]),
+        ("-7", whole[-7:]),
+        ("10200-99999", whole[10200:]),
+    ):
         answer = get_session().get(url, headers={"Range": f"bytes={asked}"})
         assert (answer.status_code, answer.content) == (206, expected)
         assert answer.headers["Content-Range"].endswith(f"/{len(whole)}")
@@ -284,7 +313,9 @@ def test_the_client_repeats_a_cut_upload(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("lfs_from_bytes", [None, 5])
-def test_a_flipped_byte_in_storage_reaches_the_reader_under_the_old_hash(serve: Serve, tmp_path: Path, lfs_from_bytes: int | None) -> None:
+def test_a_flipped_byte_in_storage_reaches_the_reader_under_the_old_hash(
+    serve: Serve, tmp_path: Path, lfs_from_bytes: int | None
+) -> None:
     hub = serve(lfs_from_bytes=lfs_from_bytes)
     api = client(hub)
     api.create_repo(REPO)
@@ -332,7 +363,9 @@ def test_no_commit_of_several_clients_is_lost(hub: HubServer) -> None:
 def test_a_child_process_needs_only_its_environment(hub: HubServer, tmp_path: Path) -> None:
     upload(hub, FILES)
     script = f"import huggingface_hub, json; print(json.dumps(huggingface_hub.list_repo_files({REPO!r})))"
-    ended = subprocess.run([sys.executable, "-c", script], env=hub.environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=hub.environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert set(json.loads(ended.stdout)) == set(hub.files(REPO))
 
 

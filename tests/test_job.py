@@ -28,7 +28,14 @@ def spec(encoder_folder: Folders, tmp_path: Path) -> JobSpec:
     """Checked, and ready to be worked on."""
     evaluate = {"columns": ["frozen_full_data", "head"]}
     config = load_config(
-        str(write_config(tmp_path / "c.toml", encoder_folder("bert"), [write_task(tmp_path, "Topics", num_train=60)], evaluate=evaluate))
+        str(
+            write_config(
+                tmp_path / "c.toml",
+                encoder_folder("bert"),
+                [write_task(tmp_path, "Topics", num_train=60)],
+                evaluate=evaluate,
+            )
+        )
     )
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
     (task,) = plan.tasks
@@ -45,7 +52,9 @@ def job_of(folder: Path, encoder: Path, counts: Sequence[int], **sections: Any) 
     ]
     tests = {label: f"{text} old" for text, label in rows}
     entry = {"name": "Small", "train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")}
-    pq.write_table(pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]}), entry["train"])
+    pq.write_table(
+        pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]}), entry["train"]
+    )
     pq.write_table(pa.table({"text": list(tests.values()), "label": list(tests)}), entry["test"])
     config = load_config(str(write_config(folder / "c.toml", encoder, [entry], **sections)))
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
@@ -53,20 +62,26 @@ def job_of(folder: Path, encoder: Path, counts: Sequence[int], **sections: Any) 
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (2, 2), (1, 1, 2), (3,) * 14])
-def test_whatever_is_lawful_can_be_trained_however_little_it_is(counts: tuple[int, ...], encoder_folder: Folders, tmp_path: Path) -> None:
+def test_whatever_is_lawful_can_be_trained_however_little_it_is(
+    counts: tuple[int, ...], encoder_folder: Folders, tmp_path: Path
+) -> None:
     job = job_of(tmp_path, encoder_folder("bert"), counts)
     assert [row.column for row in job.evaluate_frozen()] == ["majority", "frozen_full_data", "frozen_few_shot"]
     assert TaskJob(job.spec).evaluate_frozen() == job.evaluate_frozen(), "read back from its file"
     assert len(job.train(lambda row: None, lambda progress: None).sha256) == 64
 
 
-def test_a_run_of_three_classes_that_selects_on_test_is_trained_and_evaluated(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_a_run_of_three_classes_that_selects_on_test_is_trained_and_evaluated(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     result = job_of(tmp_path, encoder_folder("bert"), (20, 20, 20), train={"early_stopping_split": "test"}).finish()
     assert {row.selected_on for row in result.scores} == {None, "test"}
     assert result.calibration.fitted_on == "none"
 
 
-def test_a_start_that_no_epoch_beats_is_a_finished_adapter_without_effect(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_a_start_that_no_epoch_beats_is_a_finished_adapter_without_effect(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     job = job_of(tmp_path, encoder_folder("bert"), (20, 20), train={"learning_rate": 1.0, "validation_fraction": 0.4})
     result = job.finish()
     assert (result.best_epoch, result.start_accuracy) == (0, 1.0)
@@ -97,7 +112,9 @@ def test_data_that_changed_after_they_were_checked_are_refused(spec: JobSpec, tm
         TaskJob(spec).load()
 
 
-def test_a_set_of_three_texts_for_each_of_two_labels_in_a_csv_file_ends_as_an_adapter(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_a_set_of_three_texts_for_each_of_two_labels_in_a_csv_file_ends_as_an_adapter(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     """Without a test file and too small for a validation slice; through the reload in a fresh process."""
     rows = [f"{word} {number};{label}" for label, word in (("fox", "red"), ("whale", "blue")) for number in range(3)]
     (tmp_path / "a.csv").write_text("\n".join(["body;kind", *rows]), encoding="utf-8")
@@ -114,7 +131,9 @@ def test_a_set_of_three_texts_for_each_of_two_labels_in_a_csv_file_ends_as_an_ad
 
 
 def test_an_encoder_that_changed_after_it_was_checked_is_refused(spec: JobSpec) -> None:
-    with pytest.raises(EncoderError, match=r"is sha256:\w+ now, and was sha256:0 when this run checked it; start it again"):
+    with pytest.raises(
+        EncoderError, match=r"is sha256:\w+ now, and was sha256:0 when this run checked it; start it again"
+    ):
         TaskJob(changed(spec, encoder_revision="sha256:0")).load()
 
 
@@ -148,14 +167,20 @@ def test_an_adapter_of_another_shape_is_not_gone_on_from(
     assert task.notes[-1].endswith(f"published#Topics has another {told}")
 
 
-def test_an_adapter_that_changed_after_it_was_checked_is_not_gone_on_from(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_an_adapter_that_changed_after_it_was_checked_is_not_gone_on_from(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"))
     config = warm(tmp_path, encoder_folder("bert"))
     plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
     assert plan.tasks[0].warm_start is not None
     save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"), seed=2)
-    with pytest.raises(AdapterError, match="Topics is another adapter now than when this run checked it; start it again"):
-        TaskJob(job_spec(plan, plan.tasks[0], run_id="one", runs=tmp_path / "runs")).train(lambda row: None, lambda progress: None)
+    with pytest.raises(
+        AdapterError, match="Topics is another adapter now than when this run checked it; start it again"
+    ):
+        TaskJob(job_spec(plan, plan.tasks[0], run_id="one", runs=tmp_path / "runs")).train(
+            lambda row: None, lambda progress: None
+        )
 
 
 @pytest.mark.faults

@@ -49,7 +49,11 @@ def server() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("name", "proxy"),
-    [("HTTP_PROXY", "http://127.0.0.1:9"), ("ALL_PROXY", "socks5://127.0.0.1:9"), ("all_proxy", "socks5h://me:x@127.0.0.1:9")],
+    [
+        ("HTTP_PROXY", "http://127.0.0.1:9"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("all_proxy", "socks5h://me:x@127.0.0.1:9"),
+    ],
 )
 @pytest.mark.parametrize("no_proxy", [None, "*,corp.example", "::1,[::1],[::1]:80,fe80::/10,10.0.0.0/8,.corp, ,"])
 def test_loopback_is_asked_directly_whatever_proxy_is_set(
@@ -66,7 +70,9 @@ def test_loopback_is_asked_directly_whatever_proxy_is_set(
 
 
 @pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
-def test_the_hosts_that_need_no_proxy_stay_those_that_the_user_has_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hosts_that_need_no_proxy_stay_those_that_the_user_has_set(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Libraries read the name in small letters first, where it is there."""
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:80")
     monkeypatch.setenv(name, "corp.example, [::1] ,10.0.0.1")

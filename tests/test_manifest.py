@@ -23,7 +23,15 @@ from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.run_folder import RunFolder
 
 PIPELINE = Path(pipeline.__file__).parent
-TASK = MtebTask(name="Topics", source="files", location="a", test_location="b", revision="sha256:1", max_epochs=3, samples_per_label=8)
+TASK = MtebTask(
+    name="Topics",
+    source="files",
+    location="a",
+    test_location="b",
+    revision="sha256:1",
+    max_epochs=3,
+    samples_per_label=8,
+)
 KEY = "d" * 64
 
 
@@ -32,7 +40,13 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def key(**changes: Any) -> str:
-    given: dict[str, Any] = {"mteb_task": TASK, "fingerprint": "f", "encoder": ENCODER, "runtime": CPU_FLOAT32, "versions": {"torch": "1"}}
+    given: dict[str, Any] = {
+        "mteb_task": TASK,
+        "fingerprint": "f",
+        "encoder": ENCODER,
+        "runtime": CPU_FLOAT32,
+        "versions": {"torch": "1"},
+    }
     settings = changes.pop("config", {})
     return task_key(config(**settings), **given | changes)
 
@@ -82,7 +96,9 @@ def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str,
 
 def test_all_that_python_loads_for_the_workers_job_counts() -> None:
     program = "import sys, pipeline.run.job\nprint(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'pipeline'))"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=PIPELINE.parent, capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=PIPELINE.parent, capture_output=True, text=True, check=True
+    )
     rooms = {path for path in map(Path, loaded.stdout.split()) if path.name != "__init__.py"}
     assert len(rooms) > 20
     assert rooms <= set(imported_files())
@@ -98,7 +114,11 @@ def test_an_import_inside_a_function_counts_and_so_does_a_module_named_as_an_att
     }.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text, encoding="utf-8")
-    assert [path.relative_to(package).as_posix() for path in imported_files(package)] == ["data/late.py", "records.py", "run/job.py"]
+    assert [path.relative_to(package).as_posix() for path in imported_files(package)] == [
+        "data/late.py",
+        "records.py",
+        "run/job.py",
+    ]
 
 
 def test_which_published_adapter_is_gone_on_from_does_not_count() -> None:
@@ -116,12 +136,38 @@ def test_the_code_that_trains_and_scores_counts_and_the_report_does_not(tmp_path
             file.write("# changed\n")
         return sources_sha256(copy) != before
 
-    for name in ("reports/report.py", "reports/model_card.py", "publishing/hub.py", "run/collect.py", "bulk/worker.py", "export/export.py"):
+    for name in (
+        "reports/report.py",
+        "reports/model_card.py",
+        "publishing/hub.py",
+        "run/collect.py",
+        "bulk/worker.py",
+        "export/export.py",
+    ):
         assert not changed_by(name), name
     for name in (
-        *("run/job.py", "data/catalogue.py", "data/table_checks.py", "data/dataset.py", "encoder/encoder.py", "encoder/loading.py"),
-        *("encoder/tokeniser.py", "encoder/attention.py", "encoder/frozen_linear.py", "adapter/adapter.py", "adapter/lora.py"),
-        *("training/train.py", "training/flat_weights.py", "evaluation/classification.py", "evaluation/scores.py", "evaluation/probe.py"),
+        *(
+            "run/job.py",
+            "data/catalogue.py",
+            "data/table_checks.py",
+            "data/dataset.py",
+            "encoder/encoder.py",
+            "encoder/loading.py",
+        ),
+        *(
+            "encoder/tokeniser.py",
+            "encoder/attention.py",
+            "encoder/frozen_linear.py",
+            "adapter/adapter.py",
+            "adapter/lora.py",
+        ),
+        *(
+            "training/train.py",
+            "training/flat_weights.py",
+            "evaluation/classification.py",
+            "evaluation/scores.py",
+            "evaluation/probe.py",
+        ),
     ):
         assert changed_by(name), name
 

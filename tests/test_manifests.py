@@ -38,7 +38,9 @@ CLUSTER = RAYJOB["rayClusterSpec"]
 GROUPS = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
 PODS = {group.get("groupName", "head"): group["template"] for group in GROUPS}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line)
+PINNED = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
+)
 SECRETS = ("POSTGRES_PASSWORD", "RAY_AUTH_TOKEN", "PREFECT_API_AUTH_STRING")
 _CODE = re.compile(r"^```\w*\n(?P<block>.*?)^```$|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
 _VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
@@ -48,7 +50,14 @@ _VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
 
 
 def test_the_compose_file_is_valid_by_the_compose_specification() -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/docker-compose.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        "deploy/docker-compose.yaml",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -57,7 +66,10 @@ def test_the_compose_file_is_valid_by_the_compose_specification() -> None:
 def compose() -> list[str]:
     """A client with compose; no engine is asked."""
     for client in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(client[0]) and subprocess.run([*client, "version"], capture_output=True, check=False).returncode == 0:
+        if (
+            shutil.which(client[0])
+            and subprocess.run([*client, "version"], capture_output=True, check=False).returncode == 0
+        ):
             return client
     pytest.skip("no docker client with compose here")
 
@@ -77,7 +89,9 @@ def test_compose_reads_the_file_as_it_is_meant(compose: list[str]) -> None:
     assert set(services) == set(SERVICES)
     assert {port["host_ip"] for service in services.values() for port in service.get("ports", ())} == {"127.0.0.1"}
     assert services["ray-worker"]["scale"] == 3
-    assert [(v["type"], v["source"], v["target"]) for v in services["ray-worker"]["volumes"]] == [("bind", "/srv/store", "/data")]
+    assert [(v["type"], v["source"], v["target"]) for v in services["ray-worker"]["volumes"]] == [
+        ("bind", "/srv/store", "/data")
+    ]
     tokens = {service["environment"].get("RAY_AUTH_TOKEN") == needed["RAY_AUTH_TOKEN"] for service in services.values()}
     assert tokens == {True, False}
     assert services["prefect-server"]["environment"]["PREFECT_SERVER_DATABASE_PASSWORD"] == needed["POSTGRES_PASSWORD"]
@@ -90,7 +104,9 @@ def test_prefects_api_asks_for_a_password_that_its_clients_have_and_only_its_own
     assert (required[1], required[2]) == ("PREFECT_API_AUTH_STRING", "?")  # without it nothing starts
     clients = {name for name, service in SERVICES.items() if "PREFECT_API_URL" in service.get("environment", ())}
     assert "prefect-worker" in clients
-    assert {SERVICES[name]["environment"]["PREFECT_API_AUTH_STRING"] for name in clients} == {asked["PREFECT_SERVER_API_AUTH_STRING"]}
+    assert {SERVICES[name]["environment"]["PREFECT_API_AUTH_STRING"] for name in clients} == {
+        asked["PREFECT_SERVER_API_AUTH_STRING"]
+    }
     assert filled(asked["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]) == "http://127.0.0.1:4200,http://localhost:4200"
 
 
@@ -146,7 +162,9 @@ def test_prefects_settings_take_the_database_with_a_password_of_any_characters(m
 
 
 @pytest.mark.parametrize("ends", ["ray", "prefect", "signal"])
-def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_leaves_none(ends: str, tmp_path: Path) -> None:
+def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_leaves_none(
+    ends: str, tmp_path: Path
+) -> None:
     """The two are stand-ins. Both end themselves with SIGINT when SIGTERM comes, as Prefect's worker does."""
     for name in ("ray", "prefect"):
         lives = "true" if name == ends else "trap 'kill -INT $$' TERM; for second in {1..20}; do sleep 1 & wait; done"
@@ -154,14 +172,21 @@ def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_lea
         (tmp_path / name).chmod(0o755)
     script = filled(SERVICES["prefect-worker"]["command"][0]).replace("$$", "$")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    as_init_does = ("env", "--default-signal=INT")  # who runs these tests in the background ignores it, for all that they start
+    as_init_does = (
+        "env",
+        "--default-signal=INT",
+    )  # who runs these tests in the background ignores it, for all that they start
     process = subprocess.Popen([*as_init_does, "bash", "-c", script], env=environment, stderr=subprocess.DEVNULL)
     started = [tmp_path / f"{name}.pid" for name in ("ray", "prefect")]
-    eventually(lambda: all(path.exists() and path.read_text() for path in started), seconds=10, what="both have started")
+    eventually(
+        lambda: all(path.exists() and path.read_text() for path in started), seconds=10, what="both have started"
+    )
     if ends == "signal":
         process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=15) == 1
-    eventually(lambda: not any(psutil.pid_exists(int(path.read_text())) for path in started), seconds=5, what="both are gone")
+    eventually(
+        lambda: not any(psutil.pid_exists(int(path.read_text())) for path in started), seconds=5, what="both are gone"
+    )
 
 
 # Kubernetes
@@ -169,7 +194,14 @@ def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_lea
 # The fields of KubeRay's custom resources that are used here, and their types, after its API reference (v1.6 and v1.7). No package
 # of a registry has the schema itself; what lies below `template` is checked by Kubernetes' own.
 _REQUIRED = {"headGroupSpec", "rayStartParams", "template", "groupName", "minReplicas", "maxReplicas"}
-_WORKER_GROUP = {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict, "template": dict}
+_WORKER_GROUP = {
+    "groupName": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+    "rayStartParams": dict,
+    "template": dict,
+}
 KUBERAY: dict[str, tuple[Any, dict[str, type]]] = {
     "RayJobSpec": (
         RAYJOB,
@@ -182,7 +214,10 @@ KUBERAY: dict[str, tuple[Any, dict[str, type]]] = {
             "rayClusterSpec": dict,
         },
     ),
-    "RayClusterSpec": (CLUSTER, {"rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list}),
+    "RayClusterSpec": (
+        CLUSTER,
+        {"rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list},
+    ),
     "AuthOptions": (CLUSTER["authOptions"], {"mode": str, "secretName": str}),
     "HeadGroupSpec": (GROUPS[0], {"rayStartParams": dict, "template": dict}),
     **{f"WorkerGroupSpec {group['groupName']}": (group, _WORKER_GROUP) for group in GROUPS[1:]},
@@ -212,7 +247,10 @@ def test_every_field_for_kuberay_is_one_that_it_has(name: str) -> None:
 
 
 def test_the_ray_job_is_what_kuberay_can_start() -> None:
-    assert (KUBERNETES["RayJob"]["apiVersion"], KUBERNETES["RayJob"]["metadata"]) == ("ray.io/v1", {"name": "lorafleet-train"})
+    assert (KUBERNETES["RayJob"]["apiVersion"], KUBERNETES["RayJob"]["metadata"]) == (
+        "ray.io/v1",
+        {"name": "lorafleet-train"},
+    )
     assert CLUSTER["rayVersion"] == PINNED["ray"]
     assert CLUSTER["authOptions"]["mode"] == "token"
     assert RAYJOB["shutdownAfterJobFinishes"], "ttlSecondsAfterFinished has no effect without it"
@@ -232,7 +270,9 @@ def test_every_pod_has_the_image_of_this_version_no_privileges_and_the_store(nam
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
     assert not any("hostPort" in port for port in container.get("ports", ()))
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
+    ]
     assert claims == [KUBERNETES["PersistentVolumeClaim"]["metadata"]["name"]]
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "gpu")
@@ -243,7 +283,9 @@ def test_the_ray_job_trains_a_valid_config_into_the_claim_with_workers_that_fit(
 
     words = shlex.split(RAYJOB["entrypoint"])
     config, runs = (Path(words[words.index(option) + 1]) for option in ("--config", "--runs"))
-    mounts = {mount["name"]: Path(mount["mountPath"]) for mount in PODS["head"]["spec"]["containers"][0]["volumeMounts"]}
+    mounts = {
+        mount["name"]: Path(mount["mountPath"]) for mount in PODS["head"]["spec"]["containers"][0]["volumeMounts"]
+    }
     assert runs.is_relative_to(mounts["store"])
     assert config.parent == mounts["config"]
     (tmp_path / config.name).write_text(KUBERNETES["ConfigMap"]["data"][config.name], encoding="utf-8")
@@ -324,13 +366,23 @@ cli.main(["train", "--dry-run"])
 
 def test_what_the_image_copies_is_let_through_and_runs_by_itself(steps: list[tuple[str, str]], tmp_path: Path) -> None:
     sources = [source for value in values(steps, "COPY") if "--from" not in value for source in value.split()[:-1]]
-    patterns = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    patterns = [
+        line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
+    ]
     context = tmp_path / "context"
     for source in sources:
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
         (context / source).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / source, context / source)
-    planted = [".env", "deploy/.env", "lorafleet.env", ".git/config", ".venv/bin/python", "runs/x/manifest.json", "tests/x.py"]
+    planted = [
+        ".env",
+        "deploy/.env",
+        "lorafleet.env",
+        ".git/config",
+        ".venv/bin/python",
+        "runs/x/manifest.json",
+        "tests/x.py",
+    ]
     for name in planted:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         (context / name).write_text("not to be sent", encoding="utf-8")
@@ -450,7 +502,9 @@ def test_every_service_that_a_command_names_is_there() -> None:
 
 def test_the_readme_has_every_variable_that_the_compose_file_reads() -> None:
     read = {match[1] for match in _VARIABLE.finditer(TEXTS["docker-compose.yaml"])}
-    passed_on = {name for service in SERVICES.values() for name, value in service["environment"].items() if value is None}
+    passed_on = {
+        name for service in SERVICES.values() for name, value in service["environment"].items() if value is None
+    }
     table = TEXTS["README.md"].partition("| variable |")[2]
     assert [name for name in sorted(read | passed_on) if name not in table] == []
 
@@ -480,12 +534,16 @@ def given_secrets(node: Any, name: str = "") -> Iterator[str]:
 
 def test_no_manifest_holds_a_secret() -> None:
     documents = {name: list(yaml.safe_load_all(text)) for name, text in TEXTS.items() if name.endswith(".yaml")}
-    assert {name: list(given_secrets(document)) for name, document in documents.items()} == {name: [] for name in documents}
+    assert {name: list(given_secrets(document)) for name, document in documents.items()} == {
+        name: [] for name in documents
+    }
     assert {name: _SECRET_TEXT.findall(text) for name, text in TEXTS.items()} == {name: [] for name in TEXTS}
 
 
 def test_the_image_is_built_without_a_secret(steps: list[tuple[str, str]]) -> None:
-    names = [name for value in (*values(steps, "ARG"), *values(steps, "ENV")) for name in re.findall(r"(\w+)(?:=|$)", value)]
+    names = [
+        name for value in (*values(steps, "ARG"), *values(steps, "ENV")) for name in re.findall(r"(\w+)(?:=|$)", value)
+    ]
     assert "TORCH_INDEX" in names
     assert [name for name in names if _SECRET_NAME.search(name)] == []
 
@@ -504,7 +562,13 @@ def test_the_check_sees_a_secret_that_is_given(planted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["hf_" + "a" * 30, "postgresql://prefect:prefect@postgres/prefect", "0123456789abcdef" * 2, "-----BEGIN PRIVATE KEY-----"]
+    "text",
+    [
+        "hf_" + "a" * 30,
+        "postgresql://prefect:prefect@postgres/prefect",
+        "0123456789abcdef" * 2,
+        "-----BEGIN PRIVATE KEY-----",
+    ],
 )
 def test_the_check_sees_what_looks_like_a_secret(text: str) -> None:
     assert _SECRET_TEXT.search(f"x: {text}")

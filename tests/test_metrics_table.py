@@ -36,7 +36,12 @@ NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
 
 def score_row(
-    run_id: str = "run-1", *, column: Column = "head", accuracy: float = 0.875, created_at: datetime = NOON, seed: int = 2**32 - 1
+    run_id: str = "run-1",
+    *,
+    column: Column = "head",
+    accuracy: float = 0.875,
+    created_at: datetime = NOON,
+    seed: int = 2**32 - 1,
 ) -> ScoreRow:
     return ScoreRow(
         run_id=run_id,
@@ -94,7 +99,9 @@ def mteb_task_row(run_id: str = "run-1", *, is_known: bool = True) -> MtebTaskRo
         num_validation=1,
         num_test=2,
         num_classes=2,
-        label_shares=(LabelShare(label="lost card", share=1 / 3), LabelShare(label="top up", share=2 / 3)) if is_known else (),
+        label_shares=(LabelShare(label="lost card", share=1 / 3), LabelShare(label="top up", share=2 / 3))
+        if is_known
+        else (),
         tokens_p10=4 if is_known else None,
         tokens_p50=9 if is_known else None,
         tokens_p90=30 if is_known else None,
@@ -164,7 +171,9 @@ def test_what_a_runs_data_and_work_were_comes_back_as_it_was_written(tmp_path: P
 
 def test_label_shares_are_read_by_other_tools_as_pairs_with_names(tmp_path: Path) -> None:
     append_mteb_tasks(tmp_path, "run-1", [mteb_task_row()])
-    found = duckdb.sql(f"SELECT s.label, s.share FROM (SELECT unnest(label_shares) AS s FROM '{tmp_path}/mteb_tasks/*.parquet')").fetchall()
+    found = duckdb.sql(
+        f"SELECT s.label, s.share FROM (SELECT unnest(label_shares) AS s FROM '{tmp_path}/mteb_tasks/*.parquet')"
+    ).fetchall()
     assert found == [("lost card", 1 / 3), ("top up", 2 / 3)]
     assert list(pd.read_parquet(tmp_path / "mteb_tasks").label_shares[0]) == [
         {"label": "lost card", "share": 1 / 3},
@@ -195,7 +204,9 @@ def test_history_keeps_one_file_per_run_and_reads_oldest_first(tmp_path: Path) -
     }
     for run_id, of_run in rows.items():
         assert append_history(tmp_path, run_id, of_run) == tmp_path / "metrics" / f"scores-{run_id}.parquet"
-    assert sorted(p.name for p in (tmp_path / "metrics").iterdir()) == [f"scores-{run_id}.parquet" for run_id in sorted(rows)]
+    assert sorted(p.name for p in (tmp_path / "metrics").iterdir()) == [
+        f"scores-{run_id}.parquet" for run_id in sorted(rows)
+    ]
     assert read_history(tmp_path) == [*rows[ahead], *rows[early], *rows[late]]
 
 
@@ -213,11 +224,18 @@ def means_over_seeds(runs: Path) -> subprocess.CompletedProcess[str]:
 def test_the_table_over_seeds_is_made_of_one_run_for_each_and_refused_of_anything_else(tmp_path: Path) -> None:
     empty = means_over_seeds(tmp_path)
     assert (empty.returncode, empty.stdout) == (2, "")
-    assert f"error: {tmp_path}: there is no finished run in it; expected a run store with one run for each seed" in empty.stderr
+    assert (
+        f"error: {tmp_path}: there is no finished run in it; expected a run store with one run for each seed"
+        in empty.stderr
+    )
     columns: tuple[Column, ...] = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
     for seed in (0, 1):
         run_id = f"2026010{seed + 1}-000000-abcd"
-        append_history(tmp_path, run_id, [score_row(run_id, column=column, seed=seed, accuracy=0.25 + seed / 2) for column in columns])
+        append_history(
+            tmp_path,
+            run_id,
+            [score_row(run_id, column=column, seed=seed, accuracy=0.25 + seed / 2) for column in columns],
+        )
     table = means_over_seeds(tmp_path)
     assert (table.returncode, table.stderr) == (0, "")
     assert "| Mean | 50.0 | 50.0 | +0.0 | 50.0 | 50.0 " in table.stdout

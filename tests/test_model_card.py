@@ -78,7 +78,9 @@ def test_an_encoder_that_the_hub_does_not_know_is_not_named_as_base_model() -> N
     assert "huggingface.co/minilm" not in card
 
 
-def own(name: str, *, source: Literal["files", "mirror", "package"] = "files", samples_per_label: int = 8) -> TaskResult:
+def own(
+    name: str, *, source: Literal["files", "mirror", "package"] = "files", samples_per_label: int = 8
+) -> TaskResult:
     location = f"/home/anna/{name}.parquet"
     task = MtebTask(
         name=name,
@@ -97,7 +99,9 @@ def test_data_that_is_not_on_the_hub_is_not_named_as_a_hub_dataset() -> None:
     data = data_in(card)
     assert data.datasets is None
     named = {(r.dataset_type, r.dataset_name, r.dataset_revision) for r in data.eval_results or []}
-    assert named == {("own-data", "Own (own data)", None), ("own-data", "Other (own data)", None)}, "each under its own name"
+    assert named == {("own-data", "Own (own data)", None), ("own-data", "Other (own data)", None)}, (
+        "each under its own name"
+    )
     assert len(data.eval_results or []) == 6
     assert "/home" not in card
 
@@ -113,7 +117,9 @@ def test_the_card_says_which_part_of_the_own_files_became_test() -> None:
         max_epochs=2,
         samples_per_label=8,
     )
-    assert "| own files, 25% of them as test, split by customer @ sha256:111111111111 |" in card_of(task_result("Own", source=own))
+    assert "| own files, 25% of them as test, split by customer @ sha256:111111111111 |" in card_of(
+        task_result("Own", source=own)
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,12 +135,16 @@ def test_own_data_are_not_called_mteb_tasks(results: list[TaskResult], told: str
     card = card_of(*results)
     assert f"In mteb's few-shot protocol {told} mean accuracy goes from" in card
     assert ("mteb" in (data_in(card).tags or [])) == is_mteb
-    assert {line.split(" | ")[0] for line in card.splitlines() if re.match(r"\| (MTEB task|Data set) \|", line)} == {f"| {heading}"}
+    assert {line.split(" | ")[0] for line in card.splitlines() if re.match(r"\| (MTEB task|Data set) \|", line)} == {
+        f"| {heading}"
+    }
 
 
 def test_the_card_says_how_many_texts_per_label_the_few_shot_scores_are_from() -> None:
     card = card_of(task_result("A"), own("B", samples_per_label=16))
-    head, _, *rows = [line.split(" | ") for line in card[card.index("## Adapters") :].splitlines() if line.startswith("|")]
+    head, _, *rows = [
+        line.split(" | ") for line in card[card.index("## Adapters") :].splitlines() if line.startswith("|")
+    ]
     assert [row[head.index("Few-shot texts per label")] for row in rows] == ["8", "16"]
     assert "Few-shot texts per label: A 8, B 16." in card
 
@@ -166,7 +176,9 @@ def test_every_table_row_has_as_many_cells_as_its_heading() -> None:
 
 
 def test_limits_name_overlap_truncation_selection_on_test_and_an_adapter_that_learnt_nothing() -> None:
-    weak = task_result("Weak", accuracies={"majority": 0.6, "head": 0.61}, selected_on="test", num_overlap=1234, num_truncated=7)
+    weak = task_result(
+        "Weak", accuracies={"majority": 0.6, "head": 0.61}, selected_on="test", num_overlap=1234, num_truncated=7
+    )
     card = card_of(weak, task_result("Clean", num_overlap=0, num_truncated=0))
     limits = card[card.index("## Known limits") : card.index("## Files")]
     assert "also occur in train, which flatters every column: Weak 1,234 of 1,000" in limits
@@ -193,7 +205,9 @@ def test_a_run_in_which_everything_failed_has_a_card_without_usage() -> None:
 @pytest.mark.parametrize("encoder", [HUB_ENCODER, ENCODER])
 @pytest.mark.parametrize("trust", [True, False])
 def test_the_usage_program_compiles(modules: tuple[str, ...], encoder: EncoderRef, trust: bool) -> None:
-    program = usage_snippet(task="Banking77Classification", encoder=encoder, adapted_modules=modules, trust_remote_code=trust)
+    program = usage_snippet(
+        task="Banking77Classification", encoder=encoder, adapted_modules=modules, trust_remote_code=trust
+    )
     compile(program, "snippet", "exec")
     assert 'FOLDER = "Banking77Classification"\n' in program
     assert ("trust_remote_code=True" in program) == trust

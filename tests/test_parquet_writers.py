@@ -18,7 +18,11 @@ from bulk import save_bulk_adapter, start
 from pipeline.errors import InputError
 
 ADDED = {"T_label", "T_score", "T_reason", "truncated"}
-TEXT_COLUMNS = {"pandas-integer-columns": "1", "pandas-day-columns": "2024-01-01 00:00:00", "pandas-multi-columns": "('a', 'text')"}
+TEXT_COLUMNS = {
+    "pandas-integer-columns": "1",
+    "pandas-day-columns": "2024-01-01 00:00:00",
+    "pandas-multi-columns": "('a', 'text')",
+}
 REFUSED = {"polars-int128": "Integers with more than 64 bits not implemented"}
 CHANGED = {
     "pyarrow-int96": {"x"},
@@ -49,9 +53,9 @@ def adapter(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 def as_pandas(path: Path) -> dict[str, Any]:
     frame = pd.read_parquet(path)
-    return {str(name): (str(frame.dtypes.iloc[i]), frame.iloc[:, i].tolist()) for i, name in enumerate(frame.columns)} | {
-        "index": frame.index[: parquet_writers.ROWS].tolist()
-    }
+    return {
+        str(name): (str(frame.dtypes.iloc[i]), frame.iloc[:, i].tolist()) for i, name in enumerate(frame.columns)
+    } | {"index": frame.index[: parquet_writers.ROWS].tolist()}
 
 
 def as_polars(path: Path) -> dict[str, Any]:
@@ -62,7 +66,8 @@ def as_duckdb(path: Path) -> dict[str, Any]:
     relation = duckdb.sql(f"SELECT * FROM read_parquet('{path}')")
     rows = relation.fetchall()
     return {
-        name: (str(kind), [row[i] for row in rows]) for i, (name, kind) in enumerate(zip(relation.columns, relation.types, strict=True))
+        name: (str(kind), [row[i] for row in rows])
+        for i, (name, kind) in enumerate(zip(relation.columns, relation.types, strict=True))
     }
 
 

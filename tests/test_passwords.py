@@ -12,14 +12,27 @@ import pytest
 from prefect_server import start_stand_in
 
 from pipeline.errors import InputError
-from tasks.services.passwords import given_login, kept_secret, login_for, new_login, private_folder, running_ups, server_settings
+from tasks.services.passwords import (
+    given_login,
+    kept_secret,
+    login_for,
+    new_login,
+    private_folder,
+    running_ups,
+    server_settings,
+)
 
 StartUp = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_KEY", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"):
+    for name in (
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_SERVER_API_AUTH_STRING",
+        "PREFECT_API_KEY",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -99,7 +112,9 @@ def test_what_the_user_has_set_is_asked_for_the_servers_own_before_the_clients(m
         given_login()
 
 
-def test_a_server_lets_the_pages_of_its_own_ui_read_its_answers_or_those_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_lets_the_pages_of_its_own_ui_read_its_answers_or_those_that_the_user_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings = server_settings("http://127.0.0.1:4200", "a:b")
     assert settings.pop("PREFECT_SERVER_CORS_ALLOWED_ORIGINS") == "http://127.0.0.1:4200,http://localhost:4200"
     assert settings == {"PREFECT_SERVER_API_AUTH_STRING": "a:b", "PREFECT_API_AUTH_STRING": "a:b"}
@@ -121,13 +136,21 @@ def test_the_login_of_a_running_up_is_found_by_its_port_as_long_as_it_runs(start
     assert here == {"one": "lorafleet:one", "two": "lorafleet:two"}
     assert login_for("http://127.0.0.1:41001/api") == "lorafleet:one"
     assert login_for("http://localhost:41002/api/") == "lorafleet:two"
-    for elsewhere in ("http://127.0.0.1:41003/api", "http://example.org:41001/api", "https://127.0.0.1/api", "41001", "http://[::1/api"):
+    for elsewhere in (
+        "http://127.0.0.1:41003/api",
+        "http://example.org:41001/api",
+        "https://127.0.0.1/api",
+        "41001",
+        "http://[::1/api",
+    ):
         assert login_for(elsewhere) is None
     one.communicate()  # whoever has the port then is sent nothing
     assert login_for("http://127.0.0.1:41001/api") is None
 
 
-def test_a_login_that_the_user_has_set_goes_before_that_of_up(start_up: StartUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_that_the_user_has_set_goes_before_that_of_up(
+    start_up: StartUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start_up("http://127.0.0.1:41001/api", tmp_path)
     monkeypatch.setenv("PREFECT_API_KEY", "key")
     assert login_for("http://127.0.0.1:41001/api") is None

@@ -38,7 +38,9 @@ def test_what_a_terminal_would_obey_or_hide_is_written_out(text: str, shown: str
 
 
 def test_every_control_format_and_surrogate_character_is_written_out_but_those_that_a_script_needs() -> None:
-    unseen = {chr(number) for number in range(0x110000) if unicodedata.category(chr(number)) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    unseen = {
+        chr(number) for number in range(0x110000) if unicodedata.category(chr(number)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    }
     kept = {character for character in unseen if printable(character) == character}
     needed = {"\u200c", "\u200d", *(chr(number) for start, end in SHOWN_FORMATS for number in range(start, end + 1))}
     assert kept == needed & unseen
@@ -61,7 +63,10 @@ def test_a_line_has_an_end() -> None:
         ("https://token@host/a", "https://***@host/a"),
         ("https://user:p/w@host/a", "https://***@host/a"),
         ("https://user:p@w@host:8080/a@2", "https://***@host:8080/a@2"),
-        ("https://h/a?X-Amz-Signature=abc&X-Amz-Credential=d%2Fe", "https://h/a?X-Amz-Signature=***&X-Amz-Credential=***"),
+        (
+            "https://h/a?X-Amz-Signature=abc&X-Amz-Credential=d%2Fe",
+            "https://h/a?X-Amz-Signature=***&X-Amz-Credential=***",
+        ),
         ("https://h/a?abcdef", "https://h/a?***"),
         ("https://h/a?versionId=7&sig=x", "https://h/a?versionId=7&sig=***"),
         ("s3://key:sec/ret@bucket/a", "s3://***@bucket/a"),

@@ -102,10 +102,14 @@ def test_publishing_again_gives_the_same_bytes(run: RunFolder, tmp_path: Path) -
 def test_mteb_tasks_that_are_not_in_the_run_stay(run: RunFolder, tmp_path: Path) -> None:
     publish_to_folder(run.root, tmp_path / "out")
     before = contents(tmp_path / "out")
-    other = finished_run(tmp_path / "runs" / "two", [task_result("C"), task_result("A", labels=("x", "y"))], run_id="two")
+    other = finished_run(
+        tmp_path / "runs" / "two", [task_result("C"), task_result("A", labels=("x", "y"))], run_id="two"
+    )
     published = publish_to_folder(other.root, tmp_path / "out")
     after = contents(tmp_path / "out")
-    assert set(after) == ROOT_FILES | {f"{task}/{name}" for task in "ABC" for name in TASK_FILES} | mteb_files(published)
+    assert set(after) == ROOT_FILES | {f"{task}/{name}" for task in "ABC" for name in TASK_FILES} | mteb_files(
+        published
+    )
     assert all(after[name] == before[name] for name in before if name.startswith("B/"))
     assert json.loads(after["A/labels.json"]) == ["x", "y"]
     assert (published.run_id, list(published.adapters)) == ("two", ["A", "B", "C"])
@@ -121,10 +125,14 @@ def test_adapters_of_two_encoders_are_not_mixed(run: RunFolder, tmp_path: Path) 
     before = contents(tmp_path / "out")
     encoder = EncoderRef(name="me/other", public_name="me/other", revision="e" * 40)
     one = finished_run(tmp_path / "runs" / "two", [task_result("A", encoder=encoder)], run_id="two")
-    with pytest.raises(InputError, match=r"B stays, and was trained on sentence-transformers/all-MiniLM-L6-v2 at .* me/other at eee"):
+    with pytest.raises(
+        InputError, match=r"B stays, and was trained on sentence-transformers/all-MiniLM-L6-v2 at .* me/other at eee"
+    ):
         publish_to_folder(one.root, tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    both = finished_run(tmp_path / "runs" / "three", [task_result(name, encoder=encoder) for name in "AB"], run_id="three")
+    both = finished_run(
+        tmp_path / "runs" / "three", [task_result(name, encoder=encoder) for name in "AB"], run_id="three"
+    )
     assert publish_to_folder(both.root, tmp_path / "out").encoder == encoder
 
 
@@ -134,11 +142,17 @@ def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> No
         samples_per_label=8,
     )  # fmt: skip
     encoder = EncoderRef(name="/srv/models/minilm", public_name="minilm", revision="sha256:" + "c" * 64)
-    run = finished_run(tmp_path / "run", [task_result("A", source=own, encoder=encoder, notes=["/srv/a/train.parquet is short"])])
+    run = finished_run(
+        tmp_path / "run", [task_result("A", source=own, encoder=encoder, notes=["/srv/a/train.parquet is short"])]
+    )
     publish_to_folder(run.root, tmp_path / "out")
     result = read_record(tmp_path / "out" / "A" / "result.json", TaskResult)
     assert (result.mteb_task.location, result.mteb_task.test_location) == ("…/train.parquet", "…/test.parquet")
-    assert (result.encoder.name, result.adapter.path, result.data.notes) == ("minilm", "A", ("…/train.parquet is short",))
+    assert (result.encoder.name, result.adapter.path, result.data.notes) == (
+        "minilm",
+        "A",
+        ("…/train.parquet is short",),
+    )
     assert not any(b"/srv" in content for content in contents(tmp_path / "out").values())
 
 
@@ -155,12 +169,17 @@ def test_an_empty_folder_can_be_published_to(run: RunFolder, tmp_path: Path) -> 
 
 
 def test_tasks_that_failed_are_listed_and_the_others_published(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run", [task_result("A")], failures=[Failure(mteb_task="Lost", stage="train", reason="died")])
+    run = finished_run(
+        tmp_path / "run", [task_result("A")], failures=[Failure(mteb_task="Lost", stage="train", reason="died")]
+    )
     (run.root / "Lost").mkdir()
     (run.root / "Lost" / "meta.json").write_text("{}", encoding="utf-8")
     publish_to_folder(run.root, tmp_path / "out")
     assert not (tmp_path / "out" / "Lost").exists()
-    assert read_record(tmp_path / "out" / "classification_results.json", ClassificationResults).failures[0].mteb_task == "Lost"
+    assert (
+        read_record(tmp_path / "out" / "classification_results.json", ClassificationResults).failures[0].mteb_task
+        == "Lost"
+    )
 
 
 def test_a_run_without_manifest_is_not_finished(run: RunFolder, tmp_path: Path) -> None:
@@ -233,7 +252,9 @@ def test_nothing_is_published_through_a_symbolic_link(name: str, run: RunFolder,
     (tmp_path / "secret").mkdir()
     elsewhere = (run.root / name).rename(tmp_path / "secret" / "key")
     (run.root / name).symlink_to(elsewhere)
-    with pytest.raises(InputError, match=rf"one/{name}: it is a symbolic link, not a f(ile|older); nothing was published"):
+    with pytest.raises(
+        InputError, match=rf"one/{name}: it is a symbolic link, not a f(ile|older); nothing was published"
+    ):
         publish_to_folder(run.root, tmp_path / "out")
     assert names(tmp_path) == ["runs", "secret"]
 
@@ -249,7 +270,9 @@ def test_a_pipe_in_a_run_is_not_waited_for(name: str, run: RunFolder, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["few_shot.json", "lora_adapter.pt"])
-def test_a_file_that_becomes_a_link_after_it_was_checked_is_not_published(name: str, run: RunFolder, tmp_path: Path) -> None:
+def test_a_file_that_becomes_a_link_after_it_was_checked_is_not_published(
+    name: str, run: RunFolder, tmp_path: Path
+) -> None:
     candidate = read_candidate(run.root)
     (tmp_path / "secret").write_bytes(b"secret")
     (run.task("A").root / name).unlink()
@@ -260,7 +283,9 @@ def test_a_file_that_becomes_a_link_after_it_was_checked_is_not_published(name: 
 
 
 @pytest.mark.parametrize("name", ["A/labels.json", "A", "README.md", "publication.json"])
-def test_what_is_published_already_is_not_taken_through_a_link_either(name: str, run: RunFolder, tmp_path: Path) -> None:
+def test_what_is_published_already_is_not_taken_through_a_link_either(
+    name: str, run: RunFolder, tmp_path: Path
+) -> None:
     publish_to_folder(run.root, tmp_path / "out")
     elsewhere = (tmp_path / "out" / name).rename(tmp_path / "elsewhere")
     (tmp_path / "out" / name).symlink_to(elsewhere)
@@ -280,9 +305,16 @@ def test_a_foreign_link_in_a_published_folder_is_not_lost(run: RunFolder, tmp_pa
 
 @pytest.mark.parametrize("value", ["../../x", "../../../../x", "/x", "a/../../x", "sha256:../../x"])
 @pytest.mark.parametrize("key", ["revision", "public_name"])
-def test_a_record_of_a_stranger_names_no_place_outside_the_target(key: str, value: str, run: RunFolder, tmp_path: Path) -> None:
+def test_a_record_of_a_stranger_names_no_place_outside_the_target(
+    key: str, value: str, run: RunFolder, tmp_path: Path
+) -> None:
     old = run.task("A").result.read_text(encoding="utf-8")
-    for path in (run.manifest, run.results, *(run.task(task).result for task in "AB"), *(run.task(task).meta for task in "AB")):
+    for path in (
+        run.manifest,
+        run.results,
+        *(run.task(task).result for task in "AB"),
+        *(run.task(task).meta for task in "AB"),
+    ):
         record = json.loads(path.read_text(encoding="utf-8"))
         record["encoder"][key if path.name != "meta.json" else {"public_name": "name"}.get(key, key)] = value
         path.write_text(json.dumps(record), encoding="utf-8")
@@ -353,7 +385,9 @@ def test_a_folder_that_cannot_be_written_is_refused(parent: str, run: RunFolder,
     assert (tmp_path / "file").read_bytes() == b"in the way"
 
 
-def test_a_copy_that_fails_leaves_the_target_as_it_was(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_leaves_the_target_as_it_was(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(source: Path, target: Path) -> None:
         target.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -394,7 +428,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
 def test_the_identity_of_an_adapter_is_the_hash_of_weights_then_head(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"ab")
     (tmp_path / "head.safetensors").write_bytes(b"c")
-    assert adapter_sha256(tmp_path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # sha256sum <<< of "abc"
+    assert (
+        adapter_sha256(tmp_path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )  # sha256sum <<< of "abc"
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"head\.safetensors cannot be read"):
         adapter_sha256(tmp_path)

@@ -100,7 +100,9 @@ def git_sha1(content: bytes) -> str:
 # --- what is published ---
 
 
-def test_a_run_that_is_published_when_it_is_finished_names_the_repository_as_it_was_given(finished_run: FinishedRun) -> None:
+def test_a_run_that_is_published_when_it_is_finished_names_the_repository_as_it_was_given(
+    finished_run: FinishedRun,
+) -> None:
     config = load_config(str(finished_run.config), overrides=(f"publish.to={TO}",))
     assert preflight(config, choose_runtime(config.train, threads=1, use_gpu=False)).config.publish.to == TO
 
@@ -112,7 +114,10 @@ def test_an_empty_repository_gets_the_whole_run_in_one_commit(empty: Place, worl
     assert {adapter.name for adapter in published.verified} == BOTH
     publication = check_settled(hub, BOTH, world.both)
     files = published_part(hub.files(REPO))
-    of_task = {path.name for path in (*RunFolder(world.both).task("Topics").published(), RunFolder(world.both).task("Topics").result)}
+    of_task = {
+        path.name
+        for path in (*RunFolder(world.both).task("Topics").published(), RunFolder(world.both).task("Topics").result)
+    }
     layout = {path for path in files if not path.startswith("mteb_results/")}
     assert layout == ROOT_FILES | {f"{task}/{name}" for task in BOTH for name in of_task}
     assert len(files) == published.num_files == len(publication.files) + 1
@@ -150,7 +155,11 @@ def test_only_changed_files_travel(one: Place, world: World) -> None:
     put = {path.rpartition("/")[2] for _, path, _ in sent(one.hub, "PUT ")}
     changed = {path for path, content in world.new.items() if world.old.get(path) != content}
     expected = {hashlib.sha256(world.new[path]).hexdigest() for path in changed if len(world.new[path]) >= LARGE}
-    unchanged = {hashlib.sha256(world.old[path]).hexdigest() for path in set(world.new) - changed if len(world.old[path]) >= LARGE}
+    unchanged = {
+        hashlib.sha256(world.old[path]).hexdigest()
+        for path in set(world.new) - changed
+        if len(world.old[path]) >= LARGE
+    }
     assert put == expected
     assert unchanged
     assert len(sent(one.hub, "PUT ")) == len(put), "and each of them once, though there are two commits"
@@ -162,7 +171,11 @@ def test_a_new_adapter_takes_the_place_of_the_published_one(one: Place, world: W
     change_adapter(changed, "Topics", world.encoder, another_head)
     one.publish(changed.root, NO_GATE)
     check_settled(one.hub, {"Topics"}, changed.root)
-    assert one.files()["Topics/head.safetensors"] == changed.task("Topics").head.read_bytes() != world.old["Topics/head.safetensors"]
+    assert (
+        one.files()["Topics/head.safetensors"]
+        == changed.task("Topics").head.read_bytes()
+        != world.old["Topics/head.safetensors"]
+    )
 
 
 @pytest.mark.faults
@@ -218,9 +231,13 @@ def test_main_is_old_or_new_and_the_next_start_ends_it(one: Place, world: World,
 
 @pytest.mark.faults
 @pytest.mark.parametrize("branch", ["staging", "main"])
-def test_a_lost_answer_is_not_taken_for_somebody_elses_commit(one: Place, world: World, tmp_path: Path, branch: str) -> None:
+def test_a_lost_answer_is_not_taken_for_somebody_elses_commit(
+    one: Place, world: World, tmp_path: Path, branch: str
+) -> None:
     changed = copy_run(world.base, tmp_path / "runs" / "changed", tasks=["Topics"])
-    change_adapter(changed, "Topics", world.encoder, another_head)  # files are deleted too, so the client does send the commit again
+    change_adapter(
+        changed, "Topics", world.encoder, another_head
+    )  # files are deleted too, so the client does send the commit again
     one.hub.cut(method="POST", path_contains=f"/commit/{branch}", takes_effect=True)
     published = one.publish(changed.root, NO_GATE)
     assert [adapter.name for adapter in published.verified] == ["Topics"]
@@ -230,7 +247,9 @@ def test_a_lost_answer_is_not_taken_for_somebody_elses_commit(one: Place, world:
 
 
 @pytest.mark.parametrize("name", QUICK_HARMS)
-def test_a_run_that_is_not_what_was_measured_is_not_published(one: Place, world: World, tmp_path: Path, name: str) -> None:
+def test_a_run_that_is_not_what_was_measured_is_not_published(
+    one: Place, world: World, tmp_path: Path, name: str
+) -> None:
     suffer_harm(one, world, HARMS[name], tmp_path)
     assert not (tmp_path / "touched").exists()
 
@@ -265,7 +284,11 @@ def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Pa
     config = json.loads((world.both / "manifest.json").read_text())["config"]["encoder"] | {"name": str(encoder)}
     moved = copy_run(world.both, tmp_path / "runs" / "both", encoder=config)
     weights = load_file(encoder / "model.safetensors")
-    save_file({name: torch.nextafter(value, value + 1) for name, value in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: torch.nextafter(value, value + 1) for name, value in weights.items()},
+        encoder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(AdapterError, match=r"Pairs.* fresh process: .*sha256:") as caught:
         one.publish(moved.root)
     assert str(caught.value).startswith(f"hf:{REPO} is left as it was")
@@ -301,9 +324,12 @@ POINTS = {
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(point, marks=() if point == "its commit to main" else pytest.mark.faults) for point in POINTS]
+    "point",
+    [pytest.param(point, marks=() if point == "its commit to main" else pytest.mark.faults) for point in POINTS],
 )
-def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(one: Place, world: World, point: str) -> None:
+def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(
+    one: Place, world: World, point: str
+) -> None:
     parts = POINTS[point]
     outcome = suffer_kill(one, world, lambda _, request: all(part in f"{request[0]} {request[1]}" for part in parts))
     assert outcome.main == ("new" if point in ("its commit to main", "its tag") else "old")
@@ -330,7 +356,10 @@ def test_two_publishers_at_once_both_land(place: Place, world: World, tmp_path: 
             barrier.abort()
 
     place.hub.before_commit = together
-    children = [place.publish_elsewhere(world.pairs, "pairs"), place.publish_elsewhere(changed.root, "changed", NO_GATE)]
+    children = [
+        place.publish_elsewhere(world.pairs, "pairs"),
+        place.publish_elsewhere(changed.root, "changed", NO_GATE),
+    ]
     assert [child.ended()["promoted"] for child in children] == [["Pairs"], ["Topics"]]  # type: ignore[index]
     assert sorted(status for _, _, status in sent(place.hub, "/commit/main")) == [200, 200, 412]
     check_complete(place.hub.files(REPO), BOTH)
@@ -410,7 +439,9 @@ def test_what_is_not_there_cannot_come_back(one: Place, world: World, capsys: py
 
 
 @pytest.mark.faults
-def test_verify_says_by_its_exit_code_what_it_found(one: Place, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_by_its_exit_code_what_it_found(
+    one: Place, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     one.publish(world.both)
     encoder = ("--encoder", str(world.encoder))
     assert code_of("verify", TO, *encoder) == 0
@@ -434,14 +465,22 @@ def test_verify_says_by_its_exit_code_what_it_found(one: Place, world: World, ca
 # --- the command line, in processes of its own ---
 
 
-def test_a_token_is_nowhere_and_no_local_path_is_published(finished_run: FinishedRun, world: World, tmp_path: Path) -> None:
+def test_a_token_is_nowhere_and_no_local_path_is_published(
+    finished_run: FinishedRun, world: World, tmp_path: Path
+) -> None:
     with hub_of_our_own(tmp_path, large=True, token=SECRET) as place:
         cwd = tmp_path / "cwd"
         copied = copy_run(world.both, cwd / "runs" / "both")
         environment = place.hub.environment | {"HF_HOME": str(tmp_path / "hf")}
         ended = run_command("publish", copied.root, "--to", TO, cwd=cwd, **environment)
         assert ended.code == 0, ended.err
-        assert [line.split()[0] for line in ended.out.splitlines()] == ["promote", "promote", "verified", "verified", "published"]
+        assert [line.split()[0] for line in ended.out.splitlines()] == [
+            "promote",
+            "promote",
+            "verified",
+            "verified",
+            "published",
+        ]
         check_settled(place.hub, BOTH, copied.root)
         assert ended.err == ""
         local = [*(str(path).encode() for path in (cwd, finished_run.cwd, world.encoder)), f"{Path.home()}/".encode()]
@@ -452,7 +491,9 @@ def test_a_token_is_nowhere_and_no_local_path_is_published(finished_run: Finishe
 
 @pytest.mark.faults
 @pytest.mark.parametrize("status", [401, 403, 500])
-def test_a_refusal_does_not_repeat_the_token(world: World, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_does_not_repeat_the_token(
+    world: World, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with hub_of_our_own(tmp_path, token=SECRET) as place:
         place.hub.fail(times=1000, status=status, method="POST")
         assert code_of("publish", str(world.both), "--to", TO) == (1 if status == 500 else 2)

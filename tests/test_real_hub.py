@@ -24,18 +24,24 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, d
     with ExitStack() as stack:
         if request.param == "real":
             if not (REPOSITORY and TOKEN):
-                pytest.skip("LORAFLEET_TEST_REPOSITORY=OWNER/NAME and HF_TOKEN are not given; the repository is written to")
+                pytest.skip(
+                    "LORAFLEET_TEST_REPOSITORY=OWNER/NAME and HF_TOKEN are not given; the repository is written to"
+                )
             yield f"hf:{REPOSITORY}", {"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         else:
             server = stack.enter_context(serve_hub(lfs_from_bytes=2_000))
             yield "hf:me/fleet", server.environment | {"HF_HOME": str(tmp_path / "hf")}
 
 
-def test_a_run_is_published_verified_and_rolled_back(hub: tuple[str, dict[str, str]], finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_is_published_verified_and_rolled_back(
+    hub: tuple[str, dict[str, str]], finished_run: FinishedRun, tmp_path: Path
+) -> None:
     to, environment = hub
     own = shutil.copytree(finished_run.root, tmp_path / "run")
     encoder = ("--encoder", load_config(str(finished_run.config)).encoder.name)
-    published = run("publish", own, "--to", to, "--private", "--set", "publish.gate.enabled=false", cwd=tmp_path, **environment)
+    published = run(
+        "publish", own, "--to", to, "--private", "--set", "publish.gate.enabled=false", cwd=tmp_path, **environment
+    )
     assert published.code == 0, published.err
     again = run("publish", own, "--to", to, cwd=tmp_path, **environment)
     assert (again.code, "stays as it is" in again.out) == (0, True), again.err

@@ -29,7 +29,9 @@ GROUP = 20  # rows of a unit
 @pytest.fixture(scope="module")
 def config(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``Quick``, and ``Long`` after it."""
-    return write_training(tmp_path_factory.mktemp("recovery-data"), encoder_folder("bert"), QUICK, "Long", epochs=EPOCHS)
+    return write_training(
+        tmp_path_factory.mktemp("recovery-data"), encoder_folder("bert"), QUICK, "Long", epochs=EPOCHS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,9 @@ def is_gone(command: Command, *titles: str) -> Callable[[], bool]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same_command_goes_on(store: Store, api: Api) -> None:
+def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same_command_goes_on(
+    store: Store, api: Api
+) -> None:
     command = store.start_in_the_middle()
     (finished,) = store.quick_results()
     flow_run = api.newest_flow_run("train-adapters")
@@ -131,7 +135,17 @@ def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_
 ) -> None:
     save_bulk_adapter(tmp_path / "topics", encoder_folder("bert"))
     write_bulk_input(tmp_path / "in", num_files=2, rows=8 * GROUP, group=GROUP)
-    options = ("--where", where, "--cpus", "1", "--rows-per-unit", str(GROUP), "--encoder", encoder_folder("bert"), "--offline")
+    options = (
+        "--where",
+        where,
+        "--cpus",
+        "1",
+        "--rows-per-unit",
+        str(GROUP),
+        "--encoder",
+        encoder_folder("bert"),
+        "--offline",
+    )
     job = ("classify", "in", "out", "--adapter", tmp_path / "topics", *options)
     output = tmp_path / "out"
 
@@ -160,7 +174,9 @@ def test_a_bulk_job_that_is_cancelled_in_the_ui_stops_and_the_same_command_goes_
 def deploy(api: Api, config: Path, cwd: Path) -> str:
     """With one run at a time, as `lorafleet deploy` has it: one more is cancelled."""
     limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "CANCEL_NEW"}}
-    return api.deploy("flows.train_adapters.train_adapters", cwd, parameters={"config": str(config), "runs": "runs"}, **limit)
+    return api.deploy(
+        "flows.train_adapters.train_adapters", cwd, parameters={"config": str(config), "runs": "runs"}, **limit
+    )
 
 
 def ends(api: Api, flow_run: str, *, seconds: float = 120) -> tuple[str, str]:
@@ -168,7 +184,11 @@ def ends(api: Api, flow_run: str, *, seconds: float = 120) -> tuple[str, str]:
 
     def last() -> tuple[str, str] | None:
         state = api.state(flow_run)
-        return (state["type"], state["message"] or "") if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+        return (
+            (state["type"], state["message"] or "")
+            if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+            else None
+        )
 
     ended: tuple[str, str] = eventually(last, seconds=seconds, what="the flow run ends")
     return ended
@@ -186,7 +206,11 @@ def test_a_run_of_a_prefect_worker_is_cancelled_within_ten_seconds_and_the_next_
     api.cancel(flow_run)
     eventually(is_gone(worker, "ray::Worker"), seconds=10, what="the workers are gone")
     assert ends(api, flow_run, seconds=30)[0] == "CANCELLED"
-    eventually(is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"), seconds=20, what="the run's processes are gone")
+    eventually(
+        is_gone(worker, "prefect.engine", "raylet/raylet", "gcs_server"),
+        seconds=20,
+        what="the run's processes are gone",
+    )
     assert worker.process.poll() is None
     assert "Ray cluster" not in worker.log()
     assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
@@ -218,7 +242,11 @@ def test_a_run_ends_with_the_prefect_worker_that_is_killed_and_the_next_one_goes
     worker.wait_until(store.in_the_middle)
     worker.process.kill()
     assert ends(api, flow_run)[0] == "CRASHED"
-    eventually(is_gone(worker, "prefect.engine", "ray::Worker", "raylet/raylet", "gcs_server"), seconds=20, what="all of the run is gone")
+    eventually(
+        is_gone(worker, "prefect.engine", "ray::Worker", "raylet/raylet", "gcs_server"),
+        seconds=20,
+        what="all of the run is gone",
+    )
     started(api, tmp_path)
     assert ends(api, api.start(deployment)) == ("COMPLETED", "1 adapter trained, 1 unchanged")
 
@@ -247,7 +275,9 @@ def test_a_run_that_dies_together_with_its_prefect_worker_does_not_block_later_o
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-def test_a_run_survives_a_restart_of_the_prefect_server(config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path) -> None:
+def test_a_run_survives_a_restart_of_the_prefect_server(
+    config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path
+) -> None:
     store = Store(tmp_path, config, PREFECT_API_URL=server.api.url)
     command = store.start_in_the_middle()
     flow_run = server.api.newest_flow_run("train-adapters")
@@ -288,7 +318,10 @@ def test_the_slot_of_a_run_outlives_a_restart_of_a_prefect_server_that_keeps_lea
     store: Store, started: Callable[..., Command], tmp_path: Path
 ) -> None:
     """Prefect's default keeps them in memory: it would end the run, which cannot renew its own, and never free the slot of a dead one."""
-    server = Server(tmp_path / "prefect", PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem")
+    server = Server(
+        tmp_path / "prefect",
+        PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
+    )
     server.start()
     try:
         api = server.api
@@ -309,7 +342,9 @@ def test_the_slot_of_a_run_outlives_a_restart_of_a_prefect_server_that_keeps_lea
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-def test_a_run_survives_a_locked_database(config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path) -> None:
+def test_a_run_survives_a_locked_database(
+    config: Path, undisturbed: dict[str, str], server: Server, tmp_path: Path
+) -> None:
     """Locked by another process for 15 seconds, and again while the run ends."""
     store = Store(tmp_path, config, PREFECT_API_URL=server.api.url)
     command = store.start_in_the_middle()
@@ -338,7 +373,9 @@ def postgres() -> Iterator[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        subprocess.run([programs[-1] / "initdb", "-D", "data", "-A", "trust", "-U", "prefect"], cwd=folder, check=True, **user)
+        subprocess.run(
+            [programs[-1] / "initdb", "-D", "data", "-A", "trust", "-U", "prefect"], cwd=folder, check=True, **user
+        )
         command = [programs[-1] / "postgres", "-D", "data", "-h", "127.0.0.1", "-p", str(port), "-k", folder]
         server = subprocess.Popen(command, cwd=folder, **user)
         yield f"prefect@127.0.0.1:{port}/postgres"
@@ -349,7 +386,10 @@ def postgres() -> Iterator[str]:
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_a_run_with_postgresql_as_prefects_database(encoder_folder: Folders, postgres: str, tmp_path: Path) -> None:
-    tasks = [write_task(tmp_path / "data", "Topics", num_classes=3), write_task(tmp_path / "data", "Pairs", num_classes=2, seed=1)]
+    tasks = [
+        write_task(tmp_path / "data", "Topics", num_classes=3),
+        write_task(tmp_path / "data", "Pairs", num_classes=2, seed=1),
+    ]
     config = write_config(tmp_path / "config.toml", encoder_folder("bert"), tasks)
     server = Server(tmp_path / "prefect", PREFECT_SERVER_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{postgres}")
     server.start()

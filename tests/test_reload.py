@@ -60,7 +60,9 @@ def test_swapped_labels_are_noticed(adapter: Adapter, folder: TaskFolder) -> Non
 
 
 @pytest.mark.faults
-def test_an_adapter_without_effect_passes_only_where_it_is_the_start_of_training(bert: Encoder, folder: TaskFolder) -> None:
+def test_an_adapter_without_effect_passes_only_where_it_is_the_start_of_training(
+    bert: Encoder, folder: TaskFolder
+) -> None:
     adapter = give_effect(Adapter(bert, AdapterConfig(), LABELS))
     with torch.no_grad():
         for lora in adapter.projections.values():
@@ -78,7 +80,9 @@ def test_which_effects_pass(effect: float, is_trained: bool, passes: bool) -> No
     logits = np.zeros((1, 2), dtype=np.float32)
 
     def check_effect(value: float) -> None:
-        Reloaded(logits, value, ("a", "b")).check("A", logits=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained)
+        Reloaded(logits, value, ("a", "b")).check(
+            "A", logits=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained
+        )
 
     with contextlib.nullcontext() if passes else pytest.raises(VerificationError, match="no effect"):
         check_effect(effect)
@@ -89,7 +93,9 @@ def test_which_effects_pass(effect: float, is_trained: bool, passes: bool) -> No
 @pytest.mark.faults
 def test_a_file_that_cannot_be_loaded_is_named_in_one_line(adapter: Adapter, folder: TaskFolder) -> None:
     folder.adapter_weights.write_bytes(b"")
-    with pytest.raises(VerificationError, match=r"Topics: the saved adapter cannot be loaded in a fresh process: .*damaged") as caught:
+    with pytest.raises(
+        VerificationError, match=r"Topics: the saved adapter cannot be loaded in a fresh process: .*damaged"
+    ) as caught:
         check(adapter, folder)
     assert "\n" not in str(caught.value)
 
@@ -97,9 +103,13 @@ def test_a_file_that_cannot_be_loaded_is_named_in_one_line(adapter: Adapter, fol
 @pytest.mark.faults
 def test_a_hub_encoder_is_reloaded_at_the_commit_it_was_trained_on(folder: TaskFolder, hub_cache: Path) -> None:
     config = EncoderConfig(name="someone/tiny", max_tokens=24)
-    adapter = give_effect(Adapter(Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32), AdapterConfig(), LABELS))
+    adapter = give_effect(
+        Adapter(Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32), AdapterConfig(), LABELS)
+    )
     save_adapter(adapter, folder, meta={})
-    (hub_cache / "models--someone--tiny" / "refs" / "main").write_text("f" * 40, encoding="utf-8")  # the Hub has moved on
+    (hub_cache / "models--someone--tiny" / "refs" / "main").write_text(
+        "f" * 40, encoding="utf-8"
+    )  # the Hub has moved on
     check(adapter, folder)
 
 

@@ -14,7 +14,14 @@ from pipeline.records import Confusion, EncoderRef, EpochRow, Failure, MtebTask,
 from pipeline.reports.report import render_report
 from pipeline.reports.score_table import summarise
 
-HOSTILE = ("<script>alert(1)</script>", "a$b$c", "$\\frac{x}$", 'say "hi" & {{ 7 * 7 }}', "反事实 עברית", "long " * 80 + "x" * 300)
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a$b$c",
+    "$\\frac{x}$",
+    'say "hi" & {{ 7 * 7 }}',
+    "反事实 עברית",
+    "long " * 80 + "x" * 300,
+)
 
 
 def page_of(*results: TaskResult, failures: tuple[Failure, ...] = (), encoder: EncoderRef = ENCODER) -> str:
@@ -62,7 +69,10 @@ def parse(page: str) -> Tags:
 
 def figures(page: str) -> list[ElementTree.Element]:
     found = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    return [ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1)) for svg in found]
+    return [
+        ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
+        for svg in found
+    ]
 
 
 def texts(figure: ElementTree.Element) -> list[str]:
@@ -73,11 +83,21 @@ def test_the_page_is_the_golden_one_with_figures_cut_down_to_their_words() -> No
     results = [
         task_result("Banking77Classification"),
         task_result("ImdbClassification", labels=("negative", "positive"), selected_on="test", p_value_holm=0.3),
-        task_result("MTOPDomainClassification", reused_from="2025-12-31-000000-123456", num_epochs=1, notes=["1 class has one text"]),
+        task_result(
+            "MTOPDomainClassification",
+            reused_from="2025-12-31-000000-123456",
+            num_epochs=1,
+            notes=["1 class has one text"],
+        ),
     ]
-    page = page_of(*results, failures=(Failure(mteb_task="EmotionClassification", stage="train", reason="worker died <3 times>"),))
+    page = page_of(
+        *results, failures=(Failure(mteb_task="EmotionClassification", stage="train", reason="worker died <3 times>"),)
+    )
     words = iter([" | ".join(texts(figure)) for figure in figures(page)])
-    check_golden("report.html", re.sub(r"<svg.*?</svg>", lambda _: f"<svg>{html.escape(next(words))}</svg>", page, flags=re.DOTALL))
+    check_golden(
+        "report.html",
+        re.sub(r"<svg.*?</svg>", lambda _: f"<svg>{html.escape(next(words))}</svg>", page, flags=re.DOTALL),
+    )
 
 
 def test_equal_records_give_equal_bytes() -> None:
@@ -178,7 +198,10 @@ def test_columns_that_were_switched_off_leave_the_rest_standing() -> None:
 
 def test_a_refit_is_drawn_apart_and_an_unmeasured_accuracy_is_said_so() -> None:
     result = task_result(num_epochs=2)
-    rows = tuple(EpochRow.model_validate(row.model_dump() | {"validation_accuracy": None, "is_best": False}) for row in result.epochs)
+    rows = tuple(
+        EpochRow.model_validate(row.model_dump() | {"validation_accuracy": None, "is_best": False})
+        for row in result.epochs
+    )
     both = TaskResult.model_validate(result.model_dump() | {"epochs": result.epochs + rows, "refitted": True})
     blind = TaskResult.model_validate(result.model_dump() | {"epochs": rows, "selected_on": "last_epoch"})
     assert "training loss (dashed: refit)" in texts(figures(page_of(both))[1])
@@ -205,11 +228,15 @@ def test_the_p_value_of_the_test_and_the_corrected_one_stand_side_by_side() -> N
 
 def calibrated(before: float, after: float) -> TaskResult:
     result = task_result()
-    return result.model_copy(update={"calibration": result.calibration.model_copy(update={"error_before": before, "error_after": after})})
+    return result.model_copy(
+        update={"calibration": result.calibration.model_copy(update={"error_before": before, "error_after": after})}
+    )
 
 
 def test_a_calibration_error_that_rose_is_said_to_have_risen() -> None:
-    assert "3.8 before and 4.2 after temperature 1.40: it rose" in " ".join(parse(page_of(calibrated(0.038, 0.042))).text.split())
+    assert "3.8 before and 4.2 after temperature 1.40: it rose" in " ".join(
+        parse(page_of(calibrated(0.038, 0.042))).text.split()
+    )
     assert "it rose" not in page_of(calibrated(0.042, 0.042))
 
 
@@ -243,7 +270,14 @@ def test_the_lower_ends_of_a_coverage_table_are_shown_where_they_were_measured_o
 def test_the_page_names_no_local_path() -> None:
     encoder = EncoderRef(name="/home/anna/encoders/minilm", public_name="minilm", revision="sha256:0")
     sources = [
-        MtebTask(name="M", source="mirror", location="/home/anna/mirror", revision="sha256:1", max_epochs=1, samples_per_label=8),
+        MtebTask(
+            name="M",
+            source="mirror",
+            location="/home/anna/mirror",
+            revision="sha256:1",
+            max_epochs=1,
+            samples_per_label=8,
+        ),
         MtebTask(
             name="P",
             source="files",
@@ -254,5 +288,8 @@ def test_the_page_names_no_local_path() -> None:
             samples_per_label=8,
         ),
     ]
-    results = [task_result(s.name, source=s, encoder=encoder, notes=["/home/anna/a.parquet: 2 labels are rare"]) for s in sources]
+    results = [
+        task_result(s.name, source=s, encoder=encoder, notes=["/home/anna/a.parquet: 2 labels are rare"])
+        for s in sources
+    ]
     assert "/home" not in page_of(*results, encoder=encoder)

@@ -26,7 +26,9 @@ def test_delta_is_the_adapted_few_shot_score_minus_the_frozen_one() -> None:
 
 
 def test_an_average_leaves_out_tasks_without_the_column() -> None:
-    full = task_result("Full", accuracies={"frozen_few_shot": 0.5, "adapted_few_shot": 0.7, "frozen_full_data": 0.6, "head": 0.8})
+    full = task_result(
+        "Full", accuracies={"frozen_few_shot": 0.5, "adapted_few_shot": 0.7, "frozen_full_data": 0.6, "head": 0.8}
+    )
     part = task_result("Part", accuracies={"head": 0.6})
     average = summary_of(full, part).average
     assert average.head_accuracy == pytest.approx(0.7)
@@ -51,7 +53,9 @@ def test_a_run_in_which_nothing_finished_has_no_averages() -> None:
         (0.9, 0.8, None, None),
     ],
 )
-def test_the_verdict_needs_both_a_small_p_and_a_sign(head: float, probe: float, p_value: float | None, verdict: str | None) -> None:
+def test_the_verdict_needs_both_a_small_p_and_a_sign(
+    head: float, probe: float, p_value: float | None, verdict: str | None
+) -> None:
     result = task_result(accuracies={"frozen_full_data": probe, "head": head}, p_value_holm=p_value)
     assert score_table(summary_of(result), [result]).lines[0].verdict == verdict
 
@@ -71,7 +75,10 @@ def test_there_is_no_verdict_without_the_probe() -> None:
 
 def test_intervals_come_from_the_results_and_are_left_out_without_them() -> None:
     result = task_result()
-    with_intervals, without = score_table(summary_of(result), [result]).lines[0], score_table(summary_of(result)).lines[0]
+    with_intervals, without = (
+        score_table(summary_of(result), [result]).lines[0],
+        score_table(summary_of(result)).lines[0],
+    )
     assert with_intervals.head is not None and without.head is not None
     assert (with_intervals.head.low, with_intervals.head.high) == (0.873, 0.911)
     assert without.head.low is None
@@ -123,7 +130,13 @@ def test_a_kept_start_is_told_below_the_table() -> None:
 
 
 def test_a_difference_has_a_sign_and_nothing_has_none() -> None:
-    assert [points(0.152), points(-0.004), points(0.0), points(-0.0001), points(None)] == ["+15.2", "-0.4", "0.0", "0.0", "–"]
+    assert [points(0.152), points(-0.004), points(0.0), points(-0.0001), points(None)] == [
+        "+15.2",
+        "-0.4",
+        "0.0",
+        "0.0",
+        "–",
+    ]
     assert [percent(0.9213), percent(0.0), percent(None)] == ["92.1", "0.0", "–"]
 
 
@@ -150,7 +163,9 @@ def test_a_summary_names_no_local_path() -> None:
 
 
 def scored_on(result: TaskResult, sha256: str) -> TaskResult:
-    return result.model_copy(update={"scores": tuple(row.model_copy(update={"test_sha256": sha256 * 64}) for row in result.scores)})
+    return result.model_copy(
+        update={"scores": tuple(row.model_copy(update={"test_sha256": sha256 * 64}) for row in result.scores)}
+    )
 
 
 def test_the_change_from_run_to_run_is_now_less_then_where_the_same_texts_were_scored() -> None:
@@ -165,7 +180,10 @@ def test_the_change_from_run_to_run_is_now_less_then_where_the_same_texts_were_s
 
 def started(start_accuracy: float | None, **changes: Any) -> TaskResult:
     result = task_result("Topics", num_epochs=3, start_accuracy=start_accuracy)
-    epochs = tuple(row.model_copy(update={"validation_accuracy": score}) for row, score in zip(result.epochs, (0.7, 0.8, 0.6), strict=True))
+    epochs = tuple(
+        row.model_copy(update={"validation_accuracy": score})
+        for row, score in zip(result.epochs, (0.7, 0.8, 0.6), strict=True)
+    )
     return result.model_copy(update={"epochs": epochs} | changes)
 
 
@@ -213,17 +231,28 @@ def judged(metric: MainMetric | None, *, p_value: float, **macro_f1: float) -> T
         (None, 0.2, {"head": 0.4, "frozen_full_data": 0.5}, "above"),
     ],
 )
-def test_the_verdict_is_about_the_main_metric(metric: MainMetric | None, p_value: float, macro_f1: dict[str, float], told: str) -> None:
+def test_the_verdict_is_about_the_main_metric(
+    metric: MainMetric | None, p_value: float, macro_f1: dict[str, float], told: str
+) -> None:
     (line,) = score_table(summary_of(judged(metric, p_value=p_value, **macro_f1))).lines
     cells = dict(zip(SCORE_HEADINGS, line.cells(), strict=True))
     assert cells["Head against probe"].text == told
-    assert cells["Macro-F1, probe / head"].text == "{frozen_full_data:.1%} / {head:.1%}".format(**macro_f1).replace("%", "")
+    assert cells["Macro-F1, probe / head"].text == "{frozen_full_data:.1%} / {head:.1%}".format(**macro_f1).replace(
+        "%", ""
+    )
     assert (line.p_value, line.p_value_holm) == (p_value / 2, p_value if metric else 0.001)
 
 
 def test_a_summary_of_an_older_version_still_has_its_verdict() -> None:
     values = summary_of(task_result()).model_dump(mode="json")
-    for name in ("samples_per_label", "full_data_probe_macro_f1", "head_macro_f1", "main_metric", "p_value_main", "p_value_main_holm"):
+    for name in (
+        "samples_per_label",
+        "full_data_probe_macro_f1",
+        "head_macro_f1",
+        "main_metric",
+        "p_value_main",
+        "p_value_main_holm",
+    ):
         del values["tasks"][0][name]
     table = score_table(ClassificationResults.model_validate_json(json.dumps(values)))
     assert (table.lines[0].verdict, table.notes()) == ("above", ())

@@ -78,8 +78,18 @@ def gate_of(folder: RunFolder, task: str, decision: str, published: str | None =
     """What publishing the run decided."""
     sha256 = read_record(folder.task(task).result, TaskResult).adapter.sha256
     row: dict[str, Any] = dict.fromkeys(GateDecision.model_fields)
-    row |= {"run_id": folder.root.name, "mteb_task": task, "to": "hf:me/fleet", "decision": decision, "reason": "so it is"}
-    row |= {"candidate_sha256": sha256, "published_sha256": sha256 if published == "itself" else published, "created_at": NOW}
+    row |= {
+        "run_id": folder.root.name,
+        "mteb_task": task,
+        "to": "hf:me/fleet",
+        "decision": decision,
+        "reason": "so it is",
+    }
+    row |= {
+        "candidate_sha256": sha256,
+        "published_sha256": sha256 if published == "itself" else published,
+        "created_at": NOW,
+    }
     write_gate([GateDecision.model_validate(row)], folder.gate)
 
 
@@ -89,7 +99,9 @@ def files(root: Path) -> Files:
     for path in sorted(root.rglob("*")):
         if path.name != ".lock":
             name = path.relative_to(root).as_posix()
-            found[name] = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+            found[name] = (
+                str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+            )
     return found
 
 
@@ -159,7 +171,13 @@ def test_the_last_good_run_of_an_mteb_task_stays_though_a_newer_one_failed_or_lo
 
 @pytest.mark.parametrize(
     ("decision", "published", "stays"),
-    [("promote", None, True), ("promote", "0" * 64, True), ("keep", "0" * 64, False), ("block", "0" * 64, False), ("keep", "itself", True)],
+    [
+        ("promote", None, True),
+        ("promote", "0" * 64, True),
+        ("keep", "0" * 64, False),
+        ("block", "0" * 64, False),
+        ("keep", "itself", True),
+    ],
 )
 def test_a_run_stays_that_was_published(decision: str, published: str | None, stays: bool, tmp_path: Path) -> None:
     """Also where it was published a second time: then its own adapter is kept as the published one, which hides the promotion."""
@@ -210,7 +228,9 @@ def test_a_run_that_only_took_over_the_published_adapter_may_go(tmp_path: Path) 
     run_of(tmp_path, 300)
     gate_of(folder, "Topics", "keep", "itself")
     manifest = read_manifest(folder)
-    write_manifest(RunManifest.model_validate(manifest.model_dump() | {"reused": {"Topics": "20200101-000000-abcd"}}), folder)
+    write_manifest(
+        RunManifest.model_validate(manifest.model_dump() | {"reused": {"Topics": "20200101-000000-abcd"}}), folder
+    )
     assert of(judge(tmp_path, Policy(keep=0), now=NOW), folder).goes
 
 
@@ -244,7 +264,9 @@ def test_the_adapter_of_a_run_that_goes_lives_on_in_the_run_that_took_it_over(tm
 
 
 @pytest.mark.parametrize(("days", "older_than", "goes"), [(6, 0, False), (8, 0, True), (8, 30, False), (31, 30, True)])
-def test_what_was_begun_stays_for_seven_days_whatever_the_policy(days: float, older_than: float, goes: bool, tmp_path: Path) -> None:
+def test_what_was_begun_stays_for_seven_days_whatever_the_policy(
+    days: float, older_than: float, goes: bool, tmp_path: Path
+) -> None:
     run_folder, checkpoint = unfinished_run(tmp_path, days), checkpoint_of(tmp_path, days)
     verdicts = prune(tmp_path, Policy(older_than_days=older_than), dry_run=False).verdicts
     assert (of(verdicts, run_folder).goes, of(verdicts, checkpoint).goes) == (goes, goes)
@@ -286,10 +308,22 @@ def test_nothing_else_in_a_store_is_touched(tmp_path: Path) -> None:
     outside = run_of(elsewhere, 500)
     doomed = run_of(runs, 400)
     run_of(runs, 300)
-    for name in ("metrics/scores-x.parquet", "epochs/epochs-x.parquet", "mteb_tasks/x.parquet", "history.html", ".prefect/prefect.db"):
+    for name in (
+        "metrics/scores-x.parquet",
+        "epochs/epochs-x.parquet",
+        "mteb_tasks/x.parquet",
+        "history.html",
+        ".prefect/prefect.db",
+    ):
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_bytes(b"history")
-    for name in ("20200101-000000-abcd/notes.txt", "20200102-000000-abcd/config.toml", "my-run/manifest.json", ".work/notes/x", ".other/x"):
+    for name in (
+        "20200101-000000-abcd/notes.txt",
+        "20200102-000000-abcd/config.toml",
+        "my-run/manifest.json",
+        ".work/notes/x",
+        ".other/x",
+    ):
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_text("x = 1", encoding="utf-8")
     (runs / outside.root.name).symlink_to(outside.root)
@@ -297,7 +331,9 @@ def test_nothing_else_in_a_store_is_touched(tmp_path: Path) -> None:
     (doomed.root / "link").symlink_to(outside.root)
     (doomed.task("Topics").root / "link").symlink_to(outside.manifest)
     written(tmp_path, 400)
-    before = {name: content for name, content in files(tmp_path).items() if not name.startswith(f"runs/{doomed.root.name}")}
+    before = {
+        name: content for name, content in files(tmp_path).items() if not name.startswith(f"runs/{doomed.root.name}")
+    }
     verdicts = prune(runs, Policy(keep=0, older_than_days=0), dry_run=False).verdicts
     assert gone(verdicts) == {doomed.root.name}
     assert files(tmp_path) == before
@@ -372,7 +408,9 @@ def killed_at(store: Path, copies: Path) -> Iterator[tuple[int, Path]]:
 
 
 @pytest.mark.faults
-def test_killed_at_any_step_no_run_is_half_a_finished_one_and_the_next_pruning_ends_it(store: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_no_run_is_half_a_finished_one_and_the_next_pruning_ends_it(
+    store: Path, tmp_path: Path
+) -> None:
     whole = {path.name: files(path) for path in store.glob("2*")}
     work = {path.name: files(path) for path in store.glob(".work/*")}
     ended = tmp_path / "ended"
@@ -393,12 +431,16 @@ def test_killed_at_any_step_no_run_is_half_a_finished_one_and_the_next_pruning_e
 
 def test_a_killed_command_is_gone_on_with_by_the_next(store: Path, tmp_path: Path) -> None:
     (tmp_path / "planted").mkdir()
-    plant = "import os, sys\nleft = [9]\ndef watch(event, arguments):\n    if event == 'os.remove':\n        left[0] -= 1\n"
+    plant = (
+        "import os, sys\nleft = [9]\ndef watch(event, arguments):\n    if event == 'os.remove':\n        left[0] -= 1\n"
+    )
     plant += "        if left[0] == 0: os.kill(os.getpid(), 9)\nsys.addaudithook(watch)\n"
     (tmp_path / "planted" / "sitecustomize.py").write_text(plant, encoding="utf-8")
     links = " ".join(f'<a href="{manifest.parent.name}/report.html">' for manifest in store.glob("*/manifest.json"))
     (store / "history.html").write_text(links, encoding="utf-8")
-    assert run("prune", "runs", "--keep", "1", cwd=tmp_path, PYTHONPATH=str(tmp_path / "planted")).code == -signal.SIGKILL
+    assert (
+        run("prune", "runs", "--keep", "1", cwd=tmp_path, PYTHONPATH=str(tmp_path / "planted")).code == -signal.SIGKILL
+    )
     (half,) = store.glob("*/manifest.deleted.json")
     ended = run("prune", "runs", "--keep", "1", cwd=tmp_path)
     assert ended.code == 0, ended.err
@@ -452,10 +494,16 @@ def test_the_command_says_of_each_folder_why_it_goes_or_stays(store: Path, tmp_p
     assert dry.out.splitlines()[:-1] == lines[:-1]
     assert lines[0].split()[:3] == ["delete", "run", f"runs/{oldest}"]
     assert lines[0].endswith("finished 400 days ago, not among the newest 1 runs of Topics")
-    assert (dry.out.splitlines()[-1].split(",")[0], lines[-1].split(",")[0]) == ("would delete 4 of 6", "deleted 4 of 6")
+    assert (dry.out.splitlines()[-1].split(",")[0], lines[-1].split(",")[0]) == (
+        "would delete 4 of 6",
+        "deleted 4 of 6",
+    )
     again = run("prune", "runs", "--keep", "1", "--json", cwd=tmp_path)
     said = json.loads(again.out)
-    assert [(verdict["what"], verdict["goes"]) for verdict in said["verdicts"]] == [("run", False), ("checkpoint", False)]
+    assert [(verdict["what"], verdict["goes"]) for verdict in said["verdicts"]] == [
+        ("run", False),
+        ("checkpoint", False),
+    ]
     assert (said["freed_bytes"], said["failures"], said["dry_run"]) == (0, [], False)
 
 
@@ -467,7 +515,9 @@ def test_the_command_says_of_each_folder_why_it_goes_or_stays(store: Path, tmp_p
         (lambda runs: [runs, "--keep", "-1"], "--keep"),
     ],
 )
-def test_a_wrong_call_is_one_message(arguments: Callable[[Path], list[Any]], word: str, store: Path, tmp_path: Path) -> None:
+def test_a_wrong_call_is_one_message(
+    arguments: Callable[[Path], list[Any]], word: str, store: Path, tmp_path: Path
+) -> None:
     before = files(store)
     ended = run("prune", *arguments(store), cwd=tmp_path)
     assert (ended.code, ended.out) == (2, "")

@@ -78,7 +78,9 @@ def two(bert_folder: Path, bert: Encoder, tmp_path: Path) -> Router:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_and_probabilities_are_those_of_the_adapter_as_it_was_trained(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_labels_and_probabilities_are_those_of_the_adapter_as_it_was_trained(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     encoder = load_encoder(encoder_folder(family))
     ref = saved(tmp_path / "Topics", encoder)
     _, scores = attached_vectors(ref, encoder)
@@ -88,11 +90,15 @@ def test_labels_and_probabilities_are_those_of_the_adapter_as_it_was_trained(fam
     assert len({p.label for p in predictions}) == 3
     np.testing.assert_allclose([p.score for p in predictions], scores.max(axis=1), atol=1e-4)  # type: ignore[arg-type]
     assert all(p.top[0] == (p.label, p.score) for p in predictions)
-    np.testing.assert_allclose([[s.score for s in p.top] for p in predictions], -np.sort(-scores, axis=1)[:, :2], atol=1e-4)
+    np.testing.assert_allclose(
+        [[s.score for s in p.top] for p in predictions], -np.sort(-scores, axis=1)[:, :2], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_are_those_of_the_encoder_with_the_adapter_attached(family: str, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_vectors_are_those_of_the_encoder_with_the_adapter_attached(
+    family: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
     encoder = load_encoder(encoder_folder(family))
     ref = saved(tmp_path / "Topics", encoder)
     expected, _ = attached_vectors(ref, encoder)
@@ -105,16 +111,22 @@ def test_vectors_are_those_of_the_encoder_with_the_adapter_attached(family: str,
 
 def test_vectors_are_of_length_1_where_the_encoders_own_definition_says_so(bert_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert_folder, tmp_path / "normalising")
-    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Normalize"}]), encoding="utf-8")
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Normalize"}]), encoding="utf-8"
+    )
     encoder = load_encoder(folder)
     ref = saved(tmp_path / "Topics", encoder)
     expected, scores = attached_vectors(ref, encoder)
     router = router_of([ref], folder)
-    np.testing.assert_allclose(router.embed(TEXTS, "Topics"), expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(
+        router.embed(TEXTS, "Topics"), expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-4
+    )
     np.testing.assert_allclose([p.score for p in router.predict(TEXTS, "Topics")], scores.max(axis=1), atol=1e-4)  # type: ignore[arg-type]
 
 
-def test_texts_for_different_adapters_are_tokenised_once_and_answered_in_their_order(two: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_for_different_adapters_are_tokenised_once_and_answered_in_their_order(
+    two: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [("Topics", "Pairs", "Pairs")[i % 3] for i in range(len(TEXTS))]
     alone = {name: (two.predict(TEXTS, name), two.embed(TEXTS, name)) for name in two.names}
     tokenised = list[int]()
@@ -126,7 +138,9 @@ def test_texts_for_different_adapters_are_tokenised_once_and_answered_in_their_o
 
     monkeypatch.setattr(Encoder, "tokenise", counted)
     same(two.predict(TEXTS, names), [alone[name][0][row] for row, name in enumerate(names)])
-    np.testing.assert_allclose(two.embed(TEXTS, names), [alone[name][1][row] for row, name in enumerate(names)], atol=1e-4)
+    np.testing.assert_allclose(
+        two.embed(TEXTS, names), [alone[name][1][row] for row, name in enumerate(names)], atol=1e-4
+    )
     assert tokenised == [len(TEXTS)] * 2
     assert not np.allclose(alone["Topics"][1], alone["Pairs"][1], atol=0.1)
 
@@ -153,7 +167,9 @@ def test_two_runs_of_one_mteb_task_need_names(bert: Encoder, bert_folder: Path, 
     assert router.predict(TEXTS, "seed0") != router.predict(TEXTS, "seed1")
 
 
-def test_adapters_of_different_encoders_and_another_encoder_are_refused(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_adapters_of_different_encoders_and_another_encoder_are_refused(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
     refs = [saved(tmp_path / family, load_encoder(encoder_folder(family))) for family in ("bert", "distilbert")]
     with pytest.raises(AdapterError, match=r"adapters bert and distilbert were trained on encoders of revision"):
         router_of(refs, encoder_folder("bert"))
@@ -250,7 +266,9 @@ def test_a_text_for_which_the_adapter_overflows_has_no_label(tmp_path: Path) -> 
     assert len(soup.top) == 2
 
 
-def test_an_adapter_that_overflows_for_every_text_is_refused_when_it_is_loaded(bert_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_for_every_text_is_refused_when_it_is_loaded(
+    bert_folder: Path, tmp_path: Path
+) -> None:
     encoder = load_encoder(bert_folder)
     adapter = give_effect(Adapter(encoder, AdapterConfig(), LABELS[:3]))
     with torch.no_grad():

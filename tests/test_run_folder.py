@@ -85,9 +85,13 @@ def test_a_file_is_read_up_to_its_limit_and_not_beyond(tmp_path: Path) -> None:
 DEEP, HUGE, HALF = b"[" * 100_000 + b"]" * 100_000, b"9" * 6000, b'"\\ud800"'
 
 
-@pytest.mark.parametrize("record_type", [AdapterMeta, LabelNames, Probe, FewShot, TaskResult, ClassificationResults, Publication])
+@pytest.mark.parametrize(
+    "record_type", [AdapterMeta, LabelNames, Probe, FewShot, TaskResult, ClassificationResults, Publication]
+)
 @pytest.mark.parametrize("value", [DEEP, HUGE, HALF, b"NaN", b'"' + b"x" * 1_000_000 + b'"'])
-def test_json_that_breaks_readers_is_one_line_that_names_the_file(record_type: type, value: bytes, tmp_path: Path) -> None:
+def test_json_that_breaks_readers_is_one_line_that_names_the_file(
+    record_type: type, value: bytes, tmp_path: Path
+) -> None:
     for content in (value, b'{"run_id": ' + value + b"}", b"[" + value + b"]", b'{"' + b"k" * 100_000 + b'": 1}'):
         (tmp_path / "record.json").write_bytes(content)
         with pytest.raises(DataError, match=r"record\.json is damaged") as raised:
@@ -139,11 +143,18 @@ def test_an_mteb_task_of_a_record_is_called_as_a_config_may_call_it(name: str, t
 
 
 @pytest.mark.parametrize(
-    "path", ["../../etc/passwd", "/etc/passwd", "A/../../x", "A//x", "A/.x", ".x", "A/", "", "A\\x", "A/x\n", "a" * 1001]
+    "path",
+    ["../../etc/passwd", "/etc/passwd", "A/../../x", "A//x", "A/.x", ".x", "A/", "", "A\\x", "A/x\n", "a" * 1001],
 )
 def test_a_publication_names_only_files_inside_itself(path: str, tmp_path: Path) -> None:
     encoder = {"name": "e", "public_name": "e", "revision": "a" * 40}
-    publication = {"run_id": "one", "lorafleet_version": "0", "encoder": encoder, "adapters": {}, "files": {path: "a" * 64}}
+    publication = {
+        "run_id": "one",
+        "lorafleet_version": "0",
+        "encoder": encoder,
+        "adapters": {},
+        "files": {path: "a" * 64},
+    }
     (tmp_path / "publication.json").write_text(json.dumps(publication), encoding="utf-8")
     with pytest.raises(DataError, match=r"publication\.json is damaged.*files"):
         read_record(tmp_path / "publication.json", Publication)
@@ -182,7 +193,9 @@ def test_nothing_but_a_regular_file_is_taken_from_a_folder(
         open_inside(tmp_path, "x")
 
 
-def test_a_file_that_becomes_a_pipe_after_it_was_looked_at_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_a_pipe_after_it_was_looked_at_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(b"")
     looked_at = (tmp_path / "x").stat()
     (tmp_path / "x").unlink()

@@ -68,13 +68,22 @@ def test_average_precision_is_that_of_class_one() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "num_classes", "certainty"),
-    [([0, 1, 1], 3, [0.1, 0.5, 0.9]), ([0, 1, 1], 2, None), ([1, 1, 1], 2, [0.1, 0.5, 0.9]), ([0, 0, 0], 2, [0.1, 0.5, 0.9])],
+    [
+        ([0, 1, 1], 3, [0.1, 0.5, 0.9]),
+        ([0, 1, 1], 2, None),
+        ([1, 1, 1], 2, [0.1, 0.5, 0.9]),
+        ([0, 0, 0], 2, [0.1, 0.5, 0.9]),
+    ],
     ids=["three classes", "no scores", "only class 1", "only class 0"],
 )
-def test_average_precision_is_none_where_it_means_nothing(labels: list[int], num_classes: int, certainty: list[float] | None) -> None:
+def test_average_precision_is_none_where_it_means_nothing(
+    labels: list[int], num_classes: int, certainty: list[float] | None
+) -> None:
     positive_scores = None if certainty is None else np.array(certainty)
     ids = np.array(labels)
-    score = score_predictions(ids, ids, num_classes=num_classes, positive_scores=positive_scores, bootstrap_draws=100, seed=0)
+    score = score_predictions(
+        ids, ids, num_classes=num_classes, positive_scores=positive_scores, bootstrap_draws=100, seed=0
+    )
     assert score.average_precision is None
 
 
@@ -124,7 +133,9 @@ def test_draws_are_averaged_with_a_t_interval() -> None:
     score = score_of_draws([0.5, 0.6, 0.7], [0.4, 0.5, 0.6], [0.8, 0.9, 0.7])
     # Mean 0.6, standard error 0.1 / sqrt(3), t(0.975, 2 degrees of freedom) = 4.303.
     assert (score.accuracy, score.macro_f1, score.average_precision) == pytest.approx((0.6, 0.5, 0.8))
-    assert (score.low, score.high) == pytest.approx((0.6 - 4.3027 * 0.1 / math.sqrt(3), 0.6 + 4.3027 * 0.1 / math.sqrt(3)), abs=1e-5)
+    assert (score.low, score.high) == pytest.approx(
+        (0.6 - 4.3027 * 0.1 / math.sqrt(3), 0.6 + 4.3027 * 0.1 / math.sqrt(3)), abs=1e-5
+    )
 
 
 def test_interval_of_draws_agrees_with_scipy() -> None:
@@ -224,7 +235,9 @@ def test_a_true_difference_is_found_and_none_is_found_where_there_is_none_in_19_
         false_alarms += by_macro_f1(labels, predictions(labels, 0.7), predictions(labels, 0.7)).main_p_value < 0.05
     assert false_alarms / 200 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
     labels = rng.choice(4, size=1000, p=[0.66, 0.2, 0.1, 0.04])
-    assert by_macro_f1(labels, predictions(labels, 0.8), predictions(labels, 0.6)).main_p_value == pytest.approx(1 / 2001)
+    assert by_macro_f1(labels, predictions(labels, 0.8), predictions(labels, 0.6)).main_p_value == pytest.approx(
+        1 / 2001
+    )
 
 
 def test_on_an_unbalanced_set_accuracy_and_macro_f1_can_judge_in_opposite_ways() -> None:
@@ -292,7 +305,9 @@ def test_calibration_error_agrees_with_a_hand_computed_example() -> None:
     # With ten bins: (0.8, 0.9] one text, right; (0.9, 1] one text, wrong; (0.5, 0.6] two texts, right.
     assert calibration.calibration_error(probabilities, labels, bins=10) == pytest.approx((0.1 + 0.92 + 2 * 0.425) / 4)
     # With a single bin it is the gap of the two means.
-    assert calibration.calibration_error(probabilities, labels, bins=1) == pytest.approx(abs(0.75 - (0.9 + 0.92 + 0.6 + 0.55) / 4))
+    assert calibration.calibration_error(probabilities, labels, bins=1) == pytest.approx(
+        abs(0.75 - (0.9 + 0.92 + 0.6 + 0.55) / 4)
+    )
 
 
 def test_certainty_has_no_error_when_right_and_the_whole_error_when_wrong() -> None:
@@ -313,7 +328,9 @@ def test_reliability_bins_hold_every_text_once_and_are_never_empty() -> None:
     bins = calibration.reliability(probabilities, labels)
     assert all(b.num_texts > 0 for b in bins)
     assert sum(b.num_texts for b in bins) == 1000
-    assert sum(b.num_texts * b.accuracy for b in bins) / 1000 == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
+    assert sum(b.num_texts * b.accuracy for b in bins) / 1000 == pytest.approx(
+        (probabilities.argmax(axis=1) == labels).mean()
+    )
     assert sum(b.num_texts * b.confidence for b in bins) / 1000 == pytest.approx(probabilities.max(axis=1).mean())
     assert [b.confidence for b in bins] == sorted(b.confidence for b in bins)
     # No text of five classes is less confident than 0.2 = 3/15.
@@ -339,7 +356,9 @@ def test_temperature_recovers_a_planted_value(temperature: float) -> None:
 
 def test_temperature_grows_with_the_logits() -> None:
     logits, labels = planted(temperature=1.0, num_texts=500)
-    assert calibration.fit_temperature(4 * logits, labels) == pytest.approx(4 * calibration.fit_temperature(logits, labels), rel=1e-3)
+    assert calibration.fit_temperature(4 * logits, labels) == pytest.approx(
+        4 * calibration.fit_temperature(logits, labels), rel=1e-3
+    )
 
 
 def test_at_the_fitted_temperature_the_expected_logit_is_the_true_one() -> None:
@@ -429,7 +448,10 @@ def test_without_validation_the_temperature_is_one_and_coverage_is_that_of_test(
 def test_confusions_are_ranked_by_frequency_then_class() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
     predictions = np.array([0, 1, 2, 0, 0, 2, 1, 1, 0])
-    found = [(c.label, c.predicted, c.num_texts, c.num_of_label) for c in scores.confusions(labels, predictions, ("a", "b", "c"))]
+    found = [
+        (c.label, c.predicted, c.num_texts, c.num_of_label)
+        for c in scores.confusions(labels, predictions, ("a", "b", "c"))
+    ]
     assert found == [("b", "a", 2, 2), ("c", "b", 2, 4), ("a", "b", 1, 3), ("a", "c", 1, 3), ("c", "a", 1, 4)]
 
 

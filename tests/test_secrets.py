@@ -95,7 +95,17 @@ def classify(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> Calla
     adapter = save_bulk_adapter(tmp_path / "topics", encoder_folder("bert"))
 
     def start(source: str, output: str, *options: str) -> Ended:
-        options = ("--adapter", str(adapter), "--encoder", str(encoder_folder("bert")), "--rows-per-unit", "20", "--cpus", "1", *options)
+        options = (
+            "--adapter",
+            str(adapter),
+            "--encoder",
+            str(encoder_folder("bert")),
+            "--rows-per-unit",
+            "20",
+            "--cpus",
+            "1",
+            *options,
+        )
         environment = {"PREFECT_API_URL": prefect_api, "RAY_TMPDIR": str(tmp_path / "ray")}
         return run("classify", source, output, *options, cwd=tmp_path, program=SCRIPT, **environment)
 
@@ -109,10 +119,17 @@ def files_with(secret: str, *folders: Path) -> list[str]:
     return [str(path) for path in files if any(word in path.read_bytes() for word in words)]
 
 
-@pytest.mark.parametrize("where", ["process", pytest.param("ray", marks=[pytest.mark.faults, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize(
+    "where", ["process", pytest.param("ray", marks=[pytest.mark.faults, pytest.mark.timeout(300)])]
+)
 @pytest.mark.parametrize("kind", ["password", "signature"])
 def test_a_job_reads_with_the_secret_and_leaves_it_nowhere(
-    kind: str, where: str, store: Store, classify: Callable[..., Ended], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    where: str,
+    store: Store,
+    classify: Callable[..., Ended],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     secret = PASSWORD if kind == "password" else SIGNATURES[0]
     url = store.url("part-0.parquet", signature=None if kind == "password" else secret)
@@ -122,8 +139,13 @@ def test_a_job_reads_with_the_secret_and_leaves_it_nowhere(
     plan = json.loads((tmp_path / "out" / "_plan.json").read_text())
     (path,) = [file["path"] for file in plan["files"]]
     host = f"127.0.0.1:{store.server_port}/part-0.parquet"
-    assert path == (f"http://***@{host}" if kind == "password" else f"http://{host}?X-Amz-Expires=***&X-Amz-Signature=***")
-    assert json.loads(pq.read_metadata(tmp_path / "out" / "part-0-00000.parquet").metadata[b"lorafleet"])["input_file"] == path
+    assert path == (
+        f"http://***@{host}" if kind == "password" else f"http://{host}?X-Amz-Expires=***&X-Amz-Signature=***"
+    )
+    assert (
+        json.loads(pq.read_metadata(tmp_path / "out" / "part-0-00000.parquet").metadata[b"lorafleet"])["input_file"]
+        == path
+    )
 
     damaged = classify(url.replace("part-0", "none"), "other", "--where", where)
     assert damaged.code == 2
@@ -133,7 +155,9 @@ def test_a_job_reads_with_the_secret_and_leaves_it_nowhere(
     assert files_with(secret, tmp_path, *homes) == []
 
 
-def test_a_file_with_a_new_signature_is_the_same_file(store: Store, classify: Callable[..., Ended], tmp_path: Path) -> None:
+def test_a_file_with_a_new_signature_is_the_same_file(
+    store: Store, classify: Callable[..., Ended], tmp_path: Path
+) -> None:
     first, second = (store.url("part-0.parquet", signature=signature) for signature in SIGNATURES)
     assert classify(first, "out").code == 0
     again = classify(second, "out")
@@ -142,7 +166,9 @@ def test_a_file_with_a_new_signature_is_the_same_file(store: Store, classify: Ca
     assert sum(SIGNATURES[1] in path for path in store.asked)
 
 
-def test_a_signature_that_is_refused_is_one_message_without_it(store: Store, classify: Callable[..., Ended], tmp_path: Path) -> None:
+def test_a_signature_that_is_refused_is_one_message_without_it(
+    store: Store, classify: Callable[..., Ended], tmp_path: Path
+) -> None:
     ended = classify(store.url("part-0.parquet", signature="third-signature-of-nobody"), "out")
     assert ended.code == 2, ended.err
     assert "X-Amz-Signature=***" in ended.err
@@ -160,7 +186,9 @@ def test_what_prefect_keeps_of_a_job_is_the_address_without_the_secret(
 
 
 def test_a_request_holds_no_secret_however_it_is_made() -> None:
-    request = BulkRequest(source="https://u:hunter2@h/a.parquet", output="s3://b/o", adapters=("A=https://u:hunter2@h/",))
+    request = BulkRequest(
+        source="https://u:hunter2@h/a.parquet", output="s3://b/o", adapters=("A=https://u:hunter2@h/",)
+    )
     again = BulkRequest.model_validate_json(request.model_dump_json())
     assert again == request
     assert "hunter2" not in repr(request) + request.model_dump_json()
@@ -177,7 +205,8 @@ def test_a_config_and_a_schedule_take_no_secret(tmp_path: Path) -> None:
         assert "hunter2" not in str(caught.value)
     schedules = tmp_path / "schedules.yaml"
     schedules.write_text(
-        "deployments:\n- {name: a, entrypoint: a.b, work_pool: {name: p}, parameters: {source: '{{ $LAKE }}'}}\n", encoding="utf-8"
+        "deployments:\n- {name: a, entrypoint: a.b, work_pool: {name: p}, parameters: {source: '{{ $LAKE }}'}}\n",
+        encoding="utf-8",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKE", "https://u:hunter2@h/")

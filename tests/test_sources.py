@@ -16,7 +16,14 @@ from pipeline.data.sources import find_sources, read_content
 from pipeline.errors import DataError
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
-ROWS = [("a red fox", "fox"), ("one, two\nthree", "whale"), ('he said "so"', "fox"), ("007", "NA"), ("", "null"), ("  é\u2028; ", "whale")]
+ROWS = [
+    ("a red fox", "fox"),
+    ("one, two\nthree", "whale"),
+    ('he said "so"', "fox"),
+    ("007", "NA"),
+    ("", "null"),
+    ("  é\u2028; ", "whale"),
+]
 
 
 def read(path: Path, **columns: str) -> list[tuple[Any, ...]]:
@@ -38,11 +45,16 @@ def as_csv(separator: str = ",", newline: str = "\n") -> bytes:
 
 
 def as_json_lines() -> bytes:
-    return "".join(json.dumps({"id": i, "text": text, "label": label}) + "\n" for i, (text, label) in enumerate(ROWS)).encode()
+    return "".join(
+        json.dumps({"id": i, "text": text, "label": label}) + "\n" for i, (text, label) in enumerate(ROWS)
+    ).encode()
 
 
 def as_parquet(folder: Path, **columns: Any) -> bytes:
-    pq.write_table(pa.table(columns or dict(zip(("text", "label"), map(list, zip(*ROWS, strict=True)), strict=True))), folder / "made")
+    pq.write_table(
+        pa.table(columns or dict(zip(("text", "label"), map(list, zip(*ROWS, strict=True)), strict=True))),
+        folder / "made",
+    )
     return (folder / "made").read_bytes()
 
 
@@ -111,14 +123,30 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         ("a.csv", b"", "a.csv is empty (0 bytes)"),
         ("a.csv.gz", gzip.compress(as_csv())[:-9], "cannot be unpacked: Compressed file ended"),
         ("a.tsv", 'text\tlabel\n"x\t1\ny\t2\nz"\t3\n', "quotation marks join lines that are rows without them"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"', "line 2 is not JSON: Expecting ',' delimiter at column 13"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n{"text": "x"',
+            "line 2 is not JSON: Expecting ',' delimiter at column 13",
+        ),
         ("a.jsonl", '{"text": "x", "label": 1}\n\n[1]', "line 3 is a list; expected an object"),
         ("a.jsonl", '{"text": "x", "label": 1, "label": 2}', "line 1: the key 'label' occurs twice"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x", "label": "1"}', "'label' holds a number (line 1) and a string (line 2)"),
-        ("a.jsonl", '{"text": "x", "label": true}\n{"text": "x", "label": 1}', "a boolean (line 1) and a number (line 2)"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n{"text": "x", "label": "1"}',
+            "'label' holds a number (line 1) and a string (line 2)",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": true}\n{"text": "x", "label": 1}',
+            "a boolean (line 1) and a number (line 2)",
+        ),
         ("a.jsonl", '{"body": "x"}\n{"label": 1}', "has no column 'text', but 'body', 'label'"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}', "line 1 holds half a surrogate pair"),
-        ("a.jsonl", '{"text": "x", "label": ' + "9" * 30 + "}", "'label' holds a whole number that needs more than 64 bits"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": ' + "9" * 30 + "}",
+            "'label' holds a whole number that needs more than 64 bits",
+        ),
         ("a.jsonl", '{"text": "x", "label": ' + "9" * 6000 + "}", "line 1: Exceeds the limit (4300 digits)"),
         ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: maximum recursion depth exceeded"),
         ("a.jsonl", " \n", "has no column 'text'"),
@@ -127,8 +155,16 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         ("a.parquet", as_json_lines(), "is named as Parquet, but its content is JSON Lines"),
         ("a.csv", b"PAR1\0", "is named as CSV, but its content is Parquet"),
         ("a.csv", b"PK\x03\x04\0", "but its content is a zip archive or an Excel sheet"),
-        ("a.xlsx", b"PK\x03\x04\0", "its name does not say what it is, and its content is a zip archive or an Excel sheet"),
-        ("a.txt", as_csv(), "its name does not say what it is, and its content is text; expected a name that ends in .csv, .tsv"),
+        (
+            "a.xlsx",
+            b"PK\x03\x04\0",
+            "its name does not say what it is, and its content is a zip archive or an Excel sheet",
+        ),
+        (
+            "a.txt",
+            as_csv(),
+            "its name does not say what it is, and its content is text; expected a name that ends in .csv, .tsv",
+        ),
         ("a.parquet", b"PAR1\0 and no more", "its footer cannot be read"),
     ],
 )
@@ -156,7 +192,9 @@ def test_a_value_that_is_missing_from_json_is_null(tmp_path: Path) -> None:
 def test_a_parquet_file_with_fewer_values_than_its_footer_promises_is_refused(tmp_path: Path) -> None:
     """Of all columns that are read, so that no other column shows it."""
     content = as_parquet(tmp_path, text=["x"] * 5, label=["y"] * 5)
-    damaged = content.replace(b"\x16\x0a", b"\x16\x0e")  # num_rows and num_values in the footer: 5, in zigzag, becomes 7
+    damaged = content.replace(
+        b"\x16\x0a", b"\x16\x0e"
+    )  # num_rows and num_values in the footer: 5, in zigzag, becomes 7
     assert damaged != content
     (tmp_path / "a.parquet").write_bytes(damaged)
     with pytest.raises(DataError, match=r"a\.parquet: its footer promises 7 rows, but 'text', 'label' hold 5"):
@@ -180,13 +218,26 @@ def made(folder: Path, *names: str) -> Path:
 
 
 def test_of_a_folder_the_files_with_a_known_ending_are_taken_and_the_others_named(tmp_path: Path) -> None:
-    folder = made(tmp_path / "in", "b.csv", "a.CSV.gz", "deep/c.tsv", "_k=v/d.csv", "README.md", "x.csv~", "x.csv.tmp", ".e.csv", "_f.csv")
+    folder = made(
+        tmp_path / "in",
+        "b.csv",
+        "a.CSV.gz",
+        "deep/c.tsv",
+        "_k=v/d.csv",
+        "README.md",
+        "x.csv~",
+        "x.csv.tmp",
+        ".e.csv",
+        "_f.csv",
+    )
     made(tmp_path / "elsewhere", "linked.csv")
     (folder / "link.csv").symlink_to(tmp_path / "elsewhere" / "linked.csv")
     (folder / "up").symlink_to(folder)
     os.mkfifo(folder / "pipe.csv")
     found = find_sources(str(folder))
-    assert found.paths == tuple(f"{folder}/{name}" for name in ("_k=v/d.csv", "a.CSV.gz", "b.csv", "deep/c.tsv", "link.csv"))
+    assert found.paths == tuple(
+        f"{folder}/{name}" for name in ("_k=v/d.csv", "a.CSV.gz", "b.csv", "deep/c.tsv", "link.csv")
+    )
     assert found.left_out == (".e.csv", "README.md", "_f.csv", "x.csv.tmp", "x.csv~")
 
 
@@ -198,7 +249,9 @@ def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
     assert find_sources(f"{made(tmp_path, '[x]/a.csv')}/[x]").paths == (f"{folder}/[x]/a.csv",)
 
 
-def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
     from moto.server import ThreadedMotoServer
 
@@ -206,7 +259,12 @@ def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(tmp_path: Pa
     server.start()
     try:
         address = "http://{}:{}".format(*server.get_host_and_port())
-        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": address}.items():
+        for name, value in {
+            "ACCESS_KEY_ID": "a",
+            "SECRET_ACCESS_KEY": "b",
+            "DEFAULT_REGION": "us-east-1",
+            "ENDPOINT_URL": address,
+        }.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         store = s3fs.S3FileSystem()
         store.mkdir("lake")
@@ -241,7 +299,9 @@ def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(tmp_path: Pa
         (("in/data/a.parquet", "in/metadata/v1.metadata.json"), "in", "whose files also hold deleted rows"),
     ],
 )
-def test_a_place_whose_files_are_not_clear_is_one_message(names: tuple[str, ...], location: str, words: str, tmp_path: Path) -> None:
+def test_a_place_whose_files_are_not_clear_is_one_message(
+    names: tuple[str, ...], location: str, words: str, tmp_path: Path
+) -> None:
     made(tmp_path, *names)
     with pytest.raises(DataError) as caught:
         find_sources(str(tmp_path / location))
@@ -249,7 +309,10 @@ def test_a_place_whose_files_are_not_clear_is_one_message(names: tuple[str, ...]
 
 
 def test_files_called_trainers_or_tested_are_no_splits(tmp_path: Path) -> None:
-    assert len(find_sources(str(made(tmp_path / "in", "trainers.csv", "tested.csv", "devices.csv", "contest.csv"))).paths) == 4
+    assert (
+        len(find_sources(str(made(tmp_path / "in", "trainers.csv", "tested.csv", "devices.csv", "contest.csv"))).paths)
+        == 4
+    )
 
 
 def test_links_that_lead_to_each_other_are_one_message(tmp_path: Path) -> None:

@@ -42,7 +42,15 @@ def test_near_equal_texts_have_one_key(first: str, second: str) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("order 12", "order 13"), ("cafe", "café"), (":-)", ":-("), ("👍", "👎"), ("हिंदी", "हद"), ("", "?"), ("a b", "b a")],
+    [
+        ("order 12", "order 13"),
+        ("cafe", "café"),
+        (":-)", ":-("),
+        ("👍", "👎"),
+        ("हिंदी", "हद"),
+        ("", "?"),
+        ("a b", "b a"),
+    ],
 )
 def test_texts_with_other_letters_marks_or_digits_have_other_keys(first: str, second: str) -> None:
     assert text_key(first) != text_key(second)
@@ -51,7 +59,9 @@ def test_texts_with_other_letters_marks_or_digits_have_other_keys(first: str, se
 def test_text_keys_of_ascii_are_those_of_the_slower_way() -> None:
     signs = [chr(sign) for sign in range(128)]
     with_letters = [f"a{sign}b" for sign in signs]
-    assert [text_key(text) for text in with_letters] == [text_key(f"é{text}").removeprefix("é".encode()) for text in with_letters]
+    assert [text_key(text) for text in with_letters] == [
+        text_key(f"é{text}").removeprefix("é".encode()) for text in with_letters
+    ]
 
 
 @pytest.mark.parametrize("twin", ["Bug", " bug", "bug\u00a0", "bu\u200bg", "ｂｕｇ"])
@@ -95,14 +105,19 @@ def test_most_of_the_choice_stays_while_the_data_grow() -> None:
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.49])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_near_equal_text_and_no_group_is_on_both_sides_and_every_label_keeps_a_text(seed: int, fraction: float) -> None:
+def test_no_near_equal_text_and_no_group_is_on_both_sides_and_every_label_keeps_a_text(
+    seed: int, fraction: float
+) -> None:
     draw = random.Random(seed)
     texts = [draw.choice(["Text {}!", "text {}", "TEXT  {}."]).format(draw.randrange(400)) for _ in range(600)]
     labels = [draw.choice([0] * 20 + [1] * 5 + [2]) for _ in texts]
     for groups in (None, [str(draw.randrange(300)) for _ in texts]):
         chosen = choose(texts, labels, groups=groups, fraction=fraction, seed=seed)
         for names in (list(map(text_key, texts)), groups or []):
-            sides = {name: {side for other, side in zip(names, chosen.tolist(), strict=True) if other == name} for name in set(names)}
+            sides = {
+                name: {side for other, side in zip(names, chosen.tolist(), strict=True) if other == name}
+                for name in set(names)
+            }
             assert all(len(both) == 1 for both in sides.values())
         assert set(np.array(labels)[~chosen].tolist()) == set(labels)
 

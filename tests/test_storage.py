@@ -151,7 +151,12 @@ def test_files_are_known_by_suffix_in_any_case_or_by_their_magic_bytes(tmp_path:
             "d.parquet.bak",
             "e.parquet.part",
         ],
-        "with a name, or in a folder, that begins with _ or .": ["_a.parquet", ".b.parquet", "_temporary/c.parquet", ".x=1/d.parquet"],
+        "with a name, or in a folder, that begins with _ or .": [
+            "_a.parquet",
+            ".b.parquet",
+            "_temporary/c.parquet",
+            ".x=1/d.parquet",
+        ],
         "of Parquet's own summaries (_metadata)": ["_metadata", "k=v/_common_metadata"],
         "with the suffix .snappy": ["e.snappy"],
     }
@@ -183,7 +188,9 @@ def test_what_is_neither_file_nor_folder_is_counted_and_a_link_to_nothing_is_nam
         find_files(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parquet(tmp_path / "a" / "a.parquet")
     parquet(tmp_path / "b" / "b.parquet")
     list_folder = os.scandir
@@ -279,9 +286,14 @@ def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
 
 def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_path: Path) -> None:
     touch(tmp_path, "in/notes.txt", "in/_x.parquet")
-    with pytest.raises(InputError, match=r"in: no Parquet file in it \(left out: 1 file .* begins with _ or \., 1 file .* suffix \.txt\)"):
+    with pytest.raises(
+        InputError,
+        match=r"in: no Parquet file in it \(left out: 1 file .* begins with _ or \., 1 file .* suffix \.txt\)",
+    ):
         find_files(str(tmp_path / "in"))
-    with pytest.raises(InputError, match=r"gone: no such file or folder; expected a Parquet file, a folder of them, or a glob"):
+    with pytest.raises(
+        InputError, match=r"gone: no such file or folder; expected a Parquet file, a folder of them, or a glob"
+    ):
         find_files(str(tmp_path / "gone"))
     assert files_below(tmp_path) == ["in/_x.parquet", "in/notes.txt"]
 
@@ -313,7 +325,8 @@ def test_what_is_no_store_that_lasts_is_refused(address: str, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "address", ["out", ".", "a b/c", "file:///a", "s3://b/a", "https://u:p@h/a?sig=x", "hf://datasets/o/n@r/a", "abfs://c@a/x"]
+    "address",
+    ["out", ".", "a b/c", "file:///a", "s3://b/a", "https://u:p@h/a?sig=x", "hf://datasets/o/n@r/a", "abfs://c@a/x"],
 )
 def test_a_path_and_a_store_are_not(address: str) -> None:
     check_address(address)
@@ -328,9 +341,13 @@ def test_what_fsspec_cannot_open_is_one_message(address: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     registry = import_module("fsspec.registry")
-    monkeypatch.setitem(registry.known_implementations, "s3", {"class": "nowhere_s3fs.S3", "err": "Install s3fs to access S3"})
+    monkeypatch.setitem(
+        registry.known_implementations, "s3", {"class": "nowhere_s3fs.S3", "err": "Install s3fs to access S3"}
+    )
     monkeypatch.delitem(registry._registry, "s3", raising=False)
     with pytest.raises(InputError, match=r"^s3://b/a: Install s3fs to access S3; pip install 'lorafleet\[s3\]'$"):
         Place("s3://b/a")
@@ -352,7 +369,11 @@ class Server(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         sized = self.path.endswith("sized.parquet")
-        content = b"PAR1 PAR1" if "parquet" in self.path else f'<a href="{self.path.rstrip("/")}/sized.parquet">one</a>'.encode()
+        content = (
+            b"PAR1 PAR1"
+            if "parquet" in self.path
+            else f'<a href="{self.path.rstrip("/")}/sized.parquet">one</a>'.encode()
+        )
         self.send_response(404 if "*" in self.path else 200)
         self.send_header("Connection", "close")
         if sized:
@@ -382,9 +403,14 @@ def test_the_root_of_a_bucket_may_be_a_table_too() -> None:
     import fsspec
 
     place = Place("memory://lorafleet-bucket/k=x")
-    with place.fs.open("/lorafleet-bucket/_delta_log/0.json", "wb"), place.fs.open("/lorafleet-bucket/k=x/a.parquet", "wb"):
+    with (
+        place.fs.open("/lorafleet-bucket/_delta_log/0.json", "wb"),
+        place.fs.open("/lorafleet-bucket/k=x/a.parquet", "wb"),
+    ):
         pass
-    assert tables_around(fsspec.filesystem("memory"), ["/lorafleet-bucket/k=x/a.parquet"]) == {"/lorafleet-bucket": "Delta"}
+    assert tables_around(fsspec.filesystem("memory"), ["/lorafleet-bucket/k=x/a.parquet"]) == {
+        "/lorafleet-bucket": "Delta"
+    }
 
     class Store:
         """Names as S3 has them: the bucket is the first part, and nothing is before it."""

@@ -37,7 +37,11 @@ def refused(pattern: Path | str) -> str:
 def delta(tmp_path: Path) -> Path:
     """A table of 3 rows in the live ones of its files, partitioned by day."""
     root = tmp_path / "delta"
-    write_deltalake(str(root), pa.table({"text": ["a", "b", "c d"], "n": [1, 2, 3], "day": ["mon", "tue", "a/b"]}), partition_by=["day"])
+    write_deltalake(
+        str(root),
+        pa.table({"text": ["a", "b", "c d"], "n": [1, 2, 3], "day": ["mon", "tue", "a/b"]}),
+        partition_by=["day"],
+    )
     DeltaTable(str(root)).update(updates={"n": "n + 1"}, predicate="day = 'mon'")
     DeltaTable(str(root)).delete("day = 'tue'")
     write_deltalake(str(root), pa.table({"text": ["e"], "n": [9], "day": ["wed"]}), mode="append")
@@ -66,11 +70,15 @@ def test_only_the_live_files_of_an_iceberg_table_are_read(iceberg: Path) -> None
     assert rows_of(iceberg) == 3
 
 
-@pytest.mark.parametrize("pattern", ["day=wed", "day=wed/*.parquet", "*/*.parquet", "**/*.parquet", "day=wed/{file}", "link/day=wed"])
+@pytest.mark.parametrize(
+    "pattern", ["day=wed", "day=wed/*.parquet", "*/*.parquet", "**/*.parquet", "day=wed/{file}", "link/day=wed"]
+)
 def test_part_of_a_table_is_refused_with_the_tables_folder(pattern: str, delta: Path) -> None:
     (delta / "link").symlink_to(delta)
     file = next((delta / "day=wed").glob("*.parquet")).name
-    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(delta / pattern.format(file=file))
+    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(
+        delta / pattern.format(file=file)
+    )
 
 
 @pytest.mark.parametrize("pattern", ["*/*/*.parquet", "**/*.parquet", "delta/*/*.parquet", "d*", "l*/*"])
@@ -89,7 +97,9 @@ def test_nothing_is_learnt_from_a_table_whose_log_is_not_read(log: str, pattern:
     write_table(tmp_path / "t" / "k=1" / "a.parquet", {"text": ["x"], "label": ["y"]})
     (tmp_path / "t" / log).parent.mkdir()
     (tmp_path / "t" / log).write_text("{}")
-    with pytest.raises(DataError, match=rf"has files of the \S.* table {tmp_path / 't'}, whose files also hold deleted rows"):
+    with pytest.raises(
+        DataError, match=rf"has files of the \S.* table {tmp_path / 't'}, whose files also hold deleted rows"
+    ):
         find_sources(str(tmp_path / pattern))
 
 
@@ -98,7 +108,9 @@ def test_a_folder_above_a_table_is_refused(delta: Path) -> None:
     assert "holds the Delta table delta; label each table in a job of its own" in refused(delta.parent)
 
 
-@pytest.mark.parametrize(("log", "kind"), [(".hoodie/hoodie.properties", "Hudi"), ("_spark_metadata/0", "Spark Structured Streaming")])
+@pytest.mark.parametrize(
+    ("log", "kind"), [(".hoodie/hoodie.properties", "Hudi"), ("_spark_metadata/0", "Spark Structured Streaming")]
+)
 def test_a_table_of_another_format_is_refused_by_name(log: str, kind: str, tmp_path: Path) -> None:
     write_table(tmp_path / "t" / "a.parquet", {"text": ["x"]})
     (tmp_path / "t" / log).parent.mkdir()
@@ -139,7 +151,9 @@ def test_a_delta_table_whose_columns_have_other_names_in_its_files_is_refused(tm
 
 def test_deletion_vectors_are_refused(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = pa.table({"filepath": ["x"], "selection_vector": [[True, False]]}).to_reader()
-    monkeypatch.setattr(DeltaTable, "deletion_vectors", lambda self: vectors)  # deltalake reads them, and cannot write them
+    monkeypatch.setattr(
+        DeltaTable, "deletion_vectors", lambda self: vectors
+    )  # deltalake reads them, and cannot write them
     assert "has deletion vectors" in refused(delta)
 
 
@@ -156,7 +170,9 @@ def test_an_iceberg_file_with_older_columns_is_refused(iceberg: Path) -> None:
     assert "its columns are not those of the Iceberg table now" in refused(iceberg)
 
 
-def test_without_the_formats_library_the_extra_is_named(delta: Path, iceberg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_formats_library_the_extra_is_named(
+    delta: Path, iceberg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "deltalake", None)
     monkeypatch.setitem(sys.modules, "pyiceberg.table", None)
     assert "pip install 'lorafleet[deltalake]'" in refused(delta)

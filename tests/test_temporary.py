@@ -63,7 +63,9 @@ def test_the_longest_base_leaves_room_for_the_sockets_of_ray(base: Path, monkeyp
             probe.bind(str(path))
 
 
-def test_where_the_temporary_folder_has_too_long_a_path_the_systems_takes_ray(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_temporary_folder_has_too_long_a_path_the_systems_takes_ray(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = point_to(long(base), monkeypatch)
     assert temporary_folder() == folder
     assert ray_base() == Path("/tmp")
@@ -73,13 +75,17 @@ def test_where_the_temporary_folder_has_too_long_a_path_the_systems_takes_ray(ba
     assert check.found.endswith("those of Ray in /tmp, as the other path is too long for sockets")
 
 
-def test_a_folder_that_is_named_for_ray_is_taken_or_refused_with_the_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_named_for_ray_is_taken_or_refused_with_the_limit(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     named = base / "r"
     named.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(named))
     assert ray_base() == named
     monkeypatch.setenv("RAY_TMPDIR", str(long(base)))
-    with pytest.raises(InputError, match=rf"RAY_TMPDIR .*leave room for {LONGEST_BASE}; set it to a folder with a shorter path"):
+    with pytest.raises(
+        InputError, match=rf"RAY_TMPDIR .*leave room for {LONGEST_BASE}; set it to a folder with a shorter path"
+    ):
         ray_base()
     assert check_temporary().status == "fault"
     for nowhere in ("nowhere", str(base / "nowhere"), "/proc", __file__):
@@ -88,14 +94,18 @@ def test_a_folder_that_is_named_for_ray_is_taken_or_refused_with_the_limit(base:
             ray_base()
 
 
-def test_a_temporary_folder_that_is_not_there_is_passed_over_as_python_does(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_folder_that_is_not_there_is_passed_over_as_python_does(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     point_to(base / "nowhere", monkeypatch)
     assert temporary_folder() == Path(tempfile.gettempdir()) != base / "nowhere"
 
 
 def test_a_full_disk_is_told_before_anything_is_started(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LEAST_ROOM_BYTES", 2**62)
-    with pytest.raises(LorafleetError, match=r"MB free, but a start needs .*; free some space, or set TMPDIR to another folder") as raised:
+    with pytest.raises(
+        LorafleetError, match=r"MB free, but a start needs .*; free some space, or set TMPDIR to another folder"
+    ) as raised:
         temporary_folder()
     assert not isinstance(raised.value, InputError)  # on another try it may work
     assert str(raised.value).startswith(f"{base}: ")
@@ -115,7 +125,9 @@ with ray_folder() as folder:
 
 def hold() -> tuple[subprocess.Popen[str], Path]:
     """Another process that has such a folder."""
-    holder = subprocess.Popen([sys.executable, "-P", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-P", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     return holder, Path(holder.stdout.readline().strip())
 

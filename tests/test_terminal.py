@@ -22,7 +22,9 @@ from pipeline.config import load_config
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The outcome of a line for bash, in which ``lorafleet`` is the console script and ``$?`` is that of its first command."""
     line = f'set -o pipefail; lorafleet() {{ {shlex.join(SCRIPT)} "$@"; }}; {command}'
-    return subprocess.run(["bash", "-c", line], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def foreign(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         else:
             (tmp_path / name).mkdir()
         if request.param == "packages":
-            (tmp_path / name / "__init__.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
+            (tmp_path / name / "__init__.py").write_text(
+                "raise AssertionError('this is not lorafleet')", encoding="utf-8"
+            )
     (tmp_path / "ours.py").write_text("", encoding="utf-8")
     return tmp_path
 
@@ -52,13 +56,21 @@ def test_what_is_called_as_our_packages_hides_none_of_them(arguments: list[str],
 
 
 @pytest.mark.parametrize("foreign", ["modules"], indirect=True)
-def test_each_process_of_a_bulk_job_finds_our_packages(foreign: Path, finished_run: FinishedRun, prefect_api: str) -> None:
+def test_each_process_of_a_bulk_job_finds_our_packages(
+    foreign: Path, finished_run: FinishedRun, prefect_api: str
+) -> None:
     """``finished_run`` is a training whose workers had to find them, too."""
     encoder = load_config(str(finished_run.config)).encoder.name
     options = ("--adapter", f"{finished_run.root}#Topics", "--encoder", encoder, "--limit", "20", "--offline")
     environment = {"PYTHONPATH": str(foreign), "PREFECT_API_URL": prefect_api}
     ended = Command(
-        "classify", finished_run.cwd / "data" / "Topics-test.parquet", "out", *options, program=SCRIPT, cwd=foreign, **environment
+        "classify",
+        finished_run.cwd / "data" / "Topics-test.parquet",
+        "out",
+        *options,
+        program=SCRIPT,
+        cwd=foreign,
+        **environment,
     ).wait()
     assert ended.code == 0, ended.err
     assert "20 of 20 rows" in ended.out
@@ -66,12 +78,14 @@ def test_each_process_of_a_bulk_job_finds_our_packages(foreign: Path, finished_r
 
 def test_pythonpath_is_left_alone_where_nothing_is_hidden(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("", encoding="utf-8")
-    program = (
-        "import sys, lorafleet_start, os; sys.argv = ['lorafleet', '--version']\ntry: lorafleet_start.main()\nexcept SystemExit: pass\n"
-    )
+    program = "import sys, lorafleet_start, os; sys.argv = ['lorafleet', '--version']\ntry: lorafleet_start.main()\nexcept SystemExit: pass\n"
     program += "print(os.environ['PYTHONPATH'], sys.path[0])"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == f"{tmp_path} {tmp_path}"
 
@@ -83,7 +97,9 @@ def test_pythonpath_is_left_alone_where_nothing_is_hidden(tmp_path: Path) -> Non
 def test_a_full_disk_behind_standard_output_is_one_message(command: str, tmp_path: Path) -> None:
     ended = shell(f"lorafleet {command} > /dev/full", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: standard output cannot be written: No space left on device; what was finished is kept\n"
+    assert (
+        ended.stderr == "error: standard output cannot be written: No space left on device; what was finished is kept\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["--help", "train --dry-run", "train --dry-run --json"])
@@ -96,7 +112,9 @@ def test_a_reader_that_goes_away_is_not_missed(command: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("command", "code"), [("train --dry-run", 0), ("train --set train.seed=x", 2), ("train --nosuch", 2)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("train --dry-run", 0), ("train --set train.seed=x", 2), ("train --nosuch", 2)]
+)
 def test_a_closed_stream_changes_no_exit_code(command: str, code: int, closed: str, tmp_path: Path) -> None:
     ended = shell(f"lorafleet {command} {closed}", tmp_path)
     assert ended.returncode == code, ended.stderr
@@ -104,15 +122,21 @@ def test_a_closed_stream_changes_no_exit_code(command: str, code: int, closed: s
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
-def test_what_the_encoding_lacks_is_printed_as_an_escape(environment: dict[str, str], finished_run: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_what_the_encoding_lacks_is_printed_as_an_escape(
+    environment: dict[str, str], finished_run: FinishedRun, tmp_path: Path
+) -> None:
     ended = Command("show", finished_run.root, program=SCRIPT, cwd=tmp_path, **environment).wait()
     assert ended.code == 0, ended.err
     assert "\\u2013" in ended.out  # the dash of an interval
     assert ended.out.isascii()
     config = tmp_path / "config.toml"
     config.write_text('[[mteb_tasks]]\nname = "A"\ntrain = "a.parquet"\ntext_column = "é\\u001b"\n', encoding="utf-8")
-    plan = Command("train", "--config", config, "--dry-run", "--json", program=SCRIPT, cwd=tmp_path, **environment).wait()
+    plan = Command(
+        "train", "--config", config, "--dry-run", "--json", program=SCRIPT, cwd=tmp_path, **environment
+    ).wait()
     assert json.loads(plan.out)["config"]["mteb_tasks"][0]["text_column"] == "é\x1b"
 
 
@@ -150,7 +174,10 @@ def test_no_argument_can_forge_a_line_or_reach_the_terminal(tmp_path: Path) -> N
 def test_an_argument_that_is_no_text_is_one_message(tmp_path: Path) -> None:
     ended = shell("lorafleet show $'caf\\xe9'", tmp_path)
     assert ended.returncode == 2
-    assert ended.stderr == "error: caf\\udce9: not a text in this terminal's encoding; rename the file, or write the name in UTF-8\n"
+    assert (
+        ended.stderr
+        == "error: caf\\udce9: not a text in this terminal's encoding; rename the file, or write the name in UTF-8\n"
+    )
 
 
 def test_a_table_shows_a_label_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:

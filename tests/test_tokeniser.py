@@ -16,7 +16,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pipeline.encoder import tokeniser as tokeniser_module
 from pipeline.encoder.tokeniser import Tokeniser, Tokens
 
-_PIECES = ["a", "b", "un", "ship", "é", "中", "文", "!", ".", "-", "'", "[", "]", "##b", "##ip", "##ship", "##un", "##."]
+_PIECES = [
+    "a",
+    "b",
+    "un",
+    "ship",
+    "é",
+    "中",
+    "文",
+    "!",
+    ".",
+    "-",
+    "'",
+    "[",
+    "]",
+    "##b",
+    "##ip",
+    "##ship",
+    "##un",
+    "##.",
+]
 _SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 _VOCABULARY = [*_SPECIAL, *_PIECES, "c" * 64]
 _CHARACTERS = [
@@ -35,8 +54,16 @@ def bert_tokenizer(**normaliser: Any) -> Any:
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(_VOCABULARY)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(**normaliser)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    roles = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    roles = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
@@ -81,9 +108,13 @@ def learnt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("max_tokens", [3, 4, 9, 24, 200])
 @pytest.mark.parametrize(
-    "normaliser", [{}, {"lowercase": False, "strip_accents": False}, {"clean_text": False, "handle_chinese_chars": False}], ids=str
+    "normaliser",
+    [{}, {"lowercase": False, "strip_accents": False}, {"clean_text": False, "handle_chinese_chars": False}],
+    ids=str,
 )
-def test_words_one_by_one_give_the_ids_of_the_whole_text(max_tokens: int, normaliser: dict[str, bool], learnt: list[str]) -> None:
+def test_words_one_by_one_give_the_ids_of_the_whole_text(
+    max_tokens: int, normaliser: dict[str, bool], learnt: list[str]
+) -> None:
     tokenizer, texts = bert_tokenizer(**normaliser), nasty_texts(1000)
     tokenise = Tokeniser(tokenizer, max_tokens=max_tokens)
     expected = by_itself(tokenizer, texts, max_tokens)
@@ -162,7 +193,9 @@ def test_a_tokenizer_that_looks_across_spaces_is_given_the_whole_text(part: str,
     assert learnt == []
 
 
-def test_other_kinds_of_tokenizer_are_given_the_whole_text(encoder_folder: Callable[[str], Path], learnt: list[str]) -> None:
+def test_other_kinds_of_tokenizer_are_given_the_whole_text(
+    encoder_folder: Callable[[str], Path], learnt: list[str]
+) -> None:
     tokenizer, texts = AutoTokenizer.from_pretrained(encoder_folder("roberta")), [*nasty_texts(50), *toy_texts(20)[0]]
     assert listed(Tokeniser(tokenizer, max_tokens=12)(texts)) == by_itself(tokenizer, texts, 12)
     assert learnt == []
@@ -198,11 +231,16 @@ def test_a_tokeniser_is_one_threads_at_a_time() -> None:
 @pytest.mark.parametrize("model", ["words", "pairs", "pieces"])
 def test_other_models_behind_the_same_pre_tokenizer_see_one_word_at_a_time_too(model: str, learnt: list[str]) -> None:
     tokenizer, texts = bert_tokenizer(), nasty_texts(300)
-    letters = {piece: number for number, piece in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"shipabun", "sh", "ship"])}
+    letters = {
+        piece: number
+        for number, piece in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"shipabun", "sh", "ship"])
+    }
     kinds = {
         "words": models.WordLevel({"[UNK]": 0, "ship": 1, "a": 5, "!": 6}, unk_token="[UNK]"),
         "pairs": models.BPE(letters, [("s", "h"), ("i", "p")] if "ip" in letters else [("s", "h")], unk_token="[UNK]"),
-        "pieces": models.Unigram([("[UNK]", 0.0), *((piece, -float(len(piece))) for piece in letters if piece != "[UNK]")], 0, False),
+        "pieces": models.Unigram(
+            [("[UNK]", 0.0), *((piece, -float(len(piece))) for piece in letters if piece != "[UNK]")], 0, False
+        ),
     }
     tokenizer.backend_tokenizer.model = kinds[model]
     assert listed(Tokeniser(tokenizer, max_tokens=9)(texts)) == by_itself(tokenizer, texts, 9)

@@ -176,13 +176,17 @@ def test_the_losses_are_the_golden_ones(undisturbed: Training) -> None:
     golden = json.loads(path.read_text(encoding="utf-8"))
     remedy = f"look at the difference, then {golden['command']}"
     assert found["train_loss"] == pytest.approx(golden["train_loss"], abs=golden["tolerance"]), remedy
-    assert found["validation_accuracy"] == pytest.approx(golden["validation_accuracy"], abs=1.5 / 60), remedy  # one text of sixty
+    assert found["validation_accuracy"] == pytest.approx(golden["validation_accuracy"], abs=1.5 / 60), (
+        remedy
+    )  # one text of sixty
 
 
 # The same again
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(undisturbed: Training, encoder_folder: Folders) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    undisturbed: Training, encoder_folder: Folders
+) -> None:
     again = train(load_encoder(encoder_folder("bert")))
     assert bits(again) == bits(undisturbed)
     assert facts(again) == facts(undisturbed)
@@ -190,11 +194,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(undisturbed: 
 
 
 def test_a_checkpoint_changes_nothing(undisturbed: Training, encoder_folder: Folders, tmp_path: Path) -> None:
-    assert bits(train(load_encoder(encoder_folder("bert")), checkpoint=tmp_path / "made" / "c.safetensors")) == bits(undisturbed)
+    assert bits(train(load_encoder(encoder_folder("bert")), checkpoint=tmp_path / "made" / "c.safetensors")) == bits(
+        undisturbed
+    )
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_stopped_training_resumes_to_the_same_bits(epoch: int, undisturbed: Training, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_a_stopped_training_resumes_to_the_same_bits(
+    epoch: int, undisturbed: Training, encoder_folder: Folders, tmp_path: Path
+) -> None:
     path = tmp_path / "training.safetensors"
     with pytest.raises(Stop):
         train(load_encoder(encoder_folder("bert")), checkpoint=path, on_epoch=stop_after(epoch))
@@ -212,7 +220,9 @@ def test_a_training_killed_in_the_middle_of_an_epoch_resumes_to_the_same_bits(
     path = tmp_path / "training.safetensors"
     program = f"import test_training; test_training.train_until_killed({str(encoder_folder('bert'))!r}, {str(path)!r})"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    killed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     rows: list[EpochRow] = []
     resumed = train(load_encoder(encoder_folder("bert")), checkpoint=path, on_epoch=rows.append)
@@ -227,7 +237,9 @@ def test_a_checkpoint_that_was_cut_short_starts_over_and_ends_the_same(
 ) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
     rows: list[EpochRow] = []
-    assert bits(train(load_encoder(encoder_folder("bert")), checkpoint=checkpoint, on_epoch=rows.append)) == bits(undisturbed)
+    assert bits(train(load_encoder(encoder_folder("bert")), checkpoint=checkpoint, on_epoch=rows.append)) == bits(
+        undisturbed
+    )
     assert len(rows) == 3
 
 
@@ -245,7 +257,9 @@ def test_a_checkpoint_that_was_cut_short_starts_over_and_ends_the_same(
         ({"head_start": HeadStart(np.zeros((3, 32), np.float32), np.zeros(3, np.float32))}, "head start"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused_by_name(changed: dict[str, Any], named: str, checkpoint: Path, bert: Encoder) -> None:
+def test_a_checkpoint_of_other_settings_is_refused_by_name(
+    changed: dict[str, Any], named: str, checkpoint: Path, bert: Encoder
+) -> None:
     with pytest.raises(ResumeError) as caught:
         train(bert, checkpoint=checkpoint, **changed)
     assert str(checkpoint) in str(caught.value)
@@ -262,8 +276,12 @@ def test_a_checkpoint_of_other_texts_or_labels_is_refused(checkpoint: Path, enco
         train(load_encoder(encoder_folder("bert")), selection=tokens(encoder, 60, seed=2), checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize(("field", "value"), [("threads", 2), ("dtype", "bfloat16"), ("attention", "sdpa"), ("processor", "amx-bf16")])
-def test_a_checkpoint_of_another_runtime_is_refused(field: str, value: Any, checkpoint: Path, encoder_folder: Folders) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"), [("threads", 2), ("dtype", "bfloat16"), ("attention", "sdpa"), ("processor", "amx-bf16")]
+)
+def test_a_checkpoint_of_another_runtime_is_refused(
+    field: str, value: Any, checkpoint: Path, encoder_folder: Folders
+) -> None:
     config = EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24)
     encoder = Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32.model_copy(update={field: value}))
     with pytest.raises(ResumeError, match=f"runtime.{field}: then .*, now {value}"):
@@ -282,13 +300,25 @@ def test_a_checkpoint_of_another_encoder_is_refused(checkpoint: Path, encoder_fo
 
 def test_the_weights_of_the_best_epoch_are_kept_and_patience_stops(encoder_folder: Folders) -> None:
     lost = []
-    for seed, learning_rate in ((0, 0.01), (2, 0.01), (0, 0.02), (2, 0.02), (0, 0.1)):  # later epochs are worse; at 0.1 all are equal
+    for seed, learning_rate in (
+        (0, 0.01),
+        (2, 0.01),
+        (0, 0.02),
+        (2, 0.02),
+        (0, 0.1),
+    ):  # later epochs are worse; at 0.1 all are equal
         encoder = load_encoder(encoder_folder("bert"))
         selection = tokens(encoder, 60, seed=1)
-        training = train(encoder, selection=selection, max_epochs=12, patience=2, learning_rate=learning_rate, seed=seed)
+        training = train(
+            encoder, selection=selection, max_epochs=12, patience=2, learning_rate=learning_rate, seed=seed
+        )
         scores = [training.start_score or 0, *(e.validation_accuracy or 0 for e in training.epochs)]
-        assert max(epoch for epoch, score in enumerate(scores) if score == max(scores)) == training.best_epoch, "the last of equals"
-        assert len(training.epochs) == min(max(scores.index(max(scores)), 1) + 2, 12), "stopped two epochs after the first of equals"
+        assert max(epoch for epoch, score in enumerate(scores) if score == max(scores)) == training.best_epoch, (
+            "the last of equals"
+        )
+        assert len(training.epochs) == min(max(scores.index(max(scores)), 1) + 2, 12), (
+            "stopped two epochs after the first of equals"
+        )
         assert accuracy(training.adapter, selection) == max(scores)
         assert [e.is_best for e in training.epochs] == [e.epoch == training.best_epoch for e in training.epochs]
         assert not training.adapter.head.training
@@ -315,7 +345,9 @@ def test_a_start_that_no_epoch_beats_is_kept(encoder_folder: Folders) -> None:
     untrained = Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS)
     untrained.start_head(start)
     assert bits(training) == b"".join(p.detach().numpy().tobytes() for p in untrained.parameters)
-    assert (training.best_epoch, [row.is_best for row in training.epochs]) == (0, [False] * 4), "patience counts from the first epoch"
+    assert (training.best_epoch, [row.is_best for row in training.epochs]) == (0, [False] * 4), (
+        "patience counts from the first epoch"
+    )
     assert training.start_score == accuracy(training.adapter, selection)
     assert training.start_score > max(row.validation_accuracy or 0 for row in training.epochs)
 
@@ -329,7 +361,12 @@ def test_a_kept_start_survives_a_stop_and_is_not_refitted(encoder_folder: Folder
         path = tmp_path / f"{epoch}.safetensors"
         with pytest.raises(Stop):
             train(
-                load_encoder(encoder_folder("bert")), head_start=start, refit=True, checkpoint=path, on_epoch=stop_after(epoch), **RUINOUS
+                load_encoder(encoder_folder("bert")),
+                head_start=start,
+                refit=True,
+                checkpoint=path,
+                on_epoch=stop_after(epoch),
+                **RUINOUS,
             )
         resumed = train(load_encoder(encoder_folder("bert")), head_start=start, refit=True, checkpoint=path, **RUINOUS)
         assert (bits(resumed), facts(resumed), resumed.start_score) == (bits(whole), facts(whole), whole.start_score)
@@ -346,9 +383,18 @@ def test_an_epoch_that_equals_the_start_is_taken(encoder_folder: Folders) -> Non
 
 def test_a_checkpoint_keeps_all_that_the_rest_of_a_training_depends_on(undisturbed: Training, tmp_path: Path) -> None:
     state = LoopState(
-        list(undisturbed.epochs), best_epoch=2, best_score=0.75, last_gain=3, steps=90, finished=True, start_score=0.25, start_knows=True
+        list(undisturbed.epochs),
+        best_epoch=2,
+        best_score=0.75,
+        last_gain=3,
+        steps=90,
+        finished=True,
+        start_score=0.25,
+        start_knows=True,
     )
-    assert all(getattr(state, name) != value for name, value in vars(LoopState()).items()), "no field has the value that it begins with"
+    assert all(getattr(state, name) != value for name, value in vars(LoopState()).items()), (
+        "no field has the value that it begins with"
+    )
     file = Checkpoint(tmp_path / "c", {"seed": 0})
     file.write({"weights": torch.ones(3)}, state)
     found = file.read()
@@ -358,9 +404,16 @@ def test_a_checkpoint_keeps_all_that_the_rest_of_a_training_depends_on(undisturb
 
 def test_a_tensor_of_any_layout_is_written_as_it_is_read() -> None:
     whole = torch.arange(12.0)
-    tensors = {"plain": whole, "transposed": whole.view(3, 4).t(), "every second": whole[::2], "trained": whole.clone().requires_grad_()}
+    tensors = {
+        "plain": whole,
+        "transposed": whole.view(3, 4).t(),
+        "every second": whole[::2],
+        "trained": whole.clone().requires_grad_(),
+    }
     found = load(tensor_file(tensors, {"made": "here"}))
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {name: tensor.tolist() for name, tensor in tensors.items()}
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
 
 
 def test_a_resume_keeps_the_best_epoch_too(encoder_folder: Folders, tmp_path: Path) -> None:
@@ -401,7 +454,10 @@ def test_a_refit_is_a_training_on_both_parts_for_the_best_number_of_epochs(encod
     assert (refitted.refitted, by_hand.refitted) == (True, False)
     assert (refitted.learnt_selection, by_hand.learnt_selection) == (True, False)
     assert (refitted.best_epoch, refitted.selected_on) == (1, "validation")
-    assert [(row.epoch, row.is_best, row.validation_accuracy is None) for row in refitted.epochs] == [(1, True, False), (2, False, True)]
+    assert [(row.epoch, row.is_best, row.validation_accuracy is None) for row in refitted.epochs] == [
+        (1, True, False),
+        (2, False, True),
+    ]
     assert [row.validation_accuracy is None for row in rows] == [False, True]
 
 
@@ -437,7 +493,9 @@ def test_a_refit_that_was_stopped_resumes_to_the_same_bits(encoder_folder: Folde
 def imbalanced(encoder: Encoder) -> LabelledTokens:
     texts, labels = toy_texts(300)
     chosen = [i for i, label in enumerate(labels) if label != 2 or i % 10 == 2]
-    return LabelledTokens(encoder.tokenise([texts[i] for i in chosen]), np.array([labels[i] for i in chosen], dtype=np.int64))
+    return LabelledTokens(
+        encoder.tokenise([texts[i] for i in chosen]), np.array([labels[i] for i in chosen], dtype=np.int64)
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -475,7 +533,10 @@ def test_a_head_start_is_where_training_starts(encoder_folder: Folders) -> None:
     encoder = load_encoder(encoder_folder("bert"))
     start = probe_of(encoder, tokens(encoder, NUM_TRAIN))
     settings: dict[str, Any] = {"max_epochs": 1, "learning_rate": 1e-6}
-    started, random = train(encoder, head_start=start, **settings), train(load_encoder(encoder_folder("bert")), **settings)
+    started, random = (
+        train(encoder, head_start=start, **settings),
+        train(load_encoder(encoder_folder("bert")), **settings),
+    )
     assert started.epochs[0].train_loss < 0.8 * random.epochs[0].train_loss
     linear = started.adapter.head[1].state_dict()
     np.testing.assert_allclose(linear["weight"].numpy(), start.weight, atol=1e-3)
@@ -494,13 +555,17 @@ def test_gradients_are_cut_to_a_length(first_epoch: Path, encoder_folder: Folder
 def test_one_tiny_step_moves_no_weight_further_than_the_learning_rate(bert: Encoder) -> None:
     before = [p.detach().clone() for p in Adapter(bert, AdapterConfig(), LABELS).parameters]
     fresh = load_encoder(bert.config.name)
-    after = train(fresh, data=tokens(fresh, 4), selection=None, max_epochs=1, learning_rate=1e-3, weight_decay=0).adapter.parameters
+    after = train(
+        fresh, data=tokens(fresh, 4), selection=None, max_epochs=1, learning_rate=1e-3, weight_decay=0
+    ).adapter.parameters
     moved = max(float((a.detach() - b).abs().max()) for a, b in zip(after, before, strict=True))
     assert 0.9e-3 < moved <= 1.001e-3  # AdamW's first step
 
 
 def test_a_training_that_diverges_says_so(bert: Encoder) -> None:
-    start = HeadStart(np.full((len(LABELS), bert.hidden_size), np.inf, dtype=np.float32), np.zeros(len(LABELS), dtype=np.float32))
+    start = HeadStart(
+        np.full((len(LABELS), bert.hidden_size), np.inf, dtype=np.float32), np.zeros(len(LABELS), dtype=np.float32)
+    )
     with pytest.raises(LorafleetError, match=r"training diverged in epoch 1: loss nan; lower train\.learning_rate"):
         train(bert, head_start=start)
 
@@ -532,7 +597,9 @@ def test_batches_hold_texts_of_like_length_in_an_order_that_is_not_by_length(len
     padded = sum(len(b) * lengths[b].max() for b in batches)
     assert lengths.sum() / padded > 0.95, "hardly any padding"
     shuffled = np.random.default_rng(0).permutation(1003)
-    assert lengths.sum() / sum(8 * lengths[shuffled[i : i + 8]].max() for i in range(0, 1003, 8)) < 0.6, "which is not for free"
+    assert lengths.sum() / sum(8 * lengths[shuffled[i : i + 8]].max() for i in range(0, 1003, 8)) < 0.6, (
+        "which is not for free"
+    )
     longest = np.array([lengths[b].max() for b in batches])
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3
 
@@ -553,10 +620,14 @@ def published(undisturbed: Training, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_a_warm_start_begins_with_the_published_weights(published: TaskFolder, undisturbed: Training, bert: Encoder) -> None:
+def test_a_warm_start_begins_with_the_published_weights(
+    published: TaskFolder, undisturbed: Training, bert: Encoder
+) -> None:
     adapter = Adapter(bert, AdapterConfig(), LABELS, seed=5)
     start_from(adapter, published)
-    assert [p.detach().tolist() for p in adapter.parameters] == [p.detach().tolist() for p in undisturbed.adapter.parameters]
+    assert [p.detach().tolist() for p in adapter.parameters] == [
+        p.detach().tolist() for p in undisturbed.adapter.parameters
+    ]
 
 
 def test_the_heads_rows_follow_their_labels_and_a_new_label_keeps_its_own_start(
@@ -589,7 +660,9 @@ def test_the_score_at_the_start_is_that_of_the_published_adapter(
     assert undisturbed.start_score < warm.start_score
 
 
-def test_a_published_adapter_that_no_epoch_beats_is_kept(published: TaskFolder, undisturbed: Training, encoder_folder: Folders) -> None:
+def test_a_published_adapter_that_no_epoch_beats_is_kept(
+    published: TaskFolder, undisturbed: Training, encoder_folder: Folders
+) -> None:
     warm = train(load_encoder(encoder_folder("bert")), warm_start=published, **RUINOUS)
     assert (warm.best_epoch, bits(warm)) == (0, bits(undisturbed))
 
@@ -605,8 +678,12 @@ def test_a_published_adapter_that_has_learnt_the_validation_slice_does_not_compe
     assert (warm.start_score, warm.refitted, warm.learnt_selection) == (None, False, True)
     assert not train(load_encoder(encoder_folder("bert")), warm_start=published, max_epochs=1).learnt_selection
     with pytest.raises(Stop):
-        train(load_encoder(encoder_folder("bert")), warm_start=refitted, checkpoint=tmp_path / "c", on_epoch=stop_after(2))
-    resumed = train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c")  # published meanwhile
+        train(
+            load_encoder(encoder_folder("bert")), warm_start=refitted, checkpoint=tmp_path / "c", on_epoch=stop_after(2)
+        )
+    resumed = train(
+        load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c"
+    )  # published meanwhile
     assert (resumed.start_score, resumed.learnt_selection) == (None, True)
 
 
@@ -615,7 +692,12 @@ def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_fir
 ) -> None:
     whole = train(load_encoder(encoder_folder("bert")), warm_start=published)
     with pytest.raises(Stop):
-        train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c", on_epoch=stop_after(2))
+        train(
+            load_encoder(encoder_folder("bert")),
+            warm_start=published,
+            checkpoint=tmp_path / "c",
+            on_epoch=stop_after(2),
+        )
     resumed = train(load_encoder(encoder_folder("bert")), warm_start=published, checkpoint=tmp_path / "c")
     assert (bits(resumed), resumed.start_score) == (bits(whole), whole.start_score)
 

@@ -55,7 +55,11 @@ def begun(adapter: Path, encoder: Path, tmp_path: Path) -> Callable[..., Bulk]:
     """Table -> a job over it, in ``in/a.parquet`` and ``out``; without one, over the files that are in ``in``."""
 
     def begin(
-        table: pa.Table | dict[str, Any] | None = None, *, write: dict[str, Any] | None = None, out: str = "out", **options: Any
+        table: pa.Table | dict[str, Any] | None = None,
+        *,
+        write: dict[str, Any] | None = None,
+        out: str = "out",
+        **options: Any,
     ) -> Bulk:
         if table is not None:
             write_table(tmp_path / "in" / "a.parquet", table, **(write or {}))
@@ -91,7 +95,9 @@ def probabilities(adapter: Path, encoder: Path, texts: list[str]) -> np.ndarray:
 # Answers
 
 
-def test_labels_and_scores_are_the_adapters_own_in_the_order_of_the_rows(begun: Callable[..., Bulk], adapter: Path, encoder: Path) -> None:
+def test_labels_and_scores_are_the_adapters_own_in_the_order_of_the_rows(
+    begun: Callable[..., Bulk], adapter: Path, encoder: Path
+) -> None:
     table = labelled(begun({"id": list(range(60)), "text": TEXTS}, write={"row_group_size": 9}, rows_per_unit=20))
     expected = probabilities(adapter, encoder, TEXTS)
     top = np.sort(expected, axis=1)
@@ -115,9 +121,15 @@ def test_null_and_empty_texts_have_no_label_and_no_score_and_the_reason(begun: C
     reasons = [None, "text is null", "text is empty", "text is empty", None]
     assert table.column("T_reason").to_pylist() == reasons
     for column in ("T_label", "T_score", "T_top_k"):
-        assert [value is None for value in table.column(column).to_pylist()] == [reason is not None for reason in reasons]
+        assert [value is None for value in table.column(column).to_pylist()] == [
+            reason is not None for reason in reasons
+        ]
     assert table.column("truncated").to_pylist() == [False] * 5
-    assert (receipt.rows, receipt.null_labels, receipt.reasons) == (5, {"T": 3}, {"text is null": 1, "text is empty": 2})
+    assert (receipt.rows, receipt.null_labels, receipt.reasons) == (
+        5,
+        {"T": 3},
+        {"text is null": 1, "text is empty": 2},
+    )
     assert sum(receipt.labels["T"].values()) == 2
 
 
@@ -129,20 +141,26 @@ def test_a_unit_of_nulls_alone_is_labelled_null(top_k: int, begun: Callable[...,
     assert rows_of(bulk).column("id").to_pylist() == list(range(5))
 
 
-def test_equal_texts_are_computed_once_and_answered_alike(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_texts_are_computed_once_and_answered_alike(
+    begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bulk = begun({"text": [*TEXTS[:3], *TEXTS[:3], None, TEXTS[0], " "] * 3000})  # more than one block
     worker = UnitWorker(bulk.spec)
     computed: list[str] = []
     tokenise = worker.classifier.tokenise
     monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
     receipt = worker.label(bulk.begun.todo[0])
-    answers = set(zip(*(rows_of(bulk).column(name).to_pylist() for name in ("text", "T_label", "T_score")), strict=True))
+    answers = set(
+        zip(*(rows_of(bulk).column(name).to_pylist() for name in ("text", "T_label", "T_score")), strict=True)
+    )
     assert computed == TEXTS[:3]
     assert receipt.duplicates == 7 * 3000 - 3
     assert len(answers) == 5
 
 
-def test_texts_that_are_merely_alike_are_not_taken_for_equal(begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_are_merely_alike_are_not_taken_for_equal(
+    begun: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["ship", "Ship", "ship ", " ship", *(f"ship {number}" for number in range(3000))]
     bulk = begun({"text": texts})
     worker = UnitWorker(bulk.spec)
@@ -234,14 +252,18 @@ def test_a_score_that_is_the_threshold_keeps_its_label(begun: Callable[..., Bulk
 
 def test_the_best_labels_are_listed_best_first(begun: Callable[..., Bulk]) -> None:
     table = labelled(begun({"text": TEXTS}, top_k=2))
-    for label, score, top in zip(*(table.column(f"T_{part}").to_pylist() for part in ("label", "score", "top_k")), strict=True):
+    for label, score, top in zip(
+        *(table.column(f"T_{part}").to_pylist() for part in ("label", "score", "top_k")), strict=True
+    ):
         assert top[0] == {"label": label, "score": score}
         assert len(top) == 2
         assert top[0]["score"] >= top[1]["score"]
         assert top[0]["label"] != top[1]["label"]
 
 
-def test_all_labels_can_be_listed_and_no_more_than_any_adapter_has(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+def test_all_labels_can_be_listed_and_no_more_than_any_adapter_has(
+    adapter: Path, encoder: Path, tmp_path: Path
+) -> None:
     other = save_bulk_adapter(tmp_path / "Other", encoder, labels=("yes", "no"), seed=7, calibrated=False)
     path = write_table(tmp_path / "a.parquet", {"text": TEXTS[:4]})
     table = labelled(start(path, tmp_path / "out", [adapter, other], encoder, top_k=len(LABELS)))
@@ -276,7 +298,16 @@ def test_two_adapters_in_one_pass_say_what_each_says_alone(adapter: Path, encode
     for folder in (adapter, other):
         alone = labelled(start(path, tmp_path / f"only-{folder.name}", [folder], encoder))
         assert both.select(alone.column_names).equals(alone)
-    assert both.column_names == ["text", "T_label", "T_score", "T_reason", "Other_label", "Other_score", "Other_reason", "truncated"]
+    assert both.column_names == [
+        "text",
+        "T_label",
+        "T_score",
+        "T_reason",
+        "Other_label",
+        "Other_score",
+        "Other_reason",
+        "truncated",
+    ]
 
 
 # Rows
@@ -287,7 +318,9 @@ ALL_TYPES = pa.table(
         "text": pa.array(["sea", None, "soup", "sea"]).dictionary_encode(),
         "int": pa.array([1, None, 3, 4], pa.int16()),
         "float": pa.array([0.5, float("nan"), None, -0.0]),
-        "moment": pa.array([datetime(2026, 1, 2, tzinfo=UTC), None, None, datetime(1969, 1, 1, tzinfo=UTC)], pa.timestamp("us", "UTC")),
+        "moment": pa.array(
+            [datetime(2026, 1, 2, tzinfo=UTC), None, None, datetime(1969, 1, 1, tzinfo=UTC)], pa.timestamp("us", "UTC")
+        ),
         "nanos": pa.array([1, 2, None, 4], pa.timestamp("ns")),
         "list": pa.array([[1, 2], None, [], [None]], pa.large_list(pa.int32())),
         "struct": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": []}, {"a": 2, "b": None}]),
@@ -311,14 +344,25 @@ def test_every_type_of_column_survives(begun: Callable[..., Bulk]) -> None:
         assert str(table.column(name).to_pylist()) == str(ALL_TYPES.column(name).to_pylist()), name
 
 
-def test_dictionaries_that_differ_from_row_group_to_row_group_survive(tmp_path: Path, begun: Callable[..., Bulk]) -> None:
-    schema = pa.schema([("text", pa.dictionary(pa.int32(), pa.string())), ("kind", pa.dictionary(pa.int32(), pa.string()))])
+def test_dictionaries_that_differ_from_row_group_to_row_group_survive(
+    tmp_path: Path, begun: Callable[..., Bulk]
+) -> None:
+    schema = pa.schema(
+        [("text", pa.dictionary(pa.int32(), pa.string())), ("kind", pa.dictionary(pa.int32(), pa.string()))]
+    )
     words = [["sea", "soup", "sea"], ["tree", "sea", None], ["oven", "oven", "tree"]]
     parts = [
-        pa.table({"text": pa.array(some).dictionary_encode(), "kind": pa.array(some).dictionary_encode()}, schema=schema) for some in words
+        pa.table(
+            {"text": pa.array(some).dictionary_encode(), "kind": pa.array(some).dictionary_encode()}, schema=schema
+        )
+        for some in words
     ]
     table = labelled(begun(pa.concat_tables(parts), write={"row_group_size": 3}))
-    assert table.column("text").to_pylist() == table.column("kind").to_pylist() == [word for some in words for word in some]
+    assert (
+        table.column("text").to_pylist()
+        == table.column("kind").to_pylist()
+        == [word for some in words for word in some]
+    )
     assert table.schema.field("kind").type == schema.field("kind").type
 
 
@@ -331,7 +375,9 @@ def test_text_of_any_text_type_gets_the_same_answers(kind: pa.DataType, begun: C
 
 
 def test_each_columns_compression_is_kept_and_new_columns_have_the_texts(begun: Callable[..., Bulk]) -> None:
-    columns = pa.table({"text": TEXTS[:4], "a": range(4), "a.b": range(4), "list": [[1], [2], [], None], "plain": range(4)})
+    columns = pa.table(
+        {"text": TEXTS[:4], "a": range(4), "a.b": range(4), "list": [[1], [2], [], None], "plain": range(4)}
+    )
     codecs = {"text": "zstd", "a": "gzip", "a.b": "brotli", "list.list.element": "snappy", "plain": "none"}
     bulk = begun(columns, write={"compression": codecs}, top_k=2)
     labelled(bulk)
@@ -344,7 +390,9 @@ def test_each_columns_compression_is_kept_and_new_columns_have_the_texts(begun: 
 
 
 @pytest.mark.parametrize("columns", [None, ("value",)])
-def test_pandas_reads_what_pandas_wrote(columns: tuple[str, ...] | None, tmp_path: Path, adapter: Path, encoder: Path) -> None:
+def test_pandas_reads_what_pandas_wrote(
+    columns: tuple[str, ...] | None, tmp_path: Path, adapter: Path, encoder: Path
+) -> None:
     index = pd.MultiIndex.from_arrays([list("abcd"), [3, 1, 4, 1]], names=["key", "number"])
     frames = {
         "range": pd.DataFrame({"text": TEXTS[:4], "value": [1.5, None, 2, 3]}),
@@ -352,9 +400,13 @@ def test_pandas_reads_what_pandas_wrote(columns: tuple[str, ...] | None, tmp_pat
     }
     for name, frame in frames.items():
         frame.to_parquet(tmp_path / f"{name}.parquet")
-        bulk = start(tmp_path / f"{name}.parquet", tmp_path / name, [adapter], encoder, columns=columns, rows_per_unit=3)
+        bulk = start(
+            tmp_path / f"{name}.parquet", tmp_path / name, [adapter], encoder, columns=columns, rows_per_unit=3
+        )
         labelled(bulk)
-        read = pd.concat([pd.read_parquet(tmp_path / name / unit.output) for unit in bulk.source.units], ignore_index=name == "range")
+        read = pd.concat(
+            [pd.read_parquet(tmp_path / name / unit.output) for unit in bulk.source.units], ignore_index=name == "range"
+        )
         expected = frame if columns is None else frame[list(columns)]
         if columns is not None:
             expected = expected.reset_index(drop=True)
@@ -376,7 +428,9 @@ def test_dates_beyond_nanoseconds_are_kept_in_every_file_of_the_job_and_the_chan
     assert bulk.source.changes == ("day: int96 becomes Timestamp(isAdjustedToUTC=false, timeUnit=microseconds)",)
 
 
-def test_where_both_do_not_fit_microseconds_are_kept_and_the_cut_is_named(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+def test_where_both_do_not_fit_microseconds_are_kept_and_the_cut_is_named(
+    begun: Callable[..., Bulk], tmp_path: Path
+) -> None:
     for name, unit, value in (("fine", "ns", 1_704_067_200_000_000_001), ("far", "s", 253_402_300_799)):
         table = pa.table({"text": TEXTS[:1], "day": pa.array([value], pa.timestamp(unit))})
         write_table(tmp_path / "in" / f"{name}.parquet", table, use_deprecated_int96_timestamps=True)
@@ -387,15 +441,21 @@ def test_where_both_do_not_fit_microseconds_are_kept_and_the_cut_is_named(begun:
 
 def test_files_that_differ_without_a_loss_are_read_together(begun: Callable[..., Bulk], tmp_path: Path) -> None:
     tables = {
-        "a": pa.table({"n": pa.array([1], pa.int32()), "text": [TEXTS[0]], "kind": pa.array(["x"]).dictionary_encode()}),
-        "b": pa.table({"text": pa.array([TEXTS[1]], pa.large_string()), "n": pa.array([2**40]), "kind": ["y"], "late": [True]}),
+        "a": pa.table(
+            {"n": pa.array([1], pa.int32()), "text": [TEXTS[0]], "kind": pa.array(["x"]).dictionary_encode()}
+        ),
+        "b": pa.table(
+            {"text": pa.array([TEXTS[1]], pa.large_string()), "n": pa.array([2**40]), "kind": ["y"], "late": [True]}
+        ),
         "c": pa.table({"text": pa.nulls(1), "n": pa.nulls(1), "kind": pa.nulls(1)}),
         "d": pa.table({"kind": ["z"], "text": pa.array([TEXTS[0]], pa.string_view()), "n": pa.array([4], pa.int8())}),
     }
     for name, table in tables.items():
         write_table(tmp_path / "in" / f"{name}.parquet", table)
     bulk = begun()
-    found = pa.concat_tables([read(bulk, f"{name}-00000.parquet").select(["n", "text", "kind", "late", "T_reason"]) for name in tables])
+    found = pa.concat_tables(
+        [read(bulk, f"{name}-00000.parquet").select(["n", "text", "kind", "late", "T_reason"]) for name in tables]
+    )
     assert found.to_pydict() == {
         "n": [1, 2**40, None, 4],
         "text": [TEXTS[0], TEXTS[1], None, TEXTS[0]],
@@ -431,7 +491,9 @@ def test_a_sample_of_views_is_that_of_plain_columns(begun: Callable[..., Bulk]) 
     assert 200 < len(found) < 400
 
 
-def test_a_time_that_is_adjusted_to_utc_stays_so_and_among_others_the_change_is_named(begun: Callable[..., Bulk], tmp_path: Path) -> None:
+def test_a_time_that_is_adjusted_to_utc_stays_so_and_among_others_the_change_is_named(
+    begun: Callable[..., Bulk], tmp_path: Path
+) -> None:
     times = pa.array([1, 2], pa.time64("us"))
     adjusted = begun(pa.table({"text": TEXTS[:2], "at": times}), write={"write_time_adjusted_to_utc": True})
     labelled(adjusted)
@@ -451,7 +513,13 @@ def test_a_geometry_stays_one(begun: Callable[..., Bulk]) -> None:
 
 def test_only_chosen_columns_are_kept_even_none(begun: Callable[..., Bulk]) -> None:
     table = {"text": TEXTS[:5], "id": range(5)}
-    assert labelled(begun(table, out="id", columns=("id",))).column_names == ["id", "T_label", "T_score", "T_reason", "truncated"]
+    assert labelled(begun(table, out="id", columns=("id",))).column_names == [
+        "id",
+        "T_label",
+        "T_score",
+        "T_reason",
+        "truncated",
+    ]
     none = labelled(begun(table, out="none", columns=()))
     assert none.column_names == ["T_label", "T_score", "T_reason", "truncated"]
     assert len(none) == 5
@@ -489,7 +557,9 @@ def facts(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_footer_says_what_made_the_file_and_of_what(begun: Callable[..., Bulk], adapter: Path, tmp_path: Path) -> None:
+def test_the_footer_says_what_made_the_file_and_of_what(
+    begun: Callable[..., Bulk], adapter: Path, tmp_path: Path
+) -> None:
     bulk = begun({"text": TEXTS[:4]}, rows_per_unit=3, min_score=0.25)
     receipts = bulk.label()
     (found,) = find_adapters([str(adapter)], offline=True)
@@ -515,7 +585,9 @@ def test_the_footer_says_what_made_the_file_and_of_what(begun: Callable[..., Bul
     )
 
 
-def test_the_output_of_one_job_can_be_the_input_of_another(begun: Callable[..., Bulk], encoder: Path, tmp_path: Path) -> None:
+def test_the_output_of_one_job_can_be_the_input_of_another(
+    begun: Callable[..., Bulk], encoder: Path, tmp_path: Path
+) -> None:
     labelled(begun({"text": TEXTS[:4]}))
     other = save_bulk_adapter(tmp_path / "Other", encoder, seed=3)
     bulk = start(tmp_path / "out", tmp_path / "second", [other], encoder, columns=("text", "T_label"))
@@ -587,9 +659,19 @@ def test_a_text_that_is_not_utf8_has_no_label_and_a_reason_and_the_others_have_t
     content = [TEXTS[0].encode(), b"caf\xe9", None, b"", TEXTS[1].encode()]
     loose = pa.array(content, pa.binary())
     bad = pa.Array.from_buffers(pa.string(), len(loose), loose.buffers()) if "string" in str(kind) else loose
-    table = labelled(begun(pa.table({"text": bad.cast(kind) if kind != pa.string_view() else bad.cast(pa.large_string()).cast(kind)})))
+    table = labelled(
+        begun(
+            pa.table({"text": bad.cast(kind) if kind != pa.string_view() else bad.cast(pa.large_string()).cast(kind)})
+        )
+    )
     assert table.column("T_reason").to_pylist() == [None, "text is not UTF-8", "text is null", "text is empty", None]
-    assert table.column("T_label").to_pylist() == [good["T_label"][0].as_py(), None, None, None, good["T_label"][1].as_py()]
+    assert table.column("T_label").to_pylist() == [
+        good["T_label"][0].as_py(),
+        None,
+        None,
+        None,
+        good["T_label"][1].as_py(),
+    ]
     assert table.column("text").cast(pa.large_binary()).to_pylist() == content
 
 
@@ -598,7 +680,13 @@ def test_a_text_that_is_not_utf8_has_no_label_and_a_reason_and_the_others_have_t
 def test_a_column_with_fewer_rows_than_the_footer_promises_is_a_failure(
     num_values: int, columns: tuple[str, ...] | None, begun: Callable[..., Bulk], tmp_path: Path
 ) -> None:
-    path = write_table(tmp_path / "in" / "a.parquet", {"text": TEXTS[:8]}, use_dictionary=False, compression="none", write_statistics=False)
+    path = write_table(
+        tmp_path / "in" / "a.parquet",
+        {"text": TEXTS[:8]},
+        use_dictionary=False,
+        compression="none",
+        write_statistics=False,
+    )
     content = path.read_bytes()
     eight_values = b"\x2c\x15\x10"  # in the header of the only page
     assert content.count(eight_values) == 1
@@ -624,7 +712,9 @@ def test_a_unit_that_killed_three_workers_is_left_alone(begun: Callable[..., Bul
     ]
 
 
-def test_an_adapter_that_was_trained_anew_since_planning_is_refused(begun: Callable[..., Bulk], encoder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_was_trained_anew_since_planning_is_refused(
+    begun: Callable[..., Bulk], encoder: Path, tmp_path: Path
+) -> None:
     folder = save_bulk_adapter(tmp_path / "Mine", encoder)
     path = write_table(tmp_path / "a.parquet", {"text": TEXTS})
     bulk = start(path, tmp_path / "out", [folder], encoder)
@@ -638,14 +728,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_fatal_and_leaves_nothing_half_written(small_disk: Path, adapter: Path, encoder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_fatal_and_leaves_nothing_half_written(
+    small_disk: Path, adapter: Path, encoder: Path, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).bytes(400_000)
     path = write_table(tmp_path / "a.parquet", {"text": ["sea", "soup"], "noise": [b"little", noise]}, row_group_size=1)
     bulk = start(path, small_disk / "out", [adapter], encoder, rows_per_unit=1)
@@ -673,7 +767,9 @@ def test_an_output_too_large_for_its_file_system_fails_alone(begun: Callable[...
 
 @pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("name", ["at (UTC)", "at(UTC)", "at (x) y", "at.", "at {", 'at "', "at\n"])
-def test_dates_and_times_are_kept_whatever_their_columns_are_called(name: str, is_nested: bool, begun: Callable[..., Bulk]) -> None:
+def test_dates_and_times_are_kept_whatever_their_columns_are_called(
+    name: str, is_nested: bool, begun: Callable[..., Bulk]
+) -> None:
     dates = pa.array([dt.datetime(9999, 12, 31), dt.datetime(1, 1, 1)], pa.timestamp("us"))
     columns = {name: dates, f"{name} t": pa.array([1, 2], pa.time64("us"))}
     table = pa.table(columns)
@@ -686,7 +782,9 @@ def test_dates_and_times_are_kept_whatever_their_columns_are_called(name: str, i
     assert len(bulk.source.changes) == 1
     assert "int96" in bulk.source.changes[0]
     written = pq.ParquetFile(Path(bulk.output.root) / "a-00000.parquet").schema
-    assert "Time(isAdjustedToUTC=true, timeUnit=microseconds)" in {str(written.column(i).logical_type) for i in range(len(written))}
+    assert "Time(isAdjustedToUTC=true, timeUnit=microseconds)" in {
+        str(written.column(i).logical_type) for i in range(len(written))
+    }
 
 
 def test_a_file_with_the_longest_name_there_can_be_is_labelled(begun: Callable[..., Bulk], tmp_path: Path) -> None:
@@ -705,7 +803,9 @@ def test_a_footer_key_that_nobody_understands_is_named_and_left_out(begun: Calla
 
 
 @pytest.mark.parametrize("name", ["lr=0.1", "run#1", "a:b", "x@y"])
-def test_an_adapter_whose_name_no_worker_can_be_told_has_to_be_named(name: str, adapter: Path, encoder: Path, tmp_path: Path) -> None:
+def test_an_adapter_whose_name_no_worker_can_be_told_has_to_be_named(
+    name: str, adapter: Path, encoder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(adapter, tmp_path / name)
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "task"}))
@@ -719,7 +819,9 @@ def test_maps_and_lists_of_one_size_are_joined(begun: Callable[..., Bulk], tmp_p
     for file, kind in (("a", pa.int32()), ("b", pa.int64())):
         values = [[("k", 1)], []], [[1, 2], [3, 4]]
         columns = zip(("map", "pair"), values, (pa.map_(pa.string(), kind), pa.list_(kind, 2)), strict=True)
-        write_table(tmp_path / "in" / f"{file}.parquet", {"text": TEXTS[:2], **{name: pa.array(v, t) for name, v, t in columns}})
+        write_table(
+            tmp_path / "in" / f"{file}.parquet", {"text": TEXTS[:2], **{name: pa.array(v, t) for name, v, t in columns}}
+        )
     found = labelled(begun())
     assert found.column("map").to_pylist() == [[("k", 1)], []] * 2
     assert found.column("pair").to_pylist() == [[1, 2], [3, 4]] * 2

@@ -32,7 +32,12 @@ def plan(
     limit: int | None = None,
 ) -> BulkInput:
     return plan_input(
-        str(pattern), text_column=text_column, columns=columns, new_columns=new_columns, rows_per_unit=rows_per_unit, limit=limit
+        str(pattern),
+        text_column=text_column,
+        columns=columns,
+        new_columns=new_columns,
+        rows_per_unit=rows_per_unit,
+        limit=limit,
     )
 
 
@@ -51,7 +56,12 @@ def test_a_file_is_one_unit_with_all_its_columns(tmp_path: Path) -> None:
     path = write_table(tmp_path / "in.parquet", texts(7))
     planned = plan(path)
     (unit,) = planned.units
-    assert (unit.number, unit.path, unit.output, planned.schema.names) == (0, str(path), "in-00000.parquet", ["id", "text"])
+    assert (unit.number, unit.path, unit.output, planned.schema.names) == (
+        0,
+        str(path),
+        "in-00000.parquet",
+        ["id", "text"],
+    )
     assert ranges(planned) == [((0,), 0, 7, 0)]
     assert [(file.path, file.size, file.num_rows) for file in planned.files] == [(str(path), path.stat().st_size, 7)]
     assert planned.num_rows == 7
@@ -96,7 +106,12 @@ def test_a_glob_gives_what_it_matches(tmp_path: Path) -> None:
 
 def test_row_groups_are_put_together_up_to_the_rows_of_a_unit(tmp_path: Path) -> None:
     path = write_table(tmp_path / "in.parquet", texts(28), row_group_size=4)
-    assert ranges(plan(path, rows_per_unit=10)) == [((0, 1), 0, 8, 0), ((2, 3), 0, 8, 8), ((4, 5), 0, 8, 16), ((6,), 0, 4, 24)]
+    assert ranges(plan(path, rows_per_unit=10)) == [
+        ((0, 1), 0, 8, 0),
+        ((2, 3), 0, 8, 8),
+        ((4, 5), 0, 8, 16),
+        ((6,), 0, 4, 24),
+    ]
     assert ranges(plan(path, rows_per_unit=12)) == [((0, 1, 2), 0, 12, 0), ((3, 4, 5), 0, 12, 12), ((6,), 0, 4, 24)]
 
 
@@ -106,7 +121,13 @@ def test_a_larger_row_group_is_sliced_between_the_smaller_ones(tmp_path: Path) -
     with pq.ParquetWriter(path, schema) as writer:
         for rows in (3, 11, 0, 2):
             writer.write_table(pa.table(texts(rows), schema=schema))
-    assert ranges(plan(path, rows_per_unit=5)) == [((0,), 0, 3, 0), ((1,), 0, 5, 3), ((1,), 5, 5, 8), ((1,), 10, 1, 13), ((3,), 0, 2, 14)]
+    assert ranges(plan(path, rows_per_unit=5)) == [
+        ((0,), 0, 3, 0),
+        ((1,), 0, 5, 3),
+        ((1,), 5, 5, 8),
+        ((1,), 10, 1, 13),
+        ((3,), 0, 2, 14),
+    ]
 
 
 @pytest.mark.parametrize("rows_per_unit", [1, 3, 7, 50])
@@ -116,9 +137,9 @@ def test_every_row_is_in_one_unit(rows_per_unit: int, tmp_path: Path) -> None:
     planned = plan(tmp_path, rows_per_unit=rows_per_unit)
     for file in planned.files:
         units = [unit for unit in planned.units if unit.path == file.path]
-        assert [row for unit in units for row in range(unit.first_row_of_file, unit.first_row_of_file + unit.num_rows)] == list(
-            range(file.num_rows or 0)
-        )
+        assert [
+            row for unit in units for row in range(unit.first_row_of_file, unit.first_row_of_file + unit.num_rows)
+        ] == list(range(file.num_rows or 0))
     assert max(unit.num_rows for unit in planned.units) <= rows_per_unit
     assert len(set(outputs(planned))) == len(planned.units)
 
@@ -148,14 +169,18 @@ def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> N
         plan(path, columns=["id", "day"])
 
 
-@pytest.mark.parametrize("kind", [pa.int64(), pa.binary(2), pa.list_(pa.string()), pa.dictionary(pa.int8(), pa.int64())])
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.binary(2), pa.list_(pa.string()), pa.dictionary(pa.int8(), pa.int64())]
+)
 def test_a_text_column_of_another_type_is_refused_with_the_type(kind: pa.DataType, tmp_path: Path) -> None:
     path = write_table(tmp_path / "in.parquet", pa.table({"text": pa.array([None, None], kind)}))
     with pytest.raises(DataError, match=r"column 'text' is .*, not text; choose another --text-column"):
         plan(path)
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
 def test_every_type_of_text_is_accepted(kind: pa.DataType, tmp_path: Path) -> None:
     assert text_type(kind)
     path = write_table(tmp_path / "in.parquet", pa.table({"text": pa.array(["a", "b"], pa.string()).cast(kind)}))
@@ -250,7 +275,9 @@ def test_files_that_cannot_be_read_are_failures_and_the_others_are_planned(tmp_p
     (tmp_path / "c.parquet").write_bytes(whole[: len(whole) // 2])
     planned = plan(tmp_path)
     assert outputs(planned) == ["d-00000.parquet"]
-    assert [(Path(f.path).name, f.unit, f.num_rows) for f in planned.failures] == [(f"{name}.parquet", None, None) for name in "abc"]
+    assert [(Path(f.path).name, f.unit, f.num_rows) for f in planned.failures] == [
+        (f"{name}.parquet", None, None) for name in "abc"
+    ]
     assert [failure.reason.partition(" (")[0] for failure in planned.failures] == [
         "the file is empty",
         "not a Parquet file: it does not begin with PAR1",
@@ -271,7 +298,9 @@ def test_a_file_that_its_store_does_not_give_is_a_failure(tmp_path: Path) -> Non
 def test_an_input_without_a_readable_file_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of its 2 files can be read; \S+/a\.parquet: the file is empty \(0 bytes\)"):
+    with pytest.raises(
+        DataError, match=r"none of its 2 files can be read; \S+/a\.parquet: the file is empty \(0 bytes\)"
+    ):
         plan(tmp_path)
 
 

@@ -86,7 +86,9 @@ def answers(port: int) -> bool:
 
 @pytest.mark.timeout(280)
 @pytest.mark.faults
-def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start: Callable[..., Up], tmp_path: Path) -> None:
+def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(
+    start: Callable[..., Up], tmp_path: Path
+) -> None:
     (tmp_path / "runs" / "r1").mkdir(parents=True)
     (tmp_path / "runs" / "r1" / "report.html").write_text("<p>a report</p>", encoding="utf-8")
     up = start("--no-ray")
@@ -112,7 +114,11 @@ def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(start
 
     (server,) = up.family("server start")
     server.kill()
-    eventually(lambda: [p for p in up.family("server start") if p != server] and up.api.answers(), seconds=60, what="the server is back")
+    eventually(
+        lambda: [p for p in up.family("server start") if p != server] and up.api.answers(),
+        seconds=60,
+        what="the server is back",
+    )
 
     up.process.send_signal(signal.SIGTERM)
     ended = up.wait(seconds=60)
@@ -130,7 +136,9 @@ def check_that_only_who_knows_the_password_is_answered(up: Up, tmp_path: Path) -
     assert file.read_text(encoding="utf-8") == up.api.login
     assert [stat.S_IMODE(path.stat().st_mode) for path in (state, file)] == [0o700, 0o600]
     secret = up.api.login.partition(":")[2]
-    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    written = [
+        path for path in (tmp_path / "runs").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
+    ]
     assert written == [file]
     assert up.log() == ""
     assert not any(secret in argument for process in up.family() for argument in process.cmdline())
@@ -154,7 +162,9 @@ def check_that_its_own_commands_find_it(up: Up, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-def test_the_password_stays_from_one_start_to_the_next_and_one_that_the_user_sets_wins(start: Callable[..., Up], tmp_path: Path) -> None:
+def test_the_password_stays_from_one_start_to_the_next_and_one_that_the_user_sets_wins(
+    start: Callable[..., Up], tmp_path: Path
+) -> None:
     first = start("--no-ray")
     first.wait_until_all_answer()
     first.process.send_signal(signal.SIGTERM)
@@ -191,7 +201,12 @@ def test_a_run_store_that_cannot_be_written_is_one_message(tmp_path: Path) -> No
 
 def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> None:
     store = tmp_path / "runs"
-    shown = {"r/report.html": "text/html", "r/a.json": "application/json", "r/README.md": "text/plain", "history.html": "text/html"}
+    shown = {
+        "r/report.html": "text/html",
+        "r/a.json": "application/json",
+        "r/README.md": "text/plain",
+        "history.html": "text/html",
+    }
     hidden = ["r/adapter.safetensors", "r/config.toml", ".up/prefect.json", "r/.work/a.json", "r/head.pt"]
     for name in (*shown, *hidden):
         (store / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +216,9 @@ def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> N
     (store / "r" / "into.json").symlink_to(store / ".up" / "prefect.json")
     port = free_ports()
     server = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tasks.services.reports", str(store), str(port)], cwd=tmp_path, stderr=subprocess.DEVNULL
+        [sys.executable, "-P", "-m", "tasks.services.reports", str(store), str(port)],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
     )
     try:
         eventually(lambda: answers(port), seconds=30, what="the reports answer")
@@ -209,12 +226,22 @@ def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> N
         for name in shown:
             assert get(f"{url}/{name}?version=1") == (200, name.encode())
         assert get(url) == (200, b"history.html")
-        away = ["r/link.json", "r/into.json", "../outside.json", "r/%2e%2e/%2e%2e/outside.json", "r", "nothing.html", "r/%00.html"]
+        away = [
+            "r/link.json",
+            "r/into.json",
+            "../outside.json",
+            "r/%2e%2e/%2e%2e/outside.json",
+            "r",
+            "nothing.html",
+            "r/%00.html",
+        ]
         for name in [*hidden, *away]:
             assert get(f"{url}/{name}")[0] == 404, name
         assert get(f"{url}/r/report.html", Host="evil.example")[0] == 404
         assert get(f"{url}/r/report.html", Host=f"localhost:{port}")[0] == 200
-        assert [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN] == ["127.0.0.1"]
+        assert [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN] == [
+            "127.0.0.1"
+        ]
     finally:
         server.kill()
         server.wait()

@@ -46,7 +46,9 @@ pytestmark = pytest.mark.timeout(120)
 def _warm() -> Iterator[None]:
     """A fresh process of a server that has everything imported: 0.2 s, not 4."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE))
+        monkeypatch.setattr(
+            pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
+        )
         yield
 
 
@@ -58,14 +60,20 @@ def trained(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -
     made = TaskFolder(root / "made" / "A")
     save_adapter(adapter, made, meta={"task": "A"})
     logits = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(TEXTS)))
-    made.probe.write_text(Probe(texts=TEXTS, logits=logits.tolist(), tolerance=1e-3).model_dump_json(), encoding="utf-8")
-    config = RunConfig(encoder=EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24), mteb_tasks=(MtebTaskConfig(name="A"),))
+    made.probe.write_text(
+        Probe(texts=TEXTS, logits=logits.tolist(), tolerance=1e-3).model_dump_json(), encoding="utf-8"
+    )
+    config = RunConfig(
+        encoder=EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24), mteb_tasks=(MtebTaskConfig(name="A"),)
+    )
     result = measured("A", encoder.ref)
     run = finished_run(root / "one", [result], config=config, adapters={"A": made.root}, run_id="one")
     few_shot = {column: with_draws(mteb) for column, mteb in few_shot_of(result).items()}
     run.task("A").few_shot.write_text(json.dumps(few_shot), encoding="utf-8")
     summary = read_record(run.results, ClassificationResults)
-    run.readme.write_text(render_card([read_record(run.task("A").result, TaskResult)], summary, adapted_modules=()), encoding="utf-8")
+    run.readme.write_text(
+        render_card([read_record(run.task("A").result, TaskResult)], summary, adapted_modules=()), encoding="utf-8"
+    )
     return run.root
 
 
@@ -185,7 +193,9 @@ def _twice(task: TaskFolder) -> None:
 def _without(column: str) -> Callable[[TaskFolder], None]:
     def harm(task: TaskFolder) -> None:
         content = json.loads(task.few_shot.read_text(encoding="utf-8"))
-        task.few_shot.write_text(json.dumps({name: one for name, one in content.items() if name != column}), encoding="utf-8")
+        task.few_shot.write_text(
+            json.dumps({name: one for name, one in content.items() if name != column}), encoding="utf-8"
+        )
 
     return harm
 
@@ -209,22 +219,34 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "labels.json reversed": (_labels_reversed, r"labels\.json: label names"),
     "label_names of meta.json reversed": (_changed("meta.json", label_names=LABELS[::-1]), r"meta\.json: label_names"),
     "both reversed": (_both_reversed, r"labels\.json: label names"),
-    "meta.json of another commit": (_changed("meta.json", encoder={"name": "tiny-bert", "revision": "a" * 40}), r"meta\.json: encoder"),
-    "meta.json of another encoder": (_changed("meta.json", encoder={"name": "x/y", "revision": "a" * 40}), r"meta\.json: encoder"),
+    "meta.json of another commit": (
+        _changed("meta.json", encoder={"name": "tiny-bert", "revision": "a" * 40}),
+        r"meta\.json: encoder",
+    ),
+    "meta.json of another encoder": (
+        _changed("meta.json", encoder={"name": "x/y", "revision": "a" * 40}),
+        r"meta\.json: encoder",
+    ),
     "meta.json of another task": (_changed("meta.json", task="B"), r"meta\.json: task is 'B'"),
     "meta.json of another length": (_changed("meta.json", max_tokens=32), "max_tokens"),
     "meta.json of another pooling": (_changed("meta.json", pooling="cls"), "pooling"),
     "meta.json of another alpha": (_changed("meta.json", alpha=32), r"lora_adapter\.pt|logits differ"),
     "meta.json of another width": (_changed("meta.json", hidden_size=64), "width 64"),
     "meta.json cut short": (_cut("meta.json"), r"meta\.json is damaged"),
-    "calibration.json of another temperature": (_changed("calibration.json", temperature=2.0), r"calibration\.json: calibration"),
+    "calibration.json of another temperature": (
+        _changed("calibration.json", temperature=2.0),
+        r"calibration\.json: calibration",
+    ),
     "calibration.json cut short": (_cut("calibration.json"), r"calibration\.json is damaged"),
     "calibration.json gone": (lambda task: task.calibration.unlink(), r"calibration\.json is missing"),
     "lora_adapter.pt cut short": (_cut("lora_adapter.pt"), r"lora_adapter\.pt: missing or damaged"),
     "classifier_head.pt cut short": (_cut("classifier_head.pt"), r"classifier_head\.pt: missing or damaged"),
     "few_shot.json cut short": (_cut("few_shot.json"), r"few_shot\.json is damaged"),
     "few_shot.json of another accuracy": (_scored(accuracy=0.99), "few_shot.json, adapted_few_shot: accuracy is 0.99"),
-    "few_shot.json of another main score": (_scored(main_score=0.99), "few_shot.json, adapted_few_shot: main_score is 0.99"),
+    "few_shot.json of another main score": (
+        _scored(main_score=0.99),
+        "few_shot.json, adapted_few_shot: main_score is 0.99",
+    ),
     "few_shot.json of another macro-F1": (_scored(f1=0.99), "few_shot.json, adapted_few_shot: f1 is 0.99"),
     "few_shot.json of an average precision that nobody measured": (_scored(ap=0.99), "adapted_few_shot: ap is 0.99"),
     "few_shot.json of other draws": (
@@ -236,9 +258,18 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "few_shot.json with the other column's scores": (_swapped, "few_shot: accuracy is 0.861"),
     "few_shot.json with two subsets": (_twice, "has scores of 2 subsets"),
     "few_shot.json of another task": (_few_shot(lambda one: one | {"task_name": "B"}), "task_name is 'B'"),
-    "few_shot.json of nothing": (lambda task: task.few_shot.write_text("{}", encoding="utf-8"), "few_shot.json: columns is \\[\\]"),
-    "few_shot.json without a column": (_without("frozen_few_shot"), r"few_shot\.json: columns is \['adapted_few_shot'\]"),
-    "few_shot.json of the head": (_changed("few_shot.json", head={"task_name": "A", "scores": {}}), r"few_shot\.json is damaged"),
+    "few_shot.json of nothing": (
+        lambda task: task.few_shot.write_text("{}", encoding="utf-8"),
+        "few_shot.json: columns is \\[\\]",
+    ),
+    "few_shot.json without a column": (
+        _without("frozen_few_shot"),
+        r"few_shot\.json: columns is \['adapted_few_shot'\]",
+    ),
+    "few_shot.json of the head": (
+        _changed("few_shot.json", head={"task_name": "A", "scores": {}}),
+        r"few_shot\.json is damaged",
+    ),
     "few_shot.json with scores alone": (
         _changed("few_shot.json", adapted_few_shot={"task_name": "A", "scores": {"test": [{"accuracy": 0.861}]}}),
         r"few_shot\.json is damaged",
@@ -250,7 +281,10 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "probe.json cut short": (_cut("probe.json"), r"probe\.json is damaged"),
     "probe.json of other logits": (_far_probe, "logits differ by"),
     "probe.json without texts": (_changed("probe.json", texts=[], logits=[]), r"probe\.json is damaged.*texts"),
-    "probe.json of ragged rows": (_changed("probe.json", logits=[[1.0], [1.0, 2.0], [1.0]]), r"probe\.json is damaged.*of the same length"),
+    "probe.json of ragged rows": (
+        _changed("probe.json", logits=[[1.0], [1.0, 2.0], [1.0]]),
+        r"probe\.json is damaged.*of the same length",
+    ),
     "probe.json that allows anything": (_changed("probe.json", tolerance=1e9), r"probe\.json is damaged.*tolerance"),
     "result.json of another adapter": (
         lambda task: change(task.result, adapter={"path": "A", "sha256": "f" * 64, "encoder_revision": "a" * 40}),
@@ -259,7 +293,10 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "a score of another task": (_row("head", mteb_task="B"), "mteb_task of head is 'B'"),
     "a score of another run": (_row("head", run_id="two"), "run_id of head is 'two'"),
     "a score of another adapter": (_row("head", adapter_sha256="f" * 64), "adapter_sha256 of head is 'fff"),
-    "a score of an adapter where there is none": (_row("majority", adapter_sha256="f" * 64), "adapter_sha256 of majority is"),
+    "a score of an adapter where there is none": (
+        _row("majority", adapter_sha256="f" * 64),
+        "adapter_sha256 of majority is",
+    ),
     "a score of another encoder": (_row("head", encoder_revision="a" * 40), "encoder_revision of head is 'aaa"),
     "a score of other data": (_row("head", dataset_revision="c" * 40), "dataset_revision of head is 'ccc"),
     "a score of a task that is a path": (_row("head", mteb_task="../B"), r"result\.json is damaged.*mteb_task"),
@@ -270,7 +307,9 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_one_file_that_says_something_else_is_found(harm: str, run: RunFolder, encoder_folder: Folders, tmp_path: Path) -> None:
+def test_one_file_that_says_something_else_is_found(
+    harm: str, run: RunFolder, encoder_folder: Folders, tmp_path: Path
+) -> None:
     do, says = HARMS[harm]
     do(run.task("A"))
     for name, call in {
@@ -308,7 +347,10 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         lambda run: _average(run, head_accuracy=0.999),
         r"average: .*results\.json: head_accuracy is 0\.999",
     ),
-    "the summary's p-value claims more": (lambda run: _claim(run, p_value_holm=0.0001), r"results\.json: p_value_holm is 0\.0001"),
+    "the summary's p-value claims more": (
+        lambda run: _claim(run, p_value_holm=0.0001),
+        r"results\.json: p_value_holm is 0\.0001",
+    ),
     "the summary lists a task more": (
         lambda run: _tasks(run, lambda entry: [entry, entry | {"task": "B"}]),
         r"results\.json: is of A, B, but the adapters are A|B: .*is missing",
@@ -326,24 +368,42 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         lambda run: run.results.write_bytes(run.results.read_bytes()[:200]),
         r"results\.json is damaged",
     ),
-    "the manifest names another adapter": (lambda run: _manifest(run, adapters={"A": "f" * 64}), r"manifest\.json: adapters"),
+    "the manifest names another adapter": (
+        lambda run: _manifest(run, adapters={"A": "f" * 64}),
+        r"manifest\.json: adapters",
+    ),
     "the manifest names another encoder": (
         lambda run: _manifest(run, encoder={"name": "e", "public_name": "e", "revision": "a" * 40}),
         r"manifest\.json: encoder\.revision",
     ),
-    "the manifest cut short": (lambda run: run.manifest.write_bytes(run.manifest.read_bytes()[:200]), r"manifest\.json is damaged"),
-    "the card claims more": (lambda run: _card(run, "0.893", "0.993"), r"README\.md: its metadata claim a score of 0\.993"),
+    "the manifest cut short": (
+        lambda run: run.manifest.write_bytes(run.manifest.read_bytes()[:200]),
+        r"manifest\.json is damaged",
+    ),
+    "the card claims more": (
+        lambda run: _card(run, "0.893", "0.993"),
+        r"README\.md: its metadata claim a score of 0\.993",
+    ),
     "the card claims another column's score": (lambda run: _card(run, "0.861", "0.893"), "a score of 0.893 .*few-shot"),
-    "the card claims another metric's score": (lambda run: _card(run, "0.87514", "0.893"), "a score of 0.893 .*Macro-F1"),
+    "the card claims another metric's score": (
+        lambda run: _card(run, "0.87514", "0.893"),
+        "a score of 0.893 .*Macro-F1",
+    ),
     "the card claims a score of other data": (lambda run: _card(run, "MTEB A", "MTEB B"), "a score of 0.893 .*MTEB B"),
     "the card claims a score on another data set of the Hub": (
         lambda run: _card(run, "type: mteb/a", "type: mteb/imdb"),
         "a score of 0.893",
     ),
-    "the card with CRLF": (lambda run: _front(run, lambda front: (b"---\n" + front + b"---\n").replace(b"\n", b"\r\n")), TOO_MUCH),
+    "the card with CRLF": (
+        lambda run: _front(run, lambda front: (b"---\n" + front + b"---\n").replace(b"\n", b"\r\n")),
+        TOO_MUCH,
+    ),
     "the card after a blank line": (lambda run: _front(run, lambda front: b"\n \n---\n" + front + b"---\n"), TOO_MUCH),
     "the card ends with its metadata": (lambda run: _front(run, lambda front: b"---\n" + front + b"---"), TOO_MUCH),
-    "the card has spaces after its metadata": (lambda run: _front(run, lambda front: b"---\n" + front + b"--- \t\ntext"), TOO_MUCH),
+    "the card has spaces after its metadata": (
+        lambda run: _front(run, lambda front: b"---\n" + front + b"--- \t\ntext"),
+        TOO_MUCH,
+    ),
     "the card has no metadata": (lambda run: run.readme.write_bytes(b"text"), "README.md: has no metadata"),
     "the card is empty": (lambda run: run.readme.write_bytes(b""), "README.md: has no metadata"),
     "the card claims no number": (lambda run: _card(run, "0.893", "[0.893]"), DAMAGED),
@@ -351,7 +411,10 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         lambda run: _card(run, "library_name", "base_model: x/y\nlibrary_name"),
         r"README\.md: .* base model 'x/y'",
     ),
-    "the card names no encoder": (lambda run: _card(run, "library_name", "base_model: [x, y]\nlibrary_name"), r"README\.md: .* base model"),
+    "the card names no encoder": (
+        lambda run: _card(run, "library_name", "base_model: [x, y]\nlibrary_name"),
+        r"README\.md: .* base model",
+    ),
     "the card is no YAML": (lambda run: _card(run, "library_name:", "library_name: ["), DAMAGED),
     "the card is deep": (lambda run: _card(run, "library_name: peft", "x: " + "[" * 500 + "]" * 500), DAMAGED),
     "the card has aliases": (
@@ -454,7 +517,9 @@ def unlist(published: Path, path: str) -> None:
 
 
 def few_shot_file(published: Path, model: str = "lorafleet__*") -> str:
-    return next(path.relative_to(published).as_posix() for path in published.glob(f"mteb_results/results/{model}/*/A.json"))
+    return next(
+        path.relative_to(published).as_posix() for path in published.glob(f"mteb_results/results/{model}/*/A.json")
+    )
 
 
 def model_meta_file(published: Path) -> str:
@@ -488,7 +553,10 @@ def _forge_epochs(published: Path) -> None:
 
 FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "labels": (lambda p: forge(p, "A/labels.json", json.dumps(LABELS[::-1]).encode()), r"labels\.json: label names"),
-    "meta": (lambda p: forge(p, "A/meta.json", _with(p, "A/meta.json", label_names=LABELS[::-1])), r"meta\.json: label_names"),
+    "meta": (
+        lambda p: forge(p, "A/meta.json", _with(p, "A/meta.json", label_names=LABELS[::-1])),
+        r"meta\.json: label_names",
+    ),
     "PEFT": (lambda p: forge(p, "A/adapter_config.json", _with(p, "A/adapter_config.json", r=4)), "r is 4"),
     "a hash that is not there": (
         lambda p: forge(p, "A/adapter_config.json", None),
@@ -535,10 +603,19 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: forge(p, model_meta_file(p), _with(p, model_meta_file(p), name="me/best")),
         r"model_meta\.json: name, revision is \('me/best'",
     ),
-    "a file that is a pipe": (lambda p: _as_pipe(p / "report.html"), r"report\.html: cannot be read: it is a named pipe"),
+    "a file that is a pipe": (
+        lambda p: _as_pipe(p / "report.html"),
+        r"report\.html: cannot be read: it is a named pipe",
+    ),
     "a file that is gone": (lambda p: (p / "report.html").unlink(), r"report\.html: is missing"),
-    "another adapter": (lambda p: change(p / "publication.json", adapters={"A": "f" * 64}), r"publication\.json: adapters"),
-    "publication.json as a folder": (lambda p: _as_folder(p / "publication.json"), r"publication\.json cannot be read: it is a folder"),
+    "another adapter": (
+        lambda p: change(p / "publication.json", adapters={"A": "f" * 64}),
+        r"publication\.json: adapters",
+    ),
+    "publication.json as a folder": (
+        lambda p: _as_folder(p / "publication.json"),
+        r"publication\.json cannot be read: it is a folder",
+    ),
 }
 
 
@@ -594,7 +671,8 @@ def test_the_main_score_is_the_one_that_mteb_compares_models_by(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("encoder", "kind"), [("nowhere", EncoderError), ("package:nothing-of-that-name", EncoderError), ("someone/nothing", EncoderError)]
+    ("encoder", "kind"),
+    [("nowhere", EncoderError), ("package:nothing-of-that-name", EncoderError), ("someone/nothing", EncoderError)],
 )
 def test_an_encoder_that_is_not_there_is_exit_code_2_through_a_fresh_process_too(
     encoder: str, kind: type[Exception], run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -618,7 +696,9 @@ def test_another_encoder_is_the_fault_of_who_names_it(run: RunFolder, encoder_fo
         verify(str(run.root), encoder=str(encoder_folder("mpnet")), offline=True)
 
 
-def test_a_fault_of_our_own_in_the_fresh_process_is_no_fault_of_the_users(run: RunFolder, encoder_folder: Folders) -> None:
+def test_a_fault_of_our_own_in_the_fresh_process_is_no_fault_of_the_users(
+    run: RunFolder, encoder_folder: Folders
+) -> None:
     runtime = exact_runtime(threads=1, use_gpu=False)
     config = EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24)
     with pytest.raises(VerificationError, match="cannot be loaded in a fresh process"):

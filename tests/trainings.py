@@ -29,7 +29,9 @@ def write_training(folder: Path, encoder: Path, *names: str, epochs: int) -> Pat
         if name != QUICK
     ]
     train = {"batch_size": 2, "patience": epochs, "learning_rate": 0.002}
-    return write_config(folder / "config.toml", encoder, tasks, train=train, evaluate={"columns": ["frozen_full_data", "head"]})
+    return write_config(
+        folder / "config.toml", encoder, tasks, train=train, evaluate={"columns": ["frozen_full_data", "head"]}
+    )
 
 
 def train_undisturbed(config: Path, runs: Path) -> dict[str, str]:
@@ -49,7 +51,9 @@ class Store:
 
     def start(self, *arguments: str) -> Command:
         """``lorafleet train``."""
-        return Command("train", "--config", self.config, "--runs", "runs", *arguments, cwd=self.cwd, **self._environment)
+        return Command(
+            "train", "--config", self.config, "--runs", "runs", *arguments, cwd=self.cwd, **self._environment
+        )
 
     def start_in_the_middle(self) -> Command:
         """Start, and come back once the quick one is finished and each of the others is in the middle of an epoch, the first one done."""

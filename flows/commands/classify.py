@@ -28,12 +28,23 @@ _LABELS_SHOWN = 10
 @click.command(cls=Command)
 @click.argument("source", metavar="INPUT")
 @click.argument("output", metavar="OUTPUT")
-@click.option("--adapter", "adapters", multiple=True, required=True, metavar="[NAME=]REF", help="Adapter to classify with. Repeatable.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]REF",
+    help="Adapter to classify with. Repeatable.",
+)
 @click.option("--text-column", default="text", show_default=True, metavar="NAME", help="Column to classify.")
 @click.option("--columns", metavar="A,B,...", help="Input columns to keep. [default: all]")
 @click.option("--min-score", type=float, metavar="P", help="Leave the label null below this probability.")
-@click.option("--target-accuracy", type=float, metavar="A", help="Take that probability from the coverage table of each adapter.")
-@click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels.")
+@click.option(
+    "--target-accuracy", type=float, metavar="A", help="Take that probability from the coverage table of each adapter."
+)
+@click.option(
+    "--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels."
+)
 @click.option("--limit", type=int, metavar="N", help="Label only the first N rows, to try a job.")
 @click.option("--sample", type=float, metavar="F", help="Label only a random fraction of the rows, to try a job.")
 @click.option(
@@ -46,9 +57,15 @@ _LABELS_SHOWN = 10
 )
 @click.option("--encoder", metavar="NAME", help=ENCODER)
 @click.option(
-    "--where", default="auto", show_default=True, type=click.Choice(["auto", "process", "ray"]), help="Run in this process, or on Ray."
+    "--where",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "process", "ray"]),
+    help="Run in this process, or on Ray.",
 )
-@click.option("--cpus", default="auto", show_default=True, metavar="N", help="CPUs of one Ray actor, or threads of this process.")
+@click.option(
+    "--cpus", default="auto", show_default=True, metavar="N", help="CPUs of one Ray actor, or threads of this process."
+)
 @click.option("--gpus", default="auto", show_default=True, metavar="N", help="GPUs of one Ray actor.")
 @click.option("--concurrency", default="auto", show_default=True, metavar="N", help="Largest number of Ray actors.")
 @click.option("--ray-address", metavar="ADDRESS", help="Use this Ray cluster. [default: that of RAY_ADDRESS, if set]")
@@ -87,7 +104,9 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
 
     columns = given.pop("columns")
     given["columns"] = None if columns is None else tuple(name.strip() for name in columns.split(","))
-    values: dict[str, Any] = {name: given[name] for name in ("source", "output", "adapters", "encoder", "offline", "overwrite")}
+    values: dict[str, Any] = {
+        name: given[name] for name in ("source", "output", "adapters", "encoder", "offline", "overwrite")
+    }
     values["options"] = {name: given[name] for name in BulkOptions.model_fields}
     values["compute"] = {name: given[name] for name in BulkCompute.model_fields}
     try:
@@ -96,11 +115,15 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
         fault = error.errors(include_url=False)[0]
         message = fault["msg"].removeprefix("Value error, ")
         options = {
-            param.name: param.make_metavar(click.get_current_context()) if isinstance(param, click.Argument) else param.opts[0]
+            param.name: param.make_metavar(click.get_current_context())
+            if isinstance(param, click.Argument)
+            else param.opts[0]
             for param in classify.params
         }
         option = next((options[part] for part in reversed(fault["loc"]) if part in options), "")
-        raise InputError(f"{option}: {message}, found {shortened(repr(fault['input']))}" if option else message) from None
+        raise InputError(
+            f"{option}: {message}, found {shortened(repr(fault['input']))}" if option else message
+        ) from None
 
 
 def _classify(request: BulkRequest) -> BulkOutcome:
@@ -132,11 +155,20 @@ def _print_summary(summary: BulkSummary) -> None:
         if others > 0:
             rows.append((name, f"… {counted(others, 'more label')}", "", ""))
         if summary.null_labels.get(name):
-            rows.append((name, "(none)", f"{summary.null_labels[name]:,}", f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}"))
+            rows.append(
+                (
+                    name,
+                    "(none)",
+                    f"{summary.null_labels[name]:,}",
+                    f"{summary.null_labels[name] / max(1, summary.rows_out):.1%}",
+                )
+            )
     say_table(("adapter", "label", "rows", "share"), rows)
     for reason, count in summary.reasons.items():
         say(f"without a label: {count:,} ({reason}{'; each adapter counts' if len(summary.labels) > 1 else ''})")
     nothing = "nothing was labelled" if summary.failures else "nothing was left to do"
     rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {counted(summary.rows_in, 'row')} in {summary.seconds:.0f} s, {rate}"
-    say(f"{facts}; {summary.truncated:,} cut, {counted(summary.duplicates, 'duplicate')}, {counted(summary.failures, 'failure')}")
+    say(
+        f"{facts}; {summary.truncated:,} cut, {counted(summary.duplicates, 'duplicate')}, {counted(summary.failures, 'failure')}"
+    )

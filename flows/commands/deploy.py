@@ -13,15 +13,31 @@ from flows.terminal import say
 
 @click.command(cls=Command)
 @click.option(
-    "--file", type=click.Path(path_type=Path), metavar="FILE", help="File with the deployments. [default: deploy/prefect.yaml of lorafleet]"
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the deployments. [default: deploy/prefect.yaml of lorafleet]",
 )
-@click.option("--name", "names", multiple=True, metavar="NAME", help="Register only this deployment of the file. Repeatable.")
+@click.option(
+    "--name", "names", multiple=True, metavar="NAME", help="Register only this deployment of the file. Repeatable."
+)
 @click.option("--interval", type=float, metavar="SECONDS", help="Run at this interval instead of the file's schedule.")
 @click.option("--cron", metavar="EXPR", help="Run by this cron expression instead of the file's schedule.")
-@click.option("--timezone", metavar="TZ", help="Time zone for --cron or --interval, such as Europe/Berlin. [default: UTC]")
-@click.option("--notify", metavar="TYPE/NAME", help="Report failed runs to this Prefect notification block, such as slack-webhook/team.")
+@click.option(
+    "--timezone", metavar="TZ", help="Time zone for --cron or --interval, such as Europe/Berlin. [default: UTC]"
+)
+@click.option(
+    "--notify",
+    metavar="TYPE/NAME",
+    help="Report failed runs to this Prefect notification block, such as slack-webhook/team.",
+)
 def deploy(
-    file: Path | None, names: tuple[str, ...], interval: float | None, cron: str | None, timezone: str | None, notify: str | None
+    file: Path | None,
+    names: tuple[str, ...],
+    interval: float | None,
+    cron: str | None,
+    timezone: str | None,
+    notify: str | None,
 ) -> None:
     """Register schedules with a Prefect server.
 

@@ -61,7 +61,12 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
 
     if as_json:
         verdicts = [dataclasses.asdict(verdict) | {"path": str(verdict.path)} for verdict in pruned.verdicts]
-        facts = {"dry_run": dry_run, "freed_bytes": pruned.freed_bytes, "failures": pruned.failures, "verdicts": verdicts}
+        facts = {
+            "dry_run": dry_run,
+            "freed_bytes": pruned.freed_bytes,
+            "failures": pruned.failures,
+            "verdicts": verdicts,
+        }
         say_json(facts)
         return
     for verdict in pruned.verdicts:
@@ -69,5 +74,8 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
         say(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
     for failure in pruned.failures:
         complain(f"failed: {failure}")
-    gone, size = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures), readable_bytes(pruned.freed_bytes)
+    gone, size = (
+        sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures),
+        readable_bytes(pruned.freed_bytes),
+    )
     say(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", required=True, metavar="DIR|hf:OWNER/NAME", help="Folder, or repository of the Hugging Face Hub, to publish to.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="DIR|hf:OWNER/NAME",
+    help="Folder, or repository of the Hugging Face Hub, to publish to.",
+)
 @click.option("--private", is_flag=True, help="Make the repository private if it does not exist yet.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]. Repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the run's [publish]. Repeatable."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the run's encoder needs.")
 @click.option("--json", "as_json", is_flag=True, help=JSON)
-def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
+def publish(
+    run: Path, to: str, private: bool, overrides: tuple[str, ...], trust_remote_code: bool, as_json: bool
+) -> None:
     """Publish what passes the gate, in one commit.
 
     RUN is a finished run folder. What it would publish is verified before the target changes.
@@ -49,7 +58,12 @@ def publish(run: Path, to: str, private: bool, overrides: tuple[str, ...], trust
 def _print_published(published: Published, *, as_json: bool) -> None:
     if as_json:
         decisions = [decision.model_dump(mode="json") for decision in published.decisions]
-        facts = {"to": published.to, "revision": published.revision, "num_files": published.num_files, "decisions": decisions}
+        facts = {
+            "to": published.to,
+            "revision": published.revision,
+            "num_files": published.num_files,
+            "decisions": decisions,
+        }
         say_json(facts)
     else:
         for decision in published.decisions:

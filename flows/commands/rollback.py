@@ -11,7 +11,13 @@ from flows.terminal import say
 
 @click.command(cls=Command)
 @click.argument("repository", metavar="hf:OWNER/NAME")
-@click.option("--to", "revision", required=True, metavar="TAG|REVISION", help="State to restore. That of a run is tagged run-<run>.")
+@click.option(
+    "--to",
+    "revision",
+    required=True,
+    metavar="TAG|REVISION",
+    help="State to restore. That of a run is tagged run-<run>.",
+)
 @click.option("--encoder", metavar="NAME", help=ENCODER)
 @click.option("--offline", is_flag=True, help="Never ask the Hub for an encoder.")
 def rollback(repository: str, revision: str, encoder: str | None, offline: bool) -> None:

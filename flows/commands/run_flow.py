@@ -21,7 +21,9 @@ def run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
     from tasks.board import BOARD
 
     server.ready()
-    logging.getLogger("prefect.events.clients").setLevel(logging.ERROR)  # it warns of each event that a server which is away does not take
+    logging.getLogger("prefect.events.clients").setLevel(
+        logging.ERROR
+    )  # it warns of each event that a server which is away does not take
     for runs in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(runs).addFilter(is_worth_logging)
     try:

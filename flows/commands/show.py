@@ -56,7 +56,8 @@ def _print_table(table: ScoreTable) -> None:
 
     lines = [*(line.cells() for line in table.lines), table.average_cells()]
     say_table(
-        SCORE_HEADINGS, [[f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells] for cells in lines]
+        SCORE_HEADINGS,
+        [[f"{cell.text} {cell.interval}".strip() if cell.interval else cell.text for cell in cells] for cells in lines],
     )
     for note in table.notes():
         say(note)
@@ -72,7 +73,9 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
         raise InputError(f"{runs}: neither a run folder nor a run store with finished runs in it")
     changed = changed_test_data(rows)
     if as_json:
-        facts = [row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows]
+        facts = [
+            row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows
+        ]
         say_json(facts)
         return
     by_run: dict[tuple[str, str], dict[str, float]] = {}
@@ -80,7 +83,9 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
         by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
     columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
     lines = []
-    for (mteb_task, run_id), scores in sorted(by_run.items(), key=lambda line: line[0][0]):  # the runs of each, oldest first, as read
+    for (mteb_task, run_id), scores in sorted(
+        by_run.items(), key=lambda line: line[0][0]
+    ):  # the runs of each, oldest first, as read
         note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
         lines.append((mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note))
     say_table(("MTEB task", "run", *columns, ""), lines)

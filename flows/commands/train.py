@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.option(
-    "--config", "source", default="quickstart", show_default=True, metavar="PRESET|FILE", help="Name of a preset, or a TOML file."
+    "--config",
+    "source",
+    default="quickstart",
+    show_default=True,
+    metavar="PRESET|FILE",
+    help="Name of a preset, or a TOML file.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config. Repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config. Repeatable."
+)
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Run store, a folder.")
 @click.option("--dry-run", is_flag=True, help="Check the config and print the resolved plan. Read nothing else.")
 @click.option("--force", is_flag=True, help="Train again even if an earlier run has finished with the same inputs.")
@@ -98,7 +105,9 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
-    unpublished = [failure for failure in outcome.failures if failure.stage in ("gate", "publish")]  # known after all files were written
+    unpublished = [
+        failure for failure in outcome.failures if failure.stage in ("gate", "publish")
+    ]  # known after all files were written
     for failure in unpublished:
         complain(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}")
     if as_json:

@@ -43,7 +43,9 @@ class Adapter:
         self.projections: dict[str, LoraLinear] = {}
         for path in projection_paths(encoder.model, config, model_type=encoder.model.config.model_type):
             parent, leaf = _parent_of(encoder.model, path)
-            lora = LoraLinear(getattr(parent, leaf), rank=config.rank, scaling=config.alpha / config.rank, generator=generator)
+            lora = LoraLinear(
+                getattr(parent, leaf), rank=config.rank, scaling=config.alpha / config.rank, generator=generator
+            )
             setattr(parent, leaf, lora)
             self.projections[path] = lora
         if not encoder.runtime.compiled:  # the compiler sees the shared input by itself

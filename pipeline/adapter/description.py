@@ -49,16 +49,22 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
     meta = parse_record(meta_content, AdapterMeta, folder.meta, fault=AdapterError)
     labels = parse_record(labels_content, LabelNames, folder.labels, fault=AdapterError).root
     if meta.label_names != labels or meta.num_classes != len(labels):
-        raise AdapterError(f"{folder.root}: meta.json and labels.json do not list the same label names in the same order")
+        raise AdapterError(
+            f"{folder.root}: meta.json and labels.json do not list the same label names in the same order"
+        )
     calibration, calibration_content = None, b"none"
     if os.path.lexists(folder.calibration):
         calibration_content = _read(folder.calibration)
         calibration = parse_record(calibration_content, Calibration, folder.calibration, fault=AdapterError)
     try:
-        encoder = EncoderConfig(name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens)
+        encoder = EncoderConfig(
+            name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens
+        )
         config = AdapterConfig(rank=meta.rank, alpha=meta.alpha, dropout=meta.dropout, target=meta.adapted_modules)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[-1]  # of the tuple of modules, where none of the two forms of a target fits
+        fault = error.errors(include_url=False)[
+            -1
+        ]  # of the tuple of modules, where none of the two forms of a target fits
         key = "adapted_modules" if fault["loc"][0] == "target" else fault["loc"][0]
         raise AdapterError(f"{folder.meta}: {key}: {fault['msg']}, found {fault['input']!r:.100}") from None
     return FoundAdapter(

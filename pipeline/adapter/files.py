@@ -30,7 +30,9 @@ _BYTES_AROUND_TENSORS, _BYTES_AROUND_TENSOR = 64 * 1024, 1024  # of a file: its 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-_LARGEST_UPDATE = 1e30  # far above every trained one, and its sum with a weight is finite in every dtype that an encoder may have
+_LARGEST_UPDATE = (
+    1e30  # far above every trained one, and its sum with a weight is finite in every dtype that an encoder may have
+)
 
 
 def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) -> AdapterRef:
@@ -50,7 +52,9 @@ def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) 
     _save_tensors(_lora_state(adapter), folder.lora_adapter_pt)
     _save_tensors(_head_state(adapter), folder.classifier_head_pt)
     write_atomically(folder.meta, json.dumps(_meta(adapter) | meta, ensure_ascii=False, indent=1))
-    return AdapterRef(path=folder.root.name, sha256=adapter_sha256(folder.root), encoder_revision=adapter.encoder.ref.revision)
+    return AdapterRef(
+        path=folder.root.name, sha256=adapter_sha256(folder.root), encoder_revision=adapter.encoder.ref.revision
+    )
 
 
 def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | None = None) -> Adapter:
@@ -74,7 +78,9 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
             raise AdapterError(f"{folder.root}: trained on an encoder of {what} {trained_on}, but this one's is {here}")
     paths = projection_paths(encoder.model, found.config, model_type=encoder.model.config.model_type)
     if tuple(paths) != found.meta.adapted_modules:
-        raise AdapterError(f"{folder.meta}: adapted_modules are not in the encoder's order, in which the pairs are numbered")
+        raise AdapterError(
+            f"{folder.meta}: adapted_modules are not in the encoder's order, in which the pairs are numbered"
+        )
     pairs, head = _read_weights(found, encoder, {path: encoder.model.get_submodule(path) for path in paths})
     adapter = Adapter(encoder, found.config, found.label_names)
     weights = pairs | head
@@ -92,7 +98,9 @@ def start_from(adapter: Adapter, folder: TaskFolder) -> None:
     """
     found = describe_adapter(folder)
     if found.config.rank != adapter.config.rank:
-        raise AdapterError(f"{folder.root}: cannot be started from: expected rank {adapter.config.rank}, found {found.config.rank}")
+        raise AdapterError(
+            f"{folder.root}: cannot be started from: expected rank {adapter.config.rank}, found {found.config.rank}"
+        )
     pairs, head = _read_weights(found, adapter.encoder, {path: lora.base for path, lora in adapter.projections.items()})
     linear = adapter.head[1]
     assert isinstance(linear, nn.Linear)
@@ -116,14 +124,18 @@ def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
     for path, state in expected.items():
         found = _read_pt(path, at_most=num_bytes + _BYTES_AROUND_TENSORS + _BYTES_AROUND_TENSOR * len(state))
         if found.keys() != state.keys() or not all(_is_same(found[name], tensor) for name, tensor in state.items()):
-            raise VerificationError(f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it")
+            raise VerificationError(
+                f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it"
+            )
 
 
 def _is_same(found: Any, tensor: Tensor) -> bool:
     return isinstance(found, Tensor) and found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
-def _read_weights(found: FoundAdapter, encoder: Encoder, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read_weights(
+    found: FoundAdapter, encoder: Encoder, linears: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Pairs under PEFT's names and the head's weight and bias, float32 and finite, as they were described.
 
     Raises: AdapterError: missing, damaged, changed since, of another shape, not finite, or so large that what they compute is not.
@@ -181,7 +193,10 @@ def _read_pt(path: Path, *, at_most: int) -> dict[str, Any]:
         content = read_file(path, at_most=at_most)
         with ZipFile(BytesIO(content)) as archive:
             entries = archive.infolist()
-        if any(entry.compress_type != ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > at_most:
+        if (
+            any(entry.compress_type != ZIP_STORED for entry in entries)
+            or sum(entry.file_size for entry in entries) > at_most
+        ):
             raise BadZipFile("its parts are compressed or lie over each other, as torch.save never writes them")
         found = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as error:

@@ -77,7 +77,9 @@ class Siblings:
             self._base = self._base or joined([m.base for m in self.members])
             factors = [m.factors(x.dtype) for m in self.members]
             tensors = [*(f.down for f in factors), *(f.up for f in factors)]
-            outputs = _FrozenLinearPlusLowRank.apply(x, self._base, self._base.weight, [f.gradients for f in factors], *tensors)
+            outputs = _FrozenLinearPlusLowRank.apply(
+                x, self._base, self._base.weight, [f.gradients for f in factors], *tensors
+            )
             self._input = x
             self._outputs = dict(zip(self.members, outputs, strict=True))
         output = self._outputs.pop(member)
@@ -108,7 +110,12 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Linear, weight: Tensor, gradients: Sequence[tuple[Tensor, Tensor] | None], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: nn.Linear,
+        weight: Tensor,
+        gradients: Sequence[tuple[Tensor, Tensor] | None],
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         downs, ups = factors[: len(gradients)], factors[len(gradients) :]
         a = downs[0] if len(downs) == 1 else torch.cat(downs)

@@ -49,7 +49,9 @@ def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, logits:
     difference = float(np.abs(adapter.logits_of_vectors(encoder.embed(tokens)) - logits).max())
     loaded.unload()
     if not difference <= tolerance:
-        raise VerificationError(f"{found.folder.root}: loaded by PEFT, logits differ by {difference:.3g} (allowed: {tolerance:g})")
+        raise VerificationError(
+            f"{found.folder.root}: loaded by PEFT, logits differ by {difference:.3g} (allowed: {tolerance:g})"
+        )
 
 
 def peft_names(projections: Mapping[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:

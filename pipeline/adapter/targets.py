@@ -56,7 +56,9 @@ def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str
     else:
         missing = sorted(set(config.target) - set(linears))
         if missing:
-            raise AdapterError(f"adapter.target names {_some(missing)}, which is no linear layer; those are {_some(linears)}")
+            raise AdapterError(
+                f"adapter.target names {_some(missing)}, which is no linear layer; those are {_some(linears)}"
+            )
         paths = [name for name in linears if name in config.target]
     if not paths:
         raise AdapterError(f"adapter.target = {config.target!r} matches none of the linear layers {_some(linears)}")
@@ -76,7 +78,9 @@ def _last_layers(paths: list[str], layers: str) -> list[str]:
     found = [layer_number(path) for path in paths]
     outside = [path for path, number in zip(paths, found, strict=True) if number is None]
     if outside:
-        raise AdapterError(f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target")
+        raise AdapterError(
+            f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target"
+        )
     numbers = [number for number in found if number is not None]
     there = sorted(set(numbers))
     if last > len(there):

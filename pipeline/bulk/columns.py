@@ -50,12 +50,18 @@ class AdapterColumns:
             known, safe = NO_ANSWERS, np.zeros_like(ids)
         scores, overflow = known.scores[safe], there & ~known.finite[safe]
         there &= ~overflow
-        low = there & (scores < self.adapter.threshold) if self.adapter.threshold is not None else np.zeros(len(ids), dtype=np.bool_)
+        low = (
+            there & (scores < self.adapter.threshold)
+            if self.adapter.threshold is not None
+            else np.zeros(len(ids), dtype=np.bool_)
+        )
         labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
         why = np.select([ids == NULL, ids == EMPTY, ids == NOT_UTF8, low, overflow], [0, 1, 2, 3, 4], default=-1)
         threshold = self.adapter.threshold
         below = f"score below {threshold:g}" if threshold is not None else ""
-        wording = pa.array(["text is null", "text is empty", "text is not UTF-8", below, "score is not a number"], pa.string())
+        wording = pa.array(
+            ["text is null", "text is empty", "text is not UTF-8", below, "score is not a number"], pa.string()
+        )
         reasons = wording.take(pa.array(why, mask=why < 0))
         columns = [labels, pa.array(scores, pa.float32(), mask=~there), reasons]
         if self.top_k > 1:
@@ -66,7 +72,10 @@ class AdapterColumns:
         width = known.top_labels.shape[1]
         rows = safe[there]
         flat = pa.StructArray.from_arrays(
-            [self.label_names.take(pa.array(known.top_labels[rows].ravel())), pa.array(known.top_scores[rows].ravel(), pa.float32())],
+            [
+                self.label_names.take(pa.array(known.top_labels[rows].ravel())),
+                pa.array(known.top_scores[rows].ravel(), pa.float32()),
+            ],
             names=["label", "score"],
         )
         offsets = np.concatenate([[0], np.cumsum(np.where(there, width, 0))]).astype(np.int32)
@@ -107,4 +116,10 @@ class Tally:
 
 
 def _counted(values: pa.Array) -> Counter[str]:
-    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(values).to_pylist() if entry["values"] is not None})
+    return Counter(
+        {
+            entry["values"]: entry["counts"]
+            for entry in pc.value_counts(values).to_pylist()
+            if entry["values"] is not None
+        }
+    )

@@ -27,7 +27,9 @@ def is_version(planned: InputFile, now: StoredFile) -> bool:
     return planned.size == now.size and planned.version == now.version != ""
 
 
-def content_of(source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str], *, version: str) -> str:
+def content_of(
+    source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str], *, version: str
+) -> str:
     """What identifies the bytes that a unit is made from: the store's etag, or a hash of the footer and the column chunks.
 
     Args:
@@ -73,7 +75,9 @@ def chunks_of(group: pq.RowGroupMetaData, columns: Sequence[str]) -> Iterator[pq
             yield chunk
 
 
-def _ranges(source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+def _ranges(
+    source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str]
+) -> Iterator[tuple[int, int]]:
     """First byte and number of bytes of each part that is read."""
     end = source.seek(0, os.SEEK_END)
     source.seek(end - 8)

@@ -41,7 +41,16 @@ _UNITS = ("ns", "us", "s")
 _MAGIC, _GZIP = b"PAR1", b"\x1f\x8b"
 # All that anybody here or in pyarrow's reader asks of a column chunk.
 _FACTS = (
-    *("file_offset", "file_path", "physical_type", "num_values", "path_in_schema", "is_stats_set", "statistics", "compression"),
+    *(
+        "file_offset",
+        "file_path",
+        "physical_type",
+        "num_values",
+        "path_in_schema",
+        "is_stats_set",
+        "statistics",
+        "compression",
+    ),
     *("encodings", "has_dictionary_page", "dictionary_page_offset", "data_page_offset", "has_offset_index"),
     *("has_column_index", "total_compressed_size", "total_uncompressed_size"),
 )
@@ -124,7 +133,9 @@ class _Reader:
         if self._process is None or self._process.poll() is not None:
             self._errors.truncate(0)
             command = [sys.executable, "-P", "-m", "pipeline.bulk.footers"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+            )
         return self._process
 
     def ask(self, operation: str, paths: Sequence[str], columns: Sequence[str] = ()) -> list[Any]:
@@ -140,7 +151,9 @@ class _Reader:
                             answers[index] = f"reading its footer ends the process {self._ending()}"
             return [answers[index] for index in range(len(paths))]
 
-    def _ask(self, operation: str, paths: list[tuple[int, str]], columns: Sequence[str], answers: dict[int, Any]) -> set[int]:
+    def _ask(
+        self, operation: str, paths: list[tuple[int, str]], columns: Sequence[str], answers: dict[int, Any]
+    ) -> set[int]:
         """Add what is answered until the process has done all or ends; returns which of the paths were begun, at least one.
 
         Raises: LorafleetError: the process does not start.
@@ -192,9 +205,18 @@ def _footer(path: str) -> dict[str, Any]:
         schema.names  # noqa: B018 - where one is not UTF-8 it raises
         kinds = kinds_by_column(parquet)
         has_int96 = any("int96" in found for found in kinds.values())
-        other = pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata() if has_int96 else schema
+        other = (
+            pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
+            if has_int96
+            else schema
+        )
         keys = parquet.metadata.metadata or {}
-        said = [kinds, pandas_labels(keys), types_lost_in_reading(schema, kinds, keys), keys_left_out(keys, schema.names)]
+        said = [
+            kinds,
+            pandas_labels(keys),
+            types_lost_in_reading(schema, kinds, keys),
+            keys_left_out(keys, schema.names),
+        ]
         return {"schema": [*map(_written_schema, (schema, other)), *said], "row_groups": rows}
 
 
@@ -211,7 +233,10 @@ def _dates(path: str, columns: list[str]) -> dict[str, bool]:
     are_far = are_fine = False
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(open_file(path))) for _ in _UNITS]
-        files = [pq.ParquetFile(source, coerce_int96_timestamp_unit=unit) for source, unit in zip(sources, _UNITS, strict=True)]
+        files = [
+            pq.ParquetFile(source, coerce_int96_timestamp_unit=unit)
+            for source, unit in zip(sources, _UNITS, strict=True)
+        ]
         for batches in zip(*(file.iter_batches(columns=columns) for file in files), strict=True):
             for in_ns, in_us, in_s in zip(*(_timestamps(batch.to_struct_array()) for batch in batches), strict=True):
                 if (in_s != in_us // 10**6).any():

@@ -61,7 +61,11 @@ def keys_left_out(metadata: Mapping[bytes, bytes], kept: Sequence[str]) -> list[
 
 def _has_text_names(pandas: dict[str, Any]) -> bool:
     levels = pandas["column_indexes"]
-    return len(levels) == 1 and levels[0]["pandas_type"] in _TEXT_LABELS and levels[0]["numpy_type"] in ("object", "str", "string")
+    return (
+        len(levels) == 1
+        and levels[0]["pandas_type"] in _TEXT_LABELS
+        and levels[0]["numpy_type"] in ("object", "str", "string")
+    )
 
 
 def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
@@ -77,7 +81,13 @@ def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
 def _extend_pandas(pandas: dict[str, Any], _kept: Sequence[str], added: Sequence[pa.Field]) -> dict[str, Any]:
     """With other than one text per column, pandas would try to read a new column's name as a number, a date or a tuple."""
     if pandas.get("column_indexes") and not _has_text_names(pandas):
-        text = {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": {"encoding": "UTF-8"}}
+        text = {
+            "name": None,
+            "field_name": None,
+            "pandas_type": "unicode",
+            "numpy_type": "object",
+            "metadata": {"encoding": "UTF-8"},
+        }
         pandas = pandas | {"column_indexes": [text]}
         for column in pandas["columns"]:
             column["name"] = column["field_name"]
@@ -100,7 +110,9 @@ def _spark_type(kind: pa.DataType) -> Any:
     if pa.types.is_list(kind):
         return {"type": "array", "elementType": _spark_type(kind.value_type), "containsNull": True}
     if pa.types.is_struct(kind):
-        fields = [{"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in kind]
+        fields = [
+            {"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in kind
+        ]
         return {"type": "struct", "fields": fields}
     return _SPARK_TYPES[str(kind)]
 

@@ -24,14 +24,19 @@ READ_BUFFER_BYTES = 1024**2
 _SAMPLE_ROWS = 64
 
 
-_CODECS = {"UNCOMPRESSED": "NONE", "UNKNOWN": "LZ4"}  # where pyarrow's reader and writer disagree; unknown to it is Hadoop's LZ4
+_CODECS = {
+    "UNCOMPRESSED": "NONE",
+    "UNKNOWN": "LZ4",
+}  # where pyarrow's reader and writer disagree; unknown to it is Hadoop's LZ4
 
 
 class UnitFile:
     """A Parquet file that grows by row groups of a good size, whatever the size of what is added."""
 
     def __init__(self, path: Path, how: WrittenAs, codecs: dict[str, str]) -> None:
-        compression = {name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(how.schema)}
+        compression = {
+            name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(how.schema)
+        }
         self._writer = pq.ParquetWriter(path, how.schema, compression=compression, **how.options)
         self._how = how
         self._waiting: list[pa.Table] = []

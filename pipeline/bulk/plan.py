@@ -74,11 +74,15 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     try:
         check_places(request.source, output)
     except store_errors(ValueError, NotImplementedError) as error:
-        raise InputError(f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}") from None
+        raise InputError(
+            f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}"
+        ) from None
     adapters = find_adapters(request.adapters, offline=request.offline)
     for ref, adapter in zip(request.adapters, adapters, strict=True):
         if not NAME.fullmatch(adapter.name):  # a worker is told NAME=REF
-            raise AdapterError(f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}")
+            raise AdapterError(
+                f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}"
+            )
     most = max(len(adapter.label_names) for adapter in adapters)
     if options.top_k > most:
         raise InputError(f"--top-k {options.top_k}: there are only {most} labels; choose a smaller number")

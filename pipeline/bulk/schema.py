@@ -66,7 +66,9 @@ def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> 
     for field, origin in joined.values():
         lacking = next((file for file, there in names if field.name not in there), None)
         if lacking is not None and not field.nullable:
-            raise DataError(f"{lacking.path}: column {field.name!r} is missing, and in {origin.path} it is required; {_TWO_JOBS}")
+            raise DataError(
+                f"{lacking.path}: column {field.name!r} is missing, and in {origin.path} it is required; {_TWO_JOBS}"
+            )
     return pa.schema([field for field, _ in joined.values()])
 
 
@@ -110,7 +112,9 @@ def written_as(schema: pa.Schema, kinds: Kinds, metadata: dict[bytes, bytes], *,
         metadata: Key-values of the output's footer.
         with_arrow_schema: Whether the input's footer has Arrow's own schema too; some readers take other types where it is there.
     """
-    fields = [_as_geometry(field) if kinds.get(field.name, [""])[0].startswith(_GEOMETRIES) else field for field in schema]
+    fields = [
+        _as_geometry(field) if kinds.get(field.name, [""])[0].startswith(_GEOMETRIES) else field for field in schema
+    ]
     times = [kind for name in schema.names for kind in kinds.get(name, ()) if kind.startswith("Time(")]
     adjusted = bool(times) and all("isAdjustedToUTC=true" in kind for kind in times)
     options = {"write_time_adjusted_to_utc": adjusted, "store_schema": with_arrow_schema}
@@ -199,7 +203,9 @@ def _kinds(field: pa.Field, leaves: Iterator[str], printed: str) -> Iterator[str
 
 def _is_variant(name: str, parts: Sequence[str], printed: str) -> bool:
     """Whether the printed schema calls the group a VARIANT; pyarrow says it nowhere else."""
-    return {"metadata", "value"} <= {*parts} and re.search(rf" group field_id=-?\d+ {re.escape(name)} \({_VARIANT}\(", printed) is not None
+    return {"metadata", "value"} <= {*parts} and re.search(
+        rf" group field_id=-?\d+ {re.escape(name)} \({_VARIANT}\(", printed
+    ) is not None
 
 
 class _Wkb(pa.ExtensionType):

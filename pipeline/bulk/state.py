@@ -78,9 +78,13 @@ def check_places(source: str, output: Place) -> None:
     """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
     given, folder = Place(source), written_folder(source)
     if not given.fs.isfile(given.root) and folder.holds(output):
-        raise InputError(f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere")
+        raise InputError(
+            f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere"
+        )
     if output.holds(given):
-        raise InputError(f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere")
+        raise InputError(
+            f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere"
+        )
     if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
         raise InputError(f"output {output} is a file; name a folder")
 
@@ -98,7 +102,9 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
     elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
         place, names = following, following.names()
     elif PLAN not in names and (foreign := [name for name in names if not name.endswith(TEMPORARY)]):
-        raise InputError(f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one")
+        raise InputError(
+            f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one"
+        )
     done = {unit.output for unit in units} & set(names)
     before = _read_plan(place) if PLAN in names else None
     if before is not None:
@@ -138,7 +144,14 @@ def forget_attempts(place: Place) -> None:
 
 
 def finish(
-    output: Place, begun: Begun, job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
+    output: Place,
+    begun: Begun,
+    job: BulkJob,
+    source: BulkInput,
+    receipts: Sequence[Receipt],
+    *,
+    seconds: float,
+    busy_seconds: float,
 ) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
     """Write the summary, the failures, and, where there are none, ``_SUCCESS``; with it an overwriting job takes the old one's place."""
     place = begun.place
@@ -148,7 +161,9 @@ def finish(
     before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
     lost = {unit.output for unit in source.units if unit.number in new} - set(place.names())
     if lost:
-        raise LorafleetError(f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder")
+        raise LorafleetError(
+            f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder"
+        )
     kept = {**new, **{unit.number: read_receipt(place, unit) for unit in before}}
     replaced = _replaced_units(source, job, kept)
     for unit in replaced:
@@ -159,10 +174,14 @@ def finish(
         *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure),
         *(_failure(unit, "its file was replaced while the job ran; start it again") for unit in replaced),
     )
-    short = next((r for r in kept.values() if job.options.sample is None and r.rows != by_number[r.unit].num_rows), None)
+    short = next(
+        (r for r in kept.values() if job.options.sample is None and r.rows != by_number[r.unit].num_rows), None
+    )
     if short is not None:
         unit = by_number[short.unit]
-        raise LorafleetError(f"output {place}: {unit.output} has {short.rows:,} of {unit.num_rows:,} rows; remove it and start again")
+        raise LorafleetError(
+            f"output {place}: {unit.output} has {short.rows:,} of {unit.num_rows:,} rows; remove it and start again"
+        )
     new_rows = sum(receipt.rows for receipt in new.values())
     summary = BulkSummary(
         job=job.fingerprint,
@@ -183,7 +202,9 @@ def finish(
         rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
     )
     place.write(JOB, summary.model_dump_json(indent=1).encode())
-    sweep(place, job, older_than=0)  # all is there or has failed, so whatever is still written is written twice, or by nobody
+    sweep(
+        place, job, older_than=0
+    )  # all is there or has failed, so whatever is still written is written twice, or by nobody
     forget_attempts(place)
     if failures:
         place.write(FAILURES, _failures_table(failures))
@@ -207,7 +228,9 @@ def read_receipt(place: Place, unit: Unit) -> Receipt:
         receipt = json.loads(metadata[FOOTER_KEY])["receipt"]
         return Receipt.model_validate(receipt | {"unit": unit.number})  # numbers move when an earlier file is mended
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise LorafleetError(f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again") from None
+        raise LorafleetError(
+            f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again"
+        ) from None
 
 
 def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
@@ -231,10 +254,14 @@ def _read_plan(place: Place) -> BulkJob:
     try:
         return BulkJob.model_validate_json(place.read(PLAN))
     except (ValueError, ValidationError):
-        raise InputError(f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite") from None
+        raise InputError(
+            f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite"
+        ) from None
 
 
-def _stale_units(place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+def _stale_units(
+    place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]
+) -> tuple[list[Unit], list[Unit]]:
     """The finished units whose file holds other bytes now, and those that cannot tell because they are damaged.
 
     Read are only files that the store lists with another version.
@@ -277,7 +304,9 @@ def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -
 
 
 def _failure(unit: Unit, reason: str | None) -> UnitFailure:
-    return UnitFailure(path=unit.path, unit=unit.number, first_row=unit.first_row_of_file, num_rows=unit.num_rows, reason=reason or "")
+    return UnitFailure(
+        path=unit.path, unit=unit.number, first_row=unit.first_row_of_file, num_rows=unit.num_rows, reason=reason or ""
+    )
 
 
 def _failures_table(failures: Sequence[UnitFailure]) -> bytes:

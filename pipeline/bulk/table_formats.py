@@ -35,7 +35,9 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
             name = folder.removeprefix(f"{place.root}/")
             raise InputError(f"input {pattern}: holds the {kind} table {name}; label each table in a job of its own")
         place.root = folder
-        raise InputError(f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder")
+        raise InputError(
+            f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder"
+        )
     kind = found.tables[given]
     if kind not in _EXTRAS:
         raise InputError(
@@ -46,7 +48,9 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
     by_path = {file.path: file for file in found.files}
     missing = sorted(set(live) - set(by_path))
     if missing:
-        raise InputError(f"input {place}: {missing[0]} belongs to the {kind} table and is not there ({len(missing)} such files)")
+        raise InputError(
+            f"input {place}: {missing[0]} belongs to the {kind} table and is not there ({len(missing)} such files)"
+        )
     others = len(found.files) - len(live)
     skipped = found.skipped | ({f"of older versions of the {kind} table": others} if others else {})
     return replace(found, files=tuple(by_path[path] for path in sorted(live)), skipped=skipped, columns=columns)
@@ -60,7 +64,11 @@ def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
 
     Raises: InputError: the table's columns have changed since the file was written.
     """
-    if found.columns is not None and "Iceberg" in found.tables.values() and (others := sorted(set(names) ^ set(found.columns))):
+    if (
+        found.columns is not None
+        and "Iceberg" in found.tables.values()
+        and (others := sorted(set(names) ^ set(found.columns)))
+    ):
         raise InputError(
             f"{path}: its columns are not those of the Iceberg table now ({others[0]!r} differs); rewrite the table's files first"
         )
@@ -71,7 +79,9 @@ def _snapshot(place: Place, kind: TableFormat) -> tuple[list[str], tuple[str, ..
     try:
         return _live_of_delta(place) if kind == "Delta" else _live_of_iceberg(place)
     except ImportError:
-        raise InputError(f"input {place}: is a {kind} table; to read its live files, pip install 'lorafleet[{_EXTRAS[kind]}]'") from None
+        raise InputError(
+            f"input {place}: is a {kind} table; to read its live files, pip install 'lorafleet[{_EXTRAS[kind]}]'"
+        ) from None
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - both libraries raise whatever a damaged or too new log leads them to
@@ -85,9 +95,13 @@ def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
     table = DeltaTable(reveal(place.url("")))
     what = f"input {place}: Delta table, version {table.version()}"
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
-        raise InputError(f"{what}: its columns have other names in its files (column mapping); export it to plain Parquet first")
+        raise InputError(
+            f"{what}: its columns have other names in its files (column mapping); export it to plain Parquet first"
+        )
     if any(batch.num_rows for batch in table.deletion_vectors()):
-        raise InputError(f"{what}: has deletion vectors; remove the deleted rows from its files first (REORG TABLE … APPLY (PURGE))")
+        raise InputError(
+            f"{what}: has deletion vectors; remove the deleted rows from its files first (REORG TABLE … APPLY (PURGE))"
+        )
     live, partitions = [], table.metadata().partition_columns
     for action in pa.table(table.get_add_actions(flatten=True)).to_pylist():
         path = unquote(action["path"])
@@ -96,7 +110,9 @@ def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
         folders = dict(part.partition("=")[::2] for part in path.split("/")[:-1] if "=" in part)
         for name in partitions:
             if name not in folders:
-                raise InputError(f"{what}: its file {path} is in no folder {name}=…, so that column would be lost; export the table first")
+                raise InputError(
+                    f"{what}: its file {path} is in no folder {name}=…, so that column would be lost; export the table first"
+                )
         live.append(place.url(path))
     return live, tuple(field.name for field in table.schema().fields if field.name not in partitions)
 
@@ -107,12 +123,16 @@ def _live_of_iceberg(place: Place) -> tuple[list[str], tuple[str, ...]]:
     table = StaticTable.from_metadata(reveal(place.url(_newest_metadata(place))))
     what = f"input {place}: Iceberg table"
     if _plain(table.location()) != _plain(place.url("")):
-        raise InputError(f"{what}: its metadata say that it lies at {table.location()}; label it there, or export it to plain Parquet")
+        raise InputError(
+            f"{what}: its metadata say that it lies at {table.location()}; label it there, or export it to plain Parquet"
+        )
     live = []
     for task in table.scan().plan_files():
         file: Any = task.file
         if task.delete_files:
-            raise InputError(f"{what}: {file.file_path} has rows that are deleted by another file; compact the table first")
+            raise InputError(
+                f"{what}: {file.file_path} has rows that are deleted by another file; compact the table first"
+            )
         if file.file_format != "PARQUET":
             raise InputError(f"{what}: {file.file_path} is {file.file_format.value}, not Parquet")
         live.append(place.url(_plain(file.file_path).removeprefix(_plain(place.url(""))).lstrip("/")))
@@ -124,7 +144,9 @@ def _newest_metadata(place: Place) -> str:
     numbers = {name: int(found[1]) for name in names if (found := re.search(r"/v?(\d+)[^/]*$", name))}
     newest = [name for name, number in numbers.items() if number == max(numbers.values())]
     if len(newest) != 1:
-        raise InputError(f"input {place}: cannot tell the newest of its Iceberg metadata files {', '.join(newest or names)}")
+        raise InputError(
+            f"input {place}: cannot tell the newest of its Iceberg metadata files {', '.join(newest or names)}"
+        )
     return newest[0]
 
 

@@ -104,4 +104,6 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _joined(known: Answers, more: Answers) -> Answers:
-    return Answers(np.concatenate([known.top_labels, more.top_labels]), np.concatenate([known.top_scores, more.top_scores]))
+    return Answers(
+        np.concatenate([known.top_labels, more.top_labels]), np.concatenate([known.top_scores, more.top_scores])
+    )

@@ -92,7 +92,13 @@ class BulkInput:
 
 
 def plan_input(
-    pattern: str, *, text_column: str, columns: Sequence[str] | None, new_columns: Sequence[str], rows_per_unit: int, limit: int | None
+    pattern: str,
+    *,
+    text_column: str,
+    columns: Sequence[str] | None,
+    new_columns: Sequence[str],
+    rows_per_unit: int,
+    limit: int | None,
 ) -> BulkInput:
     """List the input, check every file's footer, and cut it into units.
 
@@ -118,10 +124,14 @@ def plan_input(
     faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
     good = {path: footer for path, footer in good.items() if path not in faults}
     if not good:
-        raise DataError(f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {_first_fault(faults)}")
+        raise DataError(
+            f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {_first_fault(faults)}"
+        )
     known = [found for found in dates.values() if isinstance(found, Dates)]
     unit: Literal["ns", "us"] = "us" if any(found.are_far for found in known) else "ns"
-    files = [FileSchema(path, footer.in_microseconds if unit == "us" else footer.schema) for path, footer in good.items()]
+    files = [
+        FileSchema(path, footer.in_microseconds if unit == "us" else footer.schema) for path, footer in good.items()
+    ]
     schema = join_schemas(files, kept)
     _check_names(next(iter(good)), kept, new_columns, stored)
     units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
@@ -131,16 +141,23 @@ def plan_input(
     return BulkInput(
         files=tuple(_input_file(file, good.get(file.path)) for file in stored),
         units=units,
-        failures=tuple(UnitFailure(path=p, unit=None, first_row=None, num_rows=None, reason=fault) for p, fault in faults.items()),
+        failures=tuple(
+            UnitFailure(path=p, unit=None, first_row=None, num_rows=None, reason=fault) for p, fault in faults.items()
+        ),
         schema=schema,
         int96_unit=unit,
-        changes=(*_changes(schema, good.values()), *(["INT96 columns: nanoseconds are cut to microseconds"] if cut else [])),
+        changes=(
+            *_changes(schema, good.values()),
+            *(["INT96 columns: nanoseconds are cut to microseconds"] if cut else []),
+        ),
         skipped=found.skipped,
     )
 
 
 def _input_file(file: StoredFile, footer: Footer | None) -> InputFile:
-    return InputFile(path=file.path, size=file.size, version=file.version, num_rows=None if footer is None else footer.num_rows)
+    return InputFile(
+        path=file.path, size=file.size, version=file.version, num_rows=None if footer is None else footer.num_rows
+    )
 
 
 def _first_fault(faults: Mapping[str, str]) -> str:
@@ -163,11 +180,17 @@ def _check_columns(
             raise DataError(f"{path}: {', '.join(twice)} is the name of more than one column; rename them")
         every |= dict.fromkeys(schema.names)
         if text_column not in schema.names:
-            raise DataError(f"{path}: no column {text_column!r}; its columns are {_some(schema.names)}; see --text-column")
+            raise DataError(
+                f"{path}: no column {text_column!r}; its columns are {_some(schema.names)}; see --text-column"
+            )
     if unknown := [name for name in columns or () if name not in every]:
-        raise DataError(f"{next(iter(good))}: no column {unknown[0]!r}; its columns are {_some([*every])}; see --columns")
+        raise DataError(
+            f"{next(iter(good))}: no column {unknown[0]!r}; its columns are {_some([*every])}; see --columns"
+        )
     _check_text(good, text_column)
-    return tuple(name for name in every if (columns is None or name in columns) and (of_table is None or name in of_table))
+    return tuple(
+        name for name in every if (columns is None or name in columns) and (of_table is None or name in of_table)
+    )
 
 
 def _check_text(good: Mapping[str, Footer], column: str) -> None:
@@ -180,7 +203,9 @@ def _check_text(good: Mapping[str, Footer], column: str) -> None:
         raise DataError(f"{next(iter(kinds))}: column {column!r} has no value in any row; choose another --text-column")
     binary = next((path for path, kind in kinds.items() if binary_type(kind) and good[path].num_rows), None)
     if binary is not None and not _looks_like_text(binary, column):
-        raise DataError(f"{binary}: column {column!r} is binary, and its first values are not UTF-8 text; choose another --text-column")
+        raise DataError(
+            f"{binary}: column {column!r} is binary, and its first values are not UTF-8 text; choose another --text-column"
+        )
 
 
 def _looks_like_text(path: str, column: str) -> bool:
@@ -213,13 +238,21 @@ def _check_names(first: str, kept: Sequence[str], new_columns: Sequence[str], st
     """
     folded = Counter(name.casefold() for name in new_columns)
     if twice := [name for name in new_columns if folded[name.casefold()] > 1]:
-        raise DataError(f"the output would have the columns {' and '.join(twice[:2])}, which many tools take for one; {_RENAME}")
+        raise DataError(
+            f"the output would have the columns {' and '.join(twice[:2])}, which many tools take for one; {_RENAME}"
+        )
     if taken := [name for name in kept if name.casefold() in folded]:
-        remedy = "leave it out with --columns" if taken == ["truncated"] else f"{_RENAME}, or leave the column out with --columns"
+        remedy = (
+            "leave it out with --columns"
+            if taken == ["truncated"]
+            else f"{_RENAME}, or leave the column out with --columns"
+        )
         raise DataError(f"{first}: it has {_some(taken)} already, which the output adds; {remedy}")
     partitions = {part.partition("=")[0] for file in stored for part in file.below.split("/")[:-1] if "=" in part}
     if taken := sorted(name for name in partitions if name.casefold() in folded):
-        raise DataError(f"{first}: its partition folders are called {_some(taken)}, which the output adds as a column; {_RENAME}")
+        raise DataError(
+            f"{first}: its partition folders are called {_some(taken)}, which the output adds as a column; {_RENAME}"
+        )
 
 
 def _changes(schema: pa.Schema, footers: Collection[Footer]) -> list[str]:
@@ -236,18 +269,26 @@ def _changes(schema: pa.Schema, footers: Collection[Footer]) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+    return ", ".join(names[:_MOST_NAMES]) + (
+        f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    )
 
 
-def _cut(stored: Sequence[StoredFile], good: Mapping[str, Footer], *, rows_per_unit: int, limit: int | None) -> tuple[Unit, ...]:
+def _cut(
+    stored: Sequence[StoredFile], good: Mapping[str, Footer], *, rows_per_unit: int, limit: int | None
+) -> tuple[Unit, ...]:
     most = sum(footer.num_rows // rows_per_unit for footer in good.values())
     if most > _MOST_UNITS and (limit is None or limit // rows_per_unit > _MOST_UNITS):
-        raise DataError(f"{most:,} units of {rows_per_unit:,} rows are more than {_MOST_UNITS:,}; choose a larger --rows-per-unit")
+        raise DataError(
+            f"{most:,} units of {rows_per_unit:,} rows are more than {_MOST_UNITS:,}; choose a larger --rows-per-unit"
+        )
     units: list[Unit] = []
     left = limit
     stems = _stems(stored)
     for path, footer in good.items():
-        for index, (row_groups, first_row, num_rows, first_of_file) in enumerate(_ranges(footer.row_groups, rows_per_unit)):
+        for index, (row_groups, first_row, num_rows, first_of_file) in enumerate(
+            _ranges(footer.row_groups, rows_per_unit)
+        ):
             take = num_rows if left is None else min(num_rows, left)
             if take <= 0:
                 return tuple(units)
@@ -294,7 +335,9 @@ def _stems(files: Sequence[StoredFile]) -> dict[str, str]:
     stems: dict[str, str] = {}
     for file in files:
         pure = PurePosixPath(file.below)
-        visible = pure.stem.lstrip("._") or "part"  # the file may have been named itself; readers of the output skip such names
+        visible = (
+            pure.stem.lstrip("._") or "part"
+        )  # the file may have been named itself; readers of the output skip such names
         encoded = visible.encode(errors="surrogateescape")
         if len(encoded) > _LONGEST_STEM_BYTES:
             visible = f"{encoded[:_LONGEST_STEM_BYTES].decode(errors='ignore')}-{_path_hash(file.path)}"

@@ -52,7 +52,9 @@ def _wider_dictionary(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     values = wider(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, two)))
     if values is None or not (pa.types.is_dictionary(one) and pa.types.is_dictionary(two)):
         return values
-    return pa.dictionary(pa.int32(), values) if not one.ordered and not two.ordered else None  # the order of categories is each file's own
+    return (
+        pa.dictionary(pa.int32(), values) if not one.ordered and not two.ordered else None
+    )  # the order of categories is each file's own
 
 
 def _wider_integer(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
@@ -67,7 +69,13 @@ def _wider_integer(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
 def _wider_decimal(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     scale = max(one.scale, two.scale)
     precision = scale + max(one.precision - one.scale, two.precision - two.scale)
-    return pa.decimal128(precision, scale) if precision <= 38 else pa.decimal256(precision, scale) if precision <= 76 else None
+    return (
+        pa.decimal128(precision, scale)
+        if precision <= 38
+        else pa.decimal256(precision, scale)
+        if precision <= 76
+        else None
+    )
 
 
 def _wider_time(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
@@ -97,7 +105,9 @@ def _wider_nested(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
         element = one.value_field.with_type(value).with_nullable(one.value_field.nullable or two.value_field.nullable)
         if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(two) and one.list_size == two.list_size:
             return pa.list_(element, one.list_size)
-        return pa.large_list(element) if pa.types.is_large_list(one) or pa.types.is_large_list(two) else pa.list_(element)
+        return (
+            pa.large_list(element) if pa.types.is_large_list(one) or pa.types.is_large_list(two) else pa.list_(element)
+        )
     if pa.types.is_struct(one) and pa.types.is_struct(two) and [f.name for f in one] == [f.name for f in two]:
         parts = [(a, b, wider(a.type, b.type)) for a, b in zip(one, two, strict=True)]
         if all(kind is not None for _, _, kind in parts):

@@ -88,7 +88,10 @@ class UnitWorker:
             top_k=spec.job.options.top_k,
         )
         self.kept = pa.ipc.read_schema(pa.py_buffer(b64decode(spec.kept_schema)))
-        self.columns = [AdapterColumns(a, found, self.job.options.top_k) for a, found in zip(self.job.adapters, adapters, strict=True)]
+        self.columns = [
+            AdapterColumns(a, found, self.job.options.top_k)
+            for a, found in zip(self.job.adapters, adapters, strict=True)
+        ]
 
     def label(self, unit: Unit) -> Receipt:
         """Label a unit, unless it is there; a fault of its file is told by the receipt, and leaves the other units alone."""
@@ -101,7 +104,9 @@ class UnitWorker:
         except (pa.ArrowException, LorafleetError, UnicodeDecodeError) as error:
             return Receipt(unit=unit.number, failure=first_line(error))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class for it on the CPU
+            if not isinstance(error, MemoryError) and "memory" not in str(
+                error
+            ):  # torch has no class for it on the CPU
                 raise
             return Receipt(unit=unit.number, failure="out of memory; a smaller --rows-per-unit needs less")
 
@@ -127,12 +132,20 @@ class UnitWorker:
         started = time.perf_counter()
         tally = Tally([column.adapter.name for column in self.columns])
         before = self._version(unit)
-        with closing(open_file(unit.path)) as source, self.place.replaced(unit.output, mark=self.job.fingerprint) as path:
+        with (
+            closing(open_file(unit.path)) as source,
+            self.place.replaced(unit.output, mark=self.job.fingerprint) as path,
+        ):
             parquet = pq.ParquetFile(
-                source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, coerce_int96_timestamp_unit=self.spec.int96_unit
+                source,
+                pre_buffer=False,
+                buffer_size=READ_BUFFER_BYTES,
+                coerce_int96_timestamp_unit=self.spec.int96_unit,
             )
             read = self._columns_in(parquet, unit)
-            with closing(UnitFile(path, self._written_as(parquet), input_codecs(parquet, self.job.options.text_column))) as output:
+            with closing(
+                UnitFile(path, self._written_as(parquet), input_codecs(parquet, self.job.options.text_column))
+            ) as output:
                 memory = LabelledTexts(len(self.columns))
                 for block in read_ahead(self._blocks(parquet, unit, read, memory)):
                     memory.learn(block.tokens.truncated, self.classifier.classify(block.tokens))
@@ -140,7 +153,9 @@ class UnitWorker:
                 content = content_of(source, parquet.metadata, unit, read, version=before)
                 if self._version(unit) != before:
                     raise DataError(f"{unit.path}: has changed while it was read; start again when nobody writes to it")
-                receipt = tally.receipt(unit, memory, version=before, content=content, seconds=time.perf_counter() - started)
+                receipt = tally.receipt(
+                    unit, memory, version=before, content=content, seconds=time.perf_counter() - started
+                )
                 output.describe(footer(self.job, unit, receipt))
         return receipt
 
@@ -152,7 +167,9 @@ class UnitWorker:
         planned, now = self._files[unit.path], file_now(unit.path)
         if now is None or now.size != planned.size:
             found = "is gone" if now is None else f"has {now.size:,} bytes now"
-            raise DataError(f"{unit.path}: had {planned.size:,} bytes when the job was planned, and {found}; {_START_AGAIN}")
+            raise DataError(
+                f"{unit.path}: had {planned.size:,} bytes when the job was planned, and {found}; {_START_AGAIN}"
+            )
         return now.version
 
     def _columns_in(self, parquet: pq.ParquetFile, unit: Unit) -> tuple[str, ...]:
@@ -168,7 +185,9 @@ class UnitWorker:
         kept = [name for name in self.kept.names if name in names]
         return (*kept, *({text_column} - set(kept)))
 
-    def _blocks(self, parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], memory: LabelledTexts) -> Iterator[_Block]:
+    def _blocks(
+        self, parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], memory: LabelledTexts
+    ) -> Iterator[_Block]:
         """Rows with their new texts tokenised; runs ahead of the computation.
 
         Raises: DataError: the columns have fewer rows than the footer promises.
@@ -190,7 +209,9 @@ class UnitWorker:
             yield _Block(self._fitted(rows), ids, self.classifier.tokenise(new_texts))
             if position >= end:
                 return
-        raise DataError(f"its footer promises {end:,} rows in row groups {unit.row_groups}, and its columns have {position:,}")
+        raise DataError(
+            f"its footer promises {end:,} rows in row groups {unit.row_groups}, and its columns have {position:,}"
+        )
 
     def _fitted(self, rows: pa.Table) -> pa.Table:
         """The kept columns in the types of the output; nulls for one that this file lacks."""
@@ -212,7 +233,9 @@ class UnitWorker:
             for new, values in zip(column.fields(), answers.columns, strict=True):
                 table = table.append_column(new, values)
             tally.count(column.adapter.name, answers)
-        truncated = np.where(block.ids >= 0, memory.truncated.take(block.ids, mode="clip") if len(memory.truncated) else False, False)
+        truncated = np.where(
+            block.ids >= 0, memory.truncated.take(block.ids, mode="clip") if len(memory.truncated) else False, False
+        )
         tally.rows += len(block.ids)
         tally.truncated += int(truncated.sum())
         return table.append_column("truncated", pa.array(truncated, pa.bool_()))

@@ -76,7 +76,9 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
         "samples_per_label": mteb_task.samples_per_label,
     }
     if data.mirror is not None:
-        return MtebTask(source="mirror", location=absolute(str(Path(data.mirror) / config.name)), revision=UNREAD, **common)
+        return MtebTask(
+            source="mirror", location=absolute(str(Path(data.mirror) / config.name)), revision=UNREAD, **common
+        )
     return MtebTask(
         source="hub",
         location=mteb_task.metadata.dataset["path"],
@@ -93,8 +95,15 @@ def files_look_wrong(config: RunConfig) -> bool:
     ``load_mteb_task`` says what is wrong, here and where this look sees nothing.
     """
     given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
-    local = [(t, Path(absolute(location))) for t, location in given if "://" not in location and not set("*?[") & set(location)]
-    return any(not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path)) for t, path in local)
+    local = [
+        (t, Path(absolute(location)))
+        for t, location in given
+        if "://" not in location and not set("*?[") & set(location)
+    ]
+    return any(
+        not path.exists() or (path.suffix == ".parquet" and path.is_file() and _lacks_columns(t, path))
+        for t, path in local
+    )
 
 
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
@@ -206,7 +215,9 @@ def _split_files(task: MtebTask, *, offline: bool) -> dict[str, SourceFiles]:
     files = {}
     for split, location in locations.items():
         if offline and location.startswith("hf://"):
-            raise DataError(f"{task.name}: {split}: {location} is on the Hub, and data.offline = true; set one of the two otherwise")
+            raise DataError(
+                f"{task.name}: {split}: {location} is on the Hub, and data.offline = true; set one of the two otherwise"
+            )
         with prefixed_errors(f"{task.name}: {split}"):
             files[split] = find_sources(location)
     if twice := set(files["train"].paths).intersection(files["test"].paths if "test" in files else ()):
@@ -217,11 +228,15 @@ def _split_files(task: MtebTask, *, offline: bool) -> dict[str, SourceFiles]:
 def _mirror_files(task: MtebTask) -> dict[str, Path]:
     folder = Path(task.location)
     if not folder.is_dir():
-        raise DataError(f"{task.name}: the mirror has no folder {folder}; expected {folder}/train.parquet and test.parquet")
+        raise DataError(
+            f"{task.name}: the mirror has no folder {folder}; expected {folder}/train.parquet and test.parquet"
+        )
     found = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
     for split in ("train", "test"):
         if split not in found:
-            raise DataError(f"{task.name}: expected a split {split!r}, found {', '.join(found) or 'none'} in {folder}; add {split}.parquet")
+            raise DataError(
+                f"{task.name}: expected a split {split!r}, found {', '.join(found) or 'none'} in {folder}; add {split}.parquet"
+            )
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
@@ -234,7 +249,9 @@ def _joined(tables: dict[str, Any], where: str) -> Any:
         found = " and ".join(f"{kind} in {path}" for kind, path in kinds.items())
         raise DataError(f"{where}: labels are {found}; write them alike")
     shared = set.intersection(*(set(table.column_names) for table in tables.values()))
-    return pa.concat_tables([table.select([name for name in table.column_names if name in shared]) for table in tables.values()])
+    return pa.concat_tables(
+        [table.select([name for name in table.column_names if name in shared]) for table in tables.values()]
+    )
 
 
 def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]:

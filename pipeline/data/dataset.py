@@ -66,7 +66,9 @@ class _Split:
     """The group of each text, where the data have groups."""
 
     def take(self, chosen: NDArray[np.bool_]) -> _Split:
-        return _Split([text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen])
+        return _Split(
+            [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen]
+        )
 
 
 def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData:
@@ -88,7 +90,9 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     train, validation, slice_notes = _hold_out(splits, label_names, config)
     if not validation.texts and np.bincount(train.labels).max() == 1:
         found = f"each of the {len(label_names)} labels of train has a single text"
-        raise DataError(f"{task.name}: {found}; expected two texts of at least one label; add texts, or check that label_column is right")
+        raise DataError(
+            f"{task.name}: {found}; expected two texts of at least one label; add texts, or check that label_column is right"
+        )
     test_in_train = overlap([*whole_train.texts, *(validation.texts if config.refit else ())], test.texts)
     return TaskData(
         task=loaded.task,
@@ -121,16 +125,28 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
-        raise DataError(f"{name}: train has the single label {_shown(classes[0])}; a classifier needs at least two classes")
+        raise DataError(
+            f"{name}: train has the single label {_shown(classes[0])}; a classifier needs at least two classes"
+        )
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():
         unknown = sorted(set(column) - set(classes))
         if unknown:
             known = {label_key(str(label)): label for label in classes}
-            twins = [f"{_shown(known[key])} for {_shown(label)}" for label in unknown if (key := label_key(str(label))) in known]
-            fix = f"which has {_some(twins)}; write them alike" if twins else f"add texts of them to train, or remove them from {split}"
+            twins = [
+                f"{_shown(known[key])} for {_shown(label)}"
+                for label in unknown
+                if (key := label_key(str(label))) in known
+            ]
+            fix = (
+                f"which has {_some(twins)}; write them alike"
+                if twins
+                else f"add texts of them to train, or remove them from {split}"
+            )
             sign = "," if twins else ";"
-            raise DataError(f"{name}: {split} has labels that never occur in train: {_some(map(_shown, unknown))}{sign} {fix}")
+            raise DataError(
+                f"{name}: {split} has labels that never occur in train: {_some(map(_shown, unknown))}{sign} {fix}"
+            )
     splits = {
         split: _Split(
             table["text"].to_pylist(),
@@ -153,7 +169,9 @@ def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
         found = f"{len(label_names):,} labels whose names take {total:,} bytes"
         raise DataError(f"{task.name}: train has {found}; at most {MOST_LABEL_BYTES:,} are read; {advice}")
     if len(label_names) > _MOST_LABELS:
-        raise DataError(f"{task.name}: train has {len(label_names):,} labels; at most {_MOST_LABELS:,} are read; {advice}")
+        raise DataError(
+            f"{task.name}: train has {len(label_names):,} labels; at most {_MOST_LABELS:,} are read; {advice}"
+        )
 
 
 def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
@@ -167,7 +185,9 @@ def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
     return tuple(names[label] for label in classes) if is_one_to_one else plain
 
 
-def _hold_out(splits: dict[str, _Split], label_names: tuple[str, ...], config: TrainConfig) -> tuple[_Split, _Split, list[str]]:
+def _hold_out(
+    splits: dict[str, _Split], label_names: tuple[str, ...], config: TrainConfig
+) -> tuple[_Split, _Split, list[str]]:
     """Train, validation, and notes on classes that the slice had to leave out."""
     train = splits["train"]
     nobody = np.zeros(len(train.texts), dtype=np.bool_)
@@ -175,7 +195,9 @@ def _hold_out(splits: dict[str, _Split], label_names: tuple[str, ...], config: T
         return train, train.take(nobody), []
     if "validation" in splits:
         return train, splits["validation"], []
-    chosen = held_out(train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed)
+    chosen = held_out(
+        train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed
+    )
     spared = set(train.labels[chosen].tolist())
     without = [_shown(name) for label, name in enumerate(label_names) if label not in spared]
     notes = [f"classes too small for a validation slice, so wholly in train: {_some(without)}"] if without else []
@@ -200,8 +222,14 @@ def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, 
         why = "of which no text could be spared for" if task.test_split else "that do not occur in"
         notes.append(f"classes {why} test: {_some(absent)}")
     if twins := _twins(label_names):
-        notes.append(f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}")
-    thin = [f"{_shown(name)} {count}" for name, count in zip(label_names, in_train, strict=True) if count < task.samples_per_label]
+        notes.append(
+            f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}"
+        )
+    thin = [
+        f"{_shown(name)} {count}"
+        for name, count in zip(label_names, in_train, strict=True)
+        if count < task.samples_per_label
+    ]
     if thin:
         notes.append(f"classes with fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
     for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
@@ -224,7 +252,11 @@ def _group_notes(task: MtebTask, train: _Split, test: _Split) -> list[str]:
         return []
     of_test = set(test.groups)
     shared = of_test.intersection(train.groups)
-    return [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"] if shared else []
+    return (
+        [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"]
+        if shared
+        else []
+    )
 
 
 def _twins(label_names: tuple[str, ...]) -> list[str]:
@@ -250,7 +282,9 @@ def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str
     groups = [split.groups for split in splits.values() if split.groups is not None]  # they decide the validation slice
     for texts in (list(label_names), *(split.texts for split in splits.values()), *groups):
         encoded = [text.encode() for text in texts]
-        digest.update(np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes())  # so that no text can pose as two
+        digest.update(
+            np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes()
+        )  # so that no text can pose as two
         digest.update(b"".join(encoded))
     for split in splits.values():
         digest.update(split.labels.astype("<i8").tobytes())

@@ -50,7 +50,14 @@ _SEPARATORS = (",", ";", "\t", "|")
 _MOST_NAMES = 12  # in one message
 
 
-_JSON_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_JSON_KINDS = {
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
@@ -90,9 +97,13 @@ def _checked_format(content: bytes, path: str) -> str:
         raise DataError(f"{path} is empty (0 bytes)")
     claimed, found = format_of(path), _format_seen(content)
     if claimed is None and found not in ("Parquet", "JSON Lines"):
-        raise DataError(f"{path}: its name does not say what it is, and its content is {found}; expected a name that ends in {ENDINGS}")
+        raise DataError(
+            f"{path}: its name does not say what it is, and its content is {found}; expected a name that ends in {ENDINGS}"
+        )
     if (claimed == "Parquet" or found in _BINARY.values()) and claimed not in (found, None):
-        raise DataError(f"{path} is named as {claimed}, but its content is {found}; expected a name and a content that agree")
+        raise DataError(
+            f"{path} is named as {claimed}, but its content is {found}; expected a name and a content that agree"
+        )
     if claimed == "JSON Lines" and found == "a JSON array":
         raise DataError(f"{path} is one JSON array; expected JSON Lines, one object on each line")
     return claimed or found
@@ -100,7 +111,9 @@ def _checked_format(content: bytes, path: str) -> str:
 
 def _format_seen(content: bytes) -> str:
     try:
-        start = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:4096])  # incremental: the cut may be in a character
+        start = codecs.getincrementaldecoder("utf-8-sig")().decode(
+            content[:4096]
+        )  # incremental: the cut may be in a character
     except UnicodeDecodeError:
         start = "\0"
     if "\0" in start:
@@ -132,9 +145,13 @@ def _read_csv(text: str, path: str, columns: Mapping[str, str]) -> Any:
                 num_empty += 1  # an empty line is no row
             else:
                 found = f"line {reader.line_num} ends a row of {len(row)} values, but the header names {len(header)} columns"
-                raise DataError(f"{path}: {found}; a value that holds {separator!r} or a line break has to be in quotation marks")
+                raise DataError(
+                    f"{path}: {found}; a value that holds {separator!r} or a line break has to be in quotation marks"
+                )
     except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}; a quotation mark inside quotation marks has to be doubled") from None
+        raise DataError(
+            f"{path}: line {reader.line_num}: {error}; a quotation mark inside quotation marks has to be doubled"
+        ) from None
     if separator == "\t" and reader.line_num > len(rows) + num_empty and _is_whole_without_quotes(text, header):
         raise DataError(
             f"{path}: quotation marks join lines that are rows without them; double those that belong to a text, or use JSON Lines"
@@ -153,12 +170,16 @@ def _separator(text: str, path: str, columns: Mapping[str, str]) -> tuple[str, l
     headers = {}
     for separator in _SEPARATORS:
         try:
-            headers[separator] = next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)), [])
+            headers[separator] = next(
+                filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)), []
+            )
         except csv.Error:
             continue
     fitting = [separator for separator, header in headers.items() if set(columns.values()) <= set(header)]
     if len(fitting) > 1:
-        raise DataError(f"{path}: its first line names the columns with {' and with '.join(map(repr, fitting))} between them; rename them")
+        raise DataError(
+            f"{path}: its first line names the columns with {' and with '.join(map(repr, fitting))} between them; rename them"
+        )
     if not fitting:
         likeliest = max(headers.values(), key=len, default=[])
         _check_columns(likeliest, path, columns, hint="; its first line has to name the columns")
@@ -178,10 +199,17 @@ def _read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
         except json.JSONDecodeError as error:
             fault = f"line {number} is not JSON: {error.msg} at column {error.colno}"
             raise DataError(f"{path}: {fault}; expected one object on each line") from None
-        except (ValueError, RecursionError) as error:  # a key twice; a number of thousands of digits; thousands of brackets
-            raise DataError(f"{path}: line {number}: {first_line(error).partition(';')[0]}; write the file again") from None
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a key twice; a number of thousands of digits; thousands of brackets
+            raise DataError(
+                f"{path}: line {number}: {first_line(error).partition(';')[0]}; write the file again"
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is {_JSON_KINDS.get(type(row), 'null')}; expected an object, such as {{...}}")
+            raise DataError(
+                f"{path}: line {number} is {_JSON_KINDS.get(type(row), 'null')}; expected an object, such as {{...}}"
+            )
         names |= dict.fromkeys(row)
         rows.append(tuple(map(row.get, (*columns.values(), "label_text"))))
         lines.append(number)
@@ -195,7 +223,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         times = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {next(name for name, count in times.items() if count > 1)!r} occurs twice in an object")
+        raise ValueError(
+            f"the key {next(name for name, count in times.items() if count > 1)!r} occurs twice in an object"
+        )
     return values
 
 
@@ -208,13 +238,19 @@ def _json_column(values: Sequence[Any], lines: Sequence[int], where: str) -> Any
     if len(first) > 1:
         found = " and ".join(f"{kind} (line {line})" for kind, line in first.items())
         raise DataError(f"{where} holds {found}; write them alike")
-    if "a list" in first or "an object" in first:  # nobody can learn from these: only the type is needed, for the message
+    if (
+        "a list" in first or "an object" in first
+    ):  # nobody can learn from these: only the type is needed, for the message
         return pa.nulls(len(values), pa.list_(pa.null()) if "a list" in first else pa.struct([]))
     try:
         return pa.array(values)
     except UnicodeEncodeError:
-        line = next(line for value, line in zip(values, lines, strict=True) if value is not None and not _is_encodable(value))
-        raise DataError(f"{where}: line {line} holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+        line = next(
+            line for value, line in zip(values, lines, strict=True) if value is not None and not _is_encodable(value)
+        )
+        raise DataError(
+            f"{where}: line {line} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+        ) from None
     except (OverflowError, pa.ArrowInvalid):
         raise DataError(f"{where} holds a whole number that needs more than 64 bits; write it as a string") from None
 
@@ -238,18 +274,26 @@ def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
     try:
         table = file.read(columns=wanted)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: the columns {some(wanted)} cannot be read: {first_line(error)}; write the file again") from None
+        raise DataError(
+            f"{path}: the columns {some(wanted)} cannot be read: {first_line(error)}; write the file again"
+        ) from None
     if table.num_rows != num_rows:
-        raise DataError(f"{path}: its footer promises {num_rows} rows, but {some(wanted)} hold {table.num_rows}; write the file again")
+        raise DataError(
+            f"{path}: its footer promises {num_rows} rows, but {some(wanted)} hold {table.num_rows}; write the file again"
+        )
     return table
 
 
 def _check_columns(names: Sequence[str], path: str, columns: Mapping[str, str], *, hint: str = "") -> None:
     for key, column in columns.items():
         if column not in names:
-            shown = some([name if len(name) <= 60 else f"{name[:60]}…" for name in names])  # a first line without names is text
+            shown = some(
+                [name if len(name) <= 60 else f"{name[:60]}…" for name in names]
+            )  # a first line without names is text
             there = f"but {shown}" if names else "and no other"
-            raise DataError(f"{path} has no column {column!r}, {there}; set {key} for this MTEB task in the config{hint}")
+            raise DataError(
+                f"{path} has no column {column!r}, {there}; set {key} for this MTEB task in the config{hint}"
+            )
         if (count := names.count(column)) > 1:
             raise DataError(f"{path} has {count} columns named {column!r}; give each its own name")
 

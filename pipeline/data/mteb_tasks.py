@@ -33,7 +33,9 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
     path = mteb_task.metadata.dataset["path"]
     name, at = task.name, f"{path} at {mteb_task.metadata.revision}"
     if not Path(path).is_absolute() and Path(path).exists():
-        raise DataError(f"{name}: {path} in the working folder would be taken for the data set on the Hub; start in another folder")
+        raise DataError(
+            f"{name}: {path} in the working folder would be taken for the data set on the Hub; start in another folder"
+        )
     try:
         with _hub_access(offline=offline):
             mteb_task.load_data()
@@ -41,16 +43,24 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
         if (fault := hub_fault_behind(error)) is not None:
             raise hub_error(fault, f"{name}: {at}", offline=offline, kind=DataError) from error
         if isinstance(error, ConnectionError) and not (offline or constants.HF_HUB_OFFLINE):
-            raise LorafleetError(f"{name}: the Hub cannot be reached for {at}: {error}; try again, or set data.mirror") from error
+            raise LorafleetError(
+                f"{name}: the Hub cannot be reached for {at}: {error}; try again, or set data.mirror"
+            ) from error
         if isinstance(error, ConnectionError):
-            raise DataError(f"{name}: {at} is not in the local Hub cache; fetch it once while online, or set data.mirror") from error
+            raise DataError(
+                f"{name}: {at} is not in the local Hub cache; fetch it once while online, or set data.mirror"
+            ) from error
         raise DataError(f"{name}: {at} cannot be loaded: {first_line(error)}") from error
     parts = mteb_task.dataset[task.subset] if mteb_task.metadata.is_multilingual else mteb_task.dataset
     found = sorted(parts)
     for split in ("train", "test"):
         if split not in parts:
             raise DataError(f"{name}: expected a split {split!r}, found {', '.join(found)} in {at}")
-    tables = {split: _hub_table(parts[split], task.label_column) for split in ("train", "validation", "test") if split in parts}
+    tables = {
+        split: _hub_table(parts[split], task.label_column)
+        for split in ("train", "validation", "test")
+        if split in parts
+    }
     splits = {split: checked_table(table, task, f"{name}: {split}") for split, table in tables.items()}
     check_kinds(splits, name)
     fill_mteb_task(mteb_task, splits, task.subset)
@@ -70,21 +80,33 @@ def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
     except KeyError:
         close = _close_names(name)
         hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise ConfigError(f"mteb_tasks: mteb knows no task {name!r}. {hint}For data of your own, name a file in train") from None
+        raise ConfigError(
+            f"mteb_tasks: mteb knows no task {name!r}. {hint}For data of your own, name a file in train"
+        ) from None
     known = mteb_task.metadata
     is_text = known.type == "Classification" and known.modalities == ["text"]
-    if not is_text or not isinstance(mteb_task, AbsTaskClassification) or not isinstance(mteb_task.input_column_name, str):
+    if (
+        not is_text
+        or not isinstance(mteb_task, AbsTaskClassification)
+        or not isinstance(mteb_task.input_column_name, str)
+    ):
         kind = f"{known.type} of {' and '.join(known.modalities)}"
-        raise ConfigError(f"{name}: expected a classification of single texts with one label, but mteb says it is {kind}")
+        raise ConfigError(
+            f"{name}: expected a classification of single texts with one label, but mteb says it is {kind}"
+        )
     if "test" not in known.eval_splits or mteb_task.is_cross_validation:
-        raise ConfigError(f"{name}: has no test split to be scored on; mteb scores it on {', '.join(known.eval_splits)}")
+        raise ConfigError(
+            f"{name}: has no test split to be scored on; mteb scores it on {', '.join(known.eval_splits)}"
+        )
     return mteb_task
 
 
 def _close_names(name: str) -> list[str]:
     import mteb
 
-    every = mteb.get_tasks(task_types=["Classification"], modalities=["text"], exclude_superseded=False, exclude_aggregate=True)
+    every = mteb.get_tasks(
+        task_types=["Classification"], modalities=["text"], exclude_superseded=False, exclude_aggregate=True
+    )
     by_key = {known.lower(): known for known in (*PACKAGES, *(task.metadata.name for task in every))}
     starting = [key for key in by_key if key.startswith(name.lower())]
     similar = difflib.get_close_matches(name.lower(), by_key, n=5)
@@ -104,7 +126,9 @@ def choose_subset(mteb_task: Any, subset: str | None) -> str:
     if "en" in english:
         return "en"
     if len(english) != 1:
-        raise ConfigError(f"{name}: has {len(english)} English subsets; set subset to one of {', '.join(english or languages)}")
+        raise ConfigError(
+            f"{name}: has {len(english)} English subsets; set subset to one of {', '.join(english or languages)}"
+        )
     return english[0]
 
 
@@ -129,7 +153,9 @@ def _hub_table(part: Any, label_column: str) -> Any:
     names = getattr(part.features[label_column], "names", None)
     if names and "label_text" not in table.column_names:
         numbers = table[label_column].to_pylist()
-        of_label = [None if number is None or number < 0 else names[number] for number in numbers]  # -1: without a label
+        of_label = [
+            None if number is None or number < 0 else names[number] for number in numbers
+        ]  # -1: without a label
         return table.append_column("label_text", pa.array(of_label, pa.string()))
     return table
 
@@ -166,7 +192,9 @@ def fill_mteb_task(mteb_task: Any, splits: dict[str, Any], subset: str) -> None:
     parts = datasets.DatasetDict()
     for split, table in splits.items():
         numbers = pc.index_in(table["label"], value_set=in_order).cast(pa.int64())
-        parts[split] = _with_whole_columns(pa.table({mteb_task.input_column_name: table["text"], mteb_task.label_column_name: numbers}))
+        parts[split] = _with_whole_columns(
+            pa.table({mteb_task.input_column_name: table["text"], mteb_task.label_column_name: numbers})
+        )
     mteb_task.dataset = {subset: parts} if mteb_task.metadata.is_multilingual else parts
     mteb_task.data_loaded = True
 

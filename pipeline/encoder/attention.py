@@ -37,7 +37,14 @@ def for_inference(model: Any) -> None:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, without dropout: the frozen encoder runs in evaluation mode.
 
@@ -59,7 +66,14 @@ def _attend(
 
 
 def _attend_forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """As ``_attend``, not differentiable."""
     if query.shape[1] > key.shape[1]:
@@ -142,7 +156,9 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: in
     low, high = torch.aminmax(sums)
     if low > _SMALLEST_SUM and high < _LARGEST_SUM:
         return powers.div_(_spread(sums))
-    return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1)  # too large or too small for powers that are not shifted
+    return torch.softmax(
+        _scores(query, key, mask, heads=heads), dim=-1
+    )  # too large or too small for powers that are not shifted
 
 
 def _spread(column: Tensor) -> Tensor:

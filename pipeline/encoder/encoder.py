@@ -34,10 +34,14 @@ class Encoder:
         self.config = config
         self.device = torch.device(runtime.device)
         if self.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape of batch, which takes longer than the batch
+            torch.backends.cuda.enable_cudnn_sdp(
+                False
+            )  # it makes a plan for every new shape of batch, which takes longer than the batch
         self.model: Any = load_weights(files.folder, config, runtime)
         # Some architectures know eager attention only.
-        self.runtime = Runtime.model_validate(runtime.model_dump() | {"attention": self.model.config._attn_implementation})
+        self.runtime = Runtime.model_validate(
+            runtime.model_dump() | {"attention": self.model.config._attn_implementation}
+        )
         self.tokenizer = load_tokenizer(files.folder, config)
         self._tokenise = Tokeniser(self.tokenizer, max_tokens=config.max_tokens)
         self.normalize = normalizes_vectors(files.folder)
@@ -76,7 +80,10 @@ class Encoder:
         columns = np.arange(min(longest, self.config.max_tokens))
         mask = columns < lengths[:, None]
         ids = np.where(mask, tokens.ids[np.minimum(starts[:, None] + columns, len(tokens.ids) - 1)], self.pad_id)
-        return Batch(self.to_device(torch.from_numpy(ids.astype(np.int64))), self.to_device(torch.from_numpy(mask.astype(np.int64))))
+        return Batch(
+            self.to_device(torch.from_numpy(ids.astype(np.int64))),
+            self.to_device(torch.from_numpy(mask.astype(np.int64))),
+        )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Bring a tensor to where the encoder is, without waiting for the copy."""

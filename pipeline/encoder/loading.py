@@ -32,14 +32,20 @@ def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):  # transformers makes an empty one instead
+    if not any(
+        path for pattern in _VOCABULARIES for path in folder.glob(pattern)
+    ):  # transformers makes an empty one instead
         raise EncoderError(f"encoder {config.name}: no tokenizer in it; expected tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
     except Exception as error:
         raise EncoderError(f"encoder {config.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise EncoderError(f"encoder {config.name}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
+        raise EncoderError(
+            f"encoder {config.name}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}"
+        )
     return tokenizer
 
 
@@ -74,13 +80,17 @@ def _check_shapes(model: nn.Module, weights: Sequence[Path], config: EncoderConf
     from safetensors import safe_open
 
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = getattr(model, "base_model_prefix", "") + "."  # files of a model with a head on top name the encoder inside it
+    prefix = (
+        getattr(model, "base_model_prefix", "") + "."
+    )  # files of a model with a head on top name the encoder inside it
     for path in weights:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 here, there = expected.get(name.removeprefix(prefix)), file.get_slice(name).get_shape()
                 if here is not None and here != there:
-                    raise EncoderError(f"encoder {config.name}: {path.name} holds {name} as {there}, but config.json says {here}")
+                    raise EncoderError(
+                        f"encoder {config.name}: {path.name} holds {name} as {there}, but config.json says {here}"
+                    )
 
 
 def load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
@@ -124,7 +134,9 @@ def _architecture(folder: Path, config: EncoderConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
+        architecture = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
     except Exception as error:
         if "trust_remote_code" in str(error):
             remedy = "set encoder.revision and encoder.trust_remote_code = true if you trust it"
@@ -134,7 +146,9 @@ def _architecture(folder: Path, config: EncoderConfig) -> Any:
     if limit is not None and architecture.model_type in _POSITIONS_AFTER_PADDING:
         limit -= architecture.pad_token_id + 1
     if limit is not None and config.max_tokens > limit:
-        raise EncoderError(f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; set encoder.max_tokens")
+        raise EncoderError(
+            f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; set encoder.max_tokens"
+        )
     return architecture
 
 

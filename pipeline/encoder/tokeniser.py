@@ -168,7 +168,9 @@ def _tokens_of_words(words: Sequence[str], backend: Any) -> tuple[npt.NDArray[np
     lines = [words[start : start + _WORDS_PER_LINE] for start in range(0, len(words), _WORDS_PER_LINE)]
     ids: list[int] = []
     lengths = []
-    for line, encoding in zip(lines, backend.encode_batch([" ".join(line) for line in lines], add_special_tokens=False), strict=True):
+    for line, encoding in zip(
+        lines, backend.encode_batch([" ".join(line) for line in lines], add_special_tokens=False), strict=True
+    ):
         ids += encoding.ids
         behind = np.cumsum([len(word) + 1 for word in line])
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
@@ -186,7 +188,9 @@ def _takes_words_one_by_one(backend: Any) -> bool:
     normaliser, breaks = backend.normalizer, backend.pre_tokenizer
     if not (isinstance(normaliser, normalizers.BertNormalizer) and isinstance(breaks, pre_tokenizers.BertPreTokenizer)):
         return False
-    return not any(" " in normaliser.normalize_str(token.content) for token in backend.get_added_tokens_decoder().values())
+    return not any(
+        " " in normaliser.normalize_str(token.content) for token in backend.get_added_tokens_decoder().values()
+    )
 
 
 def _special_tokens_around(backend: Any) -> tuple[list[int], list[int]] | None:

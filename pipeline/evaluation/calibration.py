@@ -68,7 +68,9 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     Raises: LorafleetError: a logit is not finite.
     """
     check_rows(logits, labels)
-    assert labels.min() >= 0 and labels.max() < logits.shape[1], f"labels {labels.min()}..{labels.max()}, {logits.shape[1]} classes"
+    assert labels.min() >= 0 and labels.max() < logits.shape[1], (
+        f"labels {labels.min()}..{labels.max()}, {logits.shape[1]} classes"
+    )
     shifted = _below_largest(logits)
     if (shifted.argmax(axis=1) == labels).all():
         return 1.0
@@ -119,7 +121,8 @@ def reliability(probabilities: Floats, labels: Ints, *, bins: int = 15) -> tuple
     bin_of_text = np.digitize(confidence, inner_edges, right=True)
     members = (bin_of_text == index for index in np.unique(bin_of_text))
     return tuple(
-        ReliabilityBin(confidence=float(confidence[m].mean()), accuracy=float(right[m].mean()), num_texts=int(m.sum())) for m in members
+        ReliabilityBin(confidence=float(confidence[m].mean()), accuracy=float(right[m].mean()), num_texts=int(m.sum()))
+        for m in members
     )
 
 

@@ -74,7 +74,11 @@ class RowFacts:
     ) -> ScoreRow:
         """One line of ``scores.parquet``; ``started`` is the ``perf_counter`` at which the work on it began."""
         data = self.data
-        without = scores.accuracy_without(data.test_labels, predictions, data.test_in_train) if predictions is not None else None
+        without = (
+            scores.accuracy_without(data.test_labels, predictions, data.test_in_train)
+            if predictions is not None
+            else None
+        )
         return ScoreRow(
             run_id=self.run_id,
             mteb_task=data.task.name,
@@ -103,7 +107,9 @@ class RowFacts:
             created_at=datetime.now(UTC),
             p_value=comparison.p_value if comparison else None,
             test_sha256=data.test_fingerprint,
-            samples_per_label=data.task.samples_per_label if column in ("frozen_few_shot", "adapted_few_shot") else None,
+            samples_per_label=data.task.samples_per_label
+            if column in ("frozen_few_shot", "adapted_few_shot")
+            else None,
             main_metric=comparison.main_metric if comparison else None,
             p_value_main=comparison.main_p_value if comparison else None,
         )
@@ -172,8 +178,12 @@ def evaluate_adapter(
     if "adapted_few_shot" in config.columns:
         score, own["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
         rows.append(facts.row("adapted_few_shot", score, started=started, **trained))  # type: ignore[arg-type]
-    fit_on = validation if not training.learnt_selection else None  # a temperature fitted on what was learnt would flatter itself
-    calibrated = calibration.calibrate(fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels)
+    fit_on = (
+        validation if not training.learnt_selection else None
+    )  # a temperature fitted on what was learnt would flatter itself
+    calibrated = calibration.calibrate(
+        fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels
+    )
     confusions = scores.confusions(data.test_labels, predictions, data.label_names)
     return AdapterEvaluation(tuple(rows), comparison, calibrated, confusions, own)
 
@@ -184,7 +194,9 @@ def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
     return "macro_f1" if data.mteb_task.metadata.main_score == "f1" else "accuracy"
 
 
-def _score(predictions: IntArray, positive: npt.NDArray[Any] | None, facts: RowFacts, config: EvaluateConfig) -> scores.Score:
+def _score(
+    predictions: IntArray, positive: npt.NDArray[Any] | None, facts: RowFacts, config: EvaluateConfig
+) -> scores.Score:
     return scores.score_predictions(
         facts.data.test_labels,
         predictions,

@@ -20,7 +20,12 @@ def few_shot(mteb_task: Any, vectors: TextVectors) -> tuple[scores.Score, dict[s
     import mteb
 
     result = mteb.evaluate(
-        _mteb_encoder(vectors), mteb_task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 1024}
+        _mteb_encoder(vectors),
+        mteb_task,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": 1024},
     )
     task_result = result.task_results[0]
     (entry,) = task_result.scores["test"]
@@ -38,7 +43,9 @@ def _mteb_encoder(vectors: TextVectors) -> Any:
     class CachedEncoder:
         mteb_model_meta = ModelMeta.create_empty({"name": "lorafleet/encoder", "revision": "current"})
 
-        def __init__(self, model_name: str = "", revision: str | None = None, *, device: str | None = None, **kwargs: Any) -> None:
+        def __init__(
+            self, model_name: str = "", revision: str | None = None, *, device: str | None = None, **kwargs: Any
+        ) -> None:
             """mteb's protocol asks for this signature."""
 
         def encode(self, inputs: Any, **kwargs: Any) -> FloatArray:

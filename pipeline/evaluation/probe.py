@@ -16,7 +16,9 @@ from pipeline.evaluation.vectors import TextVectors
 _PROBE_ITERATIONS = 1000
 
 
-_HEAD_START_CONFIDENCE = 0.25  # a head as sure as the probe leaves the encoder nothing to learn from: see CHANGELOG, Experiments
+_HEAD_START_CONFIDENCE = (
+    0.25  # a head as sure as the probe leaves the encoder nothing to learn from: see CHANGELOG, Experiments
+)
 
 
 def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig, *, seed: int) -> tuple[Any, float]:
@@ -32,7 +34,9 @@ def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig
     probe = LogisticRegression(max_iter=_PROBE_ITERATIONS, warm_start=True)
     for c in sorted(config.probe_c):
         probe.set_params(C=c).fit(*fit)
-        right = float(probe.score(*choose)) if len(choose[1]) else 0.0  # of equals the smallest C is taken, so also of unmeasured ones
+        right = (
+            float(probe.score(*choose)) if len(choose[1]) else 0.0
+        )  # of equals the smallest C is taken, so also of unmeasured ones
         if best is None or right > best[0]:
             best = (right, (c, probe.coef_.copy(), probe.intercept_.copy()))
     assert best is not None

@@ -70,7 +70,9 @@ def score_predictions(
         without ``positive_scores``, with other than two classes, or if ``labels`` holds one class only.
     """
     assert len(labels) > 0, "no text to score"
-    assert labels.shape == predictions.shape == (len(labels),), f"labels {labels.shape}, predictions {predictions.shape}"
+    assert labels.shape == predictions.shape == (len(labels),), (
+        f"labels {labels.shape}, predictions {predictions.shape}"
+    )
     lowest, highest = min(labels.min(), predictions.min()), max(labels.max(), predictions.max())
     assert 0 <= lowest <= highest < num_classes, f"classes {lowest}..{highest} in a data set of {num_classes}"
     num_right = int(np.count_nonzero(labels == predictions))
@@ -84,7 +86,9 @@ def score_predictions(
     )
 
 
-def score_of_draws(accuracies: Sequence[float], macro_f1s: Sequence[float], average_precisions: Sequence[float] | None) -> Score:
+def score_of_draws(
+    accuracies: Sequence[float], macro_f1s: Sequence[float], average_precisions: Sequence[float] | None
+) -> Score:
     """Mean scores over few-shot draws, with Student's t-interval of the mean accuracy, cut to 0..1.
 
     Args:
@@ -95,7 +99,9 @@ def score_of_draws(accuracies: Sequence[float], macro_f1s: Sequence[float], aver
     """
     assert len(accuracies) > 0, "no draw to average"
     assert len(accuracies) == len(macro_f1s), f"{len(accuracies)} accuracies, {len(macro_f1s)} macro-F1s"
-    assert average_precisions is None or len(average_precisions) == len(accuracies), "not one average precision per draw"
+    assert average_precisions is None or len(average_precisions) == len(accuracies), (
+        "not one average precision per draw"
+    )
     interval = _mean_interval(np.asarray(accuracies, dtype=np.float64))
     return Score(
         accuracy=float(np.mean(accuracies)),
@@ -168,7 +174,9 @@ def lower_end(num_right: int, num_texts: int, *, level: float) -> float:
 
 def label_counts(labels: Ints, predictions: Ints, num_classes: int) -> tuple[Ints, Ints]:
     """Texts of each class that are found, and texts that each class is predicted for, both (classes,)."""
-    return np.bincount(labels[labels == predictions], minlength=num_classes), np.bincount(predictions, minlength=num_classes)
+    return np.bincount(labels[labels == predictions], minlength=num_classes), np.bincount(
+        predictions, minlength=num_classes
+    )
 
 
 def macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
@@ -205,4 +213,6 @@ def interval_tails() -> tuple[float, float]:
 def check_rows(values: Floats, labels: Ints) -> None:
     """Assert that there is one row of values for each label, and at least one."""
     assert len(labels) > 0, "no text to measure"
-    assert values.ndim == 2 and labels.shape == (len(values),), f"expected (n, classes) and (n,), found {values.shape} and {labels.shape}"
+    assert values.ndim == 2 and labels.shape == (len(values),), (
+        f"expected (n, classes) and (n,), found {values.shape} and {labels.shape}"
+    )

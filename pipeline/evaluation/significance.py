@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse, stats
 
-from pipeline.evaluation.scores import RANDOMISATION_ROUNDS, SWAPS_PER_ROUND, Interval, Ints, interval_tails, label_counts, macro_f1
+from pipeline.evaluation.scores import (
+    RANDOMISATION_ROUNDS,
+    SWAPS_PER_ROUND,
+    Interval,
+    Ints,
+    interval_tails,
+    label_counts,
+    macro_f1,
+)
 from pipeline.records import Comparison, MainMetric
 
 
@@ -32,7 +40,9 @@ def mcnemar(labels: Ints, first: Ints, second: Ints) -> Comparison:
     return Comparison(only_head=only_first, only_probe=only_second, p_value=min(p_value, 1.0))
 
 
-def compare_paired(labels: Ints, first: Ints, second: Ints, *, num_classes: int, main_metric: MainMetric, seed: int) -> Comparison:
+def compare_paired(
+    labels: Ints, first: Ints, second: Ints, *, num_classes: int, main_metric: MainMetric, seed: int
+) -> Comparison:
     """Compare two predictions of the same texts by McNemar's test and, where that is the main metric, by their macro-F1.
 
     Args:
@@ -47,7 +57,9 @@ def compare_paired(labels: Ints, first: Ints, second: Ints, *, num_classes: int,
     if main_metric == "accuracy":
         return comparison
     gain, p_value = _macro_f1_test(labels, first, second, num_classes=num_classes, seed=seed)
-    return comparison.model_copy(update={"main_metric": main_metric, "macro_f1_gain": gain, "macro_f1_p_value": p_value})
+    return comparison.model_copy(
+        update={"main_metric": main_metric, "macro_f1_gain": gain, "macro_f1_p_value": p_value}
+    )
 
 
 def paired_difference(labels: Ints, first: Ints, second: Ints, *, draws: int = 10_000, seed: int = 0) -> Interval:

@@ -37,4 +37,6 @@ def head_tensors(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 def text_batches() -> list[list[str]]:
     """The compared texts, in batches."""
-    return [list(COMPARED_TEXTS[start : start + TEXTS_AT_ONCE]) for start in range(0, len(COMPARED_TEXTS), TEXTS_AT_ONCE)]
+    return [
+        list(COMPARED_TEXTS[start : start + TEXTS_AT_ONCE]) for start in range(0, len(COMPARED_TEXTS), TEXTS_AT_ONCE)
+    ]

@@ -83,7 +83,9 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
         _check_libraries()
     files, config = find_encoder_of(adapter, encoder, offline=offline)
     # As for a compiler: plain layers and transformers' own attention, which torch.onnx can follow, instead of ours.
-    runtime = choose_runtime(TrainConfig(precision="float32", compile=True), threads=torch.get_num_threads(), use_gpu=False)
+    runtime = choose_runtime(
+        TrainConfig(precision="float32", compile=True), threads=torch.get_num_threads(), use_gpu=False
+    )
     loaded = load_adapter(adapter.folder, Encoder(files, config, runtime), found=adapter)
     if form == "transformers":
         _check_own_head(adapter.name, loaded)
@@ -121,7 +123,9 @@ def _check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"cannot export to {target}: it is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"cannot export to {target}: expected a new or an empty folder, found files in it; choose another")
+        raise InputError(
+            f"cannot export to {target}: expected a new or an empty folder, found files in it; choose another"
+        )
 
 
 def _check_libraries() -> None:
@@ -142,7 +146,9 @@ def _check_own_head(name: str, adapter: Adapter) -> None:
         why = f"EuroBERT's classification head, {encoder.hidden_size} wide, holds {encoder.hidden_size // 2} classes, not {num_classes}"
     else:
         return
-    raise AdapterError(f"adapter {name}: cannot be exported in the form transformers: {why}; choose the form classifier or onnx")
+    raise AdapterError(
+        f"adapter {name}: cannot be exported in the form transformers: {why}; choose the form classifier or onnx"
+    )
 
 
 def _expected(adapter: Adapter, form: Form) -> FloatArray:

@@ -51,7 +51,9 @@ def write_onnx(adapter: Adapter, folder: Path) -> None:
             )
     except Exception as error:  # what torch raises depends on the layer that it cannot follow
         family = encoder.model.config.model_type
-        raise AdapterError(f"torch cannot export a {family} model to ONNX: {first_line(error)}; choose the form classifier") from error
+        raise AdapterError(
+            f"torch cannot export a {family} model to ONNX: {first_line(error)}; choose the form classifier"
+        ) from error
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # each node names the source line that it came from, with its path
     program.save(folder / "model.onnx")
@@ -68,6 +70,9 @@ def read_onnx(folder: Path) -> FloatArray:
     logits: list[FloatArray] = []
     for texts in text_batches():
         encodings = tokenizer.encode_batch(texts)
-        inputs = {"input_ids": np.array([e.ids for e in encodings]), "attention_mask": np.array([e.attention_mask for e in encodings])}
+        inputs = {
+            "input_ids": np.array([e.ids for e in encodings]),
+            "attention_mask": np.array([e.attention_mask for e in encodings]),
+        }
         logits.append(session.run(["logits"], inputs)[0])
     return np.concatenate(logits)

@@ -27,7 +27,9 @@ def write_classifier(adapter: Adapter, folder: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import Dense
 
     weight, bias = head_tensors(adapter)
-    head = Dense(weight.shape[1], weight.shape[0], activation_function=nn.Identity(), init_weight=weight, init_bias=bias)
+    head = Dense(
+        weight.shape[1], weight.shape[0], activation_function=nn.Identity(), init_weight=weight, init_bias=bias
+    )
     _write_modules(adapter, folder, [head])
 
 
@@ -45,7 +47,9 @@ def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) ->
         transformer: Any = Transformer(merged, model_kwargs=options.copy())
         transformer.model_kwargs, transformer.config_keys = options, [*transformer.config_keys, "model_kwargs"]
         pooling = Pooling(encoder.hidden_size, encoder.config.pooling)
-        SentenceTransformer(modules=[transformer, pooling, *last], device="cpu").save(str(folder), create_model_card=False)
+        SentenceTransformer(modules=[transformer, pooling, *last], device="cpu").save(
+            str(folder), create_model_card=False
+        )
 
 
 def read_sentence_transformers(folder: Path) -> FloatArray:

@@ -28,7 +28,9 @@ _ANY_TEXT = "What an adapter says of this must be finite."
 class Classifier:
     """Several adapters over the same texts, in the fastest dtype; where that cannot tell two labels apart, float32 decides."""
 
-    def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder, *, referee: Encoder | None = None, top_k: int = 1) -> None:
+    def __init__(
+        self, adapters: Sequence[FoundAdapter], encoder: Encoder, *, referee: Encoder | None = None, top_k: int = 1
+    ) -> None:
         """Load the adapters.
 
         Args:
@@ -43,10 +45,14 @@ class Classifier:
         self._num_adapters = len(adapters)
         budget = TOKENS_PER_BATCH[encoder.device.type]
         self._fast = Engine(adapters, encoder, budget)
-        self._referee = None if referee is None else Engine(adapters, referee, budget // 2)  # whose numbers are twice as wide
+        self._referee = (
+            None if referee is None else Engine(adapters, referee, budget // 2)
+        )  # whose numbers are twice as wide
         for found, answers in zip(adapters, self.classify(self.tokenise([_ANY_TEXT])), strict=True):
             if not answers.finite.all():
-                raise AdapterError(f"adapter {found.name}: its weights overflow: what it says of a text is not a finite number")
+                raise AdapterError(
+                    f"adapter {found.name}: its weights overflow: what it says of a text is not a finite number"
+                )
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
         """Once for all adapters."""
@@ -73,7 +79,9 @@ class Classifier:
         answers = self._fast.answers(tokens, rows, asked, width=width)
         if self._referee is not None:
             for index, answer in zip(asked, answers, strict=True):
-                close = np.flatnonzero(~(answer.top_scores[:, 1] <= (1 - CLOSE_CALL) * answer.top_scores[:, 0]))  # NaN too
+                close = np.flatnonzero(
+                    ~(answer.top_scores[:, 1] <= (1 - CLOSE_CALL) * answer.top_scores[:, 0])
+                )  # NaN too
                 (exact,) = self._referee.answers(tokens, rows[close], [index], width=width)
                 answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
         return [Answers(answer.top_labels[:, :top_k], answer.top_scores[:, :top_k]) for answer in answers]

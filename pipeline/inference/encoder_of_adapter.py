@@ -22,7 +22,9 @@ def find_encoder_of(adapter: FoundAdapter, encoder: str | None, *, offline: bool
     files = find_encoder(config, offline=offline)
     if files.ref.revision != adapter.encoder.revision:
         trained = f"{adapter.encoder.name} at {adapter.encoder.revision}"
-        raise AdapterError(f"adapter {adapter.name}: trained on {trained}, but encoder {config.name} is {files.ref.revision}")
+        raise AdapterError(
+            f"adapter {adapter.name}: trained on {trained}, but encoder {config.name} is {files.ref.revision}"
+        )
     return files, config
 
 
@@ -40,5 +42,7 @@ def encoder_config_of(adapter: FoundAdapter, encoder: str | None) -> EncoderConf
     if package is not None:
         return EncoderConfig(name=f"package:{package}", **values)
     if (trained.revision or "").startswith("sha256:"):
-        raise EncoderError(f"adapter {adapter.name}: trained on {trained.name}, files of {trained.revision}; say where they lie: --encoder")
+        raise EncoderError(
+            f"adapter {adapter.name}: trained on {trained.name}, files of {trained.revision}; say where they lie: --encoder"
+        )
     return EncoderConfig(name=trained.name, revision=trained.revision, **values)

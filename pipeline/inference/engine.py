@@ -99,7 +99,9 @@ class Engine:
                 self._idle.put(stream)
 
         lengths, budget = tokens.lengths[which], self._tokens_per_batch
-        if self._encoder.device.type == "cpu":  # few texts in batches so small that no core waits long for another; whatever their number
+        if (
+            self._encoder.device.type == "cpu"
+        ):  # few texts in batches so small that no core waits long for another; whatever their number
             budget = min(budget, max(_LEAST_TOKENS_PER_BATCH, int(lengths.sum()) // 8))
         batches = list(batches_by_budget(lengths, tokens_per_batch=budget))
         computed = list(map(run, batches) if self._pool is None else self._pool.map(run, batches))
@@ -114,7 +116,8 @@ class _Stream:
         self._encoder.model = _twin(encoder.model)
         self._adapters = adapters
         self._switches = [
-            [Switch(*place_of(self._encoder.model, path), linear) for path, linear in adapter.projections.items()] for adapter in adapters
+            [Switch(*place_of(self._encoder.model, path), linear) for path, linear in adapter.projections.items()]
+            for adapter in adapters
         ]
         self._layers = SharedLayers(self._encoder.model, [adapter.first_layer for adapter in adapters])
 

@@ -33,7 +33,9 @@ class FusedLayer(nn.Module):
         own = self.attention.self
         projections = [getattr(own, name) for name in _PROJECTIONS]
         own.qkv = joined(projections)
-        for projection, rows in zip(projections, own.qkv.weight.split([p.out_features for p in projections]), strict=True):
+        for projection, rows in zip(
+            projections, own.qkv.weight.split([p.out_features for p in projections]), strict=True
+        ):
             projection.weight = nn.Parameter(rows, requires_grad=False)  # the same memory
         self.intermediate.dense = FrozenLinear(self.intermediate.dense, gelu=True)
 
@@ -41,7 +43,9 @@ class FusedLayer(nn.Module):
         """transformers' interface of an encoder's layer, (texts, tokens, width) in and out; the mask is added to the scores."""
         attention = self.attention
         own = attention.self
-        projections = own.qkv.product(hidden).unflatten(-1, (len(_PROJECTIONS), own.num_attention_heads, own.attention_head_size))
+        projections = own.qkv.product(hidden).unflatten(
+            -1, (len(_PROJECTIONS), own.num_attention_heads, own.attention_head_size)
+        )
         attended = attend_jointly(projections, attention_mask, own.scaling).flatten(2)
         hidden = _add_and_normalise(attention.output, attended, hidden)
         return _add_and_normalise(self.output, self.intermediate.dense.product(hidden), hidden)
@@ -71,7 +75,11 @@ class FusedModel(nn.Module):
         """Token ids and mask, (texts, tokens) each; 1 for text, 0 for padding."""
         hidden = self.embeddings(input_ids)
         padding = attention_mask == 0
-        mask = torch.zeros_like(padding, dtype=hidden.dtype).masked_fill_(padding, float("-inf"))[:, None, None] if padding.any() else None
+        mask = (
+            torch.zeros_like(padding, dtype=hidden.dtype).masked_fill_(padding, float("-inf"))[:, None, None]
+            if padding.any()
+            else None
+        )
         for layer in self.encoder.layer:
             hidden = layer(hidden, mask)
         return Hidden(hidden)
@@ -116,7 +124,9 @@ def join_projections(projections: Mapping[str, nn.Linear], model: nn.Module) -> 
         if name in _PROJECTIONS and hasattr(own, _JOINED):
             together = f"{parent}.{_JOINED}"
             if together not in wanted:
-                wanted[together] = joined([projections.get(f"{parent}.{name}", getattr(own, name)) for name in _PROJECTIONS])
+                wanted[together] = joined(
+                    [projections.get(f"{parent}.{name}", getattr(own, name)) for name in _PROJECTIONS]
+                )
         else:
             wanted[path] = projection
     return wanted

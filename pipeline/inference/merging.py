@@ -36,7 +36,9 @@ def merge_adapter(found: FoundAdapter, encoder: Encoder) -> MergedAdapter:
     adapter.detach()
     numbers = [layer_number(path) for path in adapter.projections]
     return MergedAdapter(
-        projections=join_projections({path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}, encoder.model),
+        projections=join_projections(
+            {path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}, encoder.model
+        ),
         head=adapter.head[1],  # type: ignore[arg-type]
         temperature=found.calibration.temperature if found.calibration else 1.0,
         first_layer=min(OUTSIDE_LAYERS if number is None else number for number in numbers),

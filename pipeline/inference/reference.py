@@ -18,7 +18,9 @@ from pipeline.store.run_folder import TaskFolder
 NAME = re.compile(r"[^=/#@:]+")
 """What NAME can be in ``NAME=REF``."""
 _NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
-HUB_REF = re.compile(r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[A-Za-z0-9][A-Za-z0-9_.-]*))?")
+HUB_REF = re.compile(
+    r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[A-Za-z0-9][A-Za-z0-9_.-]*))?"
+)
 
 
 def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, ...]:
@@ -31,10 +33,14 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
         named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may hold the sign
         adapter = describe_adapter(_folder(named["ref"] if named else ref, offline=offline))
         found.append(replace(adapter, name=named["name"]) if named else adapter)
-    names = [adapter.name.casefold() for adapter in found]  # columns whose names differ only in case are one to many readers
+    names = [
+        adapter.name.casefold() for adapter in found
+    ]  # columns whose names differ only in case are one to many readers
     twice = sorted({adapter.name for adapter in found if names.count(adapter.name.casefold()) > 1})
     if twice:
-        raise AdapterError(f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF")
+        raise AdapterError(
+            f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF"
+        )
     for other in found[1:]:
         _check_same_encoder(found[0], other)
     return tuple(found)
@@ -46,7 +52,9 @@ def _folder(ref: str, *, offline: bool) -> TaskFolder:
         return _hub_folder(hub, offline=offline)
     place, task = split_folder(ref)
     if not place or ref.startswith("hf:"):
-        raise AdapterError(f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK")
+        raise AdapterError(
+            f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
+        )
     return _pick(Path(place), task, ref)
 
 
@@ -69,7 +77,9 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
     elif there:
         fault = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})"
     else:
-        fault = f"{explain(root, task=task)}; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
+        fault = (
+            f"{explain(root, task=task)}; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
+        )
     raise AdapterError(f"adapter {ref}: {fault}")
 
 
@@ -81,7 +91,9 @@ def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
     try:
         folder = TaskFolder(Path(ref["task"]))
         patterns = [path.as_posix() for path in folder.published() if path.suffix != ".pt"]
-        root = snapshot_download(ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline)
+        root = snapshot_download(
+            ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline
+        )
     except hub_faults() as error:
         raise hub_error(error, f"adapter {ref[0]}", offline=offline, kind=AdapterError) from None
     return _pick(Path(root), ref["task"], ref[0])
@@ -109,7 +121,9 @@ def threshold_for(adapter: FoundAdapter, target_accuracy: float) -> float:
     if calibration is None:
         raise InputError(f"{refusal}: there is no calibration.json; use --min-score")
     if calibration.fitted_on == "none":
-        raise InputError(f"{refusal}: it was trained without a validation slice to measure its coverage on; use --min-score")
+        raise InputError(
+            f"{refusal}: it was trained without a validation slice to measure its coverage on; use --min-score"
+        )
     supported = [(row.low, row) for row in calibration.coverage if row.low is not None]
     if not supported:
         older = "its calibration.json counts no texts, as older versions wrote it"

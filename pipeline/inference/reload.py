@@ -44,7 +44,9 @@ class Reloaded:
     """Largest absolute difference that the adapter makes to a text vector."""
     label_names: tuple[str, ...]
 
-    def check(self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool) -> float:
+    def check(
+        self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool
+    ) -> float:
         """Compare with what was trained; returns the largest difference between two logits.
 
         Args:
@@ -57,7 +59,9 @@ class Reloaded:
             raise VerificationError(f"{name}: the reloaded adapter has no effect on the encoder")
         difference = float(np.abs(self.logits - logits).max()) if self.logits.shape == logits.shape else float("inf")
         if not difference <= tolerance:
-            raise VerificationError(f"{name}: logits differ by {difference:.3g} after reloading (allowed: {tolerance:g})")
+            raise VerificationError(
+                f"{name}: logits differ by {difference:.3g} after reloading (allowed: {tolerance:g})"
+            )
         return difference
 
 
@@ -70,7 +74,9 @@ class Ask:
     texts: Sequence[str]
 
 
-def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, is_trained: bool, offline: bool) -> None:
+def check_reload(
+    adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, is_trained: bool, offline: bool
+) -> None:
     """Load the saved adapter in a fresh process and compare it with the one in memory; then leave the probe beside it.
 
     The probe is what later proves, on any machine, that a copy of these files is this adapter: its float32 logits for texts of our own.
@@ -81,14 +87,18 @@ def check_reload(adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, 
     """
     encoder = adapter.encoder
     expected = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts)))
-    config = EncoderConfig.model_validate(encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)})
+    config = EncoderConfig.model_validate(
+        encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)}
+    )
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
     asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
     try:
         found, probed = reload_elsewhere(asks, config, offline=offline)
     except AdapterError as error:  # the files are not a user's but ours, of a moment ago
         raise VerificationError(str(error)) from None
-    found.check(folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained)
+    found.check(
+        folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
+    )
     probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
 
@@ -99,7 +109,10 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
     Raises: LorafleetError: what kept it from loading an adapter, of the kind that it would be in this process.
     """
     request = {
-        "asks": [{"folder": str(ask.folder.root), "runtime": ask.runtime.model_dump(), "texts": list(ask.texts)} for ask in asks],
+        "asks": [
+            {"folder": str(ask.folder.root), "runtime": ask.runtime.model_dump(), "texts": list(ask.texts)}
+            for ask in asks
+        ],
         "encoder": encoder.model_dump(),
         "offline": offline,
     }
@@ -114,14 +127,18 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
         names = ", ".join(dict.fromkeys(ask.folder.root.name for ask in asks))
         cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
         if process.returncode != 0:
-            reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+            reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [
+                f"exit code {process.returncode}"
+            ]
             raise VerificationError(f"{cannot}: {reason[0]}")
         answer.seek(0)
         (said,) = read_answers(answer) or [{"fault": "VerificationError", "message": "it gives no answer"}]
     if "fault" in said:
         kind: type[LorafleetError] = getattr(errors, said["fault"])
         raise kind(f"{cannot}: {said['message']}")
-    return [Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in said["answers"]]
+    return [
+        Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in said["answers"]
+    ]
 
 
 def _hub_commit(encoder: Encoder) -> str | None:
@@ -160,7 +177,11 @@ def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str,
     adapter.detach()  # the next one finds the encoder as it was
     if encoder.runtime.dtype == "float32":  # as others load it
         check_peft(adapter, found, tokens, logits=logits, tolerance=PROBE_TOLERANCE)
-    return {"logits": logits.tolist(), "effect": float(np.abs(adapted - frozen).max()), "label_names": list(adapter.label_names)}
+    return {
+        "logits": logits.tolist(),
+        "effect": float(np.abs(adapted - frozen).max()),
+        "label_names": list(adapter.label_names),
+    }
 
 
 PROBE_TEXTS = (

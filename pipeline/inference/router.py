@@ -110,7 +110,12 @@ class Router:
             raise InputError(f"precision: expected auto or float32, found {precision!r}")
         adapters = find_adapters([str(ref) for ref in refs], offline=offline)
         self._classifier = load_classifier(
-            adapters, encoder=encoder, threads=threads or local_cpus(), use_gpu=use_gpu, offline=offline, precision=precision
+            adapters,
+            encoder=encoder,
+            threads=threads or local_cpus(),
+            use_gpu=use_gpu,
+            offline=offline,
+            precision=precision,
         )
         self._label_names = [found.label_names for found in adapters]
         self._index_of = {found.name: index for index, found in enumerate(adapters)}
@@ -153,8 +158,13 @@ class Router:
         for index, asked in groups.items():
             rows, names = asked[not_blank[asked]], self._label_names[index]
             answers = self._classifier.classify_with(index, tokens, rows, top_k=top_k)
-            kept, answers = rows[answers.finite], Answers(answers.top_labels[answers.finite], answers.top_scores[answers.finite])
-            for row, labels, scores in zip(kept.tolist(), answers.top_labels.tolist(), answers.top_scores.tolist(), strict=True):
+            kept, answers = (
+                rows[answers.finite],
+                Answers(answers.top_labels[answers.finite], answers.top_scores[answers.finite]),
+            )
+            for row, labels, scores in zip(
+                kept.tolist(), answers.top_labels.tolist(), answers.top_scores.tolist(), strict=True
+            ):
                 top = tuple(Scored(names[label], score) for label, score in zip(labels, scores, strict=True))
                 predictions[row] = Prediction(*top[0], top)
         return predictions
@@ -180,7 +190,9 @@ class Router:
             return {self._index(adapter): np.arange(num_texts)}
         indices = np.array([self._index(name) for name in adapter], dtype=np.int64)
         if len(indices) != num_texts:
-            raise DataError(f"{len(indices)} names of adapters for {num_texts} texts; expected one name, or one per text")
+            raise DataError(
+                f"{len(indices)} names of adapters for {num_texts} texts; expected one name, or one per text"
+            )
         return {index: np.flatnonzero(indices == index) for index in np.unique(indices).tolist()}
 
     def _index(self, name: str) -> int:
@@ -200,7 +212,9 @@ def _checked(texts: Iterable[str]) -> list[str]:
         if not isinstance(text, str):
             raise DataError(f"text {position}: expected a string, found {_kind(text)}")
         if not _encodable(text):
-            raise DataError(f"text {position}: holds half of a surrogate pair, which is no character; decode it again, or leave it out")
+            raise DataError(
+                f"text {position}: holds half of a surrogate pair, which is no character; decode it again, or leave it out"
+            )
     return checked
 
 

@@ -31,7 +31,14 @@ from pipeline.records import (
     TaskResult,
 )
 from pipeline.reports.model_card import claimed_scores
-from pipeline.reports.outputs import MODEL_META, as_mteb_loads, correct_over_tasks, mteb_main_score, mteb_model, mteb_path
+from pipeline.reports.outputs import (
+    MODEL_META,
+    as_mteb_loads,
+    correct_over_tasks,
+    mteb_main_score,
+    mteb_model,
+    mteb_path,
+)
 from pipeline.reports.score_table import score_row, summarise
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import LARGEST_RECORD_BYTES, RunFolder, TaskFolder, read_file, read_record
@@ -67,7 +74,9 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
         _check_few_shot(f"few_shot.json, {column}", found, result, column)
     adapter = describe_adapter(folder)
     if adapter.sha256 != result.adapter.sha256:
-        raise VerificationError(f"{name}: the adapter's files have sha256 {adapter.sha256}, but {result.adapter.sha256} was trained")
+        raise VerificationError(
+            f"{name}: the adapter's files have sha256 {adapter.sha256}, but {result.adapter.sha256} was trained"
+        )
     return adapter, result
 
 
@@ -168,7 +177,9 @@ def check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
         raise VerificationError(f"{name}: its metadata claim {what}, which was not measured")
     encoders = [result.encoder.public_name for result in results.values()]
     if base_model is not None and base_model not in encoders:
-        raise VerificationError(f"{name}: its metadata name the base model {base_model!r:.100}, but it is {encoders[0]}")
+        raise VerificationError(
+            f"{name}: its metadata name the base model {base_model!r:.100}, but it is {encoders[0]}"
+        )
 
 
 def _check(name: str, file: str, what: str, found: object, expected: object) -> None:
@@ -191,7 +202,9 @@ def _check_fields(name: str, file: str, found: Record, expected: Record, *, but:
 
 def _check_encoder(name: str, file: str, found: EncoderRef, result: TaskResult) -> None:
     _check(name, file, "encoder.revision", found.revision, result.encoder.revision)
-    if not found.revision.startswith("sha256:"):  # files are the same under any name, a commit is one of its repository's
+    if not found.revision.startswith(
+        "sha256:"
+    ):  # files are the same under any name, a commit is one of its repository's
         _check(name, file, "encoder.public_name", found.public_name, result.encoder.public_name)
 
 
@@ -209,7 +222,9 @@ def _check_rows(result: TaskResult) -> None:
         "encoder_revision": result.encoder.revision,
     }
     for row in result.scores:
-        for what, expected in of_task.items() | {("adapter_sha256", result.adapter.sha256 if row.column in _TRAINED else None)}:
+        for what, expected in of_task.items() | {
+            ("adapter_sha256", result.adapter.sha256 if row.column in _TRAINED else None)
+        }:
             _check(name, file, f"{what} of {row.column}", getattr(row, what), expected)
 
 
@@ -260,13 +275,17 @@ def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[
     for file, names in ((folder.scores.name, {row.mteb_task for row in scores}), (folder.epochs.name, set(epochs))):
         _check_names(file, names, publication)
     are_all = results.keys() == publication.adapters.keys()
-    corrected = correct_over_tasks([results[name] for name in publication.adapters]) if are_all else tuple(results.values())
+    corrected = (
+        correct_over_tasks([results[name] for name in publication.adapters]) if are_all else tuple(results.values())
+    )
     for result in corrected:
         name = result.mteb_task.name
         rows = [row for row in scores if row.mteb_task == name]
         _check(name, folder.scores.name, "columns", [row.column for row in rows], [row.column for row in result.scores])
         for row, measured in zip(rows, result.scores, strict=True):
-            _check_fields(name, f"{folder.scores.name}, {row.column}", row, measured, but=() if are_all else _OVER_ALL_TASKS)
+            _check_fields(
+                name, f"{folder.scores.name}, {row.column}", row, measured, but=() if are_all else _OVER_ALL_TASKS
+            )
         _check(name, folder.epochs.name, "epochs", epochs[name], result.epochs)
 
 
@@ -277,7 +296,10 @@ def _check_mteb_results(folder: RunFolder, publication: Publication, results: Ma
         if PurePosixPath(path).name not in names | {MODEL_META}:
             raise VerificationError(f"{path}: is not of an adapter that is published")
     for name, result in results.items():
-        columns = {mteb_path(result, column, folder).relative_to(folder.root).as_posix(): column for column in _few_shot_columns(result)}
+        columns = {
+            mteb_path(result, column, folder).relative_to(folder.root).as_posix(): column
+            for column in _few_shot_columns(result)
+        }
         for path in files:
             if PurePosixPath(path).name != f"{name}.json":
                 continue
@@ -286,7 +308,13 @@ def _check_mteb_results(folder: RunFolder, publication: Publication, results: Ma
             _check_few_shot(path, read_record(folder.root / path, FewShotResult), result, columns[path])
             meta = read_record((folder.root / path).with_name(MODEL_META), JsonObject).root
             model = meta.get("name"), meta.get("revision")
-            _check(name, str(PurePosixPath(path).with_name(MODEL_META)), "name, revision", model, mteb_model(result, columns[path]))
+            _check(
+                name,
+                str(PurePosixPath(path).with_name(MODEL_META)),
+                "name, revision",
+                model,
+                mteb_model(result, columns[path]),
+            )
 
 
 def _score_of(claim: EvalResult) -> tuple[object, ...]:
@@ -299,7 +327,9 @@ def _is_measured(claim: EvalResult, measured: EvalResult | None) -> bool:
     if measured is None or _is_other(claim.metric_value, measured.metric_value):
         return False
     said, known = ((one.dataset_type, one.dataset_config) for one in (claim, measured))
-    return said == known or not any("/" in dataset for dataset, _ in (said, known))  # others are no data set of the Hub's
+    return said == known or not any(
+        "/" in dataset for dataset, _ in (said, known)
+    )  # others are no data set of the Hub's
 
 
 def _read_yaml(text: str) -> Any:

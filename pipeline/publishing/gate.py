@@ -42,7 +42,9 @@ class Measured:
         return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
 
 
-def judge(candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None) -> list[GateDecision]:
+def judge(
+    candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None
+) -> list[GateDecision]:
     """One decision per MTEB task of a run.
 
     Args:
@@ -64,7 +66,10 @@ def judge(candidate: Candidate, base: Base, config: GateConfig, *, to: str, repo
             measured = measure(candidate, task, there)
             decision, reason = decide(measured, config)
         if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
-            decision, reason = "block", "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
+            decision, reason = (
+                "block",
+                "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)",
+            )
         decisions.append(
             GateDecision(
                 run_id=candidate.summary.run_id,
@@ -88,7 +93,9 @@ def judge(candidate: Candidate, base: Base, config: GateConfig, *, to: str, repo
     return decisions
 
 
-def first_look(result: TaskResult, published: str | None, base: Base, config: GateConfig) -> tuple[Decision | None, str]:
+def first_look(
+    result: TaskResult, published: str | None, base: Base, config: GateConfig
+) -> tuple[Decision | None, str]:
     """What can be said without scoring: none, if nothing."""
     if published is None:
         return "promote", "nothing is published under this name yet"
@@ -98,7 +105,10 @@ def first_look(result: TaskResult, published: str | None, base: Base, config: Ga
     if not config.enabled:
         return "promote", "the gate is off (publish.gate.enabled)"
     if (changes := label_changes(old, new)) and not config.allow_label_change:
-        return "block", f"its labels are not the published ones: {changes}; allow it with publish.gate.allow_label_change"
+        return (
+            "block",
+            f"its labels are not the published ones: {changes}; allow it with publish.gate.allow_label_change",
+        )
     return None, ""
 
 
@@ -136,7 +146,9 @@ def measure(candidate: Candidate, task: str, published: str) -> Measured:
     offline = config.data.offline
     data = load_data(result.mteb_task, config=config.train, offline=offline)
     if data.fingerprint != result.data.fingerprint:
-        raise DataError(f"{task}: its data are not those of run {candidate.summary.run_id} any more; train again before publishing")
+        raise DataError(
+            f"{task}: its data are not those of run {candidate.summary.run_id} any more; train again before publishing"
+        )
     (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
     (old,) = find_adapters([published], offline=offline)
     names = {name: index for index, name in enumerate(data.label_names)}
@@ -166,7 +178,9 @@ def _predict(
     classifier = load_classifier(adapters, encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
     known = [np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters]
     answered = classifier.classify(classifier.tokenise(texts))
-    return [np.where(answers.finite, numbers[answers.labels], -1) for numbers, answers in zip(known, answered, strict=True)]
+    return [
+        np.where(answers.finite, numbers[answers.labels], -1) for numbers, answers in zip(known, answered, strict=True)
+    ]
 
 
 def _local(encoder: str | None) -> str | None:

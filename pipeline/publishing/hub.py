@@ -106,7 +106,9 @@ class HubRepository:
     def settle(self, run_id: str, revision: str) -> None:
         """End what a publishing that was interrupted after its commit to ``main`` had left to do."""
         tag = f"run-{run_id}"
-        if tag not in self._tags():  # one that is there names a state that was verified; main may have been changed by hand since
+        if (
+            tag not in self._tags()
+        ):  # one that is there names a state that was verified; main may have been changed by hand since
             self._tag(tag, revision)
         self._drop_branch(f"staging/{run_id}")
 
@@ -119,7 +121,9 @@ class HubRepository:
         """
         head, wanted = self._head(), self._commit_of(revision)
         if head is None or wanted is None:
-            raise InputError(f"hf:{self.name}: there is no {'repository of that name' if head is None else f'revision {revision}'}")
+            raise InputError(
+                f"hf:{self.name}: there is no {'repository of that name' if head is None else f'revision {revision}'}"
+            )
         now, then = self._blobs(head), self._blobs(wanted)
         with TemporaryDirectory(prefix="lorafleet-rollback-") as cache:
             root = download(self.name, wanted, cache=Path(cache))
@@ -131,7 +135,9 @@ class HubRepository:
             self._drop_branch(branch)
         return landed
 
-    def _advance(self, add: dict[str, Path], delete: Sequence[str], head: str, *, branch: str, message: str, check: Check) -> str:
+    def _advance(
+        self, add: dict[str, Path], delete: Sequence[str], head: str, *, branch: str, message: str, check: Check
+    ) -> str:
         """Two equal commits: one on a branch, which is checked and left to be dropped, and then one on ``main``."""
         self._drop_branch(branch)
         self._ask(self._api.create_branch, self.name, branch=branch, revision=head, exist_ok=True)
@@ -144,7 +150,9 @@ class HubRepository:
                 self._drop_branch(branch)
                 raise type(error)(f"hf:{self.name} is left as it was: {error}") from error
         try:
-            landed = head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
+            landed = (
+                head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
+            )
         except MovedError:
             self._drop_branch(branch)
             raise
@@ -160,7 +168,9 @@ class HubRepository:
         try:
             yield
         except LorafleetError as error:
-            raise type(error)(f"main of hf:{self.name} is at {landed} now, verified, but tidying up failed; try again: {error}") from error
+            raise type(error)(
+                f"main of hf:{self.name} is at {landed} now, verified, but tidying up failed; try again: {error}"
+            ) from error
 
     def _commit(self, add: dict[str, Path], delete: Sequence[str], parent: str, *, branch: str, message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -171,9 +181,13 @@ class HubRepository:
             operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in add.items()]
             operations += [CommitOperationDelete(path) for path in delete]
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # two small tables
+                warnings.filterwarnings(
+                    "ignore", message="It seems that you are about to commit a data file"
+                )  # two small tables
                 return str(
-                    self._api.create_commit(self.name, operations, commit_message=message, parent_commit=parent, revision=branch).oid
+                    self._api.create_commit(
+                        self.name, operations, commit_message=message, parent_commit=parent, revision=branch
+                    ).oid
                 )
 
         try:
@@ -268,9 +282,15 @@ def download(name: str, revision: str, *, cache: Path | None = None, patterns: S
 
     def fetch() -> Path:
         try:
-            return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None))
+            return Path(
+                snapshot_download(
+                    name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None
+                )
+            )
         except RemoteEntryNotFoundError as error:
-            raise VerificationError(f"hf:{name}@{revision} lists a file that is not there: {hub_said(error)}") from error
+            raise VerificationError(
+                f"hf:{name}@{revision} lists a file that is not there: {hub_said(error)}"
+            ) from error
 
     return ask(f"hf:{name}", fetch)
 
@@ -294,7 +314,11 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
                 if isinstance(said, OSError) and (refused := refused_by_machine(said)):
                     raise type(refused)(f"{what}: {refused}") from error
             fault, status = hub_error(error, what), hub_status(error)
-            if attempt == _ATTEMPTS or isinstance(fault, InputError) or (status is not None and status not in _PATIENT_WITH):
+            if (
+                attempt == _ATTEMPTS
+                or isinstance(fault, InputError)
+                or (status is not None and status not in _PATIENT_WITH)
+            ):
                 raise fault from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2

@@ -68,7 +68,9 @@ def read_candidate(run: Path) -> Candidate:
     _check_files(folder.root, (folder.manifest, *folder.published()))
     summary = read_record(folder.results, ClassificationResults)
     if not summary.tasks:
-        raise InputError(f"{folder.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish")
+        raise InputError(
+            f"{folder.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish"
+        )
     manifest, results = read_manifest(folder), {}
     for entry in summary.tasks:
         task = folder.task(entry.task)
@@ -119,7 +121,8 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
         lorafleet_version=pipeline.__version__,
         encoder=candidate.summary.encoder,
         adapters={result.mteb_task.name: result.adapter.sha256 for result in ordered},
-        files=_files_that_stay(base, stay) | {path: file_sha256(staging.root / path) for path in files_below(staging.root)},
+        files=_files_that_stay(base, stay)
+        | {path: file_sha256(staging.root / path) for path in files_below(staging.root)},
     )
     write_atomically(staging.publication, publication.model_dump_json(indent=1))
     return publication
@@ -127,7 +130,9 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
 
 def files_below(root: Path) -> list[str]:
     """Relative paths of all files and symbolic links, with slashes, sorted."""
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -209,7 +214,9 @@ def _check_no_local_path(staging: RunFolder, candidate: Candidate) -> None:
     for path in files_below(staging.root):
         match = pattern.search((staging.root / path).read_bytes())
         if match:
-            raise LorafleetError(f"{path} names the local path {match[0].decode()}, which would be published; nothing was")
+            raise LorafleetError(
+                f"{path} names the local path {match[0].decode()}, which would be published; nothing was"
+            )
 
 
 def _local_paths(candidate: Candidate) -> set[str]:

@@ -54,7 +54,9 @@ class Target(Protocol):
     def read(self) -> Base:
         """What it holds."""
 
-    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]) -> str | None:
+    def land(
+        self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]
+    ) -> str | None:
         """Change it to what is staged, once that has passed the check."""
 
     def settle(self, run_id: str, revision: str) -> None:
@@ -89,13 +91,19 @@ def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: boo
 
 def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
-    target: Target = HubRepository(repository, private=config.private) if repository else PublishedFolder(Path(to).resolve(), candidate)
+    target: Target = (
+        HubRepository(repository, private=config.private)
+        if repository
+        else PublishedFolder(Path(to).resolve(), candidate)
+    )
     for last in (False, True):
         base = target.read()
         decisions = judge(candidate, base, config.gate, to=to, repository=repository)
         try:
             published = _land(candidate, to, target, base, decisions)
-            _record(decisions, candidate.folder.gate, to=to)  # what was decided holds now: a run with it needs no second publishing
+            _record(
+                decisions, candidate.folder.gate, to=to
+            )  # what was decided holds now: a run with it needs no second publishing
             return published
         except MovedError as error:
             if last:
@@ -164,7 +172,9 @@ class PublishedFolder:
             except FileNotFoundError:
                 pass  # somebody deleted it, and it is written again
             except OSError as error:
-                raise InputError(f"cannot publish to {self.root}: {error.filename}: {error.strerror}; choose another folder") from None
+                raise InputError(
+                    f"cannot publish to {self.root}: {error.filename}: {error.strerror}; choose another folder"
+                ) from None
         foreign = sorted({*files_below(self.root)} - {*publication.files, folder.publication.name})
         if foreign:
             more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
@@ -196,7 +206,9 @@ class PublishedFolder:
         except (VerificationError, InputError) as error:
             raise type(error)(f"{self.root} is left as it was: {error}") from error
         except OSError as error:
-            raise LorafleetError(f"publishing run {publication.run_id} to {self.root} failed, and left it as it was: {error}") from error
+            raise LorafleetError(
+                f"publishing run {publication.run_id} to {self.root} failed, and left it as it was: {error}"
+            ) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -218,7 +230,9 @@ def _swap(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def rollback(to: str, revision: str, *, encoder: str | None = None, offline: bool = False) -> tuple[str, tuple[Verified, ...]]:
+def rollback(
+    to: str, revision: str, *, encoder: str | None = None, offline: bool = False
+) -> tuple[str, tuple[Verified, ...]]:
     """Make a repository's older state its newest one, by a commit that is verified first; returns its id.
 
     Args:

@@ -62,11 +62,15 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
                 root, task = root.absolute().parent, root.absolute().name
             elif not place or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
                 found = explain(root, task=task) if place else "no folder is named"
-                raise AdapterError(f"cannot verify {ref!r}: {found}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME")
+                raise AdapterError(
+                    f"cannot verify {ref!r}: {found}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME"
+                )
         return verify_folder(root, tasks=None if task is None else [task], encoder=encoder, offline=offline)
 
 
-def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | EncoderConfig | None, offline: bool) -> list[Verified]:
+def verify_folder(
+    root: Path, *, tasks: Sequence[str] | None, encoder: str | EncoderConfig | None, offline: bool
+) -> list[Verified]:
     """Verify adapters of a folder, all of them where none is named; a publication's files, and a run's records, are checked whole.
 
     Raises: VerificationError, AdapterError: as ``verify``.
@@ -104,7 +108,9 @@ def verify_folder(root: Path, *, tasks: Sequence[str] | None, encoder: str | Enc
     answers = reload_elsewhere(asks, config, offline=offline)
     for adapter, trained, probe, reloaded in zip(found, is_trained, probes, answers, strict=True):
         logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.root.name
-        difference = reloaded.check(name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained)
+        difference = reloaded.check(
+            name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
+        )
         verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
     return verified
 

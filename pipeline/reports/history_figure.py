@@ -45,7 +45,9 @@ def draw_history(task: TaskHistory) -> Markup:
         figure = Figure(figsize=(PAGE_WIDTH / 72, _HEIGHT / 72))
 
         def panel(title: str, *, left: int, top: int, width: int, height: int, pad: int = 6) -> Axes:
-            axes = figure.add_axes((left / PAGE_WIDTH, 1 - (top + height) / _HEIGHT, width / PAGE_WIDTH, height / _HEIGHT))
+            axes = figure.add_axes(
+                (left / PAGE_WIDTH, 1 - (top + height) / _HEIGHT, width / PAGE_WIDTH, height / _HEIGHT)
+            )
             axes.set_title(title, pad=pad)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
@@ -54,18 +56,32 @@ def draw_history(task: TaskHistory) -> Markup:
 
         _draw_scores(panel("accuracy on test, per cent", left=50, top=48, width=590, height=200, pad=21), task.points)
         _draw_seconds(panel("worker time", left=50, top=300, width=590, height=84), task.points)
-        _draw_labels(panel("most moved labels, per cent of train", left=712, top=24, width=300, height=114), task.points)
-        _draw_variation(panel("labels moved (total variation), per cent", left=712, top=176, width=300, height=72), task.points)
+        _draw_labels(
+            panel("most moved labels, per cent of train", left=712, top=24, width=300, height=114), task.points
+        )
+        _draw_variation(
+            panel("labels moved (total variation), per cent", left=712, top=176, width=300, height=72), task.points
+        )
         _draw_tokens(panel("tokens per training text", left=712, top=300, width=300, height=84), task.points)
         figure.axes[2].tick_params(axis="x", labelbottom=False)  # the panel below has the same runs
-        return inline_svg(figure, f"{task.name}: scores, labels, text lengths and worker time over {len(task.points)} runs")
+        return inline_svg(
+            figure, f"{task.name}: scores, labels, text lengths and worker time over {len(task.points)} runs"
+        )
 
 
 def _draw_scores(axes: Axes, every: Sequence[Point]) -> None:
     for line in _LINES:
         _draw_line(axes, every, line)
     axes.yaxis.set_major_locator(_few_ticks(6))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=10, borderaxespad=0.2, handlelength=2.2, columnspacing=1.6)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        fontsize=10,
+        borderaxespad=0.2,
+        handlelength=2.2,
+        columnspacing=1.6,
+    )
     _mark_test_data(axes, [place - 0.5 for place, point in enumerate(every) if point.test_changed])
 
 
@@ -82,7 +98,9 @@ def _mark_test_data(axes: Axes, marks: Sequence[float]) -> None:
         axes.axvline(place, color=BAD, linewidth=1.2, linestyle=(0, (3, 2)))
         start = min(place + 4 * pixel, right - _WORDS_WIDTH * pixel)
         if start >= free_from:
-            axes.text(start, 0.99, "test data changed", transform=axes.get_xaxis_transform(), color=BAD, fontsize=10, va="top")
+            axes.text(
+                start, 0.99, "test data changed", transform=axes.get_xaxis_transform(), color=BAD, fontsize=10, va="top"
+            )
             free_from = start + _WORDS_WIDTH * pixel
 
 
@@ -91,7 +109,13 @@ def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
     size = 5 if len(every) <= 26 else 3
     for piece in _comparable(every):
         shown = [(place, every[place].scores[line.column]) for place in piece if line.column in every[place].scores]
-        axes.plot([place for place, _ in shown], [100 * row.accuracy for _, row in shown], line.style, color=line.colour, linewidth=1.4)
+        axes.plot(
+            [place for place, _ in shown],
+            [100 * row.accuracy for _, row in shown],
+            line.style,
+            color=line.colour,
+            linewidth=1.4,
+        )
         own = [(place, row) for place, row in shown if row.reused_from is None]
         if line.column == "head":
             _draw_intervals(axes, own, line.colour)
@@ -105,7 +129,9 @@ def _draw_intervals(axes: Axes, rows: Sequence[tuple[int, ScoreRow]], colour: st
     below = [100 * max(row.accuracy - row.low, 0) for _, row in rows]
     above = [100 * max(row.high - row.accuracy, 0) for _, row in rows]
     places, values = [place for place, _ in rows], [100 * row.accuracy for _, row in rows]
-    axes.errorbar(places, values, yerr=[below, above], fmt="none", color=colour, ecolor=colour, elinewidth=1, capsize=2, alpha=0.6)
+    axes.errorbar(
+        places, values, yerr=[below, above], fmt="none", color=colour, ecolor=colour, elinewidth=1, capsize=2, alpha=0.6
+    )
 
 
 def _comparable(every: Sequence[Point]) -> list[list[int]]:
@@ -119,7 +145,11 @@ def _comparable(every: Sequence[Point]) -> list[list[int]]:
 
 
 def _draw_seconds(axes: Axes, every: Sequence[Point]) -> None:
-    known = [(place, point.facts.worker_seconds) for place, point in enumerate(every) if point.facts and point.reused_from is None]
+    known = [
+        (place, point.facts.worker_seconds)
+        for place, point in enumerate(every)
+        if point.facts and point.reused_from is None
+    ]
     if not known:
         _say(axes, "not recorded" if not any(point.facts for point in every) else "taken over, nothing was computed")
         return
@@ -137,14 +167,19 @@ def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
         _say(axes, "not recorded")
         return
     places = [place for place, _ in known]
-    shown = {label: [100 * of_run.get(label, 0.0) for _, of_run in known] for label in most_moved_labels(every, most=_LABELS_SHOWN)}
+    shown = {
+        label: [100 * of_run.get(label, 0.0) for _, of_run in known]
+        for label in most_moved_labels(every, most=_LABELS_SHOWN)
+    }
     for (label, shares), colour in zip(shown.items(), SERIES, strict=False):
         axes.plot(places, shares, color=colour, marker="o", markersize=3, linewidth=1.4, label=_for_legend(label))
     if len(known) == 1:
         axes.set_title("most frequent labels, per cent of train", pad=6)
     axes.set_ylim(0, 1.1 * max(max(shares) for shares in shown.values()))
     axes.yaxis.set_major_locator(_few_ticks())
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=10, borderaxespad=0, handlelength=1.2, labelspacing=0.35)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=10, borderaxespad=0, handlelength=1.2, labelspacing=0.35
+    )
 
 
 def _draw_variation(axes: Axes, every: Sequence[Point]) -> None:
@@ -158,12 +193,16 @@ def _draw_variation(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _draw_tokens(axes: Axes, every: Sequence[Point]) -> None:
-    known = [(place, point.facts) for place, point in enumerate(every) if point.facts and point.facts.tokens_p90 is not None]
+    known = [
+        (place, point.facts) for place, point in enumerate(every) if point.facts and point.facts.tokens_p90 is not None
+    ]
     if not known:
         _say(axes, "not recorded")
         return
     places = [place for place, _ in known]
-    low, middle, high = ([getattr(facts, name) for _, facts in known] for name in ("tokens_p10", "tokens_p50", "tokens_p90"))
+    low, middle, high = (
+        [getattr(facts, name) for _, facts in known] for name in ("tokens_p10", "tokens_p50", "tokens_p90")
+    )
     axes.fill_between(places, low, high, color=FROZEN, alpha=0.25, linewidth=0)
     for values, width in ((low, 1.0), (middle, 1.8), (high, 1.0)):
         axes.plot(places, values, color=INK, linewidth=width, marker="o", markersize=3)
@@ -192,7 +231,9 @@ def _mark_runs(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _dates(every: Sequence[Point], form: str) -> Callable[[float, int], str]:
-    return lambda value, _: every[int(value)].when.strftime(form) if value == int(value) and 0 <= value < len(every) else ""
+    return lambda value, _: (
+        every[int(value)].when.strftime(form) if value == int(value) and 0 <= value < len(every) else ""
+    )
 
 
 def _few_ticks(most: int = 4) -> MaxNLocator:

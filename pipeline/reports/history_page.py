@@ -125,7 +125,9 @@ def _newest(task: TaskHistory) -> str:
         elif before is not None and "head" in before.scores:
             parts.append(f"{points(head.accuracy - before.scores['head'].accuracy)} to the run before")
     if now.facts is not None:
-        parts.append(f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes")
+        parts.append(
+            f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes"
+        )
     return f"newest of {len(task.points)}, {now.when:%Y-%m-%d}: {', '.join(parts)}"
 
 

@@ -11,7 +11,15 @@ from huggingface_hub import EvalResult, ModelCardData
 from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, EncoderRef, ResultsEntry, ScoreRow, TaskResult
 from pipeline.reports.formatting import percent, points, utc
-from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, data_source, is_of_mteb, score_row, score_table, task_heading
+from pipeline.reports.score_table import (
+    HOW_IT_WAS_MADE,
+    SCORE_HEADINGS,
+    data_source,
+    is_of_mteb,
+    score_row,
+    score_table,
+    task_heading,
+)
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +46,9 @@ def render_card(
     table, encoder = score_table(summary, results), summary.encoder
     example = summary.tasks[0].task if summary.tasks else ""
     snippet = (
-        usage_snippet(task=example, encoder=encoder, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code)
+        usage_snippet(
+            task=example, encoder=encoder, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code
+        )
         if summary.tasks
         else ""
     )
@@ -65,7 +75,9 @@ def render_card(
     )
 
 
-def usage_snippet(*, task: str, encoder: EncoderRef, adapted_modules: Sequence[str], trust_remote_code: bool = False) -> str:
+def usage_snippet(
+    *, task: str, encoder: EncoderRef, adapted_modules: Sequence[str], trust_remote_code: bool = False
+) -> str:
     """A Python program that classifies one text with nothing but torch and transformers.
 
     Args:
@@ -85,19 +97,31 @@ def usage_snippet(*, task: str, encoder: EncoderRef, adapted_modules: Sequence[s
             fingerprint=encoder.revision,
             folder=_literal(task),
             trust=", trust_remote_code=True" if trust_remote_code else "",
-            projections=bool(adapted_modules) and all(path.rpartition(".")[2] in _PROJECTIONS for path in adapted_modules),
+            projections=bool(adapted_modules)
+            and all(path.rpartition(".")[2] in _PROJECTIONS for path in adapted_modules),
         )
     )
 
 
 def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license: str | None) -> str:
-    datasets = sorted({r.mteb_task.location for r in results if r.mteb_task.source == "hub" and _HUB_ID.fullmatch(r.mteb_task.location)})
+    datasets = sorted(
+        {
+            r.mteb_task.location
+            for r in results
+            if r.mteb_task.source == "hub" and _HUB_ID.fullmatch(r.mteb_task.location)
+        }
+    )
     data = ModelCardData(
         base_model=encoder.public_name if _is_on_hub(encoder) else None,
         library_name="peft",
         pipeline_tag="text-classification",
         license=license,
-        tags=["lora", "text-classification", *(["mteb"] if any(is_of_mteb(r.mteb_task) for r in results) else []), "lorafleet"],
+        tags=[
+            "lora",
+            "text-classification",
+            *(["mteb"] if any(is_of_mteb(r.mteb_task) for r in results) else []),
+            "lorafleet",
+        ],
         datasets=datasets or None,
         metrics=["accuracy", "f1"],
         model_name=f"LoRA text classifiers on {encoder.public_name}" if results else None,
@@ -114,9 +138,13 @@ def claimed_scores(result: TaskResult) -> list[EvalResult]:
         found.append(_metric(result, head, "accuracy", head.accuracy, "Accuracy, own head"))
         found.append(_metric(result, head, "f1", head.macro_f1, "Macro-F1, own head"))
         if head.average_precision is not None:
-            found.append(_metric(result, head, "average_precision", head.average_precision, "Average precision, own head"))
+            found.append(
+                _metric(result, head, "average_precision", head.average_precision, "Average precision, own head")
+            )
     if few_shot is not None:
-        found.append(_metric(result, few_shot, "accuracy", few_shot.accuracy, "Accuracy, MTEB few-shot on the adapted encoder"))
+        found.append(
+            _metric(result, few_shot, "accuracy", few_shot.accuracy, "Accuracy, MTEB few-shot on the adapted encoder")
+        )
     return found
 
 
@@ -179,17 +207,25 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
     overlap = [f"{e.task} {e.num_overlap:,} of {e.num_test:,}" for e in summary.tasks if e.num_overlap]
     if overlap:
         limits.append(f"Test texts that also occur in train, which flatters every column: {', '.join(overlap)}.")
-    truncated = [f"{r.mteb_task.name} {r.data.num_truncated_test:,} of {r.data.num_test:,}" for r in results if r.data.num_truncated_test]
+    truncated = [
+        f"{r.mteb_task.name} {r.data.num_truncated_test:,} of {r.data.num_test:,}"
+        for r in results
+        if r.data.num_truncated_test
+    ]
     if truncated:
         limits.append(f"Test texts that were cut at the encoder's token limit: {', '.join(truncated)}.")
     weak = [result.mteb_task.name for result in results if _is_no_better_than_majority(result)]
     if weak:
         limits.append(f"Not distinguishable from always answering the most frequent label: {', '.join(weak)}.")
     if kept := [entry.task for entry in summary.tasks if entry.best_epoch == 0]:
-        limits.append(f"No epoch was as good as the start of training, which was kept, so training has not helped: {', '.join(kept)}.")
+        limits.append(
+            f"No epoch was as good as the start of training, which was kept, so training has not helped: {', '.join(kept)}."
+        )
     limits += _limits_of_selection(summary.tasks)
     if summary.failures:
-        limits.append(f"The averages leave out what did not finish: {', '.join(f.mteb_task for f in summary.failures)}.")
+        limits.append(
+            f"The averages leave out what did not finish: {', '.join(f.mteb_task for f in summary.failures)}."
+        )
     return limits
 
 

@@ -53,7 +53,9 @@ def write_outputs(
     write_scores([row for result in corrected for row in result.scores], folder.scores)
     write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
     write_atomically(folder.results, summary.model_dump_json(indent=1))
-    card = render_card(corrected, summary, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code, license=license)
+    card = render_card(
+        corrected, summary, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code, license=license
+    )
     write_atomically(folder.readme, card)
     write_atomically(folder.report, render_report(corrected, summary))
     return summary, corrected
@@ -69,7 +71,9 @@ def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder
     public_name = result.encoder.public_name
     for column, few_shot in read_record(source.few_shot, FewShot).root.items():
         name, revision = mteb_model(result, column)
-        meta = ModelMeta.create_empty({"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None})
+        meta = ModelMeta.create_empty(
+            {"name": name, "revision": revision, "adapted_from": public_name if "adapted" in column else None}
+        )
         path = mteb_path(result, column, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         as_mteb_loads(few_shot).to_disk(path)

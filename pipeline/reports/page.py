@@ -24,9 +24,14 @@ OPEN_UP_TO = 12
 INK, FAINT, FROZEN, ADAPTED, PAPER, BAD = (f"#00000{number}" for number in range(1, 7))
 SERIES = ("#000011", "#000012", "#000013", "#000014", "#000015")
 """Colours without a meaning of their own, to tell lines apart."""
-_VARIABLES = {INK: "--ink", FAINT: "--faint", FROZEN: "--frozen", ADAPTED: "--adapted", PAPER: "--paper", BAD: "--bad"} | {
-    colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)
-}
+_VARIABLES = {
+    INK: "--ink",
+    FAINT: "--faint",
+    FROZEN: "--frozen",
+    ADAPTED: "--adapted",
+    PAPER: "--paper",
+    BAD: "--bad",
+} | {colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)}
 STYLE = {
     "axes.edgecolor": FAINT,
     "axes.facecolor": "none",
@@ -77,8 +82,12 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     """The figure as an element of the page: no ids to collide, colours from the style sheet, scaled to its place."""
     file = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # only measured here; the browser draws it
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font"
+        )  # only measured here; the browser draws it
+        figure.savefig(
+            file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True
+        )
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

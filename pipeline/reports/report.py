@@ -13,7 +13,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.records import ClassificationResults, EpochRow, ReliabilityBin, TaskResult
 from pipeline.reports.formatting import percent, utc, without_local_paths
-from pipeline.reports.page import ADAPTED, FROZEN, INK, OPEN_UP_TO, PAGE_WIDTH, PAPER, STYLE, duration, inline_svg, render_page, shorten
+from pipeline.reports.page import (
+    ADAPTED,
+    FROZEN,
+    INK,
+    OPEN_UP_TO,
+    PAGE_WIDTH,
+    PAPER,
+    STYLE,
+    duration,
+    inline_svg,
+    render_page,
+    shorten,
+)
 from pipeline.reports.score_table import (
     HOW_IT_WAS_MADE,
     SCORE_HEADINGS,
@@ -117,7 +129,9 @@ def _bars(table: ScoreTable) -> Markup:
             axes = figure.add_axes(box)
             _draw_pairs(axes, scores, [line.majority for line in lines])
             axes.set_title(title, pad=6)
-            axes.set_yticks(range(len(lines)), labels=[shorten(line.task) for line in lines] if column == 0 else [""] * len(lines))
+            axes.set_yticks(
+                range(len(lines)), labels=[shorten(line.task) for line in lines] if column == 0 else [""] * len(lines)
+            )
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(
             handles,
@@ -132,7 +146,9 @@ def _bars(table: ScoreTable) -> Markup:
         return inline_svg(figure, "Accuracy in per cent per MTEB task, frozen encoder against adapted encoder")
 
 
-def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | None]], majority: Sequence[Accuracy | None]) -> None:
+def _draw_pairs(
+    axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | None]], majority: Sequence[Accuracy | None]
+) -> None:
     for side, (colour, name) in enumerate(((FROZEN, "frozen encoder"), (ADAPTED, "with the adapter"))):
         shown = [(row, pair[side]) for row, pair in enumerate(scores)]
         places = [row + (side - 0.5) * 0.36 for row, score in shown if score]
@@ -141,7 +157,14 @@ def _draw_pairs(axes: Axes, scores: Sequence[tuple[Accuracy | None, Accuracy | N
         below = [100 * max(s.accuracy - s.low, 0) if s.low is not None else 0 for s in known]
         above = [100 * max(s.high - s.accuracy, 0) if s.high is not None else 0 for s in known]
         axes.errorbar(
-            [100 * s.accuracy for s in known], places, xerr=[below, above], fmt="none", color=INK, ecolor=INK, elinewidth=1.1, capsize=2.5
+            [100 * s.accuracy for s in known],
+            places,
+            xerr=[below, above],
+            fmt="none",
+            color=INK,
+            ecolor=INK,
+            elinewidth=1.1,
+            capsize=2.5,
         )
         for place, score, end in zip(places, known, above, strict=True):
             text = axes.text(100 * score.accuracy + end + 1, place, percent(score.accuracy), va="center", fontsize=9)
@@ -164,11 +187,20 @@ def _panels(result: TaskResult) -> Markup:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_PANELS_WIDTH / 72, height / 72))
         loss, accuracy, reliability = figure.subplots(1, 3)
-        figure.subplots_adjust(left=56 / _PANELS_WIDTH, right=1 - 8 / _PANELS_WIDTH, bottom=46 / height, top=1 - 28 / height, wspace=0.32)
+        figure.subplots_adjust(
+            left=56 / _PANELS_WIDTH, right=1 - 8 / _PANELS_WIDTH, bottom=46 / height, top=1 - 28 / height, wspace=0.32
+        )
         searched = [row for row in result.epochs if row.validation_accuracy is not None]
         refit = [row for row in result.epochs if row.validation_accuracy is None]
         for rows, style in ((searched, "-"), (refit, "--" if searched else "-")):
-            loss.plot([row.epoch for row in rows], [row.train_loss for row in rows], style, color=ADAPTED, marker="o", markersize=4)
+            loss.plot(
+                [row.epoch for row in rows],
+                [row.train_loss for row in rows],
+                style,
+                color=ADAPTED,
+                marker="o",
+                markersize=4,
+            )
         loss.set(title="training loss" + (" (dashed: refit)" if searched and refit else ""), xlabel="epoch")
         _draw_accuracy(accuracy, searched, result)
         for axes in (loss, accuracy):
@@ -179,7 +211,9 @@ def _panels(result: TaskResult) -> Markup:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.grid(axis="y")
         _draw_reliability(reliability, result.calibration.reliability)
-        return inline_svg(figure, f"{result.mteb_task.name}: training loss and accuracy per epoch, reliability of the confidences")
+        return inline_svg(
+            figure, f"{result.mteb_task.name}: training loss and accuracy per epoch, reliability of the confidences"
+        )
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> None:
@@ -197,7 +231,13 @@ def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> 
         if epoch == result.best_epoch:
             axes.plot([epoch], [score], color=ADAPTED, marker="o", markersize=7)
             last = len(epochs) > 1 and epoch == epochs[-1]
-            axes.annotate(f"{score:.1f}", (epoch, score), xytext=(0, 7), textcoords="offset points", ha="right" if last else "center")
+            axes.annotate(
+                f"{score:.1f}",
+                (epoch, score),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="right" if last else "center",
+            )
     low, high = min(scores), max(scores)
     room = max((high - low) * 0.3, 0.5)
     axes.set_ylim(low - room, min(high + room, 110))
@@ -209,7 +249,9 @@ def _draw_reliability(axes: Axes, bins: Sequence[ReliabilityBin]) -> None:
     shown = [b for b in bins if b.num_texts]
     axes.plot([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], color=ADAPTED, linewidth=1)
     sizes = [12 + 160 * b.num_texts / total for b in shown]
-    axes.scatter([100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], s=sizes, color=ADAPTED, linewidth=0)
+    axes.scatter(
+        [100 * b.confidence for b in shown], [100 * b.accuracy for b in shown], s=sizes, color=ADAPTED, linewidth=0
+    )
     axes.set(title="accuracy at confidence, test", xlabel="confidence, per cent", xlim=(0, 103), ylim=(0, 103))
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_yticks([0, 25, 50, 75, 100])

@@ -48,7 +48,10 @@ HOW_IT_WAS_MADE = (
         "mteb's own protocol on the frozen encoder: a logistic regression on a few texts per label, repeated over random draws; "
         "the mean over the draws. The interval is over the draws. Scores with another number of texts per label cannot be compared.",
     ),
-    ("LoRA, few-shot", "The same protocol on the encoder with the adapter attached. Delta is this column minus the one before."),
+    (
+        "LoRA, few-shot",
+        "The same protocol on the encoder with the adapter attached. Delta is this column minus the one before.",
+    ),
     (
         "Frozen, full-data probe",
         "A logistic regression on the frozen encoder's vectors of all training texts; its regularisation was chosen on validation. "
@@ -181,20 +184,33 @@ class ScoreTable:
         samples = {line.task: line.samples_per_label for line in self.lines if line.samples_per_label is not None}
         if samples:
             numbers = set(samples.values())
-            each = ", ".join(f"{task} {number}" for task, number in samples.items()) if len(numbers) > 1 else str(numbers.pop())
+            each = (
+                ", ".join(f"{task} {number}" for task, number in samples.items())
+                if len(numbers) > 1
+                else str(numbers.pop())
+            )
             notes.append(f"Few-shot texts per label: {each}.")
         if kept := [line.task for line in self.lines if line.best_epoch == 0]:
-            notes.append(f"Best epoch 0: no epoch was as good as the start of training, which was kept: {', '.join(kept)}.")
+            notes.append(
+                f"Best epoch 0: no epoch was as good as the start of training, which was kept: {', '.join(kept)}."
+            )
         if any(line.selected_on_test for line in self.lines):
             notes.append("† The epoch was chosen on the test split itself, so this row's scores are optimistic.")
         runs = sorted({line.reused_from for line in self.lines if line.reused_from is not None})
         if runs:
-            notes.append(f"↺ Nothing this row depends on had changed, so it was taken over from an earlier run ({', '.join(runs)}).")
+            notes.append(
+                f"↺ Nothing this row depends on had changed, so it was taken over from an earlier run ({', '.join(runs)})."
+            )
         return tuple(notes)
 
 
 def summarise(
-    results: Sequence[TaskResult], failures: Sequence[Failure], *, encoder: EncoderRef, run_id: str, created_at: datetime
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    *,
+    encoder: EncoderRef,
+    run_id: str,
+    created_at: datetime,
 ) -> ClassificationResults:
     """Build the content of ``classification_results.json``, which is published: it names no local path.
 
@@ -214,7 +230,8 @@ def summarise(
             head_accuracy=_mean(e.head_accuracy for e in entries),
         ),
         failures=tuple(
-            Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault) for f in failures
+            Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault)
+            for f in failures
         ),
         run_id=run_id,
         created_at=created_at,
@@ -229,7 +246,9 @@ def score_table(summary: ClassificationResults, results: Sequence[TaskResult] = 
         results: Where the intervals come from; without them (a published repository) there are none.
     """
     by_name = {result.mteb_task.name: result for result in results}
-    return ScoreTable(lines=tuple(_line(entry, by_name.get(entry.task)) for entry in summary.tasks), average=summary.average)
+    return ScoreTable(
+        lines=tuple(_line(entry, by_name.get(entry.task)) for entry in summary.tasks), average=summary.average
+    )
 
 
 def score_row(result: TaskResult, column: Column) -> ScoreRow | None:
@@ -347,7 +366,9 @@ def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
         verdict=_verdict(entry),
         p_value=entry.p_value_main,
         p_value_holm=_corrected_p_value(entry),
-        samples_per_label=None if entry.baseline_accuracy is None and entry.lora_accuracy is None else entry.samples_per_label,
+        samples_per_label=None
+        if entry.baseline_accuracy is None and entry.lora_accuracy is None
+        else entry.samples_per_label,
         best_epoch=entry.best_epoch,
         epochs=entry.epochs,
         selected_on_test=entry.selected_on == "test",

@@ -37,7 +37,9 @@ def collect(
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
     """Write everything of a run but its manifest; returns the results with p-values corrected over the MTEB tasks."""
     now = datetime.now(UTC)
-    write_mteb_tasks([_mteb_task_row(result, plan.config.compute, created_at=now) for result in results], folder.mteb_tasks)
+    write_mteb_tasks(
+        [_mteb_task_row(result, plan.config.compute, created_at=now) for result in results], folder.mteb_tasks
+    )
     return write_outputs(
         results,
         failures,
@@ -52,7 +54,13 @@ def collect(
 
 
 def finish_run(
-    plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder, seconds: float
+    plan: Plan,
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    *,
+    run_id: str,
+    folder: RunFolder,
+    seconds: float,
 ) -> RunManifest:
     """Enter the run into the history and write its manifest, last of all that is in its folder; then the page over all runs."""
     runs = folder.root.parent
@@ -95,7 +103,9 @@ def _mteb_task_row(result: TaskResult, compute: ComputeConfig, *, created_at: da
         num_validation=data.num_validation,
         num_test=data.num_test,
         num_classes=len(data.label_names),
-        label_shares=tuple(LabelShare(label=n, share=c / num_train) for n, c in zip(names, data.label_counts, strict=True)),
+        label_shares=tuple(
+            LabelShare(label=n, share=c / num_train) for n, c in zip(names, data.label_counts, strict=True)
+        ),
         tokens_p10=p10,
         tokens_p50=p50,
         tokens_p90=p90,

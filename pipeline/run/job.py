@@ -78,7 +78,9 @@ class TaskJob:
             fingerprint=data.fingerprint,
             notes=data.notes,
             label_counts=tuple(np.bincount(data.train_labels, minlength=len(data.label_names)).tolist()),
-            token_quantiles=tuple(np.quantile(tokens.train.tokens.lengths, (0.1, 0.5, 0.9), method="inverted_cdf").tolist()),
+            token_quantiles=tuple(
+                np.quantile(tokens.train.tokens.lengths, (0.1, 0.5, 0.9), method="inverted_cdf").tolist()
+            ),
             test_fingerprint=data.test_fingerprint,
         )
 
@@ -112,10 +114,14 @@ class TaskJob:
         adapter = self.train(lambda row: None, lambda progress: None)
         started = time.perf_counter()
         facts = self._facts()
-        evaluation = evaluate_adapter(facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines)
+        evaluation = evaluate_adapter(
+            facts, self.config.evaluate, training=training, adapter_sha256=adapter.sha256, baselines=baselines
+        )
         reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
         is_trained = training.best_epoch > 0
-        check_reload(training.adapter, self.folder, reloaded_texts, is_trained=is_trained, offline=self.config.data.offline)
+        check_reload(
+            training.adapter, self.folder, reloaded_texts, is_trained=is_trained, offline=self.config.data.offline
+        )
         _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
         write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
         write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
@@ -167,7 +173,9 @@ class TaskJob:
     def _data(self) -> TaskData:
         data = load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
         if data.fingerprint != self.spec.fingerprint:
-            raise DataError(f"{self.spec.mteb_task.name}: its data are not those that this run has checked; start it again")
+            raise DataError(
+                f"{self.spec.mteb_task.name}: its data are not those that this run has checked; start it again"
+            )
         return data
 
     @cached_property
@@ -199,14 +207,18 @@ class TaskJob:
             if found is None:
                 started = time.perf_counter()
                 tokens = self._tokens.train.tokens
-                baselines = evaluate_frozen(self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit)
+                baselines = evaluate_frozen(
+                    self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit
+                )
                 found = baselines, time.perf_counter() - started
                 file.write(*found)
                 _LOG.info("frozen encoder measured in %.1f s, probe with C = %g", found[1], baselines.probe_c)
             else:
                 _LOG.info("frozen encoder was measured before, in %.1f s", found[1])
             self._baselines, self._seconds["frozen"] = found
-            rows = tuple(ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows)
+            rows = tuple(
+                ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows
+            )
             self._baselines = replace(self._baselines, rows=rows)
         return self._baselines
 
@@ -220,7 +232,9 @@ class TaskJob:
             started = time.perf_counter()
             tokens = self._tokens
             begun = "going on from the last finished epoch" if self._checkpoint.exists() else "training"
-            _LOG.info("%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs)
+            _LOG.info(
+                "%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs
+            )
             selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
             self._training = train_adapter(
                 tokens.train,
@@ -236,7 +250,9 @@ class TaskJob:
                 on_epoch=on_epoch,
                 on_progress=on_progress,
             )
-            self._seconds["train"] = max(time.perf_counter() - started, sum(row.seconds for row in self._training.epochs))
+            self._seconds["train"] = max(
+                time.perf_counter() - started, sum(row.seconds for row in self._training.epochs)
+            )
         return self._training
 
     def _warm_start(self) -> TaskFolder | None:

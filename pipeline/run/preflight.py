@@ -28,8 +28,14 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     """
     mteb_tasks = plan_tasks(config)  # an unknown name is told before anything is fetched
     mirror = config.data.mirror
-    if mirror is not None and not Path(mirror).is_dir() and any(mteb_task.source == "mirror" for mteb_task in mteb_tasks):
-        raise DataError(f"data.mirror: there is no folder {mirror}; name the one that has a folder with train.parquet for each MTEB task")
+    if (
+        mirror is not None
+        and not Path(mirror).is_dir()
+        and any(mteb_task.source == "mirror" for mteb_task in mteb_tasks)
+    ):
+        raise DataError(
+            f"data.mirror: there is no folder {mirror}; name the one that has a folder with train.parquet for each MTEB task"
+        )
     files = find_encoder(config.encoder, offline=config.data.offline)
     load_tokenizer(files.folder, config.encoder)
     model = empty_model(files, config.encoder)
@@ -48,7 +54,9 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
 
 
-def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime, paths: Sequence[str]) -> PlannedTask:
+def _check_task(
+    config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime, paths: Sequence[str]
+) -> PlannedTask:
     data = load_data(mteb_task, config=config.train, offline=config.data.offline)
     key = task_key(
         config,
@@ -64,7 +72,9 @@ def _check_task(config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, run
     return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, found, notes)
 
 
-def _find_warm_start(config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]) -> AdapterRef | str | None:
+def _find_warm_start(
+    config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]
+) -> AdapterRef | str | None:
     """The adapter that is to be gone on from, or why it cannot; none where none is asked for."""
     if config.train.warm_start is None:
         return None

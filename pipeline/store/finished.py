@@ -48,7 +48,11 @@ def find_unchanged(runs: Path, keys: Mapping[str, str]) -> RunFolder | None:
         names = {t.name for t in manifest.mteb_tasks} | {failure.mteb_task for failure in manifest.failures}
         if names.isdisjoint(keys):
             continue
-        same = names == set(keys) and not manifest.failures and all(_whole_result(folder.task(name), {key}) for name, key in keys.items())
+        same = (
+            names == set(keys)
+            and not manifest.failures
+            and all(_whole_result(folder.task(name), {key}) for name, key in keys.items())
+        )
         return folder if same else None
     return None
 

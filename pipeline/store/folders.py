@@ -59,7 +59,9 @@ def explain(root: Path, *, task: str | None = None) -> str:
         case "run":
             return f"{root} is a run folder, in the run store {root.absolute().parent}"
         case "unfinished run":
-            return f"{root} is not finished: manifest.json is missing, which is written last; let `lorafleet train` finish"
+            return (
+                f"{root} is not finished: manifest.json is missing, which is written last; let `lorafleet train` finish"
+            )
         case "publication":
             return f"{root} is a publication"
         case "run store":
@@ -72,4 +74,7 @@ def explain(root: Path, *, task: str | None = None) -> str:
 
 
 def _runs_in(root: Path) -> bool:
-    return any(is_folder(path) and (RUN_NAME.fullmatch(path.name) or os.path.lexists(RunFolder(path).manifest)) for path in root.glob("*"))
+    return any(
+        is_folder(path) and (RUN_NAME.fullmatch(path.name) or os.path.lexists(RunFolder(path).manifest))
+        for path in root.glob("*")
+    )

@@ -110,10 +110,14 @@ def read_store(runs: Path, *, newest: int) -> StoreHistory:
         tasks += of_tasks
         facts.append(_run_facts(runs, run_id, of_run, of_tasks))
     when = {run.run_id: run.created_at for run in facts if run.created_at is not None}
-    return StoreHistory(tuple(reversed(facts)), task_histories(scores, tasks, when), len(every) - len(shown), tuple(faults))
+    return StoreHistory(
+        tuple(reversed(facts)), task_histories(scores, tasks, when), len(every) - len(shown), tuple(faults)
+    )
 
 
-def task_histories(scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow], when: Mapping[str, datetime]) -> tuple[TaskHistory, ...]:
+def task_histories(
+    scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow], when: Mapping[str, datetime]
+) -> tuple[TaskHistory, ...]:
     """Each MTEB task over the runs that have it.
 
     Args:
@@ -192,7 +196,9 @@ def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
 
 def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | MtebTaskRow]) -> None:
     if others := sorted({row.run_id for row in rows} - {run_id}):
-        raise DataError(f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away")
+        raise DataError(
+            f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away"
+        )
 
 
 def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow]) -> RunFacts:
@@ -202,7 +208,11 @@ def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Seque
         manifest = read_manifest(folder)
     origins = {row.mteb_task: row.reused_from for row in scores}
     own = [row for row in tasks if row.reused_from is None]
-    times = [*(row.created_at for row in tasks), *(row.created_at for row in scores)] if manifest is None else [manifest.created_at]
+    times = (
+        [*(row.created_at for row in tasks), *(row.created_at for row in scores)]
+        if manifest is None
+        else [manifest.created_at]
+    )
     return RunFacts(
         run_id=run_id,
         created_at=max(times, default=None),

@@ -48,7 +48,8 @@ def task_key(
         "encoder": encoder.revision,
         "encoder_config": config.encoder.model_dump(exclude={"name", "revision"}),
         "adapter": config.adapter.model_dump(mode="json"),
-        "train": config.train.model_dump(exclude={"max_epochs", "warm_start"}) | {"warm_start": config.train.warm_start is not None},
+        "train": config.train.model_dump(exclude={"max_epochs", "warm_start"})
+        | {"warm_start": config.train.warm_start is not None},
         "evaluate": config.evaluate.model_dump(mode="json"),
         "runtime": runtime.model_dump(exclude={"threads"}),
         "sources": sources_sha256(),

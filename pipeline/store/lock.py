@@ -56,7 +56,11 @@ def hold_run(run: Path, *, alone: bool) -> Iterator[None]:
         return
     try:
         with suppress(OSError):
-            _lock(folder, alone=alone, refusal=f"run {run}: is being published" if alone else f"run {run}: is being deleted")
+            _lock(
+                folder,
+                alone=alone,
+                refusal=f"run {run}: is being published" if alone else f"run {run}: is being deleted",
+            )
         yield
     finally:
         os.close(folder)
@@ -85,7 +89,9 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Never through a link: who holds the store is written into this file.
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", encoding="utf-8")
+        lock = os.fdopen(
+            os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", encoding="utf-8"
+        )
     except OSError as error:
         raise InputError(f"run store {runs}: cannot be written: {error.strerror}; choose another with --runs") from None
     with lock:
@@ -96,7 +102,9 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
             there = lock.read().strip() or "somebody else"
             raise LockedError(f"run store {runs}: {refusal.format(there)}, or choose another with --runs") from None
         except OSError as error:  # some network file systems and mounted buckets have no locks
-            raise InputError(f"run store {runs}: {path} cannot be locked: {error.strerror}; choose a local disk with --runs") from None
+            raise InputError(
+                f"run store {runs}: {path} cannot be locked: {error.strerror}; choose a local disk with --runs"
+            ) from None
         os.ftruncate(lock.fileno(), 0)
         with suppress(OSError):  # on a full disk who comes next is told no name
             os.write(lock.fileno(), holder.encode())

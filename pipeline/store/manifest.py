@@ -50,5 +50,7 @@ def read_manifest(folder: RunFolder) -> RunManifest:
     Raises: DataError: no manifest (the run did not finish), or a damaged one.
     """
     if not folder.manifest.is_file():
-        raise DataError(f"{folder.root}: no manifest.json, so not a finished run; expected the folder that `lorafleet train` printed")
+        raise DataError(
+            f"{folder.root}: no manifest.json, so not a finished run; expected the folder that `lorafleet train` printed"
+        )
     return read_record(folder.manifest, RunManifest)

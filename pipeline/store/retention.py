@@ -86,9 +86,13 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
         LorafleetError: the store cannot be read.
     """
     if not (math.isfinite(policy.older_than_days) and policy.older_than_days >= 0 and policy.keep >= 0):
-        raise InputError(f"expected numbers from 0 on, found {policy.keep} runs to keep and {policy.older_than_days:g} days")
+        raise InputError(
+            f"expected numbers from 0 on, found {policy.keep} runs to keep and {policy.older_than_days:g} days"
+        )
     if kind_of(runs) != "run store":
-        raise InputError(f"cannot prune {runs}: {explain(runs)}; name the run store, the folder that `lorafleet train --runs` was given")
+        raise InputError(
+            f"cannot prune {runs}: {explain(runs)}; name the run store, the folder that `lorafleet train --runs` was given"
+        )
     if dry_run:
         with hold_store(runs, "being looked at"):
             pass  # a store in use is refused as it would be without --dry-run
@@ -140,7 +144,9 @@ def _judge_now(runs: Path, policy: Policy) -> list[Verdict]:
     try:
         return judge(runs, policy, now=datetime.now(UTC))
     except OSError as error:
-        raise LorafleetError(f"run store {runs}: cannot be read: {error.strerror}: {error.filename}; nothing was deleted") from None
+        raise LorafleetError(
+            f"run store {runs}: cannot be read: {error.strerror}: {error.filename}; nothing was deleted"
+        ) from None
 
 
 def _folders(place: Path, name: re.Pattern[str]) -> list[Path]:
@@ -158,9 +164,15 @@ def _manifest(path: Path) -> RunManifest | Verdict | None:
             manifest = read_manifest(folder)
         except DataError as error:
             return _kept(path, "run", str(error))
-        return manifest if manifest.run_id == path.name else _kept(path, "run", f"its manifest is of another run, {manifest.run_id}")
+        return (
+            manifest
+            if manifest.run_id == path.name
+            else _kept(path, "run", f"its manifest is of another run, {manifest.run_id}")
+        )
     if not _deletion_begun(path) and not _is_our_config(folder.config):
-        return _kept(path, "unfinished run", "no manifest.json and no config.toml of a run in it, so perhaps not lorafleet's")
+        return _kept(
+            path, "unfinished run", "no manifest.json and no config.toml of a run in it, so perhaps not lorafleet's"
+        )
     return None
 
 
@@ -174,7 +186,9 @@ def _newest(runs: Path, finished: Mapping[str, RunManifest]) -> dict[str, list[s
     return newest
 
 
-def _judge_run(path: Path, manifest: RunManifest, newest: Mapping[str, Sequence[str]], policy: Policy, now: datetime) -> Verdict:
+def _judge_run(
+    path: Path, manifest: RunManifest, newest: Mapping[str, Sequence[str]], policy: Policy, now: datetime
+) -> Verdict:
     places = {task: names.index(path.name) for task, names in newest.items() if path.name in names}
     last_good = [task for task, place in places.items() if place == 0]
     among_newest = [task for task, place in places.items() if place < policy.keep]
@@ -194,7 +208,11 @@ def _judge_run(path: Path, manifest: RunManifest, newest: Mapping[str, Sequence[
             pass
     except LockedError:
         return _kept(path, "run", "is being published")
-    others = f"not among the newest {policy.keep} runs of {', '.join(places)}" if places else "none of its MTEB tasks finished"
+    others = (
+        f"not among the newest {policy.keep} runs of {', '.join(places)}"
+        if places
+        else "none of its MTEB tasks finished"
+    )
     return _goes(path, "run", f"finished {_ago(days)}, {others}")
 
 
@@ -213,7 +231,8 @@ def _published(path: Path, manifest: RunManifest) -> str:
     promoted = [
         row
         for row in decisions
-        if row.decision == "promote" or (row.published_sha256 == row.candidate_sha256 and row.mteb_task not in manifest.reused)
+        if row.decision == "promote"
+        or (row.published_sha256 == row.candidate_sha256 and row.mteb_task not in manifest.reused)
     ]
     places = ", ".join(dict.fromkeys(row.to for row in promoted))
     return f"published to {places}: {', '.join(row.mteb_task for row in promoted)}" if promoted else ""

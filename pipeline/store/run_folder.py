@@ -176,9 +176,14 @@ class RunFolder:
 
         Raises: ConfigError: the name is taken by a file or folder of the run itself, or is not one folder name.
         """
-        taken = {p.name.lower() for p in (self.manifest, self.config, self.publication, *self.published(), self.metrics, self.mteb_results)}
+        taken = {
+            p.name.lower()
+            for p in (self.manifest, self.config, self.publication, *self.published(), self.metrics, self.mteb_results)
+        }
         if name.lower() in taken or name in ("", ".", "..") or Path(name).name != name:
-            raise ConfigError(f"an MTEB task cannot be called {name!r}: a run folder needs that name for itself; choose another")
+            raise ConfigError(
+                f"an MTEB task cannot be called {name!r}: a run folder needs that name for itself; choose another"
+            )
         return TaskFolder(self.root / name)
 
     def published(self) -> tuple[Path, ...]:
@@ -259,7 +264,9 @@ def open_inside(root: Path, path: str) -> BinaryIO:
         place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, place)
         for depth, part in enumerate(folders, start=1):
-            _check_kind(os.stat(part, dir_fd=place, follow_symlinks=False), stat.S_IFDIR, root.joinpath(*folders[:depth]))
+            _check_kind(
+                os.stat(part, dir_fd=place, follow_symlinks=False), stat.S_IFDIR, root.joinpath(*folders[:depth])
+            )
             place = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
             stack.callback(os.close, place)
         return _open(name, root / path, follow=False, dir_fd=place)
@@ -287,13 +294,20 @@ def copy_inside(root: Path, path: str, target: Path) -> None:
         shutil.copyfileobj(source, copy)
 
 
-_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe"}
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+}
 
 
 def _check_kind(found: os.stat_result, expected: int, path: Path) -> None:
     kind = stat.S_IFMT(found.st_mode)
     if kind != expected:
-        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device or socket')}, not {_KINDS[expected]}", str(path))
+        raise OSError(
+            errno.EINVAL, f"it is {_KINDS.get(kind, 'a device or socket')}, not {_KINDS[expected]}", str(path)
+        )
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -306,7 +320,9 @@ def adapter_sha256(folder: Path) -> str:
         try:
             add_file(digest, path)
         except OSError as error:
-            raise AdapterError(f"{path} cannot be read ({error.strerror}); an adapter needs both its weights and its head") from None
+            raise AdapterError(
+                f"{path} cannot be read ({error.strerror}); an adapter needs both its weights and its head"
+            ) from None
     return digest.hexdigest()
 
 

@@ -152,7 +152,9 @@ def write_epochs(run_id: str, epochs: Mapping[str, Sequence[EpochRow]], path: Pa
         path: The file.
     Raises: LorafleetError: the file cannot be written; an older one is as it was.
     """
-    rows = [{"run_id": run_id, "mteb_task": name, **row.model_dump()} for name, of_task in epochs.items() for row in of_task]
+    rows = [
+        {"run_id": run_id, "mteb_task": name, **row.model_dump()} for name, of_task in epochs.items() for row in of_task
+    ]
     _write(pa.Table.from_pylist(rows, schema=EPOCHS_SCHEMA), path)
 
 
@@ -239,7 +241,9 @@ def mteb_tasks_of_run(runs: Path, run_id: str) -> Path:
 
 def _read(path: Path, schema: pa.Schema, record_type: type[R], what: str) -> list[R]:
     if not path.is_file():
-        raise DataError(f"{path}: expected a {what} file, found none; name a run folder that lorafleet train has finished")
+        raise DataError(
+            f"{path}: expected a {what} file, found none; name a run folder that lorafleet train has finished"
+        )
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.metadata.num_rows > _MOST_ROWS:
@@ -273,7 +277,9 @@ def _write(table: pa.Table, path: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise LorafleetError(f"{path}: cannot be written: {error}; free the place or choose another folder with --runs") from error
+        raise LorafleetError(
+            f"{path}: cannot be written: {error}; free the place or choose another folder with --runs"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -19,7 +19,9 @@ class WorkingCopy:
         self.loras = list(adapter.projections.values())
         length = sum(p.numel() for p in adapter.lora_parameters)
         scales = [
-            torch.tensor([1.0, lora.scaling]).repeat_interleave(torch.tensor([lora.lora_A.numel(), lora.lora_B.numel()]))
+            torch.tensor([1.0, lora.scaling]).repeat_interleave(
+                torch.tensor([lora.lora_A.numel(), lora.lora_B.numel()])
+            )
             for lora in self.loras
         ]
         self.scales = torch.cat(scales).to(weights.device)
@@ -29,7 +31,8 @@ class WorkingCopy:
         self.copy, self.grad = (torch.zeros(length, dtype=dtype, device=weights.device) for _ in range(2))
         values, grads = (_cut(vector, like=adapter.lora_parameters) for vector in (self.copy, self.grad))
         self.factors = [
-            Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1])) for i in range(0, len(values), 2)
+            Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1]))
+            for i in range(0, len(values), 2)
         ]
 
     def attach(self) -> None:

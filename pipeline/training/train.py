@@ -107,16 +107,22 @@ def train_adapter(
     loop = fresh_loop(train, checkpoint)
     loop.run(selection, on_epoch, start_knows=start_knows)
     state, rows = loop.state, [_changed(row, is_best=row.epoch == loop.state.best_epoch) for row in loop.state.epochs]
-    refit = train_config.refit and selection is not None and state.best_epoch > 0  # zero epochs on more texts are the same start
+    refit = (
+        train_config.refit and selection is not None and state.best_epoch > 0
+    )  # zero epochs on more texts are the same start
     if refit:
         assert selection is not None
         loop.adapter.detach()
-        loop = fresh_loop(train + selection, checkpoint.with_suffix(".refit") if checkpoint else None, stop_after=state.best_epoch)
+        loop = fresh_loop(
+            train + selection, checkpoint.with_suffix(".refit") if checkpoint else None, stop_after=state.best_epoch
+        )
         loop.run(None, on_epoch)
         rows += [_changed(row, epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
     loop.adapter.head.eval()
     selected_on: SelectedOn = train_config.early_stopping_split if selection is not None else "last_epoch"
-    return Training(loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or state.start_knows)
+    return Training(
+        loop.adapter, tuple(rows), state.best_epoch, selected_on, refit, state.start_score, refit or state.start_knows
+    )
 
 
 class _Loop:
@@ -147,15 +153,22 @@ class _Loop:
         self.optimizer = _optimizer(self.weights, config)
         self.steps_per_epoch = math.ceil(len(train.labels) / config.batch_size)
         # Any batch size and length: texts of an epoch come in many shapes.
-        self.logits = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
+        self.logits = (
+            torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
+        )
         self.class_weights = _class_weights(train.labels, len(adapter.label_names), config).to(adapter.encoder.device)
         self.learn: Step = self._learn
         self.length_step = 1
         if is_recordable(adapter.encoder):
             state = [self.weights, *self.optimizer.state[self.weights].values()]
-            self.learn, self.length_step = StepGraphs(self._learn, batch_size=config.batch_size, state=state), LENGTH_STEP
+            self.learn, self.length_step = (
+                StepGraphs(self._learn, batch_size=config.batch_size, state=state),
+                LENGTH_STEP,
+            )
 
-    def run(self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, start_knows: bool = False) -> None:
+    def run(
+        self, selection: LabelledTokens | None, on_epoch: Callable[[EpochRow], None], *, start_knows: bool = False
+    ) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place.
 
         Args:
@@ -231,7 +244,9 @@ class _Loop:
     def _step(self, rows: IntArray) -> Tensor:
         encoder = self.adapter.encoder
         labels = encoder.to_device(torch.from_numpy(self.train.labels[rows]))
-        _set_learning_rate(self.optimizer, _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch))
+        _set_learning_rate(
+            self.optimizer, _cosine(self.config.learning_rate, self.state.steps, self.max_epochs * self.steps_per_epoch)
+        )
         self.state.steps += 1
         return self.learn(encoder.batch(self.train.tokens, rows, length_step=self.length_step), labels)
 
@@ -342,7 +357,11 @@ def _changed(row: EpochRow, **values: Any) -> EpochRow:
 def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
     """What a resume must find unchanged, besides the data."""
     parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
-    settings = {f"{part}.{key}": value for part, record in parts.items() for key, value in record.model_dump(mode="json").items()}
+    settings = {
+        f"{part}.{key}": value
+        for part, record in parts.items()
+        for key, value in record.model_dump(mode="json").items()
+    }
     del settings["train.max_epochs"]  # a default for others; what counts here is this training's own number
     del settings["train.warm_start"]  # what was begun holds all weights, whatever has been published since
     return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}

@@ -38,11 +38,19 @@ _TRIAL_SECONDS = 180.0  # a cold disk takes its time over torch
 _CLUSTER_SECONDS = 45.0  # where a cluster asks for a token and gets none, Ray tries for minutes
 _START_SECONDS = 120.0  # a local Ray is started twice where the first start takes too long
 _MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # those that are not called as their distribution
-_OVER_TORCH = ("torch", "transformers", "datasets", "mteb", "peft", "safetensors", "sentence-transformers", "scikit-learn", "scipy")
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true"}
-_CLUSTER_ADVICE = (
-    "see that Ray and Python are of the same version there, and that RAY_AUTH_MODE and the token are set where it asks for one"
+_OVER_TORCH = (
+    "torch",
+    "transformers",
+    "datasets",
+    "mteb",
+    "peft",
+    "safetensors",
+    "sentence-transformers",
+    "scikit-learn",
+    "scipy",
 )
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true"}
+_CLUSTER_ADVICE = "see that Ray and Python are of the same version there, and that RAY_AUTH_MODE and the token are set where it asks for one"
 _CHECKOUT = Path(__file__).parents[2]
 
 
@@ -82,9 +90,15 @@ def report(checks: Sequence[Check], *, as_json: bool) -> str:
     """One line per check and one for all of them; or one JSON object."""
     faults, warnings = (sum(check.status == status for check in checks) for status in ("fault", "warning"))
     if as_json:
-        return json.dumps({"faults": faults, "warnings": warnings, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1)
+        return json.dumps(
+            {"faults": faults, "warnings": warnings, "checks": [dataclasses.asdict(check) for check in checks]},
+            indent=1,
+        )
     width = max(len(check.name) for check in checks)
-    lines = [f"{check.status:9}{check.name:{width}}  {check.found}{f'; {check.advice}' if check.advice else ''}" for check in checks]
+    lines = [
+        f"{check.status:9}{check.name:{width}}  {check.found}{f'; {check.advice}' if check.advice else ''}"
+        for check in checks
+    ]
     return "\n".join([*lines, f"faults: {faults}, warnings: {warnings}"])
 
 
@@ -107,13 +121,23 @@ def try_out(steps: Sequence[str], *, seconds: float = _TRIAL_SECONDS) -> Answers
 
 def _trial(steps: Sequence[str], seconds: float) -> tuple[bytes, str]:
     """Its answers, and how it ended."""
-    command = [sys.executable, "-P", "-m", "tasks.checks.trial", *steps]  # -P: the working folder may hold a module of any name
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tasks.checks.trial",
+        *steps,
+    ]  # -P: the working folder may hold a module of any name
     environment = os.environ | _QUIET
     with tempfile.TemporaryDirectory(prefix="lorafleet-doctor-") as home:
         if "PREFECT_API_URL" not in environment:
-            environment.setdefault("PREFECT_HOME", home)  # which Prefect makes when it is imported; a run has its own, too
+            environment.setdefault(
+                "PREFECT_HOME", home
+            )  # which Prefect makes when it is imported; a run has its own, too
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL
+            )
         except subprocess.TimeoutExpired as error:
             return error.stdout or b"", f"no answer in {seconds:g} s"
         return done.stdout, _ending(done)
@@ -128,10 +152,14 @@ def check_gpu(answer: Mapping[str, Any], *, driver: str) -> Check:
     """
     facts = answer.get("facts", {})
     if gpus := facts.get("gpus"):
-        each = ", ".join(f"{gpu['name']} ({readable_bytes(gpu['free'])} of {readable_bytes(gpu['total'])} free)" for gpu in gpus)
+        each = ", ".join(
+            f"{gpu['name']} ({readable_bytes(gpu['free'])} of {readable_bytes(gpu['total'])} free)" for gpu in gpus
+        )
         return Check("ok", "GPU", f"{each}; torch for CUDA {facts['cuda']}, driver {driver or 'not known'}")
     if not driver:
-        return Check("warning", "GPU", "none: training computes on the CPU", "if this machine has a GPU, install its driver")
+        return Check(
+            "warning", "GPU", "none: training computes on the CPU", "if this machine has a GPU, install its driver"
+        )
     there, fitting = f"there is an NVIDIA driver, {driver}, but", "install the torch that fits driver and GPU"
     if "error" in answer:  # a run would choose the GPU, and fail
         advice = f"{fitting}, or train on the CPU: --set compute.gpus_per_worker=0"
@@ -140,7 +168,9 @@ def check_gpu(answer: Mapping[str, Any], *, driver: str) -> Check:
         return Check("warning", "GPU", f"{there} CUDA_VISIBLE_DEVICES hides every GPU", "unset it")
     built = f"for CUDA {facts['cuda']}" if facts["cuda"] else "for the CPU only"
     said = f": {facts['said']}" if facts["said"] else ""
-    return Check("warning", "GPU", f"{there} torch {facts['torch']}, which is built {built}, sees no GPU{said}", fitting)
+    return Check(
+        "warning", "GPU", f"{there} torch {facts['torch']}, which is built {built}, sees no GPU{said}", fitting
+    )
 
 
 class _Libraries:
@@ -164,7 +194,10 @@ class _Libraries:
         """Python, then each library."""
         if self._fault is not None:
             return [self._fault]
-        each = [_guarded(one.name, functools.partial(_check_library, one, answers[_module(one.name)])) for one in self._required]
+        each = [
+            _guarded(one.name, functools.partial(_check_library, one, answers[_module(one.name)]))
+            for one in self._required
+        ]
         return [_guarded("Python", lambda: _check_python(self._python)), *each]
 
     def _read(self) -> None:
@@ -186,7 +219,9 @@ def _check_python(required: str) -> Check:
     found = platform.python_version()
     if SpecifierSet(required).contains(found, prereleases=True):
         return Check("ok", "Python", f"{found} ({required}), {sys.executable}")
-    return Check("fault", "Python", f"{found}, expected {required}", "make the virtual environment again with another Python")
+    return Check(
+        "fault", "Python", f"{found}, expected {required}", "make the virtual environment again with another Python"
+    )
 
 
 def _check_library(required: Requirement, answer: Mapping[str, Any]) -> Check:
@@ -194,7 +229,9 @@ def _check_library(required: Requirement, answer: Mapping[str, Any]) -> Check:
     try:
         version = importlib.metadata.version(required.name)
     except importlib.metadata.PackageNotFoundError:
-        return Check("fault", required.name, f"not installed, expected {required.specifier}", "`make setup`, or " + again)
+        return Check(
+            "fault", required.name, f"not installed, expected {required.specifier}", "`make setup`, or " + again
+        )
     if not required.specifier.contains(version, prereleases=True):
         return Check("fault", required.name, f"{version}, expected {required.specifier}", "`make setup`, or " + again)
     if "error" in answer:
@@ -207,7 +244,11 @@ def _check_computing(answer: Mapping[str, Any]) -> Check:
         return Check("warning", "computing", f"not known: {answer['error']}", "mend the libraries first")
     facts = answer["facts"]
     why = "which it multiplies natively" if facts["dtype"] == "bfloat16" else "for it multiplies bfloat16 no faster"
-    return Check("ok", "computing", f"{local_cpus()} cores; trains on {facts['device']} ({facts['processor']}) in {facts['dtype']}, {why}")
+    return Check(
+        "ok",
+        "computing",
+        f"{local_cpus()} cores; trains on {facts['device']} ({facts['processor']}) in {facts['dtype']}, {why}",
+    )
 
 
 def _check_ray(address: str | None, answer: Mapping[str, Any] | None) -> Check:
@@ -242,7 +283,9 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:  # noqa: BLE001 - a report with a hole is better than none
-        return Check("warning", name, f"not looked at: {type(error).__name__}: {first_line(error)}", "mend what that names first")
+        return Check(
+            "warning", name, f"not looked at: {type(error).__name__}: {first_line(error)}", "mend what that names first"
+        )
 
 
 def _unreachable(listening: Later[Check | None]) -> Check | None:

@@ -57,7 +57,9 @@ def check_store(runs: Path) -> Check:
         holder = _holder(runs / ".lock")
     except OSError as error:
         return Check("fault", "run store", f"{runs}: its lock cannot be taken: {error.strerror}", elsewhere)
-    return Check("ok", "run store", f"{runs}: can be written, {f'and is in use by {holder}' if holder else 'not in use'}")
+    return Check(
+        "ok", "run store", f"{runs}: can be written, {f'and is in use by {holder}' if holder else 'not in use'}"
+    )
 
 
 def check_checkpoints(runs: Path) -> Check:
@@ -74,7 +76,9 @@ def check_checkpoints(runs: Path) -> Check:
     if oldest <= ABANDONED_DAYS:
         return Check("ok", "checkpoints", f"{facts}; the same command goes on from them")
     prune = f"lorafleet prune {runs} --older-than {ABANDONED_DAYS} --dry-run"
-    return Check("warning", "checkpoints", facts, f"the same command goes on from them; `{prune}` says what can be deleted")
+    return Check(
+        "warning", "checkpoints", facts, f"the same command goes on from them; `{prune}` says what can be deleted"
+    )
 
 
 def check_bytecode(library: str = "torch") -> Check:
@@ -92,19 +96,34 @@ def check_bytecode(library: str = "torch") -> Check:
     else:
         return Check("ok", "bytecode", "the libraries are compiled when they are first imported")
     found = f"the libraries are not compiled, and {why}: each process of a run compiles them anew, for some ten seconds"
-    return Check("warning", "bytecode", found, f"{advice}, or `{sys.executable} -m compileall -q -j 0 {Path(spec.origin).parents[1]}`")
+    return Check(
+        "warning",
+        "bytecode",
+        found,
+        f"{advice}, or `{sys.executable} -m compileall -q -j 0 {Path(spec.origin).parents[1]}`",
+    )
 
 
 def check_disk(runs: Path) -> Check:
     """Where the run store lies, or will."""
-    free, advice = free_bytes(runs), "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs"
+    free, advice = (
+        free_bytes(runs),
+        "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs",
+    )
     if free is None:
         return Check(
-            "warning", "disk", f"the file system of {existing(runs)} does not say how much is free", "see that a run has room there"
+            "warning",
+            "disk",
+            f"the file system of {existing(runs)} does not say how much is free",
+            "see that a run has room there",
         )
     if free < LEAST_ROOM_BYTES:
         return Check("fault", "disk", f"{readable_bytes(free)} free where the run store lies: no run can start", advice)
-    return _at_least(free, LEAST_DISK_BYTES, Check("warning", "disk", f"{readable_bytes(free)} free where the run store lies", advice))
+    return _at_least(
+        free,
+        LEAST_DISK_BYTES,
+        Check("warning", "disk", f"{readable_bytes(free)} free where the run store lies", advice),
+    )
 
 
 def check_home() -> Check:
@@ -116,7 +135,10 @@ def check_home() -> Check:
     except (OSError, RuntimeError) as error:
         found = f"the home folder cannot be written: {getattr(error, 'strerror', None) or error}"
         return Check(
-            "warning", "home", found, "set HOME to a folder that can: libraries keep their caches there, and some do not start without"
+            "warning",
+            "home",
+            found,
+            "set HOME to a folder that can: libraries keep their caches there, and some do not start without",
         )
 
 
@@ -127,7 +149,11 @@ def check_shared_memory() -> Check:
         return Check("ok", "shared memory", "this system has no /dev/shm; Ray uses files in its place")
     free = shutil.disk_usage(place).free
     advice = "Ray would use a disk in its place, which is slower; give a container more, with --shm-size=1g"
-    return _at_least(free, LEAST_SHARED_MEMORY_BYTES, Check("warning", "shared memory", f"{readable_bytes(free)} free in {place}", advice))
+    return _at_least(
+        free,
+        LEAST_SHARED_MEMORY_BYTES,
+        Check("warning", "shared memory", f"{readable_bytes(free)} free in {place}", advice),
+    )
 
 
 def check_memory() -> Check:

@@ -72,16 +72,24 @@ def check_prefect() -> Check:
     """The Prefect server that is configured, if one is."""
     url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
     if not url:
-        return Check("ok", "Prefect API", "PREFECT_API_URL is not set: a run starts a server of its own, on loopback, and stops it")
+        return Check(
+            "ok",
+            "Prefect API",
+            "PREFECT_API_URL is not set: a run starts a server of its own, on loopback, and stops it",
+        )
     if not url.startswith(("http://", "https://")):
-        return Check("warning", "Prefect API", "PREFECT_API_URL is no address; expected http://HOST:PORT/api", _PREFECT_ADVICE)
+        return Check(
+            "warning", "Prefect API", "PREFECT_API_URL is no address; expected http://HOST:PORT/api", _PREFECT_ADVICE
+        )
     place = _place(url)
     try:
         _get(f"{url}/health")
         # Prefect Cloud has no version: it goes with every client.
         server = "" if place == "api.prefect.cloud" else str(json.loads(_get(f"{url}/admin/version")))
     except urllib.error.HTTPError as error:
-        return Check("warning", "Prefect API", f"{place} answers {error.code}", _PREFECT_REFUSES.get(error.code, _PREFECT_ADVICE))
+        return Check(
+            "warning", "Prefect API", f"{place} answers {error.code}", _PREFECT_REFUSES.get(error.code, _PREFECT_ADVICE)
+        )
     except (ValueError, http.client.HTTPException):
         return Check("warning", "Prefect API", f"what answers at {place} is not a Prefect API", _PREFECT_REFUSES[404])
     except OSError as error:
@@ -120,7 +128,12 @@ def check_hub() -> Check:
 
     place, token = _place(constants.ENDPOINT), get_token()
     if constants.HF_HUB_OFFLINE:
-        return Check("warning", "Hub", "HF_HUB_OFFLINE is set: not asked", "unset it to download encoders and data sets, and to publish")
+        return Check(
+            "warning",
+            "Hub",
+            "HF_HUB_OFFLINE is set: not asked",
+            "unset it to download encoders and data sets, and to publish",
+        )
     try:
         if token is None:
             get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS)
@@ -130,12 +143,19 @@ def check_hub() -> Check:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            return Check("warning", "Hub", f"{place} refuses the token ({status})", "set HF_TOKEN to one that is valid, or `hf auth login`")
+            return Check(
+                "warning",
+                "Hub",
+                f"{place} refuses the token ({status})",
+                "set HF_TOKEN to one that is valid, or `hf auth login`",
+            )
         return Check("warning", "Hub", f"{place} answers {status}", "try again later")
     except Exception as error:  # noqa: BLE001 - the HTTP library's own, and whatever a malformed token leads to
         return Check("warning", "Hub", f"{place} could not be asked: {type(error).__name__}", _HUB_ADVICE)
     role = user.get("auth", {}).get("accessToken", {}).get("role")
-    return Check("ok", "Hub", f"{place} answers; the token is {user.get('name')}'s" + (f", its role {role}" if role else ""))
+    return Check(
+        "ok", "Hub", f"{place} answers; the token is {user.get('name')}'s" + (f", its role {role}" if role else "")
+    )
 
 
 def check_address(address: str) -> Check | None:
@@ -181,7 +201,9 @@ def _compare_versions(place: str, server: str) -> Check:
     client = importlib.metadata.version("prefect")
     if server and Version(server).major != Version(client).major:
         found = f"{place} is Prefect {server}, but Prefect {client} is installed here"
-        return Check("warning", "Prefect API", found, "use a server of the same major version; flows cannot run with this one")
+        return Check(
+            "warning", "Prefect API", found, "use a server of the same major version; flows cannot run with this one"
+        )
     if server and Version(server) < Version(client):
         found = f"{place} is Prefect {server}, older than {client} here"
         return Check("warning", "Prefect API", found, f"upgrade that server to {client} or newer")

@@ -28,7 +28,9 @@ def try_out(steps: Sequence[str], answers: IO[str]) -> None:
             answer["facts"] = _do(step)
         except BaseException as error:  # noqa: BLE001 - some modules end the interpreter when they are imported
             text = first_line(error)
-            answer["error"] = text if isinstance(error, LorafleetError) else f"{type(error).__name__}: {text}{_origin(step)}"
+            answer["error"] = (
+                text if isinstance(error, LorafleetError) else f"{type(error).__name__}: {text}{_origin(step)}"
+            )
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -60,7 +62,9 @@ def _gpu() -> dict[str, Any]:
         available = torch.cuda.is_available()
     facts: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
     if not available:
-        return facts | {"said": "; ".join(first_line(warning.message) for warning in said if isinstance(warning.message, Warning))}
+        return facts | {
+            "said": "; ".join(first_line(warning.message) for warning in said if isinstance(warning.message, Warning))
+        }
     for index in range(torch.cuda.device_count()):
         torch.zeros(1, device=f"cuda:{index}").add_(1).item()  # a build without code for this GPU fails only now
         free, total = torch.cuda.mem_get_info(index)
@@ -75,7 +79,11 @@ def _ray(address: str) -> dict[str, Any]:
 
     with Fleet(ComputeConfig(ray_address=address or None), num_tasks=1) as fleet:
         fleet.ready()
-        return {"workers": fleet.num_workers, "cpus_per_worker": fleet.cpus_per_worker, "gpus_per_worker": fleet.gpus_per_worker}
+        return {
+            "workers": fleet.num_workers,
+            "cpus_per_worker": fleet.cpus_per_worker,
+            "gpus_per_worker": fleet.gpus_per_worker,
+        }
 
 
 def _origin(step: str) -> str:

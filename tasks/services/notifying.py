@@ -32,7 +32,9 @@ def notify_of_failures(client: SyncPrefectClient, block: str, *, tag: str, ui: s
             "created, such as slack-webhook/team"
         ) from None
     if document.block_schema is None or "notify" not in document.block_schema.capabilities:
-        raise InputError(f"--notify {block}: a block of this type cannot notify; choose a notification block, such as slack-webhook/team")
+        raise InputError(
+            f"--notify {block}: a block of this type cannot notify; choose a notification block, such as slack-webhook/team"
+        )
     automation = AutomationCore(
         name=AUTOMATION,
         description=f"Notifies {block}; made by lorafleet deploy --notify.",

@@ -49,7 +49,9 @@ def server_settings(ui: str, login: str) -> dict[str, str]:
         login: ``NAME:PASSWORD``.
     """
     origins = (
-        {} if _ORIGINS & os.environ.keys() else {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{ui},{ui.replace('127.0.0.1', 'localhost')}"}
+        {}
+        if _ORIGINS & os.environ.keys()
+        else {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{ui},{ui.replace('127.0.0.1', 'localhost')}"}
     )
     return {SERVER: login, CLIENT: login} | origins
 
@@ -67,8 +69,15 @@ def kept_secret(file: Path, new: str) -> str:
     Raises: InputError: the file cannot be read or written.
     """
     try:
-        if file.is_symlink() or not file.is_file() or not _is_private(file.stat()) or not file.read_text(encoding="utf-8").strip():
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:  # of mode 0600
+        if (
+            file.is_symlink()
+            or not file.is_file()
+            or not _is_private(file.stat())
+            or not file.read_text(encoding="utf-8").strip()
+        ):
+            with tempfile.NamedTemporaryFile(
+                "w", dir=file.parent, delete=False, encoding="utf-8"
+            ) as written:  # of mode 0600
                 written.write(new)
             Path(written.name).replace(file)
         return file.read_text(encoding="utf-8").strip()
@@ -108,7 +117,11 @@ def running_ups() -> list[RunningUp]:
         with suppress(psutil.Error, OSError, KeyError):  # gone meanwhile, or of an older lorafleet
             if process.uids().real == os.getuid() and "supervisor.supervisord" in process.cmdline():
                 environment = process.environ()
-                found.append(RunningUp(environment["PREFECT_API_URL"], Path(environment["LORAFLEET_UP_RUNS"]), environment[CLIENT]))
+                found.append(
+                    RunningUp(
+                        environment["PREFECT_API_URL"], Path(environment["LORAFLEET_UP_RUNS"]), environment[CLIENT]
+                    )
+                )
     return found
 
 

@@ -81,9 +81,18 @@ class PrefectServer:
         ours = server_settings(os.environ["PREFECT_API_URL"].removesuffix("/api"), self._login)
         with self._socket as bound, self._log.open("wb") as log:
             # -P: the working folder may hold a tasks.py of its own
-            command = [sys.executable, "-P", "-m", "tasks.services.prefect_server", str(bound.getsockname()[1]), str(bound.fileno())]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "tasks.services.prefect_server",
+                str(bound.getsockname()[1]),
+                str(bound.fileno()),
+            ]
             streams: dict[str, Any] = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, **streams, env=os.environ | ours, start_new_session=True, pass_fds=[bound.fileno()])
+            self._process = subprocess.Popen(
+                command, **streams, env=os.environ | ours, start_new_session=True, pass_fds=[bound.fileno()]
+            )
 
     def ready(self) -> None:
         """Wait until the server answers.
@@ -94,7 +103,9 @@ class PrefectServer:
         """
         if self._process is None:
             if refuses_login(os.environ["PREFECT_API_URL"]):
-                raise InputError("the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD")
+                raise InputError(
+                    "the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+                )
             return
         deadline = time.monotonic() + _START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -104,7 +115,9 @@ class PrefectServer:
             except OSError:
                 time.sleep(0.1)
         ended = self._process.poll() is not None
-        why = last_fault(self._log) or (f"exit code {self._process.returncode}" if ended else f"no answer in {_START_SECONDS:.0f} s")
+        why = last_fault(self._log) or (
+            f"exit code {self._process.returncode}" if ended else f"no answer in {_START_SECONDS:.0f} s"
+        )
         raise LorafleetError(
             f"the embedded Prefect server did not start: {why}; see {self._log}, "
             f"{'or' if ended else 'give the same command again when the machine is less busy, or'} set PREFECT_API_URL to a running one"

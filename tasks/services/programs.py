@@ -64,9 +64,13 @@ class Programs:
             log = self._log.read_bytes()[self._log_before :].decode(errors="replace") if self._log.exists() else ""
             for name, count in Counter(re.findall(r"exited: (\S+) ", log)).items():
                 if count >= _STARTS_THAT_ARE_ENOUGH:
-                    raise LorafleetError(f"{name} does not start: {last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log")
+                    raise LorafleetError(
+                        f"{name} does not start: {last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log"
+                    )
             if time.monotonic() > deadline:
-                raise LorafleetError(f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}")
+                raise LorafleetError(
+                    f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}"
+                )
         return True
 
     def watch(self, stop: threading.Event) -> None:
@@ -112,4 +116,6 @@ class Programs:
     def _check_supervisor(self) -> None:
         if self._process.poll() is not None:
             why = last_fault(self._state / "supervisord.err") or last_fault(self._log)
-            raise LorafleetError(f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}")
+            raise LorafleetError(
+                f"supervisor has ended with exit code {self._process.returncode}: {why}; see {self._log}"
+            )

@@ -30,7 +30,9 @@ def temporary_folder() -> Path:
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError:
-        raise LorafleetError("no folder for temporary files can be written; free some space, or set TMPDIR to one") from None
+        raise LorafleetError(
+            "no folder for temporary files can be written; free some space, or set TMPDIR to one"
+        ) from None
     named = Path(os.environ.get("TMPDIR") or folder)
     if _is_open(named):  # where it is full Python passes it over; other libraries do not
         folder = named
@@ -125,7 +127,9 @@ def _lock(folder: Path) -> int | None:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 return None
-            raise LorafleetError(f"{folder} cannot be locked: {error.strerror}; set TMPDIR to a folder of a local disk") from None
+            raise LorafleetError(
+                f"{folder} cannot be locked: {error.strerror}; set TMPDIR to a folder of a local disk"
+            ) from None
         else:
             return descriptor
     return None

@@ -109,10 +109,14 @@ def _check_ports(addresses: Addresses) -> None:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
-                raise InputError(f"port {port}, for {use}, cannot be had: {error.strerror}; choose others with --port") from None
+                raise InputError(
+                    f"port {port}, for {use}, cannot be had: {error.strerror}; choose others with --port"
+                ) from None
 
 
-def _environment(runs: Path, state: Path, addresses: Addresses, login: str, folder_of_ray: Path | None) -> dict[str, str]:
+def _environment(
+    runs: Path, state: Path, addresses: Addresses, login: str, folder_of_ray: Path | None
+) -> dict[str, str]:
     """What all programs, and the flow runs that the worker starts, find in their environment."""
     ours = {
         "LORAFLEET_UP_PYTHON": sys.executable,
@@ -147,11 +151,18 @@ def _all_answer(addresses: Addresses, login: str, started: datetime) -> bool:
     except OSError:
         return False
     # One of that name may be there from an earlier start.
-    return any(worker["name"] == _WORKER and datetime.fromisoformat(worker["last_heartbeat_time"]) >= started for worker in workers)
+    return any(
+        worker["name"] == _WORKER and datetime.fromisoformat(worker["last_heartbeat_time"]) >= started
+        for worker in workers
+    )
 
 
 def _welcome(addresses: Addresses, state: Path, login: str) -> list[str]:
-    password = "the one that you have set" if given_login() else f"{login} (the Prefect UI asks for it once; kept in {state / _PASSWORD})"
+    password = (
+        "the one that you have set"
+        if given_login()
+        else f"{login} (the Prefect UI asks for it once; kept in {state / _PASSWORD})"
+    )
     return [
         f"Prefect UI: {addresses.ui}",
         f"password:   {password}",

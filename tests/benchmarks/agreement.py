@@ -44,7 +44,11 @@ class Agreement:
 
     @property
     def good(self) -> bool:
-        return self.equal >= AGREEMENT and self.largest_gap < GAP and abs(self.accuracy - self.exact_accuracy) <= POINTS / 100
+        return (
+            self.equal >= AGREEMENT
+            and self.largest_gap < GAP
+            and abs(self.accuracy - self.exact_accuracy) <= POINTS / 100
+        )
 
 
 def main() -> None:
@@ -55,7 +59,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
-    print("| MTEB task | Texts | Equal labels | Largest gap where not | Accuracy, bulk | Accuracy, float32 |\n|---|---|---|---|---|---|")
+    print(
+        "| MTEB task | Texts | Equal labels | Largest gap where not | Accuracy, bulk | Accuracy, float32 |\n|---|---|---|---|---|---|"
+    )
     good = True
     for weights in sorted(options.run.glob("*/adapter_model.safetensors")):
         found = find_adapters([str(weights.parent)], offline=True)[0]
@@ -63,7 +69,9 @@ def main() -> None:
         if path.is_file():
             result = compare(found, path, threads=threads, use_gpu=options.device == "cuda")
             good &= result.good
-            facts = f"{result.equal:.2%} | {result.largest_gap:.3f} | {result.accuracy:.2%} | {result.exact_accuracy:.2%}"
+            facts = (
+                f"{result.equal:.2%} | {result.largest_gap:.3f} | {result.accuracy:.2%} | {result.exact_accuracy:.2%}"
+            )
             print(f"| {found.name} | {result.texts} | {facts} |", flush=True)
     sys.exit(0 if good else 1)
 
@@ -99,7 +107,9 @@ def _names(found: FoundAdapter, labels: list[str], columns: list[str], table: ob
     """Labels as the adapter names them."""
     if set(labels) <= set(found.label_names):
         return labels
-    assert "label_text" in columns, f"{found.name}: labels {sorted(set(labels))[:3]} are not the adapter's {found.label_names[:3]}"
+    assert "label_text" in columns, (
+        f"{found.name}: labels {sorted(set(labels))[:3]} are not the adapter's {found.label_names[:3]}"
+    )
     names: list[str] = table.column("label_text").to_pylist()  # type: ignore[attr-defined]
     return names
 

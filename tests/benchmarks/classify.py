@@ -66,7 +66,8 @@ def main() -> None:
         for name in options.data:
             make_data(name, options)
         measured = {
-            name: [{arm: child(arm, name, turn, options) for arm in options.arms} for turn in range(options.turns)] for name in options.data
+            name: [{arm: child(arm, name, turn, options) for arm in options.arms} for turn in range(options.turns)]
+            for name in options.data
         }
         print(report(measured, options, roof=child("roof", options.data[0], 0, options)))
 
@@ -74,17 +75,39 @@ def main() -> None:
 def child(arm: str, data: str, turn: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run one arm in a process of its own."""
     rows = options.rival_rows if arm in SLOW else None
-    command = [sys.executable, __file__, "--child", arm, "--input", str(options.folder / f"{data}-{rows or 'all'}.parquet")]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        arm,
+        "--input",
+        str(options.folder / f"{data}-{rows or 'all'}.parquet"),
+    ]
     command += ["--output", str(options.folder / f"out-{data}-{arm}-{turn}"), "--threads", str(options.threads)]
-    command += ["--device", options.device, "--rival-dtype", options.rival_dtype, "--rival-batch", str(options.rival_batch)]
+    command += [
+        "--device",
+        options.device,
+        "--rival-dtype",
+        options.rival_dtype,
+        "--rival-batch",
+        str(options.rival_batch),
+    ]
     command += ["--adapter", options.adapter, *(["--shared", options.shared] if options.shared else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{arm}: {done.stderr[-3000:]}")
     facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if "rows" in facts:
-        print(f"{data}, turn {turn + 1}, {arm}: {facts['rows'] / facts['seconds']:.0f} rows/s", file=sys.stderr, flush=True)
+        print(
+            f"{data}, turn {turn + 1}, {arm}: {facts['rows'] / facts['seconds']:.0f} rows/s",
+            file=sys.stderr,
+            flush=True,
+        )
     return facts
 
 
@@ -149,7 +172,9 @@ def run_ours_ray(options: argparse.Namespace, started: float) -> dict[str, Any]:
     _start_ray(options.threads)
     items = ray.data.from_items([{"unit": unit.model_dump_json()} for unit in units], override_num_blocks=len(units))
     pool = ray.data.ActorPoolStrategy(size=options.threads)
-    receipts = items.map_batches(UnitActor, fn_constructor_args=(spec,), batch_size=1, num_cpus=1, compute=pool).iter_rows()
+    receipts = items.map_batches(
+        UnitActor, fn_constructor_args=(spec,), batch_size=1, num_cpus=1, compute=pool
+    ).iter_rows()
     rows = [json.loads(row["receipt"]) for row in receipts]
     ended = time.perf_counter()
     # Actors load while units wait, so work is measured where it is done: rows of a core over the seconds it was at it.
@@ -164,8 +189,12 @@ def run_pipeline(options: argparse.Namespace, started: float) -> dict[str, Any]:
 
     (adapter,), encoder = _adapter(options)
     folder = _encoder_folder(encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(adapter.label_names), dtype=options.rival_dtype)
-    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device=options.device)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(adapter.label_names), dtype=options.rival_dtype
+    )
+    classify = pipeline(
+        "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device=options.device
+    )
     how = {"batch_size": options.rival_batch, "truncation": True, "max_length": encoder.config.max_tokens}
     if options.device == "cuda":
         classify(WARM_UP, **how)
@@ -183,7 +212,9 @@ def run_sentence_transformers(options: argparse.Namespace, started: float) -> di
     from sentence_transformers import SentenceTransformer
 
     (adapter,), encoder = _adapter(options)
-    model = SentenceTransformer(str(_encoder_folder(encoder)), device=options.device, model_kwargs={"dtype": options.rival_dtype})
+    model = SentenceTransformer(
+        str(_encoder_folder(encoder)), device=options.device, model_kwargs={"dtype": options.rival_dtype}
+    )
     model.max_seq_length = encoder.config.max_tokens
     head = torch.nn.Linear(encoder.hidden_size, len(adapter.label_names)).to(options.device)
     how = {"batch_size": options.rival_batch, "convert_to_tensor": True, "show_progress_bar": False}
@@ -219,14 +250,18 @@ def run_ray_data(options: argparse.Namespace, started: float) -> dict[str, Any]:
             import torch
 
             torch.set_num_threads(1)
-            inputs = self.tokenizer(list(batch["text"]), padding=True, truncation=True, max_length=length, return_tensors="pt")
+            inputs = self.tokenizer(
+                list(batch["text"]), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
             with torch.inference_mode():
                 scores, label = torch.softmax(self.model(**inputs).logits, dim=1).max(dim=1)
             return batch | {"label": label.numpy(), "score": scores.numpy(), "loaded": np.full(len(label), self.loaded)}
 
     actors = ray.data.ActorPoolStrategy(size=options.threads)
     rows = ray.data.read_parquet(options.input).repartition(4 * options.threads)  # else one row group is one actor's
-    rows.map_batches(Model, batch_size=options.rival_batch, num_cpus=1, compute=actors).write_parquet(str(options.output))
+    rows.map_batches(Model, batch_size=options.rival_batch, num_cpus=1, compute=actors).write_parquet(
+        str(options.output)
+    )
     ended = time.time()
     written = pq.read_table(options.output)
     seconds = ended - written.column("loaded").to_numpy().max()
@@ -240,11 +275,19 @@ def run_openvino(options: argparse.Namespace, started: float) -> dict[str, Any]:
     (adapter,), encoder = _adapter(options)
     model, example = _merged_float32(adapter, encoder), _example()
     converted = openvino.convert_model(model, example_input=example)
-    settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": options.threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": options.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
     names = list(example)
     return _with_our_batches(
-        options, started, adapter, encoder, lambda ids, mask: request.infer(dict(zip(names, (ids, mask), strict=True)))[0]
+        options,
+        started,
+        adapter,
+        encoder,
+        lambda ids, mask: request.infer(dict(zip(names, (ids, mask), strict=True)))[0],
     )
 
 
@@ -259,7 +302,13 @@ def run_onnx_int8(options: argparse.Namespace, started: float) -> dict[str, Any]
     path, small = str(options.output) + ".onnx", str(options.output) + ".int8.onnx"
     axes = {name: {0: "texts", 1: "tokens"} for name in example}
     torch.onnx.export(
-        model, tuple(example.values()), path, input_names=list(example), output_names=["logits"], dynamic_axes=axes, dynamo=False
+        model,
+        tuple(example.values()),
+        path,
+        input_names=list(example),
+        output_names=["logits"],
+        dynamic_axes=axes,
+        dynamo=False,
     )
     quantize_dynamic(path, small)
     settings = onnxruntime.SessionOptions()
@@ -267,15 +316,28 @@ def run_onnx_int8(options: argparse.Namespace, started: float) -> dict[str, Any]
     session = onnxruntime.InferenceSession(small, settings, providers=["CPUExecutionProvider"])
     names = list(example)
     return _with_our_batches(
-        options, started, adapter, encoder, lambda ids, mask: session.run(None, dict(zip(names, (ids, mask), strict=True)))[0]
+        options,
+        started,
+        adapter,
+        encoder,
+        lambda ids, mask: session.run(None, dict(zip(names, (ids, mask), strict=True)))[0],
     )
 
 
 def run_command(options: argparse.Namespace, started: float, *, refs: Sequence[str]) -> dict[str, Any]:
     """What a user waits for: the command, its start-up included."""
-    command = [str(Path(sys.executable).parent / "lorafleet"), "classify", str(options.input), str(options.output), "--offline", "--json"]
+    command = [
+        str(Path(sys.executable).parent / "lorafleet"),
+        "classify",
+        str(options.input),
+        str(options.output),
+        "--offline",
+        "--json",
+    ]
     begun = time.perf_counter()
-    done = subprocess.run([*command, *(part for ref in refs for part in ("--adapter", ref))], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [*command, *(part for ref in refs for part in ("--adapter", ref))], check=True, stdout=subprocess.PIPE
+    )
     return _facts(json.loads(done.stdout)["rows_out"], begun, started)
 
 
@@ -310,7 +372,10 @@ def run_roof(options: argparse.Namespace, started: float) -> dict[str, Any]:
     linears = [m for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in name]
     per_token = 2 * sum(m.weight.numel() for m in linears)
     tokens = encoder.tokenise(pq.read_table(options.input).column("text").to_pylist()).lengths.mean()
-    return {"flops_per_second": 2 * rows * inner * outer / statistics.median(times), "flops_per_text": float(per_token * tokens)}
+    return {
+        "flops_per_second": 2 * rows * inner * outer / statistics.median(times),
+        "flops_per_text": float(per_token * tokens),
+    }
 
 
 ARMS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
@@ -332,13 +397,23 @@ ARMS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
 
 def report(measured: dict[str, list[dict[str, Any]]], options: argparse.Namespace, *, roof: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    lines = [f"{options.threads} threads, {options.turns} alternated turns (median, lowest–highest); {_processor()}.", ""]
+    lines = [
+        f"{options.threads} threads, {options.turns} alternated turns (median, lowest–highest); {_processor()}.",
+        "",
+    ]
     for name, turns in measured.items():
-        lines += [f"**{name}**", "", "| Arm | Rows | Rows/s | Rows/s of ours / of this arm | Start-up, s |", "|---|---|---|---|---|"]
+        lines += [
+            f"**{name}**",
+            "",
+            "| Arm | Rows | Rows/s | Rows/s of ours / of this arm | Start-up, s |",
+            "|---|---|---|---|---|",
+        ]
         for arm in options.arms:
             speeds = [turn[arm]["rows"] / turn[arm]["seconds"] for turn in turns]
             ratios = [
-                turn["ours"]["rows"] / turn["ours"]["seconds"] / speed for turn, speed in zip(turns, speeds, strict=True) if "ours" in turn
+                turn["ours"]["rows"] / turn["ours"]["seconds"] / speed
+                for turn, speed in zip(turns, speeds, strict=True)
+                if "ours" in turn
             ]
             startup = statistics.median(turn[arm]["startup"] for turn in turns)
             ratio = f"{_spread(ratios, '.2f')}×" if ratios and arm != "ours" else "-"
@@ -365,7 +440,9 @@ def plan(source: Path, output: Path, adapters: Sequence[str], **options: Any) ->
     from pipeline.bulk.plan import plan_bulk
     from pipeline.bulk.records import BulkOptions, BulkRequest
 
-    request = BulkRequest(source=str(source), output=str(output), adapters=tuple(adapters), options=BulkOptions(**options), offline=True)
+    request = BulkRequest(
+        source=str(source), output=str(output), adapters=tuple(adapters), options=BulkOptions(**options), offline=True
+    )
     return plan_bulk(request)
 
 
@@ -378,7 +455,9 @@ def _adapter(options: argparse.Namespace) -> tuple[tuple[FoundAdapter, ...], Any
     from pipeline.inference.reference import find_adapters
 
     adapters, use_gpu = find_adapters([options.adapter], offline=True), options.device == "cuda"
-    return adapters, load_classifier(adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True).encoder
+    return adapters, load_classifier(
+        adapters, encoder=None, threads=options.threads, use_gpu=use_gpu, offline=True
+    ).encoder
 
 
 def _encoder_folder(encoder: Any) -> Path:
@@ -422,7 +501,11 @@ def _example() -> dict[str, torch.Tensor]:
 
 
 def _with_our_batches(
-    options: argparse.Namespace, started: float, adapter: FoundAdapter, encoder: Any, infer: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    options: argparse.Namespace,
+    started: float,
+    adapter: FoundAdapter,
+    encoder: Any,
+    infer: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
     import torch
 
@@ -446,7 +529,10 @@ def _write_logits(options: argparse.Namespace, table: pa.Table, logits: torch.Te
 
 def _write(options: argparse.Namespace, table: pa.Table, labels: Sequence[str], scores: Any) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.append_column("label", pa.array(labels)).append_column("score", pa.array(scores)), options.output / "out.parquet")
+    pq.write_table(
+        table.append_column("label", pa.array(labels)).append_column("score", pa.array(scores)),
+        options.output / "out.parquet",
+    )
 
 
 def _start_ray(cpus: int) -> None:
@@ -480,20 +566,28 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="reference of the adapter to classify with")
-    parser.add_argument("--shared", help="reference of the adapter for eight and eight_alone, such as one of the last three layers")
+    parser.add_argument(
+        "--shared", help="reference of the adapter for eight and eight_alone, such as one of the last three layers"
+    )
     parser.add_argument("--arms", nargs="+", default=["ours", "ours_ray", *SLOW[:5], "tokenise"], choices=list(ARMS))
-    parser.add_argument("--data", nargs="+", default=["short", "duplicates", "imdb"], choices=["short", "duplicates", "imdb"])
+    parser.add_argument(
+        "--data", nargs="+", default=["short", "duplicates", "imdb"], choices=["short", "duplicates", "imdb"]
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--imdb-rows", type=int, default=5_000)
     parser.add_argument("--rival-rows", type=int, default=5_000)
     parser.add_argument("--rival-tokens", type=int, default=1024, help="tokens per batch of openvino and onnx_int8")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours, pipeline and sentence_transformers")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of ours, pipeline and sentence_transformers"
+    )
     parser.add_argument("--rival-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rival-batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)

@@ -36,7 +36,16 @@ def main() -> None:
     for files in options.files:
         with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
             size = make_input(Path(folder) / "in", rows=rows, files=files, mirror=options.mirror)
-            command = [sys.executable, __file__, "--child", folder, "--adapter", options.adapter, "--threads", str(options.threads)]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                folder,
+                "--adapter",
+                options.adapter,
+                "--threads",
+                str(options.threads),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
@@ -53,7 +62,9 @@ def make_input(folder: Path, *, rows: int, files: int, mirror: str) -> int:
     folder.mkdir()
     for number, part in enumerate(np.array_split(np.arange(rows), files)):
         schema = pa.schema([("id", pa.int64()), ("text", pa.string()), ("payload", pa.binary())])
-        with pq.ParquetWriter(folder / f"part-{number:03d}.parquet", schema, use_dictionary=False, compression="zstd") as writer:
+        with pq.ParquetWriter(
+            folder / f"part-{number:03d}.parquet", schema, use_dictionary=False, compression="zstd"
+        ) as writer:
             for start in range(0, len(part), GROUP_ROWS):
                 ids = part[start : start + GROUP_ROWS]
                 payload = [random.bytes(ROW_BYTES) for _ in ids]

