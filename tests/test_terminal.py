@@ -78,7 +78,8 @@ def test_each_process_of_a_bulk_job_finds_our_packages(
 
 def test_pythonpath_is_left_alone_where_nothing_is_hidden(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("", encoding="utf-8")
-    program = "import sys, lorafleet_start, os; sys.argv = ['lorafleet', '--version']\ntry: lorafleet_start.main()\nexcept SystemExit: pass\n"
+    program = "import sys, lorafleet_start, os; sys.argv = ['lorafleet', '--version']\n"
+    program += "try: lorafleet_start.main()\nexcept SystemExit: pass\n"
     program += "print(os.environ['PYTHONPATH'], sys.path[0])"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],

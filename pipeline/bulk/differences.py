@@ -58,7 +58,8 @@ def _different_files(there: list[dict[str, Any]], here: list[dict[str, Any]]) ->
             return f"input: {min(paths)} is {what} ({counted(len(old), 'file')} then, {len(new)} now)"
     path = min(path for path in new if new[path] != old[path])
     if {**new[path], "num_rows": None} == {**old[path], "num_rows": None}:
-        return f"input: {path} could {'not be read then, and can be now' if old[path]['num_rows'] is None else 'be read then, and cannot now'}"
+        became_readable = old[path]["num_rows"] is None
+        return f"input: {path} could {'not be read then, and can be now' if became_readable else 'be read then, and cannot now'}"
     return f"input: {path} has changed since"
 
 

@@ -50,7 +50,10 @@ _OVER_TORCH = (
     "scipy",
 )
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true"}
-_CLUSTER_ADVICE = "see that Ray and Python are of the same version there, and that RAY_AUTH_MODE and the token are set where it asks for one"
+_CLUSTER_ADVICE = (
+    "see that Ray and Python are of the same version there, and that RAY_AUTH_MODE and the token are set where it asks "
+    "for one"
+)
 _CHECKOUT = Path(__file__).parents[2]
 
 
