@@ -70,6 +70,13 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values of some fields.
+
+        Raises: pydantic.ValidationError: a value does not fit its field.
+        """
+        return type(self).model_validate(self.model_dump() | changes)
+
 
 class EncoderRef(Record):
     """Which encoder, exactly."""
@@ -246,8 +253,10 @@ class EpochRow(Record):
 
     epoch: int = Field(ge=1)
     train_loss: float
-    validation_accuracy: Unit | None
-    """On the split that selects the epoch; none in a refit, whose epochs are counted on from the first pass."""
+    validation_accuracy: Unit | None = None
+    """On the split that selects the epoch. None in a refit, and where another number than accuracy selects."""
+    validation_score: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The number that selects the epoch, where it is not accuracy."""
     learning_rate: float
     """At the end of the epoch."""
     texts_per_second: float
@@ -514,12 +523,18 @@ class TaskResult(Record):
     scores: tuple[ScoreRow, ...]
     comparison: Comparison | None
     """None where one of the two columns was switched off."""
-    calibration: Calibration
+    calibration: Calibration | None
+    """None for an adapter without a head."""
     confusions: tuple[Confusion, ...]
     """The most frequent ones, at most ten."""
     busy_seconds: float
     """Time in which the worker computed for this MTEB task."""
     reused_from: RunId | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the adapter can classify."""
+        return self.num_head_parameters > 0
 
     @model_validator(mode="before")
     @classmethod

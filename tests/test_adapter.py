@@ -32,9 +32,10 @@ from builders import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.files import check_both_forms, load_adapter, save_adapter, start_from
+from pipeline.adapter.head import HeadStart
 from pipeline.adapter.lora import LoraLinear
 from pipeline.adapter.peft_form import check_peft
 from pipeline.adapter.targets import projection_paths
@@ -316,7 +317,7 @@ def test_a_head_start_is_taken_over_exactly(bert: Encoder) -> None:
     random = np.random.default_rng(0)
     start = HeadStart(random.normal(size=(3, 32)).astype(np.float32), random.normal(size=3).astype(np.float32))
     adapter = Adapter(bert, AdapterConfig(), LABELS)
-    adapter.start_head(start)
+    adapter.classifier.start_from(start)
     np.testing.assert_allclose(logits(adapter), embed(bert) @ start.weight.T + start.bias, atol=1e-4)
 
 
@@ -771,7 +772,7 @@ def check_with_peft(folder: TaskFolder, encoder: Encoder) -> None:
     adapter = load_adapter(folder, encoder, found=found)
     expected = logits(adapter)
     adapter.detach()
-    check_peft(adapter, found, tokens, logits=expected, tolerance=1e-3)
+    check_peft(adapter, found, tokens, outputs=expected, tolerance=1e-3)
 
 
 @pytest.mark.usefixtures("saved")

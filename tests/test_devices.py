@@ -18,6 +18,7 @@ from pipeline.encoder.runtime import choose_runtime
 from pipeline.records import EpochRow, Runtime
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.batches import LabelledTokens
+from pipeline.training.objective import Classification
 from pipeline.training.step_graphs import RECORDABLE, is_recordable
 from pipeline.training.train import Training, train_adapter
 
@@ -34,13 +35,13 @@ def train(
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
 ) -> Training:
     texts, labels = toy_texts(num_texts)
+    config = TrainConfig(learning_rate=3e-3, batch_size=4, head_init="random", compile=compiled)
+    data = LabelledTokens(encoder.tokenise(texts), np.array(labels, dtype=np.int64))
     return train_adapter(
-        LabelledTokens(encoder.tokenise(texts), np.array(labels, dtype=np.int64)),
-        None,
+        Classification(data, None, label_names=LABELS, config=config),
         encoder,
-        label_names=LABELS,
         adapter_config=AdapterConfig(dropout=dropout),
-        train_config=TrainConfig(learning_rate=3e-3, batch_size=4, head_init="random", compile=compiled),
+        train_config=config,
         max_epochs=2,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
@@ -95,7 +96,7 @@ def test_replayed_steps_learn_what_launched_ones_learn(
     runtime = choose_runtime(TrainConfig(precision="float32"), threads=1, use_gpu=True)
     assert is_recordable(load(encoder_folder(family), runtime))
     replayed = train(load(encoder_folder(family), runtime))
-    monkeypatch.setattr("pipeline.training.train.is_recordable", lambda encoder: False)
+    monkeypatch.setattr("pipeline.training.loop.is_recordable", lambda encoder: False)
     launched = train(load(encoder_folder(family), runtime))
     assert [row.train_loss for row in replayed.epochs] == pytest.approx(
         [row.train_loss for row in launched.epochs], rel=1e-3

@@ -40,6 +40,7 @@ from pipeline.evaluation.vectors import TextVectors, unit
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.batches import LabelledTokens
+from pipeline.training.objective import Classification
 from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]
@@ -197,16 +198,11 @@ def test_the_heads_score_is_that_of_the_adapter_loaded_again(
         LabelledTokens(bert.tokenise(texts), labels)
         for texts, labels in ((data.train_texts, data.train_labels), (data.validation_texts, data.validation_labels))
     )
-    training = train_adapter(
-        train,
-        validation,
-        bert,
-        label_names=data.label_names,
-        adapter_config=AdapterConfig(),
-        train_config=TrainConfig(learning_rate=0.01),
-        max_epochs=2,
-        head_start=baselines.head_start,
+    config = TrainConfig(learning_rate=0.01)
+    objective = Classification(
+        train, validation, label_names=data.label_names, config=config, head_start=baselines.head_start
     )
+    training = train_adapter(objective, bert, adapter_config=AdapterConfig(), train_config=config, max_epochs=2)
     found = adapted(data, training, baselines, "frozen_full_data", "head")
     row = by_column(found.rows)["head"]
     save_adapter(training.adapter, TaskFolder(tmp_path / "saved"), meta={})

@@ -21,8 +21,9 @@ from commands import run, write_task
 from sklearn.linear_model import LogisticRegression
 
 from flows.cli import lorafleet
-from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
+from pipeline.adapter.head import HeadStart
 from pipeline.config import (
     AdapterConfig,
     DataConfig,
@@ -524,7 +525,7 @@ class Bench:
         task = data.task.name
         made = TaskFolder(self.root / "adapters" / name / task)
         adapter = attached(self.exact, labels or data.label_names)
-        adapter.start_head(head)
+        adapter.classifier.start_from(head)
         ref = save_adapter(adapter, made, meta={"task": task})
         logits = adapter.logits_of_vectors(self.exact.embed(self.exact.tokenise(PROBE_TEXTS)))
         adapter.detach()

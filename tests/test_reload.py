@@ -81,7 +81,7 @@ def test_which_effects_pass(effect: float, is_trained: bool, passes: bool) -> No
 
     def check_effect(value: float) -> None:
         Reloaded(logits, value, ("a", "b")).check(
-            "A", logits=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained
+            "A", outputs=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained
         )
 
     with contextlib.nullcontext() if passes else pytest.raises(VerificationError, match="no effect"):

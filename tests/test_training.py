@@ -19,8 +19,9 @@ import torch
 from builders import CPU_FLOAT32, GOLDEN, load_encoder, save_tiny_encoder, toy_texts
 from safetensors.torch import load, load_file
 
-from pipeline.adapter.adapter import Adapter, HeadStart
+from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter, start_from
+from pipeline.adapter.head import HeadStart
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
@@ -30,7 +31,8 @@ from pipeline.records import EpochRow, Progress
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.batches import LabelledTokens, epoch_batches
 from pipeline.training.checkpoint import Checkpoint, LoopState, tensor_file
-from pipeline.training.train import Training, _class_weights, _cross_entropy, accuracy, train_adapter
+from pipeline.training.objective import Classification, accuracy, class_weights, cross_entropy
+from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")
@@ -64,15 +66,20 @@ def train(
     **settings: Any,
 ) -> Training:
     """Train on the toy texts: 30 steps an epoch, a few milliseconds each."""
-    return train_adapter(
+    config = TrainConfig(**SETTINGS | settings)
+    objective = Classification(
         data or tokens(encoder, NUM_TRAIN),
         tokens(encoder, 60, seed=1) if isinstance(selection, str) else selection,
-        encoder,
         label_names=label_names,
-        adapter_config=adapter_config or AdapterConfig(),
-        train_config=TrainConfig(**SETTINGS | settings),
-        max_epochs=max_epochs,
+        config=config,
         head_start=head_start,
+    )
+    return train_adapter(
+        objective,
+        encoder,
+        adapter_config=adapter_config or AdapterConfig(),
+        train_config=config,
+        max_epochs=max_epochs,
         warm_start=warm_start,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
@@ -343,7 +350,7 @@ def test_a_start_that_no_epoch_beats_is_kept(encoder_folder: Folders) -> None:
     start, selection = probe_of(encoder, tokens(encoder, NUM_TRAIN)), tokens(encoder, 60, seed=1)
     training = train(encoder, head_start=start, selection=selection, **RUINOUS)
     untrained = Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(), LABELS)
-    untrained.start_head(start)
+    untrained.classifier.start_from(start)
     assert bits(training) == b"".join(p.detach().numpy().tobytes() for p in untrained.parameters)
     assert (training.best_epoch, [row.is_best for row in training.epochs]) == (0, [False] * 4), (
         "patience counts from the first epoch"
@@ -504,11 +511,11 @@ def test_the_loss_is_pytorchs_with_class_weights_and_smoothing(smoothing: float)
     logits, labels = torch.randn(16, 5, generator=random), torch.randint(5, (16,), generator=random)
     weights = torch.rand(5, generator=random) + 0.1
     expected = torch.nn.functional.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
-    torch.testing.assert_close(_cross_entropy(logits, labels, weights, smoothing=smoothing), expected)
+    torch.testing.assert_close(cross_entropy(logits, labels, weights, smoothing=smoothing), expected)
 
 
 def test_balanced_class_weights_are_of_mean_one_over_the_texts() -> None:
-    weights = _class_weights(np.array([0, 0, 0, 1]), 3, TrainConfig(class_weights="balanced"))
+    weights = class_weights(np.array([0, 0, 0, 1]), 3, TrainConfig(class_weights="balanced"))
     assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 4 / 3])
 
 

@@ -1,44 +1,41 @@
-"""LoRA and head on a frozen encoder: attach, save, load, merge; the file formats; the door to peft."""
+"""LoRA pairs and a head on a frozen encoder: attached, merged, taken off again."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapter.description import CANNOT_CLASSIFY
+from pipeline.adapter.head import Head
 from pipeline.adapter.lora import LoraLinear, share_inputs
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import AdapterConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import Tokens
-
-
-@dataclass(frozen=True)
-class HeadStart:
-    """Initial weights of the head, from a linear probe on the frozen encoder's vectors."""
-
-    weight: FloatArray
-    """(classes, width), for vectors that are not normalised."""
-    bias: FloatArray
-    """(classes,)."""
+from pipeline.errors import AdapterError
 
 
 class Adapter:
-    """LoRA weights, head and label names, attached to an encoder for one MTEB task."""
+    """LoRA pairs on an encoder, and the head of a classifier if it has one."""
 
-    def __init__(self, encoder: Encoder, config: AdapterConfig, label_names: Sequence[str], *, seed: int = 0) -> None:
-        """Attach fresh LoRA pairs (no effect yet) and a head to the encoder, in place.
+    def __init__(
+        self, encoder: Encoder, config: AdapterConfig, label_names: Sequence[str] | None = None, *, seed: int = 0
+    ) -> None:
+        """Attach fresh LoRA pairs (no effect yet) to the encoder in place, and make a head.
 
-        Raises: AdapterError: the target matches nothing, or more layers are asked for than there are.
+        Args:
+            encoder: The frozen base.
+            config: Rank, scaling and layers of the pairs, and the head's dropout.
+            label_names: Classes of the head. None makes an adapter without one, which cannot classify.
+            seed: Of the initial weights.
+        Raises: AdapterError: the target matches no layer, or more layers are asked for than exist.
         """
         self.encoder = encoder
         self.config = config
-        self.label_names = tuple(label_names)
         generator = torch.Generator().manual_seed(seed)
         self.projections: dict[str, LoraLinear] = {}
         for path in projection_paths(encoder.model, config, model_type=encoder.model.config.model_type):
@@ -50,10 +47,25 @@ class Adapter:
             self.projections[path] = lora
         if not encoder.runtime.compiled:  # the compiler sees the shared input by itself
             share_inputs(self.projections)
-        linear = nn.Linear(encoder.hidden_size, len(label_names))
-        nn.init.normal_(linear.weight, std=1 / math.sqrt(encoder.hidden_size), generator=generator)
-        nn.init.zeros_(linear.bias)
-        self.head = nn.Sequential(nn.Dropout(config.dropout), linear).to(encoder.device)
+        self.head: Head | None = None
+        if label_names is not None:
+            head = Head(encoder.hidden_size, label_names, dropout=config.dropout, generator=generator)
+            self.head = head.to(encoder.device)
+
+    @property
+    def classifier(self) -> Head:
+        """The head.
+
+        Raises: AdapterError: the adapter has none.
+        """
+        if self.head is None:
+            raise AdapterError(f"this adapter cannot be asked for logits: {CANNOT_CLASSIFY}")
+        return self.head
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the head's classes, in the order of its logits; none without a head."""
+        return () if self.head is None else self.head.label_names
 
     @property
     def lora_parameters(self) -> list[nn.Parameter]:
@@ -62,27 +74,47 @@ class Adapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        return [*self.lora_parameters, *self.head.parameters()]
+        """All trained weights: the pairs, then the head."""
+        return [*self.lora_parameters, *(self.head.parameters() if self.head is not None else ())]
 
-    def start_head(self, start: HeadStart) -> None:
-        """Replace the head's random initialisation."""
-        linear = self.head[1]
-        assert isinstance(linear, nn.Linear)
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(start.weight))
-            linear.bias.copy_(torch.from_numpy(start.bias))
+    def train(self, mode: bool = True) -> None:
+        """Switch the head's dropout on, or off."""
+        if self.head is not None:
+            self.head.train(mode)
+
+    def eval(self) -> None:
+        """Switch the head's dropout off."""
+        self.train(False)
+
+    def vectors(self, batch: Batch) -> Tensor:
+        """Text vectors of the adapted encoder, float32 (texts, width), differentiable."""
+        return self.encoder.pooled(batch)
+
+    @property
+    def kind_of_outputs(self) -> str:
+        """Name of ``outputs`` in messages."""
+        return "vectors" if self.head is None else "logits"
+
+    def outputs(self, vectors: FloatArray) -> FloatArray:
+        """What the adapter answers, float32 (texts, outputs): logits, or the vectors themselves without a head."""
+        return vectors if self.head is None else self.logits_of_vectors(vectors)
 
     def logits(self, batch: Batch) -> Tensor:
-        """float32 (texts, classes); differentiable, with dropout where the head is in training mode."""
-        logits: Tensor = self.head(self.encoder.pooled(batch))
+        """float32 (texts, classes), differentiable. Dropout is on while the head is in training mode.
+
+        Raises: AdapterError: the adapter has no head.
+        """
+        logits: Tensor = self.classifier(self.vectors(batch))
         return logits
 
     def logits_of_vectors(self, vectors: FloatArray) -> FloatArray:
-        """float32 (texts, classes) of text vectors that the adapted encoder has already made; no dropout."""
-        self.head.eval()
+        """float32 (texts, classes), without dropout, of text vectors that the adapted encoder has already made.
+
+        Raises: AdapterError: the adapter has no head.
+        """
+        head = self.classifier.eval()
         with torch.inference_mode():
-            logits: FloatArray = self.head(torch.from_numpy(vectors).to(self.encoder.device)).cpu().numpy()
+            logits: FloatArray = head(torch.from_numpy(vectors).to(self.encoder.device)).cpu().numpy()
         return logits
 
     def detach(self) -> None:

@@ -15,6 +15,8 @@ from pipeline.errors import AdapterError
 from pipeline.records import AdapterMeta, Calibration, LabelNames
 from pipeline.store.run_folder import LARGEST_RECORD_BYTES, TaskFolder, adapter_sha256, parse_record, read_file
 
+CANNOT_CLASSIFY = "it has no head, so it cannot classify; use its text vectors"
+
 
 @dataclass(frozen=True)
 class FoundAdapter:
@@ -31,8 +33,19 @@ class FoundAdapter:
     """Configuration of its pairs; ``target`` lists the layers that have one."""
     meta: AdapterMeta
     label_names: tuple[str, ...]
+    """In the order of the head's outputs; empty for an adapter without a head."""
     calibration: Calibration | None
     """None where the adapter came without one: its probabilities are then as the head gives them."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the adapter can classify."""
+        return bool(self.label_names)
+
+    def check_has_head(self) -> None:
+        """Raises: AdapterError: the adapter has no head, so it cannot classify."""
+        if not self.has_head:
+            raise AdapterError(f"adapter {self.name}: {CANNOT_CLASSIFY}")
 
     @property
     def labels_sha256(self) -> str:
@@ -45,9 +58,9 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
 
     Raises: AdapterError: one is missing, damaged, or contradicts another.
     """
-    meta_content, labels_content = _read(folder.meta), _read(folder.labels)
+    meta_content = _read(folder.meta)
     meta = parse_record(meta_content, AdapterMeta, folder.meta, fault=AdapterError)
-    labels = parse_record(labels_content, LabelNames, folder.labels, fault=AdapterError).root
+    labels = _labels(folder, meta)
     if meta.label_names != labels or meta.num_classes != len(labels):
         raise AdapterError(
             f"{folder.root}: meta.json and labels.json do not list the same label names in the same order"
@@ -78,6 +91,17 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
         label_names=labels,
         calibration=calibration,
     )
+
+
+def _labels(folder: TaskFolder, meta: AdapterMeta) -> tuple[str, ...]:
+    """Content of ``labels.json``; nothing for an adapter that names no label and has no file of a head."""
+    if not (meta.label_names or meta.num_classes):
+        of_a_head = (folder.labels, folder.head, folder.classifier_head_pt, folder.calibration)
+        extra = [path.name for path in of_a_head if os.path.lexists(path)]
+        if extra:
+            raise AdapterError(f"{folder.root}: meta.json lists no labels, but {', '.join(extra)} belong to a head")
+        return ()
+    return parse_record(_read(folder.labels), LabelNames, folder.labels, fault=AdapterError).root
 
 
 def _read(path: Path) -> bytes:

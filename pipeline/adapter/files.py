@@ -38,6 +38,8 @@ _LARGEST_UPDATE = (
 def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) -> AdapterRef:
     """Write both forms: the three `.pt`/`.json` files and what PEFT loads, head and labels beside it.
 
+    An adapter without a head has no file of a head and no labels.
+
     Args:
         adapter: What to save.
         folder: Where to; made if missing.
@@ -47,10 +49,11 @@ def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) 
     pairs = _copies(dict(peft_names(adapter.projections)))
     write_atomically(folder.adapter_weights, save(pairs, metadata={"format": "pt"}))
     write_atomically(folder.adapter_config, peft_config(adapter, encoder=encoder_name(adapter)))
-    write_atomically(folder.head, save(_copies(dict(adapter.head[1].named_parameters()))))
-    write_atomically(folder.labels, json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
     _save_tensors(_lora_state(adapter), folder.lora_adapter_pt)
-    _save_tensors(_head_state(adapter), folder.classifier_head_pt)
+    if adapter.head is not None:
+        write_atomically(folder.head, save(_copies(dict(adapter.head.linear.named_parameters()))))
+        write_atomically(folder.labels, json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
+        _save_tensors(_copies(adapter.head.state_dict()), folder.classifier_head_pt)
     write_atomically(folder.meta, json.dumps(_meta(adapter) | meta, ensure_ascii=False, indent=1))
     return AdapterRef(
         path=folder.root.name, sha256=adapter_sha256(folder.root), encoder_revision=adapter.encoder.ref.revision
@@ -82,12 +85,15 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
             f"{folder.meta}: adapted_modules are not in the encoder's order, in which the pairs are numbered"
         )
     pairs, head = _read_weights(found, encoder, {path: encoder.model.get_submodule(path) for path in paths})
-    adapter = Adapter(encoder, found.config, found.label_names)
+    adapter = Adapter(encoder, found.config, found.label_names or None)
     weights = pairs | head
     with torch.no_grad():
-        for name, parameter in (*peft_names(adapter.projections), *adapter.head[1].named_parameters()):
+        for name, parameter in peft_names(adapter.projections):
             parameter.copy_(weights[name])
-    adapter.head.eval()
+        if adapter.head is not None:
+            for name, parameter in adapter.head.linear.named_parameters():
+                parameter.copy_(weights[name])
+    adapter.eval()
     return adapter
 
 
@@ -102,13 +108,12 @@ def start_from(adapter: Adapter, folder: TaskFolder) -> None:
             f"{folder.root}: cannot be started from: expected rank {adapter.config.rank}, found {found.config.rank}"
         )
     pairs, head = _read_weights(found, adapter.encoder, {path: lora.base for path, lora in adapter.projections.items()})
-    linear = adapter.head[1]
-    assert isinstance(linear, nn.Linear)
     with torch.no_grad():
         for name, parameter in peft_names(adapter.projections):
             parameter.copy_(pairs[name])
         for row, name in enumerate(adapter.label_names):
             if name in found.label_names:
+                linear = adapter.classifier.linear
                 linear.weight[row] = head["weight"][found.label_names.index(name)]
                 linear.bias[row] = head["bias"][found.label_names.index(name)]
 
@@ -118,7 +123,9 @@ def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
 
     Raises: VerificationError: they differ, or one of them cannot be read.
     """
-    expected = {folder.lora_adapter_pt: _lora_state(adapter), folder.classifier_head_pt: _head_state(adapter)}
+    expected = {folder.lora_adapter_pt: _lora_state(adapter)}
+    if adapter.head is not None:
+        expected[folder.classifier_head_pt] = _copies(adapter.head.state_dict())
     # Files of older versions held the whole vector of trained weights behind each tensor.
     num_bytes = sum(parameter.nbytes for parameter in adapter.parameters)
     for path, state in expected.items():
@@ -147,7 +154,8 @@ def _read_weights(
         shapes |= {peft_name(path, "A"): (rank, linear.in_features), peft_name(path, "B"): (linear.out_features, rank)}
     classes = len(found.label_names)
     pairs = _read_tensors(found.folder.adapter_weights, shapes, digest)
-    head = _read_tensors(found.folder.head, {"weight": (classes, encoder.hidden_size), "bias": (classes,)}, digest)
+    head_shapes = {"weight": (classes, encoder.hidden_size), "bias": (classes,)}
+    head = _read_tensors(found.folder.head, head_shapes, digest) if found.has_head else {}
     if digest.hexdigest() != found.sha256:
         raise AdapterError(f"{found.folder.root}: the adapter was replaced while it was being loaded; try again")
     for path in linears:
@@ -217,10 +225,6 @@ def _lora_state(adapter: Adapter) -> dict[str, Tensor]:
     return _copies(state)
 
 
-def _head_state(adapter: Adapter) -> dict[str, Tensor]:
-    return _copies(adapter.head.state_dict())
-
-
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors of their own: torch saves all that a tensor is a view of, which may be every trained weight."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
@@ -243,6 +247,6 @@ def _meta(adapter: Adapter) -> dict[str, Any]:
 
 
 def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    content = BytesIO()
+    torch.save(state, content)
+    write_atomically(path, content.getvalue())

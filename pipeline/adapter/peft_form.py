@@ -21,15 +21,15 @@ from pipeline.records import EncoderName, JsonObject
 from pipeline.store.run_folder import read_record
 
 
-def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, logits: FloatArray, tolerance: float) -> None:
+def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, outputs: FloatArray, tolerance: float) -> None:
     """Load the adapter's files with PEFT, and compare what comes of them with the adapter itself.
 
     Args:
         adapter: Loaded and detached again. PEFT attaches itself to its encoder, in float32, and leaves it as it was.
         found: Its files.
         tokens: Of some texts.
-        logits: What the adapter says of them.
-        tolerance: Largest difference of a logit.
+        outputs: ``Adapter.outputs`` of them.
+        tolerance: Largest difference of an output.
     Raises: VerificationError: PEFT would load something else, or nothing.
     """
     from peft import LoraConfig, PeftModel
@@ -46,11 +46,11 @@ def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, logits:
             loaded = PeftModel.from_pretrained(encoder.model, found.folder.root, torch_device=str(encoder.device))
     except Exception as error:  # noqa: BLE001 - PEFT raises whatever the damage leads it to
         raise VerificationError(f"{found.folder.root}: PEFT cannot load the adapter: {first_line(error)}") from None
-    difference = float(np.abs(adapter.logits_of_vectors(encoder.embed(tokens)) - logits).max())
+    difference = float(np.abs(adapter.outputs(encoder.embed(tokens)) - outputs).max())
     loaded.unload()
     if not difference <= tolerance:
         raise VerificationError(
-            f"{found.folder.root}: loaded by PEFT, logits differ by {difference:.3g} (allowed: {tolerance:g})"
+            f"{found.folder.root}: loaded by PEFT, {adapter.kind_of_outputs} differ by {difference:.3g} (allowed: {tolerance:g})"
         )
 
 

@@ -79,6 +79,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         ) from None
     adapters = find_adapters(request.adapters, offline=request.offline)
     for ref, adapter in zip(request.adapters, adapters, strict=True):
+        adapter.check_has_head()
         if not NAME.fullmatch(adapter.name):  # a worker is told NAME=REF
             raise AdapterError(
                 f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}"

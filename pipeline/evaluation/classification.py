@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.adapter.adapter import HeadStart
+from pipeline.adapter.head import HeadStart
 from pipeline.config import EvaluateConfig
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.encoder import Encoder

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.adapter.adapter import HeadStart
+from pipeline.adapter.head import HeadStart
 from pipeline.config import EvaluateConfig
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.encoder import FloatArray

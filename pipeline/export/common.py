@@ -31,7 +31,7 @@ def save_tokenizer(encoder: Encoder, folder: Path) -> None:
 
 def head_tensors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """Weight (classes, width) and bias (classes,)."""
-    state = adapter.head[1].state_dict()
+    state = adapter.classifier.linear.state_dict()
     return state["weight"], state["bias"]
 
 

@@ -81,6 +81,8 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
     _check_target(target)
     if form == "onnx":
         _check_libraries()
+    if form != "sentence-transformers":
+        adapter.check_has_head()
     files, config = find_encoder_of(adapter, encoder, offline=offline)
     # As for a compiler: plain layers and transformers' own attention, which torch.onnx can follow, instead of ours.
     runtime = choose_runtime(

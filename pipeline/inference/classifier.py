@@ -48,8 +48,14 @@ class Classifier:
         self._referee = (
             None if referee is None else Engine(adapters, referee, budget // 2)
         )  # whose numbers are twice as wide
-        for found, answers in zip(adapters, self.classify(self.tokenise([_ANY_TEXT])), strict=True):
-            if not answers.finite.all():
+        tokens = self.tokenise([_ANY_TEXT])
+        for index, found in enumerate(adapters):
+            first = np.arange(1)
+            if found.has_head:
+                finite = self.classify_with(index, tokens, first, top_k=1).finite
+            else:
+                finite = np.isfinite(self.embed_with(index, tokens, first))
+            if not finite.all():
                 raise AdapterError(
                     f"adapter {found.name}: its weights overflow: what it says of a text is not a finite number"
                 )
@@ -59,7 +65,10 @@ class Classifier:
         return self.encoder.tokenise(texts)
 
     def classify(self, tokens: Tokens) -> list[Answers]:
-        """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone."""
+        """One answer per adapter. The same tokens give the same bits: batches depend on the lengths alone.
+
+        Raises: AdapterError: an adapter has no head.
+        """
         return self._answers(tokens, np.arange(len(tokens)), range(self._num_adapters), self.top_k)
 
     def classify_with(self, index: int, tokens: Tokens, rows: IntArray, *, top_k: int) -> Answers:

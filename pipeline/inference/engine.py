@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.description import CANNOT_CLASSIFY, FoundAdapter
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray, batches_by_budget
 from pipeline.encoder.tokeniser import IntArray, Tokens
+from pipeline.errors import AdapterError
 from pipeline.inference.merging import MergedAdapter, Switch, merge_adapter, place_of, switched
 from pipeline.inference.shared_layers import Computed, SharedLayers
 
@@ -75,8 +76,14 @@ class Engine:
     def answers(self, tokens: Tokens, which: IntArray, asked: Sequence[int], *, width: int) -> list[Answers]:
         """Of some adapters about some of the texts."""
         rows, answered = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, asked, width))
-        sizes = [self._merged[index].head.out_features for index in asked]
+        sizes = [self._head(index).out_features for index in asked]
         return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
+
+    def _head(self, index: int) -> nn.Linear:
+        head = self._merged[index].head
+        if head is None:
+            raise AdapterError(f"this adapter cannot be asked for labels: {CANNOT_CLASSIFY}")
+        return head
 
     def embed(self, tokens: Tokens, which: IntArray, index: int) -> FloatArray:
         """Vectors of one adapter for some of the texts, float32 (texts, width)."""
@@ -128,6 +135,7 @@ class _Stream:
         answers = []
         for index in asked:
             adapter = self._adapters[index]
+            assert adapter.head is not None, "checked before the first batch"
             logits = adapter.head(self._pooled(batch, index)) / adapter.temperature
             scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
             answers.append((scores, labels))

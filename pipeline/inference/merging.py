@@ -24,8 +24,8 @@ class MergedAdapter:
 
     projections: dict[str, nn.Linear]
     """Module path -> ``W + scaling * B A`` in the encoder's dtype."""
-    head: nn.Linear
-    """float32."""
+    head: nn.Linear | None
+    """float32; None for an adapter that cannot classify."""
     temperature: float
     first_layer: int
 
@@ -39,7 +39,7 @@ def merge_adapter(found: FoundAdapter, encoder: Encoder) -> MergedAdapter:
         projections=join_projections(
             {path: _merge(lora.base, lora.update) for path, lora in adapter.projections.items()}, encoder.model
         ),
-        head=adapter.head[1],  # type: ignore[arg-type]
+        head=None if adapter.head is None else adapter.head.linear,
         temperature=found.calibration.temperature if found.calibration else 1.0,
         first_layer=min(OUTSIDE_LAYERS if number is None else number for number in numbers),
     )

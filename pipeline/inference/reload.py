@@ -38,16 +38,16 @@ PROBE_TOLERANCE = 1e-3
 class Reloaded:
     """What the fresh process saw."""
 
-    logits: FloatArray
-    """float32 (texts, classes)."""
+    outputs: FloatArray
+    """``Adapter.outputs`` of the texts, float32 (texts, outputs)."""
     effect: float
     """Largest absolute difference that the adapter makes to a text vector."""
     label_names: tuple[str, ...]
 
     def check(
-        self, name: str, *, logits: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool
+        self, name: str, *, outputs: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool
     ) -> float:
-        """Compare with what was trained; returns the largest difference between two logits.
+        """Compare with what was trained; returns the largest difference between two outputs.
 
         Args:
             is_trained: The adapter is that of an epoch. Only one that is still its start may be without effect on the encoder.
@@ -57,10 +57,11 @@ class Reloaded:
             raise VerificationError(f"{name}: label names after reloading are not those trained with")
         if not (self.effect > 0 or (self.effect == 0 and not is_trained)):
             raise VerificationError(f"{name}: the reloaded adapter has no effect on the encoder")
-        difference = float(np.abs(self.logits - logits).max()) if self.logits.shape == logits.shape else float("inf")
+        same_shape = self.outputs.shape == outputs.shape
+        difference = float(np.abs(self.outputs - outputs).max()) if same_shape else float("inf")
         if not difference <= tolerance:
             raise VerificationError(
-                f"{name}: logits differ by {difference:.3g} after reloading (allowed: {tolerance:g})"
+                f"{name}: {'logits' if label_names else 'vectors'} differ by {difference:.3g} after reloading (allowed: {tolerance:g})"
             )
         return difference
 
@@ -86,7 +87,7 @@ def check_reload(
     Raises: VerificationError: logits or label names differ, a trained adapter has no effect, or it cannot be loaded.
     """
     encoder = adapter.encoder
-    expected = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(texts)))
+    expected = adapter.outputs(encoder.embed(encoder.tokenise(texts)))
     config = EncoderConfig.model_validate(
         encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)}
     )
@@ -97,9 +98,9 @@ def check_reload(
     except AdapterError as error:  # the files are not a user's but ours, of a moment ago
         raise VerificationError(str(error)) from None
     found.check(
-        folder.root.name, logits=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
+        folder.root.name, outputs=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
     )
-    probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.logits.tolist())), tolerance=PROBE_TOLERANCE)
+    probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.outputs.tolist())), tolerance=PROBE_TOLERANCE)
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
 
 
@@ -137,7 +138,8 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
         kind: type[LorafleetError] = getattr(errors, said["fault"])
         raise kind(f"{cannot}: {said['message']}")
     return [
-        Reloaded(np.array(a["logits"], dtype=np.float32), a["effect"], tuple(a["label_names"])) for a in said["answers"]
+        Reloaded(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
+        for a in said["answers"]
     ]
 
 
@@ -173,12 +175,12 @@ def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str,
     adapter = load_adapter(folder, encoder, found=found)
     check_both_forms(adapter, folder)
     adapted = encoder.embed(tokens)
-    logits = adapter.logits_of_vectors(adapted)
+    outputs = adapter.outputs(adapted)
     adapter.detach()  # the next one finds the encoder as it was
     if encoder.runtime.dtype == "float32":  # as others load it
-        check_peft(adapter, found, tokens, logits=logits, tolerance=PROBE_TOLERANCE)
+        check_peft(adapter, found, tokens, outputs=outputs, tolerance=PROBE_TOLERANCE)
     return {
-        "logits": logits.tolist(),
+        "outputs": outputs.tolist(),
         "effect": float(np.abs(adapted - frozen).max()),
         "label_names": list(adapter.label_names),
     }

@@ -117,7 +117,7 @@ class Router:
             offline=offline,
             precision=precision,
         )
-        self._label_names = [found.label_names for found in adapters]
+        self._adapters = adapters
         self._index_of = {found.name: index for index, found in enumerate(adapters)}
 
     @property
@@ -134,7 +134,7 @@ class Router:
 
         Raises: AdapterError: there is none of this name.
         """
-        return LoadedAdapter(self, name, self._label_names[self._index(name)])
+        return LoadedAdapter(self, name, self._adapters[self._index(name)].label_names)
 
     def predict(self, texts: Iterable[str], adapter: str | Sequence[str], *, top_k: int = 1) -> list[Prediction]:
         """Labels and probabilities, in the order of the texts; ``pandas.DataFrame`` makes a table of them.
@@ -144,7 +144,7 @@ class Router:
             adapter: Name of the adapter, or one name per text.
             top_k: Labels per text; all of them where the adapter has fewer.
         Raises:
-            AdapterError: there is no adapter of such a name.
+            AdapterError: there is no adapter of such a name, or it has no head.
             DataError: a text is no string, or there are not as many names as texts.
             InputError: ``top_k`` is less than 1.
         """
@@ -152,11 +152,13 @@ class Router:
             raise InputError(f"top_k: expected at least 1, found {top_k}")
         texts = _checked(texts)
         groups = self._groups(adapter, len(texts))
+        for index in groups:
+            self._adapters[index].check_has_head()
         tokens = self._classifier.tokenise(texts)
         not_blank = np.array([bool(text.strip()) for text in texts], dtype=np.bool_)
         predictions = [_NOTHING] * len(texts)
         for index, asked in groups.items():
-            rows, names = asked[not_blank[asked]], self._label_names[index]
+            rows, names = asked[not_blank[asked]], self._adapters[index].label_names
             answers = self._classifier.classify_with(index, tokens, rows, top_k=top_k)
             kept, answers = (
                 rows[answers.finite],

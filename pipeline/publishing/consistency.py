@@ -61,12 +61,14 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
     name, encoder, labels = result.mteb_task.name, result.encoder, result.data.label_names
     meta = read_record(folder.meta, AdapterMeta)
     trained_on = EncoderName(name=encoder.public_name, revision=encoder.revision)
-    _check(name, "labels.json", "label names", read_record(folder.labels, LabelNames).root, labels)
+    if result.has_head:
+        _check(name, "labels.json", "label names", read_record(folder.labels, LabelNames).root, labels)
+        calibration = read_record(folder.calibration, Calibration)
+        _check(name, "calibration.json", "calibration", calibration, result.calibration)
     _check(name, "meta.json", "label_names", meta.label_names, labels)
     _check(name, "meta.json", "encoder", meta.encoder, trained_on)
     _check(name, "meta.json", "task", meta.task or name, name)
     _check(name, "result.json", "adapter.encoder_revision", result.adapter.encoder_revision, encoder.revision)
-    _check(name, "calibration.json", "calibration", read_record(folder.calibration, Calibration), result.calibration)
     _check_rows(result)
     few_shot = read_record(folder.few_shot, FewShot).root
     _check(name, "few_shot.json", "columns", sorted(few_shot), sorted(_few_shot_columns(result)))

@@ -100,6 +100,11 @@ def first_look(
     if published is None:
         return "promote", "nothing is published under this name yet"
     old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
+    if not result.has_head and published != result.adapter.sha256 and config.enabled:
+        return (
+            "block",
+            "it has no head, so the gate has no labels to compare; allow it with publish.gate.enabled = false",
+        )
     if published == result.adapter.sha256 and old == new:  # renaming a label changes no weight
         return "keep", "it is the published adapter"
     if not config.enabled:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from pipeline.adapter.description import describe_adapter
 from pipeline.errors import InputError, LorafleetError
 from pipeline.publishing.consistency import check_run, check_summary, check_task
 from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
@@ -74,7 +75,8 @@ def read_candidate(run: Path) -> Candidate:
     manifest, results = read_manifest(folder), {}
     for entry in summary.tasks:
         task = folder.task(entry.task)
-        _check_files(folder.root, (*task.published(), task.result))
+        _check_files(folder.root, (task.meta, task.result))
+        _check_files(folder.root, task.published(has_head=describe_adapter(task).has_head))
         found, results[entry.task] = check_task(task)
         check_run(manifest, found, results[entry.task])
     check_summary(folder, results, listed=manifest)
@@ -96,7 +98,7 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
     for task in stay:
         _copy_what_stays(base, task, staging)
     for task in promoted:
-        for path in candidate.folder.task(task).published():
+        for path in candidate.folder.task(task).published(has_head=candidate.results[task].has_head):
             _copy(candidate.folder, f"{task}/{path.name}", staging)
         results[task] = _public(candidate.results[task])
         write_atomically(staging.task(task).result, results[task].model_dump_json(indent=1))

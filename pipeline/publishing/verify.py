@@ -109,7 +109,7 @@ def verify_folder(
     for adapter, trained, probe, reloaded in zip(found, is_trained, probes, answers, strict=True):
         logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.root.name
         difference = reloaded.check(
-            name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
+            name, outputs=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
         )
         verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
     return verified
@@ -121,7 +121,9 @@ def check_files(folder: RunFolder, publication: Publication) -> None:
     Raises: VerificationError: one is missing, has other bytes, or is one of ours for which there is no hash.
     """
     for name in publication.adapters:
-        for file in (*folder.task(name).published(), folder.task(name).result):
+        task = folder.task(name)
+        has_head = f"{name}/{task.labels.name}" in publication.files
+        for file in (*task.published(has_head=has_head), task.result):
             if f"{name}/{file.name}" not in publication.files:
                 raise VerificationError(f"{name}/{file.name}: publication.json has no hash of it")
     ours = [path for part in (folder.metrics, folder.mteb_results) for path in part.rglob("*") if not is_folder(path)]

@@ -210,7 +210,7 @@ def _panels(result: TaskResult) -> Markup:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.grid(axis="y")
-        _draw_reliability(reliability, result.calibration.reliability)
+        _draw_reliability(reliability, result.calibration.reliability if result.calibration else ())
         return inline_svg(
             figure, f"{result.mteb_task.name}: training loss and accuracy per epoch, reliability of the confidences"
         )

@@ -17,8 +17,8 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from pipeline.adapter.adapter import HeadStart
 from pipeline.adapter.files import save_adapter
+from pipeline.adapter.head import HeadStart
 from pipeline.data.dataset import TaskData, load_data
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
@@ -31,6 +31,7 @@ from pipeline.run.plan import JobSpec
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training.batches import LabelledTokens
 from pipeline.training.checkpoint import tensor_file
+from pipeline.training.objective import Classification
 from pipeline.training.train import Training, train_adapter
 
 _RELOADED_TEXTS = 32
@@ -134,7 +135,7 @@ class TaskJob:
             runtime=self._encoder.runtime,
             adapter=adapter,
             num_lora_parameters=sum(p.numel() for p in training.adapter.lora_parameters),
-            num_head_parameters=sum(p.numel() for p in training.adapter.head.parameters()),
+            num_head_parameters=sum(p.numel() for p in training.adapter.classifier.parameters()),
             merge_difference=training.adapter.merge_difference(self._encoder.tokenise(reloaded_texts)),
             probe_c=baselines.probe_c,
             epochs=training.epochs,
@@ -236,15 +237,19 @@ class TaskJob:
                 "%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs
             )
             selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
-            self._training = train_adapter(
+            objective = Classification(
                 tokens.train,
                 selection if len(selection.labels) else None,
-                self._encoder,
                 label_names=self._data.label_names,
+                config=train,
+                head_start=baselines.head_start if train.head_init == "probe" else None,
+            )
+            self._training = train_adapter(
+                objective,
+                self._encoder,
                 adapter_config=self.config.adapter,
                 train_config=train,
                 max_epochs=self.spec.mteb_task.max_epochs,
-                head_start=baselines.head_start if train.head_init == "probe" else None,
                 warm_start=self._warm_start(),
                 checkpoint=self._checkpoint,
                 on_epoch=on_epoch,

@@ -89,20 +89,15 @@ class TaskFolder:
         """A ``TaskResult`` record, written last: with it the MTEB task is finished. Published without its local paths."""
         return self.root / "result.json"
 
-    def published(self) -> tuple[Path, ...]:
-        """The files that leave the run folder as they are when it is published."""
-        return (
-            self.lora_adapter_pt,
-            self.classifier_head_pt,
-            self.meta,
-            self.adapter_weights,
-            self.adapter_config,
-            self.head,
-            self.labels,
-            self.calibration,
-            self.probe,
-            self.few_shot,
-        )
+    def published(self, *, has_head: bool = True) -> tuple[Path, ...]:
+        """The files that are published as they are.
+
+        Args:
+            has_head: An adapter without a head has no file of one.
+        """
+        of_head = (self.classifier_head_pt, self.head, self.labels, self.calibration) if has_head else ()
+        pairs = (self.lora_adapter_pt, self.meta, self.adapter_weights, self.adapter_config, self.probe, self.few_shot)
+        return (*pairs, *of_head)
 
 
 @dataclass(frozen=True)
@@ -313,10 +308,13 @@ def _check_kind(found: os.stat_result, expected: int, path: Path) -> None:
 def adapter_sha256(folder: Path) -> str:
     """sha256 over the bytes of ``adapter_model.safetensors``, then ``head.safetensors``; the identity of an adapter.
 
+    A folder with neither a head nor labels is an adapter without a head: then the first file counts alone.
+
     Raises: AdapterError: one of the two files is missing or cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in (TaskFolder(folder).adapter_weights, TaskFolder(folder).head):
+    digest, files = hashlib.sha256(), TaskFolder(folder)
+    has_head = os.path.lexists(files.head) or os.path.lexists(files.labels)
+    for path in (files.adapter_weights, *((files.head,) if has_head else ())):
         try:
             add_file(digest, path)
         except OSError as error:

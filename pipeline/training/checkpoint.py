@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ class LoopState:
 
     epochs: list[EpochRow] = field(default_factory=list)
     best_epoch: int = 0
-    best_score: float = 0.0
+    best_score: float = -math.inf
     last_gain: int = 1
     """The first epoch that reached the best score; 1 for the start, because patience begins with the first epoch."""
     steps: int = 0

@@ -19,8 +19,11 @@ LENGTH_STEP = 8
 RECORDABLE = frozenset({"bert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"})
 """Encoders whose replayed steps were compared with launched ones (tests/test_devices.py); others may copy from the host in between."""
 
-Step = Callable[[Batch, Tensor], Tensor]
-"""Learns from a batch with its labels, int64 (texts,), and returns the loss."""
+Inputs = tuple[Batch | Tensor, ...]
+"""Tensors of one batch on the encoder's device. The first one has one row per example."""
+
+Step = Callable[..., Tensor]
+"""Learns from the ``Inputs`` of one batch, and returns the loss."""
 
 
 def is_recordable(encoder: Encoder) -> bool:
@@ -30,66 +33,73 @@ def is_recordable(encoder: Encoder) -> bool:
 
 
 class StepGraphs:
-    """A training step that is recorded for every length of full batches; smaller batches, of which an epoch has few, are launched."""
+    """A training step that is recorded for every shape of full batches. Smaller batches, of which an epoch has few, are launched."""
 
     def __init__(self, step: Step, *, batch_size: int, state: Sequence[Tensor]) -> None:
         """Record nothing yet.
 
         Args:
-            step: What is recorded. All that it changes lies on the GPU and is changed in place.
-            batch_size: Texts of a full batch.
+            step: What is recorded. All that it changes is on the GPU and is changed in place.
+            batch_size: Examples of a full batch.
             state: The tensors that it changes and that the next step depends on.
         """
         self._step = step
         self._batch_size = batch_size
         self._state = state
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
         self._stream = torch.cuda.Stream()
         self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
-    def __call__(self, batch: Batch, labels: Tensor) -> Tensor:
+    def __call__(self, *inputs: Batch | Tensor) -> Tensor:
         """Take the step, and return its loss."""
-        texts, length = batch.ids.shape
-        if texts != self._batch_size:
-            return self._step(batch, labels)
-        if length not in self._recorded:
-            self._recorded[length] = self._record(batch, labels)
-        recorded = self._recorded[length]
-        recorded.batch.ids.copy_(batch.ids)
-        recorded.batch.mask.copy_(batch.mask)
-        recorded.labels.copy_(labels)
+        tensors = _tensors(inputs)
+        if len(tensors[0]) != self._batch_size:
+            return self._step(*inputs)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self._recorded:
+            self._recorded[shapes] = self._record(inputs)
+        recorded = self._recorded[shapes]
+        for kept, tensor in zip(_tensors(recorded.inputs), tensors, strict=True):
+            kept.copy_(tensor)
         recorded.graph.replay()
         return recorded.loss.clone()
 
-    def _record(self, batch: Batch, labels: Tensor) -> _Recorded:
-        batch, labels = Batch(batch.ids.clone(), batch.mask.clone()), labels.clone()
+    def _record(self, inputs: Inputs) -> _Recorded:
+        inputs = tuple(_clone(part) for part in inputs)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._try_out(batch, labels)
+            self._try_out(inputs)
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
-                loss = self._step(batch, labels)
+                loss = self._step(*inputs)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return _Recorded(batch, labels, loss, graph)
+        return _Recorded(inputs, loss, graph)
 
-    def _try_out(self, batch: Batch, labels: Tensor) -> None:
-        """A step that counts for nothing: libraries set themselves up at their first call, which cannot be recorded."""
+    def _try_out(self, inputs: Inputs) -> None:
+        """Take a step and undo it: libraries set themselves up at their first call, which cannot be recorded."""
         before = [tensor.detach().clone() for tensor in self._state]
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            self._step(batch, labels)
+            self._step(*inputs)
         with torch.no_grad():
             for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [tensor for part in inputs for tensor in ((part.ids, part.mask) if isinstance(part, Batch) else (part,))]
+
+
+def _clone(part: Batch | Tensor) -> Batch | Tensor:
+    return Batch(part.ids.clone(), part.mask.clone()) if isinstance(part, Batch) else part.clone()
 
 
 @dataclass(frozen=True)
 class _Recorded:
     """A graph, with the tensors that it reads and writes."""
 
-    batch: Batch
-    labels: Tensor
+    inputs: Inputs
     loss: Tensor
     graph: torch.cuda.CUDAGraph

@@ -157,8 +157,9 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
     from pipeline.encoder.encoder import Batch, Encoder
     from pipeline.encoder.runtime import choose_runtime
-    from pipeline.training import train as training_module
+    from pipeline.training import loop
     from pipeline.training.batches import LabelledTokens
+    from pipeline.training.objective import Classification
     from pipeline.training.train import train_adapter
 
     config = TrainConfig.model_validate(
@@ -172,25 +173,28 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
     )
     runtime = choose_runtime(config, threads=settings.threads, use_gpu=settings.device == "cuda")
     encoder = Encoder(_encoder_files(), EncoderConfig(max_tokens=MAX_TOKENS), runtime)
-    parts: dict[str, Any] = {"label_names": data.label_names, "train_config": config}
+    parts: dict[str, Any] = {"train_config": config}
+    learns: dict[str, Any] = {"label_names": data.label_names, "config": config}
     parts["adapter_config"] = AdapterConfig(rank=RANK, alpha=ALPHA, dropout=DROPOUT)
     if not replay:
-        training_module.is_recordable = lambda encoder: False
+        loop.is_recordable = lambda encoder: False
     _import_ahead("sklearn.linear_model", "sklearn.model_selection")
     _start_device(settings)
     started = time.perf_counter()
     tokens = LabelledTokens(encoder.tokenise(data.train_texts), data.train_labels)
     start = _probe_start(data, encoder, tokens, seed) if probe else None
-    training = train_adapter(tokens, None, encoder, max_epochs=settings.epochs, head_start=start, **parts)
+    objective = Classification(tokens, None, head_start=start, **learns)
+    training = train_adapter(objective, encoder, max_epochs=settings.epochs, **parts)
     seconds = time.perf_counter() - started
     adapter = training.adapter
-    adapter.head.eval()
+    adapter.eval()
 
     def save_checkpoint(folder: Path) -> float:
         adapter.detach()
         few = LabelledTokens(encoder.tokenise(data.train_texts[:BATCH_SIZE]), data.train_labels[:BATCH_SIZE])
         with _timed_checkpoints() as written:
-            train_adapter(few, None, encoder, max_epochs=1, checkpoint=folder / "checkpoint.safetensors", **parts)
+            objective = Classification(few, None, **learns)
+            train_adapter(objective, encoder, max_epochs=1, checkpoint=folder / "checkpoint.safetensors", **parts)
         return written[0]
 
     attention = runtime.attention + (", compiled" if runtime.compiled else "")
