@@ -523,7 +523,7 @@ def give_effect(adapter: Adapter, *, seed: int = 1) -> Adapter:
     with torch.no_grad():
         for lora in adapter.projections.values():
             lora.lora_B.normal_(std=0.1, generator=generator)
-        for parameter in adapter.head.parameters():
+        for parameter in adapter.head.parameters() if adapter.head is not None else ():
             parameter.normal_(std=0.5, generator=generator)
-    adapter.head.eval()
+    adapter.eval()
     return adapter

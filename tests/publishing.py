@@ -256,11 +256,11 @@ def copy_run(run: Path, root: Path, *, tasks: Sequence[str] = ("Topics", "Pairs"
     folder = RunFolder(root)
     folder.gate.unlink(missing_ok=True)
     kept = [read_record(folder.task(task).result, TaskResult) for task in tasks]
-    _rewrite(folder, kept, **config)
+    rewrite_results(folder, kept, **config)
     return folder
 
 
-def _rewrite(folder: RunFolder, results: Sequence[TaskResult], **config: Any) -> None:
+def rewrite_results(folder: RunFolder, results: Sequence[TaskResult], **config: Any) -> None:
     """Let the run's records say what its folder now holds."""
     old, run_id = read_manifest(folder), folder.root.name
     names = [result.mteb_task.name for result in results]
@@ -292,7 +292,7 @@ def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable
     results = {path.parent.name: read_record(path, TaskResult) for path in folder.root.glob("*/result.json")}
     result = results[task]
     results[task] = of_adapter(result, result.adapter.model_copy(update={"sha256": saved.sha256}))
-    _rewrite(folder, list(results.values()))
+    rewrite_results(folder, list(results.values()))
 
 
 def no_effect(adapter: Any) -> None:

@@ -116,7 +116,8 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
             num_texts=len(COMPARED_TEXTS),
             largest_difference=difference,
         )
-        write_atomically(folder / "labels.json", json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
+        if adapter.has_head:
+            write_atomically(folder / "labels.json", json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
         write_atomically(folder / "export.json", exported.model_dump_json(indent=1))
     return exported
 

@@ -75,8 +75,8 @@ class Engine:
 
     def answers(self, tokens: Tokens, which: IntArray, asked: Sequence[int], *, width: int) -> list[Answers]:
         """Of some adapters about some of the texts."""
-        rows, answered = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, asked, width))
         sizes = [self._head(index).out_features for index in asked]
+        rows, answered = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, asked, width))
         return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
 
     def _head(self, index: int) -> nn.Linear:

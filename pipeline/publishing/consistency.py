@@ -274,7 +274,9 @@ def _is_other(one: float | None, other: float | None) -> bool:
 
 def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:
     scores, epochs = read_scores(folder.scores), read_epochs(folder.epochs)
-    for file, names in ((folder.scores.name, {row.mteb_task for row in scores}), (folder.epochs.name, set(epochs))):
+    scored = {row.mteb_task for row in scores}
+    unscored = {name for name, result in results.items() if not result.scores}  # an adapter without a head
+    for file, names in ((folder.scores.name, scored | unscored), (folder.epochs.name, set(epochs))):
         _check_names(file, names, publication)
     are_all = results.keys() == publication.adapters.keys()
     corrected = (
