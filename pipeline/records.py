@@ -346,6 +346,30 @@ class ScoreRow(Record):
     """The same, corrected over the run's MTEB tasks."""
 
 
+class ValueRow(Record):
+    """One number that was measured: one row of ``values.parquet``."""
+
+    run_id: RunId
+    mteb_task: TaskName
+    split: Literal["test"] = "test"
+    column: Column
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_@]{0,63}$")]
+    """Name of the metric, such as ``accuracy``."""
+    width: int | None = Field(default=None, ge=1)
+    """Dimensions of the text vectors that were used. None: all of them."""
+    slice: str | None = Field(default=None, min_length=1, max_length=128)
+    """Property that the texts of this row share, such as ``in_train``. None: all texts."""
+    slice_value: str | None = Field(default=None, max_length=1024)
+    """Value of that property."""
+    value: float
+    low: float | None = None
+    """Ends of the 95 % interval, over the draws for few-shot columns and over the test texts otherwise. None: not computed."""
+    high: float | None = None
+    num_texts: int = Field(ge=1)
+    main: bool
+    """Whether this is the metric that the MTEB task is judged by."""
+
+
 class CoverageRow(Record):
     """Accuracy if texts below a confidence are left without a label."""
 
@@ -521,6 +545,8 @@ class TaskResult(Record):
     warm_start: WarmStart | None = None
     """None for a training from scratch."""
     scores: tuple[ScoreRow, ...]
+    values: tuple[ValueRow, ...] = ()
+    """Every measured number. Empty in results of older versions, whose numbers are in ``scores`` only."""
     comparison: Comparison | None
     """None where one of the two columns was switched off."""
     calibration: Calibration | None

@@ -37,6 +37,7 @@ from pipeline.store.history import (
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder, read_record
 from pipeline.store.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
+from pipeline.store.values import values_of_scores
 
 MONDAY = datetime(2026, 3, 2, 4, 30, tzinfo=UTC)
 
@@ -196,7 +197,7 @@ def season(runs: Path) -> StoreHistory:
 
 def one_task(rows: Sequence[ScoreRow], of_tasks: Sequence[MtebTaskRow] = ()) -> TaskHistory:
     when = {row.run_id: row.created_at for row in rows}
-    (task,) = task_histories(rows, of_tasks, when)
+    (task,) = task_histories(rows, values_of_scores(rows), of_tasks, when)
     return task
 
 

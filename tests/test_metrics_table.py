@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, InputError, LorafleetError
-from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, ScoreRow
+from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, Record, ScoreRow, ValueRow
 from pipeline.store.tables import (
     EPOCHS_SCHEMA,
     MTEB_TASKS_SCHEMA,
     SCORES_SCHEMA,
+    VALUES_SCHEMA,
     append_history,
     append_mteb_tasks,
     read_gate,
@@ -124,13 +125,18 @@ def test_score_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_schemas_hold_every_field_of_the_records_in_order() -> None:
     assert SCORES_SCHEMA.names == list(ScoreRow.model_fields)
-    assert EPOCHS_SCHEMA.names == ["run_id", "mteb_task", *EpochRow.model_fields]
+    of_file = [name for name in EpochRow.model_fields if name != "validation_score"]  # of no classifier
+    assert EPOCHS_SCHEMA.names == ["run_id", "mteb_task", *of_file]
+    assert VALUES_SCHEMA.names == list(ValueRow.model_fields)
     assert MTEB_TASKS_SCHEMA.names == list(MtebTaskRow.model_fields)
 
 
 def test_a_column_may_be_null_exactly_where_its_field_may_be_none() -> None:
-    for schema, record in ((SCORES_SCHEMA, ScoreRow), (EPOCHS_SCHEMA, EpochRow), (MTEB_TASKS_SCHEMA, MtebTaskRow)):
+    tables: list[tuple[pa.Schema, type[Record]]] = [(SCORES_SCHEMA, ScoreRow), (EPOCHS_SCHEMA, EpochRow)]
+    for schema, record in (*tables, (MTEB_TASKS_SCHEMA, MtebTaskRow), (VALUES_SCHEMA, ValueRow)):
         for name, field in record.model_fields.items():
+            if name == "validation_score":
+                continue
             assert schema.field(name).nullable == (type(None) in get_args(field.annotation)), name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ ROOT_FILES = {
     "classification_results.json",
     "report.html",
     "metrics/scores.parquet",
+    "metrics/values.parquet",
     "metrics/epochs.parquet",
     "publication.json",
 }
@@ -242,7 +244,13 @@ def test_a_longer_name_that_begins_like_a_local_path_is_none(tmp_path: Path) -> 
 # What is not the run's to publish
 
 RUN_FILES = [
-    *("manifest.json", "classification_results.json", "README.md", "report.html", "metrics/scores.parquet"),
+    *(
+        "manifest.json",
+        "classification_results.json",
+        "README.md",
+        "report.html",
+        "metrics/scores.parquet",
+    ),
     *(f"A/{name}" for name in sorted(TASK_FILES)),
 ]
 
@@ -431,9 +439,12 @@ def test_the_identity_of_an_adapter_is_the_hash_of_weights_then_head(tmp_path: P
     assert (
         adapter_sha256(tmp_path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )  # sha256sum <<< of "abc"
+    (tmp_path / "labels.json").touch()
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"head\.safetensors cannot be read"):
         adapter_sha256(tmp_path)
+    (tmp_path / "labels.json").unlink()
+    assert adapter_sha256(tmp_path) == hashlib.sha256(b"ab").hexdigest(), "an adapter without a head"
 
 
 @pytest.mark.parametrize("name", ["metrics", "Metrics", "manifest.json", "README.md", "..", "a/b", ""])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,9 +19,10 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.evaluation import calibration, scores, significance
 from pipeline.evaluation.few_shot import few_shot
+from pipeline.evaluation.metrics import Estimate, measure
 from pipeline.evaluation.probe import full_data_probe, head_start
 from pipeline.evaluation.vectors import TextVectors
-from pipeline.records import Calibration, Column, Comparison, Confusion, MainMetric, ScoreRow, SelectedOn
+from pipeline.records import Calibration, Column, Comparison, Confusion, MainMetric, ScoreRow, SelectedOn, ValueRow
 from pipeline.store.key import library_versions
 from pipeline.training.train import Training
 
@@ -30,6 +32,7 @@ class Baselines:
     """The columns of the frozen encoder, and what training and evaluation take from them."""
 
     rows: tuple[ScoreRow, ...]
+    values: tuple[ValueRow, ...]
     probe_c: float
     probe_predictions: IntArray
     """Of the full-data probe on test, (num_test,)."""
@@ -43,6 +46,7 @@ class AdapterEvaluation:
     """The columns of the adapted encoder and what is known of the head."""
 
     rows: tuple[ScoreRow, ...]
+    values: tuple[ValueRow, ...]
     comparison: Comparison | None
     calibration: Calibration
     confusions: tuple[Confusion, ...]
@@ -114,6 +118,39 @@ class RowFacts:
             p_value_main=comparison.main_p_value if comparison else None,
         )
 
+    def values(
+        self, row: ScoreRow, estimates: Mapping[str, Estimate], *, main_metric: MainMetric
+    ) -> tuple[ValueRow, ...]:
+        """The numbers of one column as rows of ``values.parquet``.
+
+        Args:
+            row: The column's score row, whose numbers stand as they are.
+            estimates: Further metrics, and intervals of macro-F1.
+            main_metric: The metric that the MTEB task is judged by.
+        """
+        numbers = dict(estimates) | {"accuracy": Estimate(row.accuracy, row.low, row.high)}
+        numbers["macro_f1"] = replace(numbers.get("macro_f1", Estimate(row.macro_f1)), value=row.macro_f1)
+        if row.average_precision is not None:
+            numbers["average_precision"] = Estimate(row.average_precision)
+        of_column = {"run_id": row.run_id, "mteb_task": row.mteb_task, "column": row.column}
+        rows = [
+            ValueRow(
+                **of_column,  # type: ignore[arg-type]
+                metric=name,
+                value=number.value,
+                low=number.low,
+                high=number.high,
+                num_texts=row.num_texts,
+                main=name == main_metric,
+            )
+            for name, number in numbers.items()
+        ]
+        apart = row.num_texts - row.num_overlap
+        if row.num_overlap and row.accuracy_without_overlap is not None and apart:
+            new_texts = {"slice": "in_train", "slice_value": "no", "num_texts": apart, "low": None, "high": None}
+            rows.append(rows[list(numbers).index("accuracy")].changed(value=row.accuracy_without_overlap, **new_texts))
+        return tuple(rows)
+
 
 def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, refit: bool = False) -> Baselines:
     """Measure the frozen encoder: majority class, mteb's few-shot protocol, logistic regression on all of train.
@@ -124,12 +161,11 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, 
         tokens: Of the training texts, to embed them without tokenising again.
         refit: The head will learn from train and validation in the end, so the probe it is compared with does too.
     """
-    data, vectors, rows = facts.data, TextVectors(facts.encoder), []
+    data, vectors, columns = facts.data, TextVectors(facts.encoder), _Columns(facts, config)
     started = time.perf_counter()
     if "majority" in config.columns:
         majority = np.full_like(data.test_labels, np.bincount(data.train_labels).argmax())
-        score = _score(majority, None, facts, config)
-        rows.append(facts.row("majority", score, started=started, predictions=majority))
+        columns.add("majority", majority, None, started=started)
     started = time.perf_counter()
     vectors(data.train_texts, tokens)
     probe, features_scale = full_data_probe(data, vectors, config, seed=facts.seed)
@@ -140,21 +176,21 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, 
     predictions = probe.predict(vectors.features(data.test_texts))
     if "frozen_full_data" in config.columns:
         positive = probe.predict_proba(vectors.features(data.test_texts))[:, -1]
-        score = _score(predictions, positive, facts, config)
-        rows.append(facts.row("frozen_full_data", score, started=started, predictions=predictions))
+        columns.add("frozen_full_data", predictions, positive, started=started)
     started = time.perf_counter()
     own: dict[str, Any] = {}
     if "frozen_few_shot" in config.columns:
         score, own["frozen_few_shot"] = few_shot(data.mteb_task, vectors)
-        rows.append(facts.row("frozen_few_shot", score, started=started))
-    return Baselines(tuple(rows), float(probe.C), predictions.astype(np.int64), start, own)
+        columns.add_score("frozen_few_shot", score, started=started)
+    rows, values = columns.done()
+    return Baselines(rows, values, float(probe.C), predictions.astype(np.int64), start, own)
 
 
 def evaluate_adapter(
     facts: RowFacts, config: EvaluateConfig, *, training: Training, adapter_sha256: str, baselines: Baselines
 ) -> AdapterEvaluation:
     """Measure the adapted encoder: mteb's few-shot protocol on its vectors, and the adapter's own head."""
-    data, adapter, rows = facts.data, training.adapter, []
+    data, adapter, columns = facts.data, training.adapter, _Columns(facts, config)
     vectors = TextVectors(facts.encoder)
     started = time.perf_counter()
     logits = adapter.logits_of_vectors(vectors(data.test_texts))
@@ -170,14 +206,14 @@ def evaluate_adapter(
             main_metric=_main_metric(data, config),
             seed=facts.seed,
         )
-    score = _score(predictions, logits[:, -1] - logits[:, 0], facts, config)
-    trained = {"selected_on": training.selected_on, "adapter_sha256": adapter_sha256}
-    rows.append(facts.row("head", score, started=started, predictions=predictions, comparison=comparison, **trained))  # type: ignore[arg-type]
+    trained: dict[str, Any] = {"selected_on": training.selected_on, "adapter_sha256": adapter_sha256}
+    margin = logits[:, -1] - logits[:, 0]
+    columns.add("head", predictions, margin, started=started, comparison=comparison, **trained)
     started = time.perf_counter()
     own: dict[str, Any] = {}
     if "adapted_few_shot" in config.columns:
         score, own["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
-        rows.append(facts.row("adapted_few_shot", score, started=started, **trained))  # type: ignore[arg-type]
+        columns.add_score("adapted_few_shot", score, started=started, **trained)
     fit_on = (
         validation if not training.learnt_selection else None
     )  # a temperature fitted on what was learnt would flatter itself
@@ -185,7 +221,8 @@ def evaluate_adapter(
         fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels
     )
     confusions = scores.confusions(data.test_labels, predictions, data.label_names)
-    return AdapterEvaluation(tuple(rows), comparison, calibrated, confusions, own)
+    rows, values = columns.done()
+    return AdapterEvaluation(rows, values, comparison, calibrated, confusions, own)
 
 
 def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
@@ -194,14 +231,51 @@ def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
     return "macro_f1" if data.mteb_task.metadata.main_score == "f1" else "accuracy"
 
 
-def _score(
-    predictions: IntArray, positive: npt.NDArray[Any] | None, facts: RowFacts, config: EvaluateConfig
-) -> scores.Score:
-    return scores.score_predictions(
-        facts.data.test_labels,
-        predictions,
-        num_classes=len(facts.data.label_names),
-        positive_scores=positive,
-        bootstrap_draws=config.bootstrap_draws,
-        seed=facts.seed,
-    )
+class _Columns:
+    """The columns that were measured so far, each as a score row and as values."""
+
+    def __init__(self, facts: RowFacts, config: EvaluateConfig) -> None:
+        self._facts = facts
+        self._config = config
+        self._main_metric = _main_metric(facts.data, config)
+        self._rows: list[ScoreRow] = []
+        self._values: list[ValueRow] = []
+
+    def add(
+        self,
+        column: Column,
+        predictions: IntArray,
+        positive: npt.NDArray[Any] | None,
+        *,
+        started: float,
+        **facts: Any,
+    ) -> None:
+        """Score one prediction per test text.
+
+        Args:
+            column: Name of the column.
+            predictions: Class of each test text, int (num_test,).
+            positive: How much each text belongs to the last class, float (num_test,).
+            started: The ``perf_counter`` at which the work on the column began.
+            facts: As ``RowFacts.row`` takes them.
+        """
+        labels, num_classes = self._facts.data.test_labels, len(self._facts.data.label_names)
+        draws, seed = self._config.bootstrap_draws, self._facts.seed
+        score = scores.score_predictions(
+            labels, predictions, num_classes=num_classes, positive_scores=positive, bootstrap_draws=draws, seed=seed
+        )
+        row = self._facts.row(column, score, started=started, predictions=predictions, **facts)
+        estimates = measure(labels, predictions, num_classes=num_classes, draws=draws, seed=seed)
+        self._append(row, estimates)
+
+    def add_score(self, column: Column, score: scores.Score, *, started: float, **facts: Any) -> None:
+        """Take over a score that was measured elsewhere, as ``add`` does."""
+        self._append(self._facts.row(column, score, started=started, **facts), {})
+
+    def done(self) -> tuple[tuple[ScoreRow, ...], tuple[ValueRow, ...]]:
+        """All columns, in the order in which they were added."""
+        return tuple(self._rows), tuple(self._values)
+
+    def _append(self, row: ScoreRow, estimates: Mapping[str, Estimate]) -> None:
+        self._rows.append(row)
+        self._values += self._facts.values(row, estimates, main_metric=self._main_metric)

@@ -42,7 +42,8 @@ from pipeline.reports.outputs import (
 from pipeline.reports.score_table import score_row, summarise
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import LARGEST_RECORD_BYTES, RunFolder, TaskFolder, read_file, read_record
-from pipeline.store.tables import read_epochs, read_scores
+from pipeline.store.tables import read_epochs, read_scores, read_values
+from pipeline.store.values import find_value, values_of, values_of_scores
 
 _OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # corrected for the number of MTEB tasks in the file
 _MOST_LEVELS = 20  # of lists and mappings in a card's metadata
@@ -70,6 +71,7 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
     _check(name, "meta.json", "task", meta.task or name, name)
     _check(name, "result.json", "adapter.encoder_revision", result.adapter.encoder_revision, encoder.revision)
     _check_rows(result)
+    _check_values(result)
     few_shot = read_record(folder.few_shot, FewShot).root
     _check(name, "few_shot.json", "columns", sorted(few_shot), sorted(_few_shot_columns(result)))
     for column, found in few_shot.items():
@@ -230,6 +232,24 @@ def _check_rows(result: TaskResult) -> None:
             _check(name, file, f"{what} of {row.column}", getattr(row, what), expected)
 
 
+def _check_values(result: TaskResult) -> None:
+    """Whether the values are of this task and run, each there once, and those of the scores among them as they are."""
+    name, file = result.mteb_task.name, "result.json"
+    keys = [(row.column, row.metric, row.width, row.slice, row.slice_value) for row in result.values]
+    _check(name, file, "values", keys, list(dict.fromkeys(keys)))
+    for row in result.values:
+        place = (row.run_id, row.mteb_task)
+        _check(name, file, f"run and task of {row.metric} of {row.column}", place, (result.run_id, name))
+    if not result.values:
+        return
+    for expected in values_of_scores(result.scores):
+        what = f"{expected.metric} of {expected.column}"
+        found = find_value(result.values, expected.column, expected.metric)
+        _check(name, file, what, found and (found.value, found.num_texts), (expected.value, expected.num_texts))
+        if found is not None and expected.low is not None:
+            _check(name, file, f"interval of {what}", (found.low, found.high), (expected.low, expected.high))
+
+
 def _few_shot_columns(result: TaskResult) -> list[FewShotColumn]:
     return [column for column in get_args(FewShotColumn) if score_row(result, column) is not None]
 
@@ -274,6 +294,8 @@ def _is_other(one: float | None, other: float | None) -> bool:
 
 def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:
     scores, epochs = read_scores(folder.scores), read_epochs(folder.epochs)
+    if folder.values.exists() or any(result.values for result in results.values()):  # older versions wrote no values
+        _check_values_table(folder, results)
     scored = {row.mteb_task for row in scores}
     unscored = {name for name, result in results.items() if not result.scores}  # an adapter without a head
     for file, names in ((folder.scores.name, scored | unscored), (folder.epochs.name, set(epochs))):
@@ -291,6 +313,13 @@ def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[
                 name, f"{folder.scores.name}, {row.column}", row, measured, but=() if are_all else _OVER_ALL_TASKS
             )
         _check(name, folder.epochs.name, "epochs", epochs[name], result.epochs)
+
+
+def _check_values_table(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
+    rows = read_values(folder.values)
+    for name, result in results.items():
+        found = tuple(row for row in rows if row.mteb_task == name)
+        _check(name, folder.values.name, "values", found, values_of(result))
 
 
 def _check_mteb_results(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.adapter.description import describe_adapter
 from pipeline.errors import InputError, LorafleetError
 from pipeline.publishing.consistency import check_run, check_summary, check_task
 from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
@@ -75,8 +74,8 @@ def read_candidate(run: Path) -> Candidate:
     manifest, results = read_manifest(folder), {}
     for entry in summary.tasks:
         task = folder.task(entry.task)
-        _check_files(folder.root, (task.meta, task.result))
-        _check_files(folder.root, task.published(has_head=describe_adapter(task).has_head))
+        _check_files(folder.root, (task.result,))
+        _check_files(folder.root, task.published(has_head=read_record(task.result, TaskResult).has_head))
         found, results[entry.task] = check_task(task)
         check_run(manifest, found, results[entry.task])
     check_summary(folder, results, listed=manifest)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.records import Column, ScoreRow
+from pipeline.records import Column, ValueRow
 from pipeline.reports.page import ADAPTED, BAD, FROZEN, INK, PAGE_WIDTH, PAPER, SERIES, STYLE, inline_svg, shorten
 from pipeline.store.history import Point, TaskHistory, most_moved_labels, shares_of
 
@@ -108,27 +108,27 @@ def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
     """One column of the score table, in as many pieces as there were test data; hollow where it was not measured again."""
     size = 5 if len(every) <= 26 else 3
     for piece in _comparable(every):
-        shown = [(place, every[place].scores[line.column]) for place in piece if line.column in every[place].scores]
+        shown = [(place, row) for place in piece if (row := every[place].value(line.column)) is not None]
         axes.plot(
             [place for place, _ in shown],
-            [100 * row.accuracy for _, row in shown],
+            [100 * row.value for _, row in shown],
             line.style,
             color=line.colour,
             linewidth=1.4,
         )
-        own = [(place, row) for place, row in shown if row.reused_from is None]
+        own = [(place, row) for place, row in shown if every[place].reused_from is None]
         if line.column == "head":
             _draw_intervals(axes, own, line.colour)
         for rows, fill in ((own, line.colour), ([pair for pair in shown if pair not in own], PAPER)):
-            places, values = [place for place, _ in rows], [100 * row.accuracy for _, row in rows]
+            places, values = [place for place, _ in rows], [100 * row.value for _, row in rows]
             axes.plot(places, values, line.marker, color=line.colour, markerfacecolor=fill, markersize=size)
     axes.plot([], [], line.style, color=line.colour, marker=line.marker, markersize=5, label=line.name)
 
 
-def _draw_intervals(axes: Axes, rows: Sequence[tuple[int, ScoreRow]], colour: str) -> None:
-    below = [100 * max(row.accuracy - row.low, 0) for _, row in rows]
-    above = [100 * max(row.high - row.accuracy, 0) for _, row in rows]
-    places, values = [place for place, _ in rows], [100 * row.accuracy for _, row in rows]
+def _draw_intervals(axes: Axes, rows: Sequence[tuple[int, ValueRow]], colour: str) -> None:
+    below = [100 * max(row.value - row.low, 0) if row.low is not None else 0 for _, row in rows]
+    above = [100 * max(row.high - row.value, 0) if row.high is not None else 0 for _, row in rows]
+    places, values = [place for place, _ in rows], [100 * row.value for _, row in rows]
     axes.errorbar(
         places, values, yerr=[below, above], fmt="none", color=colour, ecolor=colour, elinewidth=1, capsize=2, alpha=0.6
     )

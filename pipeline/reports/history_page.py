@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from pipeline.records import ScoreRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.history_figure import draw_history
 from pipeline.reports.page import (
@@ -116,14 +117,14 @@ def _newest(task: TaskHistory) -> str:
     """The newest run's head and data in half a line."""
     now, before = task.points[-1], task.points[-2] if len(task.points) > 1 else None
     parts = []
-    if (head := now.scores.get("head")) is not None:
-        parts.append(f"head {percent(head.accuracy)} ({percent(head.low)}–{percent(head.high)})")
+    if (head := now.value("head")) is not None:
+        parts.append(f"head {percent(head.value)} ({percent(head.low)}–{percent(head.high)})")
         if now.test_changed:
             parts.append("on other test data than the run before")
         elif now.reused_from is not None:
             parts.append(f"taken over from run {now.reused_from}")
-        elif before is not None and "head" in before.scores:
-            parts.append(f"{points(head.accuracy - before.scores['head'].accuracy)} to the run before")
+        elif before is not None and (earlier := before.value("head")) is not None:
+            parts.append(f"{points(head.value - earlier.value)} to the run before")
     if now.facts is not None:
         parts.append(
             f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes"
@@ -136,18 +137,22 @@ def _changes(task: TaskHistory) -> Iterator[str]:
     for before, now in reversed(list(zip(task.points, task.points[1:], strict=False))):
         facts = []
         if now.test_changed:
-            old, new = (next(iter(point.scores.values())).num_texts for point in (before, now))
+            old, new = (point.values[0].num_texts for point in (before, now))
             texts = f"{new:,} texts" + (" as before" if old == new else f", before {old:,}")
             facts.append(f"test data changed ({texts}), so scores before and after cannot be compared")
         if now.drift is not None and now.drift.new:
             facts.append(f"new {_plural('label', now.drift.new)} {_names(now.drift.new)}")
         if now.drift is not None and now.drift.vanished:
             facts.append(f"without {_plural('label', now.drift.vanished)} {_names(now.drift.vanished)}")
-        old_encoder, new_encoder = (next(iter(point.scores.values())) for point in (before, now))
-        if (old_encoder.encoder, old_encoder.encoder_revision) != (new_encoder.encoder, new_encoder.encoder_revision):
+        old_encoder, new_encoder = (next(iter(point.scores.values()), None) for point in (before, now))
+        if old_encoder and new_encoder and _encoder_of(old_encoder) != _encoder_of(new_encoder):
             facts.append(f"another encoder: {new_encoder.encoder} at {new_encoder.encoder_revision[:19]}")
         if facts:
             yield f"{now.when:%Y-%m-%d %H:%M}, run {now.run_id}: {'; '.join(facts)}"
+
+
+def _encoder_of(row: ScoreRow) -> tuple[str, str]:
+    return row.encoder, row.encoder_revision
 
 
 def _few(names: Sequence[str], *, most: int = 2) -> _Few:

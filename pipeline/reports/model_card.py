@@ -9,7 +9,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.printable import markdown
-from pipeline.records import ClassificationResults, EncoderRef, ResultsEntry, ScoreRow, TaskResult
+from pipeline.records import ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import (
     HOW_IT_WAS_MADE,
@@ -20,8 +20,16 @@ from pipeline.reports.score_table import (
     score_table,
     task_heading,
 )
+from pipeline.store.values import find_value, values_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_CLAIMED: tuple[tuple[Column, str, str, str], ...] = (
+    ("head", "accuracy", "accuracy", "Accuracy, own head"),
+    ("head", "macro_f1", "f1", "Macro-F1, own head"),
+    ("head", "average_precision", "average_precision", "Average precision, own head"),
+    ("adapted_few_shot", "accuracy", "accuracy", "Accuracy, MTEB few-shot on the adapted encoder"),
+)
+"""Column, metric, and the Hub's type and name of each claim in the card's metadata."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -132,23 +140,15 @@ def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license
 
 def claimed_scores(result: TaskResult) -> list[EvalResult]:
     """What the adapter scores, 0..1; the frozen columns are not results of this repository."""
+    values = values_of(result)
     found = []
-    head, few_shot = score_row(result, "head"), score_row(result, "adapted_few_shot")
-    if head is not None:
-        found.append(_metric(result, head, "accuracy", head.accuracy, "Accuracy, own head"))
-        found.append(_metric(result, head, "f1", head.macro_f1, "Macro-F1, own head"))
-        if head.average_precision is not None:
-            found.append(
-                _metric(result, head, "average_precision", head.average_precision, "Average precision, own head")
-            )
-    if few_shot is not None:
-        found.append(
-            _metric(result, few_shot, "accuracy", few_shot.accuracy, "Accuracy, MTEB few-shot on the adapted encoder")
-        )
+    for column, metric, kind, name in _CLAIMED:
+        if (row := find_value(values, column, metric)) is not None:
+            found.append(_metric(result, row, kind, name))
     return found
 
 
-def _metric(result: TaskResult, row: ScoreRow, kind: str, value: float, name: str) -> EvalResult:
+def _metric(result: TaskResult, row: ValueRow, kind: str, name: str) -> EvalResult:
     task = result.mteb_task
     on_hub, is_own = task.source == "hub", _is_own(result)
     return EvalResult(
@@ -161,7 +161,7 @@ def _metric(result: TaskResult, row: ScoreRow, kind: str, value: float, name: st
         dataset_split=row.split,
         dataset_revision=task.revision if _COMMIT.fullmatch(task.revision) else None,
         metric_type=kind,
-        metric_value=round(value, 6),
+        metric_value=round(row.value, 6),
         metric_name=f"{name} (epoch chosen on test)" if result.selected_on == "test" else name,
     )
 

@@ -25,7 +25,8 @@ from pipeline.reports.model_card import render_card
 from pipeline.reports.report import render_report
 from pipeline.reports.score_table import is_of_mteb, summarise
 from pipeline.store.run_folder import RunFolder, TaskFolder, read_record, write_atomically
-from pipeline.store.tables import write_epochs, write_scores
+from pipeline.store.tables import write_epochs, write_scores, write_values
+from pipeline.store.values import values_of
 
 MODEL_META = "model_meta.json"
 """Name of the file in which mteb finds which model the results beside it are of."""
@@ -51,6 +52,7 @@ def write_outputs(
     summary = summarise(corrected, failures, encoder=encoder, run_id=run_id, created_at=created_at)
     folder.metrics.mkdir(parents=True, exist_ok=True)
     write_scores([row for result in corrected for row in result.scores], folder.scores)
+    write_values([row for result in corrected for row in values_of(result)], folder.values)
     write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
     write_atomically(folder.results, summary.model_dump_json(indent=1))
     card = render_card(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.evaluation.metrics import title_of
 from pipeline.records import ClassificationResults, EpochRow, ReliabilityBin, TaskResult
 from pipeline.reports.formatting import percent, utc, without_local_paths
 from pipeline.reports.page import (
@@ -38,6 +39,7 @@ from pipeline.reports.score_table import (
     score_table,
     task_heading,
 )
+from pipeline.store.values import values_of
 
 _PANELS_WIDTH = 780
 
@@ -87,9 +89,8 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
 
 def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
     head = score_row(result, "head")
-    parts = [] if head is None else [f"macro-F1 {percent(head.macro_f1)}"]
-    if head is not None and head.average_precision is not None:
-        parts.append(f"average precision {percent(head.average_precision)}")
+    of_head = [row for row in values_of(result) if row.column == "head" and row.slice is None and row.width is None]
+    parts = [f"{title_of(row.metric)} {percent(row.value)}" for row in of_head if row.metric != "accuracy"]
     return _TaskView(
         result=result,
         line=line,

@@ -20,6 +20,7 @@ from pipeline.records import (
     TaskResult,
 )
 from pipeline.reports.formatting import percent, points, without_local_paths
+from pipeline.store.values import find_value, values_of
 
 Verdict = Literal["above", "below", "within noise"]
 """The head against the full-data probe on the same test texts; ``within noise`` unless the Holm-corrected p is below 0.05."""
@@ -256,6 +257,12 @@ def score_row(result: TaskResult, column: Column) -> ScoreRow | None:
     return next((row for row in result.scores if row.column == column), None)
 
 
+def measured(result: TaskResult, column: Column, metric: str = "accuracy") -> float | None:
+    """One number of a result over all test texts; None if it was not measured."""
+    row = find_value(values_of(result), column, metric)
+    return None if row is None else row.value
+
+
 def head_change(result: TaskResult, before: TaskResult | None) -> str:
     """How far the own head's accuracy is from that of an earlier run, in points; in words where the two cannot be compared."""
     if before is None:
@@ -309,19 +316,17 @@ def data_source(mteb_task: MtebTask) -> str:
 
 
 def _entry(result: TaskResult) -> ResultsEntry:
-    rows = {row.column: row for row in result.scores}
-    accuracy = {column: row.accuracy for column, row in rows.items()}
-    baseline, lora, head = accuracy.get("frozen_few_shot"), accuracy.get("adapted_few_shot"), rows.get("head")
-    macro_f1 = {column: row.macro_f1 for column, row in rows.items()}
+    baseline, lora = measured(result, "frozen_few_shot"), measured(result, "adapted_few_shot")
+    head = score_row(result, "head")
     return ResultsEntry(
         task=result.mteb_task.name,
         num_classes=len(result.data.label_names),
         baseline_accuracy=baseline,
         lora_accuracy=lora,
         delta=None if baseline is None or lora is None else lora - baseline,
-        full_data_probe_accuracy=accuracy.get("frozen_full_data"),
-        head_accuracy=accuracy.get("head"),
-        majority_accuracy=accuracy.get("majority"),
+        full_data_probe_accuracy=measured(result, "frozen_full_data"),
+        head_accuracy=measured(result, "head"),
+        majority_accuracy=measured(result, "majority"),
         epochs=max(row.epoch for row in result.epochs),
         best_epoch=result.best_epoch,
         selected_on=result.selected_on,
@@ -331,8 +336,8 @@ def _entry(result: TaskResult) -> ResultsEntry:
         adapter_sha256=result.adapter.sha256,
         reused_from=result.reused_from,
         samples_per_label=result.mteb_task.samples_per_label,
-        full_data_probe_macro_f1=macro_f1.get("frozen_full_data"),
-        head_macro_f1=macro_f1.get("head"),
+        full_data_probe_macro_f1=measured(result, "frozen_full_data", "macro_f1"),
+        head_macro_f1=measured(result, "head", "macro_f1"),
         main_metric=None if head is None else head.main_metric,
         p_value_main=None if head is None else head.p_value_main,
         p_value_main_holm=None if head is None else head.p_value_main_holm,
@@ -346,7 +351,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
     def score(accuracy: float | None, column: Column) -> Accuracy | None:
-        row = None if result is None else score_row(result, column)
+        row = None if result is None else find_value(values_of(result), column)
         if accuracy is None:
             return None
         return Accuracy(accuracy) if row is None else Accuracy(accuracy, row.low, row.high)

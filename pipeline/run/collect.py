@@ -15,7 +15,15 @@ from pipeline.run.plan import Plan
 from pipeline.store.key import library_versions, sources_sha256
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder, TaskFolder, write_atomically
-from pipeline.store.tables import append_history, append_mteb_tasks, read_mteb_tasks, write_epochs, write_mteb_tasks
+from pipeline.store.tables import (
+    append_history,
+    append_mteb_tasks,
+    append_values,
+    read_mteb_tasks,
+    write_epochs,
+    write_mteb_tasks,
+)
+from pipeline.store.values import values_of
 
 
 def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFolder) -> TaskResult:
@@ -23,7 +31,8 @@ def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFol
     target = folder.task(result.mteb_task.name)
     origin = result.reused_from or result.run_id
     rows = tuple(rewritten(row, run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
-    copied = TaskResult.model_validate(result.model_dump() | {"run_id": run_id, "reused_from": origin, "scores": rows})
+    values = tuple(row.changed(run_id=run_id) for row in result.values)
+    copied = result.changed(run_id=run_id, reused_from=origin, scores=rows, values=values)
     temporary = target.root.with_name(f".{target.root.name}.copying")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source.root, temporary)
@@ -65,6 +74,7 @@ def finish_run(
     """Enter the run into the history and write its manifest, last of all that is in its folder; then the page over all runs."""
     runs = folder.root.parent
     append_history(runs, run_id, [row for result in results for row in result.scores])
+    append_values(runs, run_id, [row for result in results for row in values_of(result)])
     epochs = runs / "epochs" / f"epochs-{run_id}.parquet"
     epochs.parent.mkdir(exist_ok=True)
     write_epochs(run_id, {result.mteb_task.name: result.epochs for result in results}, epochs)

@@ -26,7 +26,17 @@ from pipeline.errors import AdapterError, DataError, EncoderError
 from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import check_reload
-from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
+from pipeline.records import (
+    AdapterRef,
+    DataSummary,
+    EpochRow,
+    Progress,
+    Runtime,
+    ScoreRow,
+    TaskResult,
+    ValueRow,
+    WarmStart,
+)
 from pipeline.run.plan import JobSpec
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
 from pipeline.training.batches import LabelledTokens
@@ -145,6 +155,7 @@ class TaskJob:
             start_accuracy=training.start_score,
             warm_start=WarmStart(sha256=self.spec.warm_start.sha256) if self.spec.warm_start else None,
             scores=(*baselines.rows, *evaluation.rows),
+            values=(*baselines.values, *evaluation.values),
             comparison=evaluation.comparison,
             calibration=evaluation.calibration,
             confusions=evaluation.confusions,
@@ -217,10 +228,12 @@ class TaskJob:
             else:
                 _LOG.info("frozen encoder was measured before, in %.1f s", found[1])
             self._baselines, self._seconds["frozen"] = found
-            rows = tuple(
-                ScoreRow.model_validate(row.model_dump() | {"run_id": self.spec.run_id}) for row in self._baselines.rows
+            run_id = self.spec.run_id
+            self._baselines = replace(
+                self._baselines,
+                rows=tuple(row.changed(run_id=run_id) for row in self._baselines.rows),
+                values=tuple(row.changed(run_id=run_id) for row in self._baselines.values),
             )
-            self._baselines = replace(self._baselines, rows=rows)
         return self._baselines
 
     @property
@@ -283,7 +296,9 @@ class _BaselinesFile:
             "bias": torch.from_numpy(baselines.head_start.bias),
         }
         facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
-        facts |= {"rows": [row.model_dump(mode="json") for row in baselines.rows], "few_shot": baselines.few_shot}
+        for name, rows in (("rows", baselines.rows), ("values", baselines.values)):
+            facts[name] = [row.model_dump(mode="json") for row in rows]
+        facts["few_shot"] = baselines.few_shot
         write_atomically(self.path, tensor_file(tensors, {"facts": json.dumps(facts)}))
 
     def read(self) -> tuple[Baselines, float] | None:
@@ -296,7 +311,8 @@ class _BaselinesFile:
                 start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
                 predictions = file.get_tensor("predictions").astype(np.int64)
             rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
-            baselines = Baselines(rows, facts["probe_c"], predictions, start, facts["few_shot"])
+            values = tuple(ValueRow.model_validate(row) for row in facts["values"])
+            baselines = Baselines(rows, values, facts["probe_c"], predictions, start, facts["few_shot"])
         except (SafetensorError, ValidationError, KeyError):  # cut short, or written by another version
             return None
         return baselines, facts["seconds"]

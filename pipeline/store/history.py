@@ -9,11 +9,20 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.records import Column, MtebTaskRow, ScoreRow
+from pipeline.records import Column, MtebTaskRow, ScoreRow, ValueRow
 from pipeline.store.lock import oldest_first
 from pipeline.store.manifest import RunManifest, read_manifest
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import mteb_tasks_of_run, read_mteb_tasks, read_scores, runs_in_history, scores_of_run
+from pipeline.store.tables import (
+    mteb_tasks_of_run,
+    read_mteb_tasks,
+    read_scores,
+    run_values,
+    runs_in_history,
+    scores_of_run,
+    values_of_run,
+)
+from pipeline.store.values import find_value
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ class Point:
     when: datetime
     """When the run was finished."""
     scores: Mapping[Column, ScoreRow]
+    """Facts of the measurement, by column; empty for an adapter without a head."""
+    values: tuple[ValueRow, ...]
+    """Every measured number."""
     facts: MtebTaskRow | None
     """None where an older version ran it."""
     test_changed: bool
@@ -65,7 +77,13 @@ class Point:
     @property
     def reused_from(self) -> str | None:
         """The run that measured this, if not this one."""
-        return next((row.reused_from for row in self.scores.values()), None)
+        if not self.scores:
+            return None if self.facts is None else self.facts.reused_from
+        return next(row.reused_from for row in self.scores.values())
+
+    def value(self, column: Column, metric: str = "accuracy") -> ValueRow | None:
+        """The number of one column; None if it was not measured."""
+        return find_value(self.values, column, metric)
 
 
 @dataclass(frozen=True)
@@ -95,53 +113,64 @@ def read_store(runs: Path, *, newest: int) -> StoreHistory:
     every = runs_in_history(runs)
     shown = every[-newest:]
     faults: list[str] = []
-    facts, scores, tasks = [], [], []
+    facts, scores, values, tasks = [], [], [], []
     for run_id in shown:
         try:
             of_run = read_scores(scores_of_run(runs, run_id))
             file = mteb_tasks_of_run(runs, run_id)
             of_tasks = read_mteb_tasks(file) if file.exists() else []
+            numbers = run_values(runs, run_id, of_run)
             _check_run_id(scores_of_run(runs, run_id), run_id, of_run)
+            _check_run_id(values_of_run(runs, run_id), run_id, numbers)
             _check_run_id(file, run_id, of_tasks)
         except DataError as error:
             faults.append(str(error))
             continue
         scores += of_run
+        values += numbers
         tasks += of_tasks
         facts.append(_run_facts(runs, run_id, of_run, of_tasks))
     when = {run.run_id: run.created_at for run in facts if run.created_at is not None}
     return StoreHistory(
-        tuple(reversed(facts)), task_histories(scores, tasks, when), len(every) - len(shown), tuple(faults)
+        tuple(reversed(facts)), task_histories(scores, values, tasks, when), len(every) - len(shown), tuple(faults)
     )
 
 
 def task_histories(
-    scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow], when: Mapping[str, datetime]
+    scores: Sequence[ScoreRow],
+    values: Sequence[ValueRow],
+    tasks: Sequence[MtebTaskRow],
+    when: Mapping[str, datetime],
 ) -> tuple[TaskHistory, ...]:
     """Each MTEB task over the runs that have it.
 
     Args:
-        scores: In any order, like ``tasks``.
+        scores: In any order, like ``values`` and ``tasks``.
+        values: The numbers that the scores go with.
         tasks: Those of the runs that recorded them.
         when: When each run was finished.
     """
     changed = changed_test_data(scores)
     facts = {(row.mteb_task, row.run_id): row for row in tasks}
-    rows: dict[str, dict[str, dict[Column, ScoreRow]]] = {}
+    rows: dict[tuple[str, str], dict[Column, ScoreRow]] = {}
     for row in scores:
-        rows.setdefault(row.mteb_task, {}).setdefault(row.run_id, {})[row.column] = row
+        rows.setdefault((row.mteb_task, row.run_id), {})[row.column] = row
+    numbers: dict[str, dict[str, list[ValueRow]]] = {}
+    for value in values:
+        numbers.setdefault(value.mteb_task, {}).setdefault(value.run_id, []).append(value)
     histories = []
-    for name, by_run in sorted(rows.items()):
+    for name, by_run in sorted(numbers.items()):
         points: list[Point] = []
         before: MtebTaskRow | None = None
         for run_id in oldest_first(by_run):
-            columns, now = by_run[run_id], facts.get((name, run_id))
+            now = facts.get((name, run_id))
             known = now is not None and bool(now.label_shares)
             points.append(
                 Point(
                     run_id=run_id,
                     when=when[run_id],
-                    scores=columns,
+                    scores=rows.get((name, run_id), {}),
+                    values=tuple(by_run[run_id]),
                     facts=now,
                     test_changed=(name, run_id) in changed,
                     drift=label_drift(before, now) if known and before is not None and now is not None else None,
@@ -194,7 +223,7 @@ def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
     return tuple(sorted(spans, key=lambda label: spans[label])[:most])
 
 
-def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | MtebTaskRow]) -> None:
+def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | ValueRow | MtebTaskRow]) -> None:
     if others := sorted({row.run_id for row in rows} - {run_id}):
         raise DataError(
             f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away"

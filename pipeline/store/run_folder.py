@@ -157,6 +157,11 @@ class RunFolder:
         return self.metrics / "scores.parquet"
 
     @property
+    def values(self) -> Path:
+        """One row per measured number. Older runs have none."""
+        return self.metrics / "values.parquet"
+
+    @property
     def epochs(self) -> Path:
         """One row per MTEB task and epoch."""
         return self.metrics / "epochs.parquet"

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
-from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, RunId, ScoreRow, TaskName
+from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, RunId, ScoreRow, TaskName, ValueRow
 from pipeline.store.lock import oldest_first
+from pipeline.store.values import values_of_scores
 
 R = TypeVar("R", bound=Record)
 _MOST_ROWS = 1_000_000  # a table may come with a stranger's run
@@ -79,6 +80,25 @@ EPOCHS_SCHEMA = pa.schema(
     ]
 )
 """One row per MTEB task and epoch: run, MTEB task, then the fields of ``EpochRow``, in order."""
+
+VALUES_SCHEMA = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("mteb_task", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("column", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("width", pa.int64()),
+        pa.field("slice", pa.string()),
+        pa.field("slice_value", pa.string()),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("num_texts", pa.int64(), nullable=False),
+        pa.field("main", pa.bool_(), nullable=False),
+    ]
+)
+"""One row per measured number: the fields of ``ValueRow``, in order."""
 
 MTEB_TASKS_SCHEMA = pa.schema(
     [
@@ -143,6 +163,11 @@ def write_scores(rows: Sequence[ScoreRow], path: Path) -> None:
     _write(pa.Table.from_pylist([row.model_dump() for row in rows], schema=SCORES_SCHEMA), path)
 
 
+def write_values(rows: Sequence[ValueRow], path: Path) -> None:
+    """Write ``values.parquet``, as ``write_scores`` does."""
+    _write(pa.Table.from_pylist([row.model_dump() for row in rows], schema=VALUES_SCHEMA), path)
+
+
 def write_epochs(run_id: str, epochs: Mapping[str, Sequence[EpochRow]], path: Path) -> None:
     """Write ``epochs.parquet``, replacing what is there; its folder is made if need be.
 
@@ -181,6 +206,14 @@ def append_history(runs: Path, run_id: str, score_rows: Sequence[ScoreRow]) -> P
     return path
 
 
+def append_values(runs: Path, run_id: str, rows: Sequence[ValueRow]) -> Path:
+    """The same for ``<runs>/values/``; the file is ``values-<run_id>.parquet``."""
+    assert all(row.run_id == run_id for row in rows), f"a row of another run than {run_id}"
+    path = values_of_run(runs, run_id)
+    write_values(rows, path)
+    return path
+
+
 def append_mteb_tasks(runs: Path, run_id: str, rows: Sequence[MtebTaskRow]) -> Path:
     """The same for ``<runs>/mteb_tasks/``; the file is ``mteb_tasks-<run_id>.parquet``."""
     assert all(row.run_id == run_id for row in rows), f"a row of another run than {run_id}"
@@ -195,6 +228,11 @@ def read_scores(path: Path) -> list[ScoreRow]:
     Raises: DataError: the file is missing or damaged, lacks columns, or holds values that no score can have.
     """
     return _read(path, SCORES_SCHEMA, ScoreRow, "scores")
+
+
+def read_values(path: Path) -> list[ValueRow]:
+    """Read ``values.parquet``, as ``read_scores`` does."""
+    return _read(path, VALUES_SCHEMA, ValueRow, "values")
 
 
 def read_epochs(path: Path) -> dict[str, tuple[EpochRow, ...]]:
@@ -216,6 +254,15 @@ def read_gate(path: Path) -> list[GateDecision]:
     return _read(path, GATE_SCHEMA, GateDecision, "gate")
 
 
+def run_values(runs: Path, run_id: str, scores: Sequence[ScoreRow]) -> list[ValueRow]:
+    """The values of a run in the history; those of its scores where an older version wrote no others.
+
+    Raises: DataError: the file is damaged or lacks columns.
+    """
+    path = values_of_run(runs, run_id)
+    return read_values(path) if path.exists() else list(values_of_scores(scores))
+
+
 def read_history(runs: Path) -> list[ScoreRow]:
     """All rows of all runs, oldest run first; none where no run has finished yet.
 
@@ -232,6 +279,11 @@ def runs_in_history(runs: Path) -> list[str]:
 def scores_of_run(runs: Path, run_id: str) -> Path:
     """The scores of a run in the history."""
     return runs / "metrics" / f"scores-{run_id}.parquet"
+
+
+def values_of_run(runs: Path, run_id: str) -> Path:
+    """The values of a run in the history; runs of older versions have no such file."""
+    return runs / "values" / f"values-{run_id}.parquet"
 
 
 def mteb_tasks_of_run(runs: Path, run_id: str) -> Path:
