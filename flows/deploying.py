@@ -45,7 +45,7 @@ _USUAL = "http://127.0.0.1:4200/api"
 
 
 @dataclass(frozen=True)
-class Deployed:
+class Deployment:
     """A deployment as it is registered now."""
 
     name: str
@@ -64,7 +64,7 @@ class Deployed:
 
 def deploy(
     file: Path = FILE, *, names: Sequence[str] = (), schedule: ScheduleEntry | None = None, notify: str | None = None
-) -> list[Deployed]:
+) -> list[Deployment]:
     """Register deployments, each in place of what had its name; its runs start in the folder where this is called.
 
     Args:
@@ -205,7 +205,7 @@ def _register(
     entry: DeploymentEntry,
     flow: Flow[..., Any],
     schedules: Sequence[ScheduleEntry],
-) -> Deployed:
+) -> Deployment:
     _make_pool(client, entry.work_pool.name)
     limit = entry.concurrency_limit
     try:
@@ -238,7 +238,7 @@ def _register(
             ) from None
         raise
     following = [_next_run(schedule) for schedule in schedules if schedule.active and not entry.paused]
-    return Deployed(
+    return Deployment(
         name=f"{flow.name}/{entry.name}",
         schedules=tuple(map(str, schedules)),
         next_run=min(filter(None, following), default=None),

@@ -27,9 +27,9 @@ from pipeline.store.manifest import write_config
 from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import read_gate
 from tasks import stages
+from tasks.ahead import check_of_run, fleet_of_run
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
-from tasks.early_check import early_check
-from tasks.fleet import Fleet, fleet_of_run
+from tasks.fleet import Fleet
 from tasks.fleet_worker import FleetWorker, WorkerDiedError
 from tasks.log import run_logger
 
@@ -82,7 +82,7 @@ def train_adapters(
 
 def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
     started = time.monotonic()
-    check = None if force else early_check(config, store)
+    check = None if force else check_of_run(config, store)
     if check is not None and (found := stages.find_unchanged_early(check, config.publish, store)) is not None:
         return _not_begun(run_id, found) if isinstance(found, LorafleetError) else _unchanged(found, config)
     with fleet_of_run(config) as fleet:

@@ -25,7 +25,7 @@ from pipeline.run.collect import reuse
 from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
+from pipeline.store.retention import Policy, PruneResult, Verdict, _delete_run, checkpoints, judge, prune
 from pipeline.store.run_folder import RunFolder, read_record
 from pipeline.store.tables import write_gate
 
@@ -473,7 +473,7 @@ def test_a_folder_that_cannot_be_deleted_is_named_and_the_others_go() -> None:
         child = _WARM.Process(target=_prune_as_nobody, args=(runs, send))
         child.start()
         send.close()
-        pruned: Pruned = receive.recv()
+        pruned: PruneResult = receive.recv()
         child.join()
         locked.root.chmod(0o755)
         (failure,) = pruned.failures

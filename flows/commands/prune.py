@@ -13,7 +13,7 @@ from flows.commands.options import JSON, Command, FiniteRange
 from flows.terminal import complain, say, say_json
 
 if TYPE_CHECKING:
-    from pipeline.store.retention import Pruned
+    from pipeline.store.retention import PruneResult
 
 
 @click.command(cls=Command)
@@ -56,7 +56,7 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
     sys.exit(1 if pruned.failures else 0)
 
 
-def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
+def _print_pruned(pruned: PruneResult, *, dry_run: bool, as_json: bool) -> None:
     from tasks.checks.machine import readable_bytes
 
     if as_json:

@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.printable import counted
 
 if TYPE_CHECKING:
-    from pipeline.publishing.publish import Published
+    from pipeline.publishing.publish import PublishResult
 
 
 @click.command(cls=Command)
@@ -50,12 +50,12 @@ def publish(
     if any(override.startswith("publish.token_block") for override in overrides):
         raise InputError("--set publish.token_block has no effect here, only where a flow publishes; set HF_TOKEN")
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
-    published = publish_run(run, to, config, trust_remote_code=trust_remote_code)
+    published = publish_run(run, config, trust_remote_code=trust_remote_code)
     _print_published(published, as_json=as_json)
     sys.exit(1 if published.blocked else 0)
 
 
-def _print_published(published: Published, *, as_json: bool) -> None:
+def _print_published(published: PublishResult, *, as_json: bool) -> None:
     if as_json:
         decisions = [decision.model_dump(mode="json") for decision in published.decisions]
         facts = {

@@ -18,7 +18,7 @@ def run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
     """Run a flow once its server answers, with the live table, and return what the flow returned."""
     import httpx
 
-    from tasks.board import BOARD
+    from tasks.live_table import LIVE_TABLE
 
     server.ready()
     logging.getLogger("prefect.events.clients").setLevel(
@@ -27,7 +27,7 @@ def run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
     for runs in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(runs).addFilter(is_worth_logging)
     try:
-        with BOARD.live():
+        with LIVE_TABLE.live():
             state = flow()
     except httpx.HTTPError as error:
         _leave_without_server(server, error)

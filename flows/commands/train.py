@@ -68,12 +68,11 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
     with hold_store(store, "being checked"):
         pass  # who cannot have the store must not start a server on its database; the flow takes it for good
     server = PrefectServer(store / ".prefect")
-    from tasks.early_check import refuse_wrong_files, start_check_ahead
-    from tasks.fleet import fleet_ahead
+    from tasks.ahead import ahead_of_run
+    from tasks.early_check import refuse_wrong_files
 
-    with fleet_ahead(config) as fleet:
-        if force or start_check_ahead(config, store) is None:
-            fleet.start_ahead()  # Ray and the workers' imports take longest; the driver imports Prefect meanwhile
+    with ahead_of_run(config, store) as ahead:
+        ahead.start(force=force)
         refuse_wrong_files(config)
         from flows.train_adapters import train_adapters
 
@@ -83,7 +82,7 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
             try:
                 return train_adapters(source, overrides=list(overrides), runs=runs, force=force, return_state=True)
             finally:
-                fleet.stop()  # here too: without an answer from Prefect's server the process ends at once
+                ahead.fleet.stop()  # also here, because the process exits at once if Prefect's server is gone
 
         result: RunOutcome = run_flow(server, run)
         return result

@@ -12,7 +12,7 @@ from flows.commands.options import ENCODER, JSON, OFFLINE, Command
 from flows.terminal import say, say_json
 
 if TYPE_CHECKING:
-    from pipeline.publishing.verify import Verified
+    from pipeline.publishing.verify import Verification
 
 
 @click.command(cls=Command)
@@ -34,7 +34,7 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
     print_verified(verify_ref(ref, encoder=encoder, offline=offline), as_json=as_json)
 
 
-def print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
+def print_verified(verified: Sequence[Verification], *, as_json: bool) -> None:
     """Print what was verified of each adapter."""
     if as_json:
         say_json([dataclasses.asdict(adapter) for adapter in verified])
@@ -43,7 +43,7 @@ def print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
         say(verified_line(adapter))
 
 
-def verified_line(adapter: Verified) -> str:
+def verified_line(adapter: Verification) -> str:
     """One line on a verified adapter."""
     return (
         f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "

@@ -18,7 +18,7 @@ from pipeline.evaluation import scores, significance
 from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
-from pipeline.publishing.publication import Base, Candidate
+from pipeline.publishing.publication import Candidate, PublishedState
 from pipeline.records import Decision, GateDecision, TaskResult
 from pipeline.reports.formatting import label_changes, percent, points
 
@@ -26,7 +26,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Measured:
+class GateMeasurement:
     """Two adapters on the same test texts."""
 
     published_accuracy: float
@@ -42,8 +42,8 @@ class Measured:
         return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
 
 
-def judge(
-    candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None
+def evaluate_gate(
+    candidate: Candidate, base: PublishedState, config: GateConfig, *, to: str, repository: str | None
 ) -> list[GateDecision]:
     """One decision per MTEB task of a run.
 
@@ -58,8 +58,8 @@ def judge(
     decisions = []
     for task, result in candidate.results.items():
         published = base.publication.adapters.get(task) if base.publication else None
-        measured: Measured | None = None
-        decision, reason = first_look(result, published, base, config)
+        measured: GateMeasurement | None = None
+        decision, reason = decide_without_scoring(result, published, base, config)
         if decision is None:
             assert base.folder is not None
             there = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
@@ -93,8 +93,8 @@ def judge(
     return decisions
 
 
-def first_look(
-    result: TaskResult, published: str | None, base: Base, config: GateConfig
+def decide_without_scoring(
+    result: TaskResult, published: str | None, base: PublishedState, config: GateConfig
 ) -> tuple[Decision | None, str]:
     """What can be said without scoring: none, if nothing."""
     if published is None:
@@ -112,7 +112,7 @@ def first_look(
     return None, ""
 
 
-def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
+def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str]:
     """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise.
 
     Noise is what either the interval or McNemar's test says is noise: with four texts or so that only one of the two gets right,
@@ -137,7 +137,7 @@ def beats_probe(result: TaskResult) -> bool:
     return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANT
 
 
-def measure(candidate: Candidate, task: str, published: str) -> Measured:
+def measure(candidate: Candidate, task: str, published: str) -> GateMeasurement:
     """Score both adapters on the candidate's test texts.
 
     Raises: DataError: the data are not those of the run any more.
@@ -160,9 +160,9 @@ def measure(candidate: Candidate, task: str, published: str) -> Measured:
     return compare(data.test_labels, first, second)
 
 
-def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measured:
+def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> GateMeasurement:
     """Two predictions of the same texts; a label that the data do not know is wrong."""
-    return Measured(
+    return GateMeasurement(
         published_accuracy=float((published == labels).mean()),
         candidate_accuracy=float((candidate == labels).mean()),
         interval=significance.paired_difference(labels, candidate, published),

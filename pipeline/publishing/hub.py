@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pipeline.errors import InputError, LorafleetError, VerificationError, refused_by_machine
 from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_said, hub_status
-from pipeline.publishing.publication import Base, files_below
+from pipeline.publishing.publication import PublishedState, files_below
 from pipeline.records import Publication
 from pipeline.store.run_folder import RunFolder, read_record
 
@@ -47,14 +47,14 @@ class HubRepository:
         self.private = private
         self._api = HfApi(library_name="lorafleet")
 
-    def read(self) -> Base:
+    def read(self) -> PublishedState:
         """What ``main`` holds; JSON files only.
 
         Raises: InputError: it was not published by lorafleet, or may not be read.
         """
         head = self._head()
         if head is None:
-            return Base(None, None, None)
+            return PublishedState(None, None, None)
         files = self._blobs(head)
         if RunFolder(Path()).publication.name not in files:
             foreign = sorted(set(files) - set(_NOT_OURS))
@@ -63,9 +63,9 @@ class HubRepository:
                     f"cannot publish to hf:{self.name}: it holds {', '.join(foreign[:5])} but no publication.json, so it was not published "
                     "by lorafleet; choose another repository"
                 )
-            return Base(head, None, None)
+            return PublishedState(head, None, None)
         folder = RunFolder(download(self.name, head, patterns=["*.json"]))
-        return Base(head, folder, read_record(folder.publication, Publication))
+        return PublishedState(head, folder, read_record(folder.publication, Publication))
 
     def check_access(self) -> None:
         """Look, before hours of training, whether publishing can work at all.
@@ -81,7 +81,7 @@ class HubRepository:
         self._ask(self._api.whoami)
         self.read()
 
-    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Check) -> str:
+    def land(self, staged: RunFolder, publication: Publication, base: PublishedState, check: Check) -> str:
         """Commit to a branch of its own, check that commit, then make it ``main``'s next one; returns its id.
 
         Only files that differ travel. Interrupted anywhere, ``main`` is as it was or has all of it, and the same call ends what is missing.

@@ -34,7 +34,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Base:
+class PublishedState:
     """What a target holds before publishing."""
 
     revision: str | None
@@ -81,7 +81,7 @@ def read_candidate(run: Path) -> Candidate:
     return Candidate(folder, manifest, summary, results)
 
 
-def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: RunFolder) -> Publication:
+def stage(candidate: Candidate, promoted: Sequence[str], base: PublishedState, staging: RunFolder) -> Publication:
     """Write what is to be published, less those files of MTEB tasks that stay and are not in ``base.folder``.
 
     Tables, card and report list what stays and what is new; the same run over the same base gives the same bytes.
@@ -167,7 +167,7 @@ def _copy(source: RunFolder, path: str, staging: RunFolder) -> None:
         raise InputError(f"{source.root / path}: {error.strerror}; nothing was published") from None
 
 
-def _copy_what_stays(base: Base, task: str, staging: RunFolder) -> None:
+def _copy_what_stays(base: PublishedState, task: str, staging: RunFolder) -> None:
     assert base.folder is not None
     for path in _files_that_stay(base, [task]):
         if base.revision is None:
@@ -176,7 +176,7 @@ def _copy_what_stays(base: Base, task: str, staging: RunFolder) -> None:
             write_atomically(staging.root / path, (base.folder.root / path).read_bytes())
 
 
-def _check_encoder(candidate: Candidate, stay: Sequence[str], base: Base) -> None:
+def _check_encoder(candidate: Candidate, stay: Sequence[str], base: PublishedState) -> None:
     for task in stay:
         published, new = base.result(task).encoder, candidate.summary.encoder
         if published.revision != new.revision:
@@ -202,7 +202,7 @@ def _public(result: TaskResult) -> TaskResult:
     return TaskResult.model_validate(result.model_dump() | changed)
 
 
-def _files_that_stay(base: Base, stay: Sequence[str]) -> dict[str, str]:
+def _files_that_stay(base: PublishedState, stay: Sequence[str]) -> dict[str, str]:
     if base.publication is None:
         return {}
     return {path: sha256 for path, sha256 in base.publication.files.items() if path.split("/")[0] in stay}

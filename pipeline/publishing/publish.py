@@ -12,10 +12,10 @@ from typing import Protocol
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
-from pipeline.publishing.gate import judge
+from pipeline.publishing.gate import evaluate_gate
 from pipeline.publishing.hub import HubRepository, MovedError, repository_url
-from pipeline.publishing.publication import Base, Candidate, files_below, read_candidate, stage
-from pipeline.publishing.verify import Verified, verify_folder
+from pipeline.publishing.publication import Candidate, PublishedState, files_below, read_candidate, stage
+from pipeline.publishing.verify import Verification, verify_folder
 from pipeline.records import GateDecision, Publication
 from pipeline.store.lock import hold_run
 from pipeline.store.run_folder import RunFolder, open_inside, read_record
@@ -23,12 +23,12 @@ from pipeline.store.tables import read_gate, write_gate
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishResult:
     """What came of publishing a run."""
 
     to: str
     decisions: tuple[GateDecision, ...]
-    verified: tuple[Verified, ...]
+    verified: tuple[Verification, ...]
     """The adapters that were promoted; empty where what is published stays as it is."""
     num_files: int
     """That are published now."""
@@ -51,11 +51,11 @@ class Published:
 class Target(Protocol):
     """Where adapters are published to."""
 
-    def read(self) -> Base:
+    def read(self) -> PublishedState:
         """What it holds."""
 
     def land(
-        self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]
+        self, staged: RunFolder, publication: Publication, base: PublishedState, check: Callable[[Path], None]
     ) -> str | None:
         """Change it to what is staged, once that has passed the check."""
 
@@ -63,21 +63,24 @@ class Target(Protocol):
         """End what an interrupted ``land`` had left to do."""
 
 
-def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: bool = False) -> Published:
-    """Publish what the gate promotes of a finished run; MTEB tasks that are published and not in the run stay.
+def publish(run: Path, config: PublishConfig, *, trust_remote_code: bool = False) -> PublishResult:
+    """Publish the adapters of a finished run that the gate promotes. PublishResult adapters of other MTEB tasks are kept.
+
+    On any error the target is unchanged. If only tagging or branch cleanup failed, it is fully updated.
 
     Args:
-        run: A run folder with its manifest. MTEB tasks that failed are listed in the results, the others are published.
-        to: A folder, or ``hf:OWNER/NAME``.
-        config: The gate, and how a repository is made.
-        trust_remote_code: Run the Python code that comes with the encoder. That the run's own config says so is not enough:
-            the run may be a stranger's.
+        run: A run folder with a manifest. Failed MTEB tasks are listed in the results. The others are published.
+        config: Target (``to``), gate, and settings of a new repository.
+        trust_remote_code: Whether to run the Python code that comes with the encoder. The run's own config does not
+            count as consent, because the run may come from a stranger.
     Raises:
-        InputError: the run is not finished or is being deleted, the target holds something else or may not be written.
-        VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
-        LorafleetError: a file names a local path, the Hub cannot be reached, or others keep changing the repository.
-    Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
+        InputError: no target is configured; the run is not finished or is being deleted; or the target holds something
+            else or cannot be written.
+        VerificationError: an adapter differs from the one that was measured, or the upload differs from what was sent.
+        LorafleetError: a file contains a local path, the Hub cannot be reached, or others keep changing the repository.
     """
+    if config.to is None:
+        raise InputError(f"{run}: publish.to is not set; expected a folder, or hf:OWNER/NAME")
     with hold_run(run, alone=False):
         candidate = read_candidate(run)
         encoder = candidate.manifest.config.encoder
@@ -86,10 +89,10 @@ def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: boo
                 f"{run}: its encoder {encoder.name} at {encoder.revision} needs Python code that comes with it; "
                 "look at that code, and give --trust-remote-code if you trust it"
             )
-        return _publish(candidate, to, config)
+        return _publish(candidate, config.to, config)
 
 
-def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
+def _publish(candidate: Candidate, to: str, config: PublishConfig) -> PublishResult:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     target: Target = (
         HubRepository(repository, private=config.private)
@@ -98,7 +101,7 @@ def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
     )
     for last in (False, True):
         base = target.read()
-        decisions = judge(candidate, base, config.gate, to=to, repository=repository)
+        decisions = evaluate_gate(candidate, base, config.gate, to=to, repository=repository)
         try:
             published = _land(candidate, to, target, base, decisions)
             _record(
@@ -119,15 +122,17 @@ def _record(decisions: list[GateDecision], path: Path, *, to: str) -> None:
     write_gate([*others, *decisions], path)
 
 
-def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: list[GateDecision]) -> Published:
+def _land(
+    candidate: Candidate, to: str, target: Target, base: PublishedState, decisions: list[GateDecision]
+) -> PublishResult:
     promoted = [decision.mteb_task for decision in decisions if decision.decision == "promote"]
     if not promoted:
         there = base.publication
         if there is not None and there.run_id == candidate.summary.run_id and base.revision is not None:
             target.settle(there.run_id, base.revision)
-        return Published(to, tuple(decisions), (), len(there.files) + 1 if there else 0, base.revision)
+        return PublishResult(to, tuple(decisions), (), len(there.files) + 1 if there else 0, base.revision)
     config = candidate.manifest.config
-    verified: list[Verified] = []
+    verified: list[Verification] = []
 
     def check(root: Path) -> None:
         verified[:] = verify_folder(root, tasks=promoted, encoder=config.encoder, offline=config.data.offline)
@@ -136,7 +141,7 @@ def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: 
         staging = RunFolder(Path(folder))
         publication = stage(candidate, promoted, base, staging)
         revision = target.land(staging, publication, base, check)
-    return Published(to, tuple(decisions), tuple(verified), len(publication.files) + 1, revision)
+    return PublishResult(to, tuple(decisions), tuple(verified), len(publication.files) + 1, revision)
 
 
 class PublishedFolder:
@@ -149,7 +154,7 @@ class PublishedFolder:
             raise InputError(f"cannot publish {run} to {root}: one lies inside the other; choose a folder elsewhere")
         self.root = root
 
-    def read(self) -> Base:
+    def read(self) -> PublishedState:
         """What it holds.
 
         Raises: InputError: something that was not published by lorafleet, or the folder cannot be written.
@@ -158,7 +163,7 @@ class PublishedFolder:
             raise InputError(f"cannot publish to {self.root}: it is a file; name a folder")
         self._try_to_write()
         if not self.root.is_dir() or not any(self.root.iterdir()):
-            return Base(None, None, None)
+            return PublishedState(None, None, None)
         folder = RunFolder(self.root)
         if not folder.publication.is_file():
             raise InputError(
@@ -182,7 +187,7 @@ class PublishedFolder:
                 f"cannot publish to {self.root}: publishing replaces the whole folder, so {', '.join(foreign[:5])}{more} would be lost; "
                 "move that elsewhere, or choose another folder"
             )
-        return Base(None, folder, publication)
+        return PublishedState(None, folder, publication)
 
     def _try_to_write(self) -> None:
         parent = next(folder for folder in self.root.parents if folder.exists())
@@ -193,7 +198,9 @@ class PublishedFolder:
                 f"cannot publish to {self.root}: {parent} cannot be written ({error.strerror}); choose another folder"
             ) from None
 
-    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]) -> None:
+    def land(
+        self, staged: RunFolder, publication: Publication, base: PublishedState, check: Callable[[Path], None]
+    ) -> None:
         """Copy beside it, check the copy, and swap.
 
         Raises: VerificationError, LorafleetError: the copy is not what was staged, or failed; the folder is as it was.
@@ -232,7 +239,7 @@ def _swap(staging: Path, target: Path) -> None:
 
 def rollback(
     to: str, revision: str, *, encoder: str | None = None, offline: bool = False
-) -> tuple[str, tuple[Verified, ...]]:
+) -> tuple[str, tuple[Verification, ...]]:
     """Make a repository's older state its newest one, by a commit that is verified first; returns its id.
 
     Args:
@@ -246,7 +253,7 @@ def rollback(
     """
     if not to.startswith("hf:"):
         raise InputError(f"{to}: only a repository has older states; expected hf:OWNER/NAME")
-    verified: list[Verified] = []
+    verified: list[Verification] = []
 
     def check(root: Path) -> None:
         verified[:] = verify_folder(root, tasks=None, encoder=encoder, offline=offline)

@@ -26,7 +26,7 @@ from pipeline.store.run_folder import RunFolder, read_record
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """An adapter that is what was trained."""
 
     name: str
@@ -37,7 +37,7 @@ class Verified:
     tolerance: float
 
 
-def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> list[Verified]:
+def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> list[Verification]:
     """Verify one adapter, or all of a repository, a published folder or a run.
 
     Args:
@@ -70,7 +70,7 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
 
 def verify_folder(
     root: Path, *, tasks: Sequence[str] | None, encoder: str | EncoderConfig | None, offline: bool
-) -> list[Verified]:
+) -> list[Verification]:
     """Verify adapters of a folder, all of them where none is named; a publication's files, and a run's records, are checked whole.
 
     Raises: VerificationError, AdapterError: as ``verify``.
@@ -111,7 +111,7 @@ def verify_folder(
         difference = reloaded.check(
             name, logits=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
         )
-        verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
+        verified.append(Verification(name, difference, reloaded.effect, probe.tolerance))
     return verified
 
 

@@ -54,7 +54,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruneResult:
     """What came of pruning a store."""
 
     verdicts: tuple[Verdict, ...]
@@ -77,7 +77,7 @@ class Checkpoint:
         return _days(self.last_written, now)
 
 
-def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
+def prune(runs: Path, policy: Policy, *, dry_run: bool) -> PruneResult:
     """Delete what the policy does not keep. Killed anywhere, no run and no checkpoint is half of one, and the next call goes on.
 
     Raises:
@@ -97,7 +97,7 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
         with hold_store(runs, "being looked at"):
             pass  # a store in use is refused as it would be without --dry-run
         verdicts = _judge_now(runs, policy)
-        return Pruned(tuple(verdicts), (), sum(verdict.num_bytes for verdict in verdicts if verdict.goes))
+        return PruneResult(tuple(verdicts), (), sum(verdict.num_bytes for verdict in verdicts if verdict.goes))
     with hold_store(runs, "being pruned"):
         verdicts = _judge_now(runs, policy)
         failures, freed = [], 0
@@ -109,7 +109,7 @@ def prune(runs: Path, policy: Policy, *, dry_run: bool) -> Pruned:
                 failures.append(f"{verdict.path}: {error.strerror}: {error.filename}")
             except LockedError as error:
                 failures.append(str(error))
-        return Pruned(tuple(verdicts), tuple(failures), freed)
+        return PruneResult(tuple(verdicts), tuple(failures), freed)
 
 
 def judge(runs: Path, policy: Policy, *, now: datetime) -> list[Verdict]:
