@@ -27,7 +27,7 @@ from pipeline.publishing.publish import publish
 from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
 from pipeline.store.manifest import RunManifest, read_manifest
 from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record
-from pipeline.store.tables import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
+from pipeline.store.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
 

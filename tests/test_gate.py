@@ -48,7 +48,8 @@ from pipeline.publishing.publication import PublishedState, read_candidate
 from pipeline.publishing.publish import PublishResult, _record, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import GATE_SCHEMA, read_gate, write_gate
+from pipeline.store.schemas import GATE_SCHEMA
+from pipeline.store.tables import read_gate, write_gate
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

@@ -25,9 +25,10 @@ from pipeline.run.collect import reuse
 from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.retention import Policy, PruneResult, Verdict, _delete_run, checkpoints, judge, prune
+from pipeline.store.retention import PruneResult, _delete_run, prune
 from pipeline.store.run_folder import RunFolder, read_record
 from pipeline.store.tables import write_gate
+from pipeline.store.verdicts import Policy, Verdict, checkpoints, judge
 
 NOW = datetime.now(UTC)
 KEY = "0123456789abcdef" * 2

@@ -25,7 +25,8 @@ from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.evaluation.scores import score_of_draws
 from pipeline.inference.reload import Ask, reload_elsewhere
-from pipeline.publishing.consistency import check_card, check_task
+from pipeline.publishing.card_claims import check_card
+from pipeline.publishing.consistency import check_task
 from pipeline.publishing.publication import read_candidate
 from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
