@@ -35,8 +35,9 @@ from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.publishing.publish import PublishResult, publish
 from pipeline.records import AdapterRef, ClassificationResults, Probe, Publication, TaskResult
 from pipeline.reports.score_table import summarise
+from pipeline.store.files import read_record, write_atomically
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.run_folder import RunFolder, read_record, write_atomically
+from pipeline.store.run_folder import RunFolder
 
 REPO = "me/fleet"
 TO = f"hf:{REPO}"

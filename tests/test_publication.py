@@ -17,7 +17,8 @@ from pipeline.publishing.publication import PublishedState, read_candidate, stag
 from pipeline.publishing.publish import PublishedFolder
 from pipeline.publishing.verify import check_files
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MtebTask, Publication, TaskResult
-from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder, adapter_sha256
 
 ROOT_FILES = {
     "README.md",

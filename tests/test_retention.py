@@ -22,11 +22,12 @@ from commands import run
 from pipeline.errors import InputError, LockedError
 from pipeline.records import Failure, GateDecision, TaskResult
 from pipeline.run.collect import reuse
+from pipeline.store.files import read_record
 from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.retention import PruneResult, _delete_run, prune
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import write_gate
 from pipeline.store.verdicts import Policy, Verdict, checkpoints, judge
 

@@ -32,8 +32,9 @@ from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
 from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
 from pipeline.reports.model_card import render_card
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_manifest
-from pipeline.store.run_folder import RunFolder, TaskFolder, read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import read_epochs, read_scores, write_epochs, write_scores
 
 Folders = Callable[[str], Path]

@@ -37,7 +37,8 @@ def show_run(run: Path, *, as_json: bool) -> None:
     """Print the score table of a run, or of a publication."""
     from pipeline.records import ClassificationResults, TaskResult
     from pipeline.reports.score_table import score_table
-    from pipeline.store.run_folder import RunFolder, read_record
+    from pipeline.store.files import read_record
+    from pipeline.store.run_folder import RunFolder
 
     folder = RunFolder(run)
     summary = read_record(folder.results, ClassificationResults)

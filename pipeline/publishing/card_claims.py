@@ -14,7 +14,8 @@ from pipeline.errors import DataError, VerificationError, first_line
 from pipeline.publishing.consistency import is_different_score
 from pipeline.records import TaskResult
 from pipeline.reports.model_card import claimed_scores
-from pipeline.store.run_folder import LARGEST_RECORD_BYTES, RunFolder, read_file
+from pipeline.store.files import LARGEST_RECORD_BYTES, read_file
+from pipeline.store.run_folder import RunFolder
 
 _MOST_LEVELS = 20  # nested lists and mappings in the metadata
 

@@ -34,8 +34,9 @@ from pipeline.reports.outputs import (
     mteb_path,
 )
 from pipeline.reports.score_table import score_row, summarise
+from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
-from pipeline.store.run_folder import RunFolder, TaskFolder, read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import read_epochs, read_scores
 
 _OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # these depend on all MTEB tasks in the file

@@ -17,7 +17,8 @@ from pipeline.hub_errors import TOKEN_ADVICE, hub_status
 from pipeline.publishing.hub_client import ask, download
 from pipeline.publishing.publication import PublishedState, files_below
 from pipeline.records import Publication
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.files import read_record
+from pipeline.store.run_folder import RunFolder
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -18,8 +18,9 @@ from pipeline.publishing.hub_client import repository_url
 from pipeline.publishing.publication import Candidate, PublishedState, files_below, read_candidate, stage
 from pipeline.publishing.verify import Verification, verify_folder
 from pipeline.records import GateDecision, Publication
+from pipeline.store.files import open_inside, read_record
 from pipeline.store.lock import hold_run
-from pipeline.store.run_folder import RunFolder, open_inside, read_record
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import read_gate, write_gate
 
 

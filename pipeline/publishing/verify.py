@@ -22,9 +22,10 @@ from pipeline.publishing.card_claims import check_card
 from pipeline.publishing.consistency import check_publication, check_run, check_summary, check_task
 from pipeline.publishing.publication import file_sha256
 from pipeline.records import Probe, Publication, TaskResult
+from pipeline.store.files import read_record
 from pipeline.store.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import check_reload
 from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, Runtime, ScoreRow, TaskResult, WarmStart
 from pipeline.run.plan import JobSpec
-from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 from pipeline.training.batches import LabelledTokens
 from pipeline.training.checkpoint import tensor_file
 from pipeline.training.train import Training, train_adapter

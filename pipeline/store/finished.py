@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pipeline.errors import AdapterError, DataError
 from pipeline.records import TaskResult
+from pipeline.store.files import read_record
 from pipeline.store.lock import oldest_first
 from pipeline.store.manifest import RunManifest, read_manifest
-from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 
 
 def find_finished(runs: Path, keys: set[str]) -> dict[str, tuple[TaskFolder, TaskResult]]:

@@ -59,7 +59,9 @@ def explain(root: Path, *, task: str | None = None) -> str:
         case "run":
             return f"{root} is a run folder, in the run store {root.absolute().parent}"
         case "unfinished run":
-            return f"{root} is not finished: manifest.json, which is written last, is missing; let `lorafleet train` finish"
+            return (
+                f"{root} is not finished: it has no manifest.json, which is written last; let `lorafleet train` finish"
+            )
         case "publication":
             return f"{root} is a publication"
         case "run store":

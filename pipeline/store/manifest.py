@@ -8,7 +8,8 @@ from pydantic import AwareDatetime
 from pipeline.config import RunConfig
 from pipeline.errors import DataError
 from pipeline.records import EncoderRef, Failure, MtebTask, Record, RunId, Runtime, Sha256, TaskName
-from pipeline.store.run_folder import RunFolder, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder
 
 
 class RunManifest(Record):

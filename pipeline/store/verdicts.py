@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import DataError, LockedError
+from pipeline.store.files import LARGEST_RECORD_BYTES, read_file
 from pipeline.store.folders import RUN_NAME
 from pipeline.store.lock import hold_run, oldest_first
 from pipeline.store.manifest import RunManifest, read_manifest
-from pipeline.store.run_folder import LARGEST_RECORD_BYTES, RunFolder, read_file
+from pipeline.store.run_folder import RunFolder
 
 ABANDONED_DAYS = 7
 """Unfinished work younger than this is never deleted: a user may still resume it."""
