@@ -19,8 +19,8 @@ from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from pipeline.printable import counted, markdown
 from pipeline.storage import in_words, store_errors
-from tasks.board import BOARD
 from tasks.fleet import Fleet
+from tasks.live_table import LIVE_TABLE
 from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_markdown_artifact
 
@@ -206,7 +206,7 @@ class _Progress:
         rate = done / max(self.seconds, 1e-9)
         left = (total - done) / rate
         facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(left)} left"
-        BOARD.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
+        LIVE_TABLE.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
         if receipts[-1].failure:
             self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
         now = time.monotonic()

@@ -23,8 +23,6 @@ from pipeline.store.finished import finished_runs
 from pipeline.store.key import library_versions, sources_sha256
 from tasks.children import die_with_parent
 
-_AHEAD: list[EarlyCheck] = []
-
 
 class EarlyCheck:
     """The check of a run's inputs, under way."""
@@ -59,14 +57,6 @@ class EarlyCheck:
         return answer.get("keys")
 
 
-def start_check_ahead(config: RunConfig, runs: Path) -> EarlyCheck | None:
-    """Begin the check of a run that this process is about to make, where it may have nothing to do: ``early_check`` of it."""
-    check = early_check(config, runs)
-    if check is not None:
-        _AHEAD.append(check)
-    return check
-
-
 def refuse_wrong_files(config: RunConfig) -> None:
     """Check the inputs of a run at once where a file looks wrong, so that nobody waits for Prefect to be told.
 
@@ -84,8 +74,6 @@ def early_check(config: RunConfig, runs: Path) -> EarlyCheck | None:
     It is where the newest run had the same config, code and libraries, so that only the data may have changed. On a cluster the data are
     checked where they are read.
     """
-    if _AHEAD:
-        return _AHEAD.pop()
     if _is_on_cluster(config) or not _same_as_before(config, runs):
         return None
     return EarlyCheck(config)

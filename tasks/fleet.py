@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
+from typing import Any, Self
 
-from pipeline.config import ComputeConfig, RunConfig
+from pipeline.config import ComputeConfig
 from pipeline.errors import ConfigError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from tasks.children import last_fault
 from tasks.fleet_worker import FleetLostError, FleetWorker, StoppedError
+from tasks.network import check_listening
 from tasks.services.temporary import ray_base, ray_folder
 from tasks.worker import Worker
-
-if TYPE_CHECKING:
-    pass
 
 _OBJECT_STORE_BYTES = 150 * 1024**2  # receipts only travel through it
 _ANSWER_SECONDS = 10
@@ -219,7 +214,7 @@ class Fleet:
                 options["_temp_dir"] = str(ends.enter_context(ray_folder()))
             else:
                 options["address"] = self.address
-                _check_answers(self.address)
+                check_listening(self.address, timeout_seconds=_ANSWER_SECONDS)  # Ray itself would try for minutes
             import ray
             from ray.job_config import JobConfig
 
@@ -246,28 +241,6 @@ class Fleet:
                 f"{where}: no Ray cluster answers there: {error} (one with tokens needs RAY_AUTH_MODE=token)"
             )
         return None
-
-
-_AHEAD: list[Fleet] = []
-
-
-@contextmanager
-def fleet_ahead(config: RunConfig) -> Iterator[Fleet]:
-    """The fleet of a run that this process is about to make, which may be started before: Ray and the workers' imports take seconds.
-
-    It is stopped at the end, whatever has come of the run; a fleet may be stopped twice.
-    """
-    fleet = Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
-    _AHEAD.append(fleet)
-    try:
-        yield fleet
-    finally:
-        fleet.stop()
-
-
-def fleet_of_run(config: RunConfig) -> Fleet:
-    """The fleet of a run, to be entered: that of ``fleet_ahead``, else a new one."""
-    return _AHEAD.pop() if _AHEAD else Fleet(config.compute, num_tasks=len(config.mteb_tasks), make_ahead=True)
 
 
 def _init(options: dict[str, Any]) -> None:
@@ -300,13 +273,3 @@ def _token_can_be_kept() -> bool:
     except (OSError, RuntimeError):
         return False
     return (folder / "auth_token").exists() or os.access(folder, os.W_OK)
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself would try for minutes.
-
-    Raises: OSError: nothing listens at ``HOST:PORT`` or ``ray://HOST:PORT``; ``auto`` is left to Ray.
-    """
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    if parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_SECONDS).close()

@@ -38,14 +38,14 @@ from pipeline.store.finished import find_finished, latest_results
 from pipeline.store.finished import find_unchanged as find_unchanged_run
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder
-from tasks.board import BOARD
 from tasks.early_check import EarlyCheck
 from tasks.fleet_worker import FleetWorker, WorkerDiedError
+from tasks.live_table import LIVE_TABLE
 from tasks.log import run_logger
 from tasks.progress import ProgressArtifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
 if TYPE_CHECKING:
-    from pipeline.publishing.publish import Published
+    from pipeline.publishing.publish import PublishResult
 
 REPORTS_URL = "LORAFLEET_REPORTS_URL"
 """Variable of the environment: the address under which the run store is served, if it is."""
@@ -125,7 +125,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
 @task(name="load data", task_run_name="load data · {name}", cache_policy=NO_CACHE)
 def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSummary:
     """A worker reads and tokenises its data and loads the encoder."""
-    BOARD.show(name, "load data")
+    LIVE_TABLE.show(name, "load data")
     summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
     run_logger().info(
         "%s: loaded %d training texts, %d validation, %d test, %d classes; %d test texts also in train, %d empty, %d cut",
@@ -144,7 +144,7 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
 @task(name="frozen baselines", task_run_name="frozen baselines · {name}", cache_policy=NO_CACHE)
 def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ScoreRow, ...]:
     """A worker measures the frozen encoder."""
-    BOARD.show(name, "frozen baselines")
+    LIVE_TABLE.show(name, "frozen baselines")
     rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
     run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
     return rows
@@ -153,7 +153,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
 @task(name="train", task_run_name="train · {name}", cache_policy=NO_CACHE)
 def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
     """A worker trains its adapter; epochs go to the log, steps to a progress artifact."""
-    BOARD.show(name, "train")
+    LIVE_TABLE.show(name, "train")
     report = _Report(name)
     adapter: AdapterRef = worker.call("train", on_event=report, timeout_seconds=timeout_seconds)
     report.trained()
@@ -163,9 +163,9 @@ def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> Ada
 @task(name="evaluate", task_run_name="evaluate · {name}", cache_policy=NO_CACHE)
 def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> TaskResult:
     """A worker evaluates its adapter and reloads it in a fresh process."""
-    BOARD.show(name, "evaluate")
+    LIVE_TABLE.show(name, "evaluate")
     result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    BOARD.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
+    LIVE_TABLE.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
     run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
         name,
@@ -220,15 +220,14 @@ def _report_url(folder: RunFolder) -> str:
 
 
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
-def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool) -> Published | LorafleetError:
+def publish(folder: RunFolder, config: PublishConfig, *, trust_remote_code: bool) -> PublishResult | LorafleetError:
     """Gate, stage, verify and publish the finished run; returns why it could not, as ``check_inputs`` does."""
     from pipeline.publishing.publish import publish as publish_run
 
-    assert config.to is not None
     logger = run_logger()
     try:
         with _hub_token(config.token_block):
-            published = publish_run(folder.root, config.to, config, trust_remote_code=trust_remote_code)
+            published = publish_run(folder.root, config, trust_remote_code=trust_remote_code)
     except LorafleetError as error:
         logger.error("not published: %s", error)
         return error
@@ -326,7 +325,7 @@ class _Report:
         facts = f"epoch {event.epoch}/{event.max_epochs}, step {event.step}/{event.num_steps}"
         facts += f", loss {event.train_loss:.4f}, {event.texts_per_second:.0f} texts/s"
         done = 100 * ((event.epoch - 1) * event.num_steps + event.step) / (event.max_epochs * event.num_steps)
-        BOARD.show(self._name, "train", facts, percent=done)
+        LIVE_TABLE.show(self._name, "train", facts, percent=done)
         self._artifact.show(done, f"{self._name}: {facts}")
 
     def trained(self) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 from commands import Command, eventually
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
+
+from tasks.services.loopback import basic
 
 POOL = "lorafleet-tests"
 
@@ -88,7 +89,7 @@ class Api:
             self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
         )
         if self.login is not None:
-            request.add_header("Authorization", "Basic " + b64encode(self.login.encode()).decode())
+            request.add_header("Authorization", basic(self.login))
         for _ in range(30):
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -111,7 +112,7 @@ def answers_to_strangers(url: str, *, login: str) -> list[str]:
     """
     host = url.split("/")[2]
     body = json.dumps({"name": "planted"}).encode()
-    wrong = "Basic " + b64encode(login[:-1].encode()).decode()
+    wrong = basic(login[:-1])
     taken = []
     for name, headers in {
         "without a content type": {"Content-Type": None},
@@ -140,9 +141,7 @@ def answers_to_strangers(url: str, *, login: str) -> list[str]:
         assert _is_let_in(url, path, ["prefect"], login), (
             f"{path} is not open to who knows the password, so this test sees nothing"
         )
-    status, headers = _raw(
-        "POST", url + "/flows/", body, {"Authorization": "Basic " + b64encode(login.encode()).decode()}
-    )
+    status, headers = _raw("POST", url + "/flows/", body, {"Authorization": basic(login)})
     assert status in (200, 201), "the right password is refused, so this test sees nothing"
     origin = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     _, headers = _raw("OPTIONS", url + "/flows/", None, origin)

@@ -28,15 +28,16 @@ from builders import load_encoder, of_adapter
 from hub_server import CUT, HubServer, go_online, serve_hub
 
 import pipeline.inference.reload
-import pipeline.publishing.hub
+import pipeline.publishing.hub_client
 from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
-from pipeline.publishing.publish import Published, publish
+from pipeline.publishing.publish import PublishResult, publish
 from pipeline.records import AdapterRef, ClassificationResults, Probe, Publication, TaskResult
 from pipeline.reports.score_table import summarise
+from pipeline.store.files import read_record, write_atomically
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.run_folder import RunFolder, read_record, write_atomically
+from pipeline.store.run_folder import RunFolder
 
 REPO = "me/fleet"
 TO = f"hf:{REPO}"
@@ -68,9 +69,9 @@ class Place:
     waits: list[float]
     """Seconds that were to be waited before trying again; nobody waits them."""
 
-    def publish(self, run: Path, config: PublishConfig | None = None, *, to: str = TO) -> Published:
+    def publish(self, run: Path, config: PublishConfig | None = None, *, to: str = TO) -> PublishResult:
         """From this process."""
-        return publish(run, to, config or PublishConfig())
+        return publish(run, (config or PublishConfig()).model_copy(update={"to": to}))
 
     def publish_elsewhere(self, run: Path, name: str = "child", config: PublishConfig | None = None) -> Child:
         """From a process of its own, under way when this returns."""
@@ -161,7 +162,7 @@ def _go_to(endpoint: str, token: str, home: Path, waits: list[float], monkeypatc
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", token)
-    for module in (pipeline.publishing.hub, huggingface_hub.utils._http):
+    for module in (pipeline.publishing.hub_client, huggingface_hub.utils._http):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
     huggingface_hub.utils.disable_progress_bars()
 
@@ -172,7 +173,7 @@ def _publish_here(endpoint: str, token: str, home: str, run: str, answer: str, c
     _go_to(endpoint, token, Path(home), [], monkeypatch)
     monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE))
     try:
-        published = publish(Path(run), TO, PublishConfig.model_validate_json(config))
+        published = publish(Path(run), PublishConfig.model_validate_json(config).model_copy(update={"to": TO}))
         said = {"revision": published.revision, "promoted": [adapter.name for adapter in published.verified]}
     except Exception as error:  # noqa: BLE001 - whatever it is, the test wants to see it
         said = {"error": type(error).__name__, "message": str(error)}

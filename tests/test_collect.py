@@ -12,8 +12,9 @@ from pipeline.records import ClassificationResults, Comparison, Failure, TaskRes
 from pipeline.reports.outputs import correct_over_tasks
 from pipeline.run.collect import collect, finish_run, reuse
 from pipeline.run.plan import Plan
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_config
-from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record
+from pipeline.store.run_folder import RunFolder, adapter_sha256
 from pipeline.store.tables import read_history, read_scores
 
 

@@ -31,7 +31,7 @@ from tasks.checks import doctor
 from tasks.checks import machine as checkup
 from tasks.checks.doctor import check_gpu, report, try_out
 from tasks.checks.machine import Check, check_checkpoints, check_disk, check_open_files, check_store, readable_bytes
-from tasks.checks.servers import Later, check_address, check_hub, check_prefect, in_time
+from tasks.checks.servers import Deferred, check_address, check_hub, check_prefect, in_time
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SECRET = "hf_RecognisableSecretOfNobody"
@@ -420,7 +420,7 @@ def test_what_does_not_answer_in_time_is_a_warning_and_what_fails_is_one_too(mon
         never.wait()
         raise AssertionError
 
-    check = in_time("Hub", Later(wait))
+    check = in_time("Hub", Deferred(wait))
     never.set()
     assert (check.status, check.name, check.found) == ("warning", "Hub", "no answer in 0.2 s")
 

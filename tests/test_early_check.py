@@ -14,8 +14,9 @@ from pipeline.config import RunConfig, load_config, validate_config
 from pipeline.data.catalogue import files_look_wrong
 from pipeline.errors import InputError
 from pipeline.records import TaskResult
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 from tasks import early_check as module
 from tasks.early_check import EarlyCheck, early_check
 

@@ -28,7 +28,8 @@ from pipeline.export import export
 from pipeline.export.export import Exported, Form, export_adapter
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import PROBE_TEXTS
-from pipeline.store.run_folder import TaskFolder, read_record
+from pipeline.store.files import read_record
+from pipeline.store.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
 TEXTS = [*toy_texts(20)[0], "ship soup flower " * 20]

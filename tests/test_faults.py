@@ -15,8 +15,9 @@ from pipeline.records import TaskResult
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
 from pipeline.run.preflight import preflight
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 
 Folders = Callable[[str], Path]
 EPOCHS = 20  # a worker trains on for some ten seconds after the head is gone, and must not be done by then

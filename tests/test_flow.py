@@ -25,9 +25,10 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.publishing.publish import publish
 from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
+from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest, read_manifest
-from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record
-from pipeline.store.tables import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
+from pipeline.store.run_folder import RunFolder, adapter_sha256
+from pipeline.store.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
 
@@ -336,7 +337,7 @@ def gated(
     pairs = earlier.task("Pairs")
     for path in (pairs.labels, pairs.result):
         path.write_text(path.read_text(encoding="utf-8").replace('"sea"', '"ocean"'), encoding="utf-8")
-    publish(earlier.root, str(cwd / "out"), PublishConfig())
+    publish(earlier.root, PublishConfig(to=str(cwd / "out")))
     before = {path.name: path.read_bytes() for path in (cwd / "out" / "Pairs").iterdir()}
     arguments = ("--config", finished_run.config, "--runs", finished_run.runs, "--set", f"publish.to={cwd / 'out'}")
     ended = run("train", *arguments, cwd=cwd, PREFECT_API_URL=prefect_api)
@@ -412,7 +413,7 @@ def next_week(finished_run: FinishedRun, prefect_api: str, tmp_path_factory: pyt
     """Topics has new texts, Pairs a third label, Fresh is new; what is published of the other two is gone on from."""
     cwd = tmp_path_factory.mktemp("next-week")
     earlier = copy_run(finished_run.root, cwd / "runs" / finished_run.root.name)
-    publish(earlier.root, str(cwd / "out"), PublishConfig())
+    publish(earlier.root, PublishConfig(to=str(cwd / "out")))
     tasks = [
         write_task(cwd / "data", "Topics", num_classes=3, seed=5),
         write_task(cwd / "data", "Pairs", num_classes=3, seed=6),

@@ -44,12 +44,13 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.scores import Interval, score_predictions
 from pipeline.evaluation.significance import paired_difference
 from pipeline.inference.reload import PROBE_TEXTS, PROBE_TOLERANCE
-from pipeline.publishing.gate import beats_probe, compare, decide, first_look, judge
-from pipeline.publishing.publication import Base, read_candidate
-from pipeline.publishing.publish import Published, _record, publish
+from pipeline.publishing.gate import beats_probe, compare, decide, decide_without_scoring, evaluate_gate
+from pipeline.publishing.publication import PublishedState, read_candidate
+from pipeline.publishing.publish import PublishResult, _record, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import GATE_SCHEMA, read_gate, write_gate
+from pipeline.store.schemas import GATE_SCHEMA
+from pipeline.store.tables import read_gate, write_gate
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"
@@ -257,7 +258,7 @@ def test_a_gate_that_means_nothing_is_refused(changes: dict[str, Any]) -> None:
 # --- what needs no scoring ---
 
 
-def base_of(folder: RunFolder, *, revision: str | None = None) -> Base:
+def base_of(folder: RunFolder, *, revision: str | None = None) -> PublishedState:
     """What a run folder would be, once published."""
     results = {
         path.parent.name: TaskResult.model_validate_json(path.read_bytes())
@@ -265,7 +266,7 @@ def base_of(folder: RunFolder, *, revision: str | None = None) -> Base:
     }
     adapters = {name: result.adapter.sha256 for name, result in results.items()}
     publication = Publication(run_id="before", lorafleet_version="0", encoder=ENCODER, adapters=adapters, files={})
-    return Base(revision, folder, publication)
+    return PublishedState(revision, folder, publication)
 
 
 def look(
@@ -277,16 +278,18 @@ def look(
     there, new = base.publication.adapters["A"], task_result("A", labels=candidate)
     if same:
         new = TaskResult.model_validate(new.model_dump() | {"adapter": new.adapter.model_dump() | {"sha256": there}})
-    return first_look(new, there, base, GateConfig(**config))
+    return decide_without_scoring(new, there, base, GateConfig(**config))
 
 
 def test_what_is_not_published_yet_is_promoted(tmp_path: Path) -> None:
     base = base_of(finished_run(tmp_path / "published", [task_result("B")]))
-    assert first_look(task_result("A"), None, base, GateConfig()) == (
+    assert decide_without_scoring(task_result("A"), None, base, GateConfig()) == (
         "promote",
         "nothing is published under this name yet",
     )
-    assert first_look(task_result("A"), None, Base(None, None, None), GateConfig())[0] == "promote"
+    assert (
+        decide_without_scoring(task_result("A"), None, PublishedState(None, None, None), GateConfig())[0] == "promote"
+    )
 
 
 def test_the_published_adapter_itself_is_kept(tmp_path: Path) -> None:
@@ -370,25 +373,30 @@ def test_beating_the_probe_is_asked_for_only_where_the_config_does(
     tmp_path: Path, config: dict[str, bool], expected: str
 ) -> None:
     candidate = read_candidate(finished_run(tmp_path / "run", [compared(40, 26, 0.109)]).root)
-    (found,) = judge(candidate, Base(None, None, None), GateConfig(**config), to="out", repository=None)
+    (found,) = evaluate_gate(
+        candidate, PublishedState(None, None, None), GateConfig(**config), to="out", repository=None
+    )
     assert found.decision == expected
     assert ("full-data probe" in found.reason) == (expected == "block")
     beating = read_candidate(finished_run(tmp_path / "beating", [compared(40, 20, 0.0135)]).root)
     assert (
-        judge(beating, Base(None, None, None), GateConfig(**config), to="out", repository=None)[0].decision == "promote"
+        evaluate_gate(beating, PublishedState(None, None, None), GateConfig(**config), to="out", repository=None)[
+            0
+        ].decision
+        == "promote"
     )
 
 
 def test_a_first_publish_of_which_nothing_is_promoted_publishes_nothing(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "runs" / "run", [compared(40, 26, 0.109)])
-    published = publish(run.root, str(tmp_path / "out"), PublishConfig(gate=GateConfig(require_beats_probe=True)))
+    published = publish(run.root, PublishConfig(to=str(tmp_path / "out"), gate=GateConfig(require_beats_probe=True)))
     assert ([d.decision for d in published.blocked], published.num_files) == (["block"], 0)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_kept_anyway_need_not_beat_the_probe(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [compared(40, 26, 0.109)])
-    (found,) = judge(
+    (found,) = evaluate_gate(
         read_candidate(folder.root), base_of(folder), GateConfig(require_beats_probe=True), to="out", repository=None
     )
     assert found.decision == "keep"
@@ -399,7 +407,9 @@ def test_a_decision_names_the_run_and_both_adapters(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", [task_result("A"), task_result("C")], run_id="run-2")
     base = base_of(published, revision="f" * 40)
     before = datetime.now(UTC)
-    first, second = judge(read_candidate(folder.root), base, GateConfig(), to="hf:me/fleet", repository="me/fleet")
+    first, second = evaluate_gate(
+        read_candidate(folder.root), base, GateConfig(), to="hf:me/fleet", repository="me/fleet"
+    )
     assert base.publication is not None
     assert [(d.run_id, d.mteb_task, d.decision, d.published_revision) for d in (first, second)] == [
         ("run-2", "A", "block", "f" * 40),
@@ -603,7 +613,7 @@ def small(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def judged(candidate: Path, published: Path, **config: Any) -> GateDecision:
-    (found,) = judge(
+    (found,) = evaluate_gate(
         read_candidate(candidate), base_of(RunFolder(published)), GateConfig(**config), to="out", repository=None
     )
     return found
@@ -732,17 +742,17 @@ class Promoted:
 
     folder: Path
     """Every test leaves it so."""
-    first: Published
+    first: PublishResult
     run: Path
-    second: Published
+    second: PublishResult
 
 
 @pytest.fixture(scope="module")
 def promoted(banking: Bench) -> Promoted:
     folder = banking.root / "published"
-    first = publish(banking.run("first", banking.worse_by(0.02)), str(folder), PublishConfig())
+    first = publish(banking.run("first", banking.worse_by(0.02)), PublishConfig(to=str(folder)))
     better = banking.run("better", banking.start)
-    return Promoted(folder, first, better, publish(better, str(folder), PublishConfig()))
+    return Promoted(folder, first, better, publish(better, PublishConfig(to=str(folder))))
 
 
 def publish_by_command(run_folder: Path, target: Path, *options: str) -> tuple[int, list[str]]:

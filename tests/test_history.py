@@ -25,6 +25,7 @@ from pipeline.run.collect import collect, finish_run
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import Plan, job_spec
 from pipeline.run.preflight import preflight
+from pipeline.store.files import read_record
 from pipeline.store.history import (
     StoreHistory,
     TaskHistory,
@@ -35,7 +36,7 @@ from pipeline.store.history import (
     task_histories,
 )
 from pipeline.store.manifest import RunManifest, write_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
 from pipeline.store.values import values_of_scores
 

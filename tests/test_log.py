@@ -1,4 +1,4 @@
-"""The log of a run, its artifacts and its board: values of others stay values."""
+"""The log of a run, its artifacts and its table: values of others stay values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline.errors import DataError, InputError, LorafleetError, refused_by_machine
 from pipeline.reports.page import inline_svg, shorten
-from tasks.board import Board
+from tasks.live_table import LiveTable
 from tasks.log import _Printable
 from tasks.progress import _shown
 
@@ -41,9 +41,9 @@ def test_an_artifact_shows_its_values_and_its_own_lines() -> None:
 
 
 def test_the_board_shows_names_on_one_line() -> None:
-    board = Board()
-    board.show(EVIL, "train", EVIL)
-    (cells,) = ([str(column._cells[0]) for column in board.__rich__().columns],)
+    table = LiveTable()
+    table.show(EVIL, "train", EVIL)
+    (cells,) = ([str(column._cells[0]) for column in table.__rich__().columns],)
     assert cells == [WRITTEN, "train", "", WRITTEN]
 
 

@@ -17,11 +17,8 @@ import pytest
 
 from pipeline.errors import DataError, InputError, LorafleetError
 from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, Record, ScoreRow, ValueRow
+from pipeline.store.schemas import EPOCHS_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
 from pipeline.store.tables import (
-    EPOCHS_SCHEMA,
-    MTEB_TASKS_SCHEMA,
-    SCORES_SCHEMA,
-    VALUES_SCHEMA,
     append_history,
     append_mteb_tasks,
     read_gate,

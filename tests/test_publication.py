@@ -14,11 +14,12 @@ from builders import finished_run, task_result
 
 from pipeline.config import EncoderConfig, MtebTaskConfig, RunConfig
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError, LorafleetError, VerificationError
-from pipeline.publishing.publication import Base, read_candidate, stage
+from pipeline.publishing.publication import PublishedState, read_candidate, stage
 from pipeline.publishing.publish import PublishedFolder
 from pipeline.publishing.verify import check_files
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MtebTask, Publication, TaskResult
-from pipeline.store.run_folder import RunFolder, adapter_sha256, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder, adapter_sha256
 
 ROOT_FILES = {
     "README.md",
@@ -286,7 +287,7 @@ def test_a_file_that_becomes_a_link_after_it_was_checked_is_not_published(
     (run.task("A").root / name).unlink()
     (run.task("A").root / name).symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match="it is a symbolic link"):
-        stage(candidate, ["A"], Base(None, None, None), RunFolder(tmp_path / "staging"))
+        stage(candidate, ["A"], PublishedState(None, None, None), RunFolder(tmp_path / "staging"))
     assert b"secret" not in contents(tmp_path / "staging").values()
 
 

@@ -340,7 +340,7 @@ def test_killed_at_any_point_main_is_old_or_new_and_the_next_start_ends_it(
 
 def test_a_run_that_is_being_deleted_is_not_published(world: World, tmp_path: Path) -> None:
     with hold_run(world.both, alone=True), pytest.raises(LockedError, match="is being deleted"):
-        publish(world.both, str(tmp_path / "published"), NO_GATE)
+        publish(world.both, NO_GATE.model_copy(update={"to": str(tmp_path / "published")}))
     assert not (tmp_path / "published").exists()
 
 

@@ -22,12 +22,14 @@ from commands import run
 from pipeline.errors import InputError, LockedError
 from pipeline.records import Failure, GateDecision, TaskResult
 from pipeline.run.collect import reuse
+from pipeline.store.files import read_record
 from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.retention import Policy, Pruned, Verdict, _delete_run, checkpoints, judge, prune
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.retention import PruneResult, _delete_run, prune
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import write_gate
+from pipeline.store.verdicts import Policy, Verdict, checkpoints, judge
 
 NOW = datetime.now(UTC)
 KEY = "0123456789abcdef" * 2
@@ -473,7 +475,7 @@ def test_a_folder_that_cannot_be_deleted_is_named_and_the_others_go() -> None:
         child = _WARM.Process(target=_prune_as_nobody, args=(runs, send))
         child.start()
         send.close()
-        pruned: Pruned = receive.recv()
+        pruned: PruneResult = receive.recv()
         child.join()
         locked.root.chmod(0o755)
         (failure,) = pruned.failures

@@ -13,15 +13,15 @@ from builders import task_result
 
 from pipeline.errors import AdapterError, DataError
 from pipeline.records import AdapterMeta, ClassificationResults, FewShot, LabelNames, Probe, Publication, TaskResult
-from pipeline.store.run_folder import (
+from pipeline.store.files import (
     LARGEST_RECORD_BYTES,
     LARGEST_WEIGHTS_BYTES,
-    adapter_sha256,
     copy_inside,
     open_inside,
     read_file,
     read_record,
 )
+from pipeline.store.run_folder import adapter_sha256
 
 pytestmark = pytest.mark.timeout(20)  # a pipe that is waited for is a failure, not a hang
 

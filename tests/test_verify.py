@@ -25,14 +25,16 @@ from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.evaluation.scores import score_of_draws
 from pipeline.inference.reload import Ask, reload_elsewhere
-from pipeline.publishing.consistency import check_card, check_task
+from pipeline.publishing.card_claims import check_card
+from pipeline.publishing.consistency import check_task
 from pipeline.publishing.publication import read_candidate
 from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
 from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
 from pipeline.reports.model_card import render_card
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_manifest
-from pipeline.store.run_folder import RunFolder, TaskFolder, read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import read_epochs, read_scores, write_epochs, write_scores
 
 Folders = Callable[[str], Path]
@@ -124,7 +126,7 @@ def change(path: Path, **changes: Any) -> None:
 def test_what_was_trained_is_verified_and_published(run: RunFolder, encoder_folder: Folders, tmp_path: Path) -> None:
     check(run.root, encoder_folder)
     check(run.root / "A", encoder_folder)
-    published = publish(run.root, str(tmp_path / "out"), PublishConfig())
+    published = publish(run.root, PublishConfig(to=str(tmp_path / "out")))
     assert [adapter.name for adapter in published.verified] == ["A"]
     check(tmp_path / "out", encoder_folder)
     check(tmp_path / "out" / "A", encoder_folder)
@@ -314,7 +316,7 @@ def test_one_file_that_says_something_else_is_found(
     do(run.task("A"))
     for name, call in {
         "verify": lambda: check(run.root, encoder_folder),
-        "publish": lambda: publish(run.root, str(tmp_path / "out"), PublishConfig()),
+        "publish": lambda: publish(run.root, PublishConfig(to=str(tmp_path / "out"))),
     }.items():
         with pytest.raises(LorafleetError, match=says) as raised:
             call()
@@ -458,7 +460,7 @@ def test_a_run_that_claims_something_else_of_its_adapter_is_found(
     if "card" in harm:  # it is not published: what is published has a card of its own
         return
     with pytest.raises(LorafleetError, match=says):
-        publish(run.root, str(tmp_path / "out"), PublishConfig())
+        publish(run.root, PublishConfig(to=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -481,7 +483,7 @@ def test_a_card_of_an_earlier_version_that_called_own_data_by_their_name_is_veri
 def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What publishing it gives. Not to be written to."""
     target = tmp_path_factory.mktemp("published") / "out"
-    publish(trained, str(target), PublishConfig())
+    publish(trained, PublishConfig(to=str(target)))
     return target
 
 
@@ -687,7 +689,7 @@ def test_an_encoder_that_is_not_there_is_exit_code_2_through_a_fresh_process_too
     config = manifest.config.model_dump() | {"encoder": {"name": encoder, "max_tokens": 24}, "data": {"offline": True}}
     write_manifest(type(manifest).model_validate(manifest.model_dump() | {"config": config}), run)
     with pytest.raises(kind, match=r"out is left as it was: .*encoder"):
-        publish(run.root, str(tmp_path / "out"), PublishConfig())
+        publish(run.root, PublishConfig(to=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -714,6 +716,6 @@ def test_a_strangers_run_cannot_have_the_code_of_its_encoder_run(run: RunFolder,
     config = manifest.config.model_dump() | {"encoder": encoder}
     write_manifest(type(manifest).model_validate(manifest.model_dump() | {"config": config}), run)
     with pytest.raises(InputError, match=r"needs Python code that comes with it; .* --trust-remote-code"):
-        publish(run.root, str(tmp_path / "out"), PublishConfig())
+        publish(run.root, PublishConfig(to=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-    assert publish(run.root, str(tmp_path / "out"), PublishConfig(), trust_remote_code=True).verified
+    assert publish(run.root, PublishConfig(to=str(tmp_path / "out")), trust_remote_code=True).verified

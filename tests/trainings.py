@@ -13,8 +13,9 @@ from pipeline.records import TaskResult
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
 from pipeline.run.preflight import preflight
+from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 
 QUICK = "Quick"
 """The name of an MTEB task that is finished in no time."""

@@ -13,7 +13,7 @@ from flows.commands.options import JSON, Command, FiniteRange
 from flows.terminal import complain, say, say_json
 
 if TYPE_CHECKING:
-    from pipeline.store.retention import Pruned
+    from pipeline.store.retention import PruneResult
 
 
 @click.command(cls=Command)
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Delete old runs and abandoned checkpoints.
 
-    Published runs and the last good run of each MTEB task are kept. The history over runs keeps every score. Its page is written again,
+    Published runs and the last good run of each MTEB task are kept. The history keeps every score. Its page is updated,
     without links to deleted runs.
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
     """
-    from pipeline.store.retention import Policy
     from pipeline.store.retention import prune as prune_store
+    from pipeline.store.verdicts import Policy
 
     pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
     _print_pruned(pruned, dry_run=dry_run, as_json=as_json)
@@ -56,7 +56,7 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
     sys.exit(1 if pruned.failures else 0)
 
 
-def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
+def _print_pruned(pruned: PruneResult, *, dry_run: bool, as_json: bool) -> None:
     from tasks.checks.machine import readable_bytes
 
     if as_json:
@@ -74,8 +74,6 @@ def _print_pruned(pruned: Pruned, *, dry_run: bool, as_json: bool) -> None:
         say(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
     for failure in pruned.failures:
         complain(f"failed: {failure}")
-    gone, size = (
-        sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures),
-        readable_bytes(pruned.freed_bytes),
-    )
-    say(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")
+    num_deleted = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures)
+    verb = "would delete" if dry_run else "deleted"
+    say(f"{verb} {num_deleted} of {len(pruned.verdicts)}, {readable_bytes(pruned.freed_bytes)}")

@@ -12,7 +12,7 @@ from flows.commands.options import ENCODER, JSON, OFFLINE, Command
 from flows.terminal import say, say_json
 
 if TYPE_CHECKING:
-    from pipeline.publishing.verify import Verified
+    from pipeline.publishing.verify import Verification
 
 
 @click.command(cls=Command)
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
     """Check published adapters in a new process.
 
-    Each adapter of REF is loaded as anybody would load it, and compared with what was trained.
+    Each adapter of REF is loaded as a user would load it, and compared with the trained one.
 
     Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
     """
@@ -34,8 +34,8 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
     print_verified(verify_ref(ref, encoder=encoder, offline=offline), as_json=as_json)
 
 
-def print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
-    """Print what was verified of each adapter."""
+def print_verified(verified: Sequence[Verification], *, as_json: bool) -> None:
+    """Print the verification of each adapter."""
     if as_json:
         say_json([dataclasses.asdict(adapter) for adapter in verified])
         return
@@ -43,8 +43,8 @@ def print_verified(verified: Sequence[Verified], *, as_json: bool) -> None:
         say(verified_line(adapter))
 
 
-def verified_line(adapter: Verified) -> str:
-    """One line on a verified adapter."""
+def verified_line(adapter: Verification) -> str:
+    """Describe a verification in one line."""
     return (
         f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
         f"effect on the embedding {adapter.effect:.2g}"

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pipeline.config import AdapterConfig, EncoderConfig
 from pipeline.errors import AdapterError
 from pipeline.records import AdapterMeta, Calibration, LabelNames
-from pipeline.store.run_folder import LARGEST_RECORD_BYTES, TaskFolder, adapter_sha256, parse_record, read_file
+from pipeline.store.files import LARGEST_RECORD_BYTES, parse_record, read_file
+from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
 CANNOT_CLASSIFY = "it has no head, so it cannot classify; use its text vectors"
 

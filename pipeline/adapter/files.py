@@ -22,7 +22,8 @@ from pipeline.adapter.targets import projection_paths
 from pipeline.encoder.encoder import Encoder
 from pipeline.errors import AdapterError, VerificationError, first_line
 from pipeline.records import AdapterRef
-from pipeline.store.run_folder import TaskFolder, adapter_sha256, read_file, write_atomically
+from pipeline.store.files import read_file, write_atomically
+from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
 _BYTES_AROUND_TENSORS, _BYTES_AROUND_TENSOR = 64 * 1024, 1024  # of a file: its header, and the entry of each tensor
 

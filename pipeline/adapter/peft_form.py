@@ -18,7 +18,7 @@ from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.tokeniser import Tokens
 from pipeline.errors import AdapterError, VerificationError, first_line
 from pipeline.records import EncoderName, JsonObject
-from pipeline.store.run_folder import read_record
+from pipeline.store.files import read_record
 
 
 def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, outputs: FloatArray, tolerance: float) -> None:

@@ -12,7 +12,7 @@ from pipeline.config import EncoderConfig
 from pipeline.errors import EncoderError
 from pipeline.hub_errors import hub_error, hub_faults
 from pipeline.records import LONGEST_PUBLIC_NAME, EncoderRef
-from pipeline.store.run_folder import open_regular
+from pipeline.store.files import open_regular
 
 _LOADED_FROM = (".safetensors", ".json", ".txt", ".model", ".py")
 

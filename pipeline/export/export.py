@@ -30,7 +30,7 @@ from pipeline.export.sentence_transformers import read_sentence_transformers, wr
 from pipeline.export.transformers import EUROBERT_POOLING, read_transformers, write_transformers
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.records import Record
-from pipeline.store.run_folder import write_atomically
+from pipeline.store.files import write_atomically
 
 Form = Literal["sentence-transformers", "classifier", "transformers", "onnx"]
 """``sentence-transformers`` gives the adapted encoder's vectors, the other three the head's logits."""

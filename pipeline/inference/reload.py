@@ -26,7 +26,8 @@ from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
 from pipeline.machine import own_output, read_answers
 from pipeline.records import Probe, Runtime
-from pipeline.store.run_folder import TaskFolder, write_atomically
+from pipeline.store.files import write_atomically
+from pipeline.store.run_folder import TaskFolder
 
 TOLERANCE = 1e-4
 """Largest difference between a logit before saving and after loading; the same machine gives 0."""

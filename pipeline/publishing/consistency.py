@@ -1,18 +1,13 @@
-"""Whether the files of an adapter, and those around it, say the same of it. Loads no weights and asks no Hub."""
+"""Consistency of the files that describe an adapter. Loads no weights, and does not use the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
-from typing import Any, get_args
-
-import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import model_index_to_eval_results
+from typing import get_args
 
 from pipeline.adapter.description import FoundAdapter, describe_adapter
-from pipeline.errors import DataError, VerificationError, first_line
+from pipeline.errors import VerificationError, first_line
 from pipeline.evaluation.scores import score_of_draws
 from pipeline.records import (
     AdapterMeta,
@@ -30,7 +25,6 @@ from pipeline.records import (
     Record,
     TaskResult,
 )
-from pipeline.reports.model_card import claimed_scores
 from pipeline.reports.outputs import (
     MODEL_META,
     as_mteb_loads,
@@ -40,23 +34,25 @@ from pipeline.reports.outputs import (
     mteb_path,
 )
 from pipeline.reports.score_table import score_row, summarise
+from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
-from pipeline.store.run_folder import LARGEST_RECORD_BYTES, RunFolder, TaskFolder, read_file, read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import read_epochs, read_scores, read_values
 from pipeline.store.values import find_value, values_of, values_of_scores
 
-_OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # corrected for the number of MTEB tasks in the file
-_MOST_LEVELS = 20  # of lists and mappings in a card's metadata
+_OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # these depend on all MTEB tasks in the file
 _TRAINED: tuple[Column, ...] = ("adapted_few_shot", "head")
-_ROUNDED = 1e-6  # mteb and the card write six decimals
+_ROUNDED = 1e-6  # mteb and the model card write six decimals
 
 
 def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
-    """An adapter and what was measured of it, once every file that describes it agrees with ``result.json``.
+    """Check that every file of an adapter agrees with its ``result.json``.
 
+    Returns:
+        The adapter and its result.
     Raises:
-        VerificationError: one says something else, or mteb cannot load what it is given.
-        AdapterError, DataError: one is missing or damaged.
+        VerificationError: a file disagrees, or mteb cannot load its results.
+        AdapterError, DataError: a file is missing or damaged.
     """
     result = read_record(folder.result, TaskResult)
     name, encoder, labels = result.mteb_task.name, result.encoder, result.data.label_names
@@ -74,8 +70,8 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
     _check_values(result)
     few_shot = read_record(folder.few_shot, FewShot).root
     _check(name, "few_shot.json", "columns", sorted(few_shot), sorted(_few_shot_columns(result)))
-    for column, found in few_shot.items():
-        _check_few_shot(f"few_shot.json, {column}", found, result, column)
+    for column, scores in few_shot.items():
+        _check_few_shot(f"few_shot.json, {column}", scores, result, column)
     adapter = describe_adapter(folder)
     if adapter.sha256 != result.adapter.sha256:
         raise VerificationError(
@@ -85,9 +81,10 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
 
 
 def check_run(manifest: RunManifest, adapter: FoundAdapter, result: TaskResult) -> None:
-    """Compare what a run's manifest says of one of its adapters.
+    """Compare a run's manifest with one of the run's adapters.
 
-    Raises: VerificationError: it is another one.
+    Raises:
+        VerificationError: they disagree.
     """
     name, encoder = result.mteb_task.name, manifest.config.encoder
     _check(name, "manifest.json", "adapters", manifest.adapters.get(name), result.adapter.sha256)
@@ -97,14 +94,14 @@ def check_run(manifest: RunManifest, adapter: FoundAdapter, result: TaskResult) 
 
 
 def check_publication(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:
-    """Compare what a publication says of some of its adapters, tables and ``mteb_results`` included.
+    """Compare ``publication.json``, the tables and ``mteb_results`` with the adapters of a publication.
 
     Args:
-        folder: Where its files are, which have their hashes.
-        publication: The content of ``publication.json``.
-        results: MTEB task -> its result.
+        folder: Folder of the publication, whose hashes have been checked.
+        publication: Content of ``publication.json``.
+        results: MTEB task -> its result, for all adapters or some of them.
     Raises:
-        VerificationError: it is another one.
+        VerificationError: they disagree.
         DataError: a table or a file of ``mteb_results`` is damaged.
     """
     for name, result in results.items():
@@ -115,21 +112,22 @@ def check_publication(folder: RunFolder, publication: Publication, results: Mapp
 
 
 def check_summary(folder: RunFolder, results: Mapping[str, TaskResult], *, listed: Publication | RunManifest) -> None:
-    """Compare what ``classification_results.json`` says of some MTEB tasks with what was measured.
+    """Compare ``classification_results.json`` with the results of MTEB tasks.
 
     Args:
         folder: A run or a publication.
-        results: MTEB task -> its result. Averages and corrected p-values are of all MTEB tasks, and are compared where all are here.
-        listed: What lists the adapters of the folder.
+        results: MTEB task -> its result. Averages and corrected p-values depend on all MTEB tasks, so they are compared
+            only if all are given.
+        listed: Manifest or publication, which lists the adapters of the folder.
     Raises:
-        VerificationError: it claims something else.
-        DataError: it is missing or damaged.
+        VerificationError: they disagree.
+        DataError: the file is missing or damaged.
     """
     file, summary = folder.results.name, read_record(folder.results, ClassificationResults)
     tasks = [entry.task for entry in summary.tasks]
     _check_names(file, tasks, listed)
     if summary.run_id != listed.run_id:
-        raise VerificationError(f"{file}: run_id is {summary.run_id}, but this is of run {listed.run_id}")
+        raise VerificationError(f"{file}: run_id is {summary.run_id}, but the adapters are of run {listed.run_id}")
     are_all = results.keys() == listed.adapters.keys()
     ordered = [results[task] for task in tasks if task in results]
     for result in ordered:
@@ -149,71 +147,35 @@ def check_summary(folder: RunFolder, results: Mapping[str, TaskResult], *, liste
         _check_fields("average", file, summary.average, measured.average)
 
 
-def check_card(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:
-    """Compare the scores and the base model in the card's metadata, which the Hub reads, with what was measured.
-
-    Args:
-        folder: A run or a publication.
-        results: MTEB task -> its result, of all that are in the folder.
-    Raises:
-        VerificationError: it claims something else.
-        DataError: it is missing or damaged.
-    """
-    name = folder.readme.name
-    measured = {_score_of(claim): claim for result in results.values() for claim in claimed_scores(result)}
-    try:
-        # As the Hub's own library finds it: where it finds none, nobody does.
-        front = REGEX_YAML_BLOCK.search(read_file(folder.readme, at_most=LARGEST_RECORD_BYTES).decode())
-        metadata = _read_yaml(front[2]) if front else {}
-        models = metadata.get("model-index", [])
-        claimed = model_index_to_eval_results(models)[1] if models else []
-        wrong = [claim for claim in claimed if not _is_measured(claim, measured.get(_score_of(claim)))]
-        base_model = metadata.get("base_model")
-    except OSError as error:
-        raise DataError(f"{folder.readme} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"{folder.readme}: its metadata are damaged: {first_line(error)}") from None
-    if front is None:
-        raise VerificationError(f"{name}: has no metadata; expected them between two lines of --- at its beginning")
-    if wrong:
-        claim = wrong[0]
-        what = f"a score of {claim.metric_value!r:.100} ({claim.metric_name!r:.100}, {claim.dataset_name!r:.100})"
-        raise VerificationError(f"{name}: its metadata claim {what}, which was not measured")
-    encoders = [result.encoder.public_name for result in results.values()]
-    if base_model is not None and base_model not in encoders:
-        raise VerificationError(
-            f"{name}: its metadata name the base model {base_model!r:.100}, but it is {encoders[0]}"
-        )
-
-
 def _check(name: str, file: str, what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise VerificationError(f"{name}: {file}: {what} is {found!r:.200}, but what was trained has {expected!r:.200}")
+        raise VerificationError(
+            f"{name}: {file}: {what} is {found!r:.200}, but the trained adapter has {expected!r:.200}"
+        )
 
 
 def _check_names(file: str, found: Collection[str], listed: Publication | RunManifest) -> None:
     if sorted(found) != sorted(listed.adapters):
         names, adapters = (", ".join(sorted(some)) for some in (found, listed.adapters))
-        raise VerificationError(f"{file}: is of {names or 'nothing':.200}, but the adapters are {adapters:.200}")
+        raise VerificationError(f"{file}: covers {names or 'nothing':.200}, but the adapters are {adapters:.200}")
 
 
 def _check_fields(name: str, file: str, found: Record, expected: Record, *, but: Collection[str] = ()) -> None:
     for what in type(found).model_fields:
         value = getattr(found, what)
-        if what not in but and value is not None:  # None: not known to an older version
+        if what not in but and value is not None:  # None: written by an older version
             _check(name, file, what, value, getattr(expected, what))
 
 
 def _check_encoder(name: str, file: str, found: EncoderRef, result: TaskResult) -> None:
     _check(name, file, "encoder.revision", found.revision, result.encoder.revision)
-    if not found.revision.startswith(
-        "sha256:"
-    ):  # files are the same under any name, a commit is one of its repository's
+    # A hash of the files holds under any name, but a commit belongs to one repository.
+    if not found.revision.startswith("sha256:"):
         _check(name, file, "encoder.public_name", found.public_name, result.encoder.public_name)
 
 
 def _check_rows(result: TaskResult) -> None:
-    """Whether each score is of this task, run, encoder and adapter, and of another column than the others."""
+    """Check that columns are unique, and that each score has the task, run, encoder and adapter of the result."""
     name, file = result.mteb_task.name, "result.json"
     columns = [row.column for row in result.scores]
     _check(name, file, "scores", columns, list(dict.fromkeys(columns)))
@@ -226,9 +188,8 @@ def _check_rows(result: TaskResult) -> None:
         "encoder_revision": result.encoder.revision,
     }
     for row in result.scores:
-        for what, expected in of_task.items() | {
-            ("adapter_sha256", result.adapter.sha256 if row.column in _TRAINED else None)
-        }:
+        adapter = result.adapter.sha256 if row.column in _TRAINED else None
+        for what, expected in (of_task | {"adapter_sha256": adapter}).items():
             _check(name, file, f"{what} of {row.column}", getattr(row, what), expected)
 
 
@@ -255,7 +216,7 @@ def _few_shot_columns(result: TaskResult) -> list[FewShotColumn]:
 
 
 def _check_few_shot(file: str, found: FewShotResult, result: TaskResult, column: FewShotColumn) -> None:
-    """Compare one of mteb's results, its scores and those of its draws, with the row of its column."""
+    """Compare an mteb result, scores of the draws included, with the score row of its column."""
     name, row = result.mteb_task.name, score_row(result, column)
     assert row is not None, f"{column} was not measured"
     _check(name, file, "task_name", found.task_name, name)
@@ -265,15 +226,15 @@ def _check_few_shot(file: str, found: FewShotResult, result: TaskResult, column:
         raise VerificationError(f"{name}: {file}: mteb cannot load it: {first_line(error)}") from None
     entries = found.scores.get("test", ())
     if len(entries) != 1:
-        raise VerificationError(f"{name}: {file}: has scores of {len(entries)} subsets of test, but one was measured")
+        raise VerificationError(f"{name}: {file}: has scores for {len(entries)} subsets of test, but one was measured")
     (entry,) = entries
     _check(name, file, "hf_subset", entry.hf_subset, row.subset)
     measured = {"accuracy": row.accuracy, "f1": row.macro_f1, "ap": row.average_precision}
     for what, score in measured.items():
         _check_score(name, file, what, getattr(entry, what), score)
     main = mteb_main_score(result.mteb_task)
-    among = [main] if main in measured else ["accuracy", "f1"]  # any where this version of mteb does not know the task
-    if all(_is_other(entry.main_score, measured[what]) for what in among):
+    among = [main] if main in measured else ["accuracy", "f1"]  # any, if this version of mteb does not know the task
+    if all(is_different_score(entry.main_score, measured[what]) for what in among):
         _check_score(name, file, "main_score", entry.main_score, measured[among[0]])
     if draws := entry.scores_per_experiment:
         precisions = [draw.ap for draw in draws if draw.ap is not None]
@@ -284,11 +245,12 @@ def _check_few_shot(file: str, found: FewShotResult, result: TaskResult, column:
 
 
 def _check_score(name: str, file: str, what: str, found: float | None, expected: float | None) -> None:
-    if _is_other(found, expected):
+    if is_different_score(found, expected):
         raise VerificationError(f"{name}: {file}: {what} is {found!r}, but {expected!r} was measured")
 
 
-def _is_other(one: float | None, other: float | None) -> bool:
+def is_different_score(one: float | None, other: float | None) -> bool:
+    """Whether two scores differ by more than rounding, or one of them is missing."""
     return one != other if one is None or other is None else abs(one - other) >= _ROUNDED
 
 
@@ -327,7 +289,7 @@ def _check_mteb_results(folder: RunFolder, publication: Publication, results: Ma
     names = {f"{name}.json" for name in publication.adapters}
     for path in files:
         if PurePosixPath(path).name not in names | {MODEL_META}:
-            raise VerificationError(f"{path}: is not of an adapter that is published")
+            raise VerificationError(f"{path}: does not belong to a published adapter")
     for name, result in results.items():
         columns = {
             mteb_path(result, column, folder).relative_to(folder.root).as_posix(): column
@@ -337,39 +299,9 @@ def _check_mteb_results(folder: RunFolder, publication: Publication, results: Ma
             if PurePosixPath(path).name != f"{name}.json":
                 continue
             if path not in columns:
-                raise VerificationError(f"{name}: {path}: is of a model that was not measured")
+                raise VerificationError(f"{name}: {path}: belongs to a model that was not measured")
             _check_few_shot(path, read_record(folder.root / path, FewShotResult), result, columns[path])
             meta = read_record((folder.root / path).with_name(MODEL_META), JsonObject).root
             model = meta.get("name"), meta.get("revision")
-            _check(
-                name,
-                str(PurePosixPath(path).with_name(MODEL_META)),
-                "name, revision",
-                model,
-                mteb_model(result, columns[path]),
-            )
-
-
-def _score_of(claim: EvalResult) -> tuple[object, ...]:
-    """What a score in the card's metadata is said to be the score of: task and metric. Earlier versions wrote the task's name alone."""
-    task = claim.dataset_name.removeprefix("MTEB ").removesuffix(" (own data)")
-    return task, claim.dataset_split, claim.metric_type, claim.metric_name
-
-
-def _is_measured(claim: EvalResult, measured: EvalResult | None) -> bool:
-    if measured is None or _is_other(claim.metric_value, measured.metric_value):
-        return False
-    said, known = ((one.dataset_type, one.dataset_config) for one in (claim, measured))
-    return said == known or not any(
-        "/" in dataset for dataset, _ in (said, known)
-    )  # others are no data set of the Hub's
-
-
-def _read_yaml(text: str) -> Any:
-    """What plain YAML says. Aliases make a small text endless, and many levels crash the parser that is written in C."""
-    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
-    for event in yaml.parse(text, loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MOST_LEVELS or isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"expected at most {_MOST_LEVELS} levels and no alias")
-    return yaml.load(text, loader)
+            meta_path = PurePosixPath(path).with_name(MODEL_META)
+            _check(name, str(meta_path), "name, revision", model, mteb_model(result, columns[path]))

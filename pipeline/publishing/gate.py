@@ -1,4 +1,4 @@
-"""The promotion gate: a newly trained adapter against the published one, on the same test texts."""
+"""Promotion gate: compare a newly trained adapter with the published one on the same test texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.evaluation import scores, significance
 from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
-from pipeline.publishing.publication import Base, Candidate
+from pipeline.publishing.publication import Candidate, PublishedState
 from pipeline.records import Decision, GateDecision, TaskResult
 from pipeline.reports.formatting import label_changes, percent, points
 
@@ -26,77 +26,87 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Two adapters on the same test texts."""
+class GateMeasurement:
+    """Comparison of two adapters on the same test texts."""
 
     published_accuracy: float
     candidate_accuracy: float
     interval: scores.Interval
-    """Of the difference."""
+    """Confidence interval of the difference in accuracy."""
     p_value: float
     num_texts: int
 
     @property
     def difference(self) -> float:
-        """How much higher the candidate's accuracy is: a number of texts over all, not a rounding error beside it."""
+        """Candidate accuracy minus published accuracy, rounded to a whole number of texts to remove float error."""
         return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
 
 
-def judge(
-    candidate: Candidate, base: Base, config: GateConfig, *, to: str, repository: str | None
+def evaluate_gate(
+    candidate: Candidate, base: PublishedState, config: GateConfig, *, to: str, repository: str | None
 ) -> list[GateDecision]:
-    """One decision per MTEB task of a run.
+    """Decide for each MTEB task of a run whether its adapter is promoted.
 
     Args:
         candidate: The run.
-        base: What is published.
-        config: What is promoted.
-        to: What is published to, as the decision names it.
-        repository: ``OWNER/NAME`` of the Hub; none where ``base`` is a folder.
-    Raises: DataError: the test texts that the run was measured on cannot be read any more.
+        base: Current state of the target.
+        config: Thresholds of the gate.
+        to: Target, as the decisions name it.
+        repository: ``OWNER/NAME`` on the Hub; None if the target is a folder.
+    Raises:
+        DataError: the test texts that the run was measured on have changed or cannot be read.
     """
-    decisions = []
-    for task, result in candidate.results.items():
-        published = base.publication.adapters.get(task) if base.publication else None
-        measured: Measured | None = None
-        decision, reason = first_look(result, published, base, config)
-        if decision is None:
-            assert base.folder is not None
-            there = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
-            measured = measure(candidate, task, there)
-            decision, reason = decide(measured, config)
-        if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
-            decision, reason = (
-                "block",
-                "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)",
-            )
-        decisions.append(
-            GateDecision(
-                run_id=candidate.summary.run_id,
-                mteb_task=task,
-                to=to,
-                decision=decision,
-                reason=reason,
-                published_accuracy=measured.published_accuracy if measured else None,
-                candidate_accuracy=measured.candidate_accuracy if measured else None,
-                difference=measured.difference if measured else None,
-                low=measured.interval.low if measured else None,
-                high=measured.interval.high if measured else None,
-                p_value=measured.p_value if measured else None,
-                num_texts=measured.num_texts if measured else None,
-                published_sha256=published,
-                candidate_sha256=result.adapter.sha256,
-                published_revision=base.revision,
-                created_at=datetime.now(UTC),
-            )
-        )
-    return decisions
+    return [_decide_task(candidate, task, base, config, to=to, repository=repository) for task in candidate.results]
 
 
-def first_look(
-    result: TaskResult, published: str | None, base: Base, config: GateConfig
+def _decide_task(
+    candidate: Candidate, task: str, base: PublishedState, config: GateConfig, *, to: str, repository: str | None
+) -> GateDecision:
+    result = candidate.results[task]
+    published = base.publication.adapters.get(task) if base.publication else None
+    measured: GateMeasurement | None = None
+    decision, reason = decide_without_scoring(result, published, base, config)
+    if decision is None:
+        assert base.folder is not None
+        ref = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
+        measured = measure(candidate, task, ref)
+        decision, reason = decide(measured, config)
+    if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
+        decision = "block"
+        reason = "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
+    return GateDecision(
+        run_id=candidate.summary.run_id,
+        mteb_task=task,
+        to=to,
+        decision=decision,
+        reason=reason,
+        published_accuracy=measured.published_accuracy if measured else None,
+        candidate_accuracy=measured.candidate_accuracy if measured else None,
+        difference=measured.difference if measured else None,
+        low=measured.interval.low if measured else None,
+        high=measured.interval.high if measured else None,
+        p_value=measured.p_value if measured else None,
+        num_texts=measured.num_texts if measured else None,
+        published_sha256=published,
+        candidate_sha256=result.adapter.sha256,
+        published_revision=base.revision,
+        created_at=datetime.now(UTC),
+    )
+
+
+def decide_without_scoring(
+    result: TaskResult, published: str | None, base: PublishedState, config: GateConfig
 ) -> tuple[Decision | None, str]:
-    """What can be said without scoring: none, if nothing."""
+    """Decide about an adapter without scoring it, if possible.
+
+    Args:
+        result: Result of the candidate.
+        published: sha256 of the published adapter; None if there is none.
+        base: Current state of the target.
+        config: Thresholds of the gate.
+    Returns:
+        Decision and reason; the decision is None if both adapters have to be scored.
+    """
     if published is None:
         return "promote", "nothing is published under this name yet"
     old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
@@ -112,21 +122,25 @@ def first_look(
     if (changes := label_changes(old, new)) and not config.allow_label_change:
         return (
             "block",
-            f"its labels are not the published ones: {changes}; allow it with publish.gate.allow_label_change",
+            f"its labels differ from the published ones: {changes}; to allow it, set publish.gate.allow_label_change",
         )
     return None, ""
 
 
-def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
-    """Promote a gain beyond noise, block a loss beyond noise, keep what is published otherwise.
+def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str]:
+    """Promote a gain beyond noise, block a loss beyond noise, and otherwise keep the published adapter.
 
-    Noise is what either the interval or McNemar's test says is noise: with four texts or so that only one of the two gets right,
-    resampling claims more than they can tell. Whether a candidate is not inferior, by a ``min_gain`` below 0, is for the interval alone.
+    A difference is noise unless both the interval and McNemar's test reject that. With only a few discordant texts, the
+    bootstrap alone is overconfident. A ``min_gain`` below 0 asks for non-inferiority, which the interval alone decides.
+
+    Returns:
+        Decision, and the numbers behind it in words.
     """
     gain, low, high = measured.difference, measured.interval.low, measured.interval.high
     facts = (
-        f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} on the same {measured.num_texts:,} texts, "
-        f"{points(gain)} points ({points(low)} to {points(high)}, p {measured.p_value:.3g})"
+        f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} "
+        f"on the same {measured.num_texts:,} texts, {points(gain)} points "
+        f"({points(low)} to {points(high)}, p {measured.p_value:.3g})"
     )
     significant = measured.p_value < SIGNIFICANT
     if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
@@ -137,22 +151,27 @@ def decide(measured: Measured, config: GateConfig) -> tuple[Decision, str]:
 
 
 def beats_probe(result: TaskResult) -> bool:
-    """Whether the head is above the full-data probe by the MTEB task's main metric, beyond noise."""
+    """Whether the head exceeds the full-data probe beyond noise, by the MTEB task's main metric."""
     comparison = result.comparison
     return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANT
 
 
-def measure(candidate: Candidate, task: str, published: str) -> Measured:
-    """Score both adapters on the candidate's test texts.
+def measure(candidate: Candidate, task: str, published: str) -> GateMeasurement:
+    """Score the candidate's adapter of a task, and a published one, on the candidate's test texts.
 
-    Raises: DataError: the data are not those of the run any more.
+    Args:
+        candidate: The run.
+        task: Name of the MTEB task.
+        published: Reference of the published adapter.
+    Raises:
+        DataError: the data set has changed since the run.
     """
     result, config = candidate.results[task], candidate.manifest.config
     offline = config.data.offline
     data = load_data(result.mteb_task, config=config.train, offline=offline)
     if data.fingerprint != result.data.fingerprint:
         raise DataError(
-            f"{task}: its data are not those of run {candidate.summary.run_id} any more; train again before publishing"
+            f"{task}: the data set has changed since run {candidate.summary.run_id}; retrain before publishing"
         )
     (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
     (old,) = find_adapters([published], offline=offline)
@@ -165,9 +184,15 @@ def measure(candidate: Candidate, task: str, published: str) -> Measured:
     return compare(data.test_labels, first, second)
 
 
-def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measured:
-    """Two predictions of the same texts; a label that the data do not know is wrong."""
-    return Measured(
+def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> GateMeasurement:
+    """Compare two predictions of the same texts.
+
+    Args:
+        labels: Class numbers, shape (texts,).
+        candidate: Predicted class numbers, same shape. A negative number counts as an error.
+        published: As ``candidate``.
+    """
+    return GateMeasurement(
         published_accuracy=float((published == labels).mean()),
         candidate_accuracy=float((candidate == labels).mean()),
         interval=significance.paired_difference(labels, candidate, published),
@@ -179,15 +204,21 @@ def compare(labels: IntArray, candidate: IntArray, published: IntArray) -> Measu
 def _predict(
     adapters: Sequence[FoundAdapter], texts: Sequence[str], names: dict[str, int], encoder: str | None, offline: bool
 ) -> list[IntArray]:
-    """Of adapters over one encoder: class numbers of the data, -1 where the data do not know the label, or there is none."""
+    """Predict class numbers with adapters of one encoder: one array of shape (texts,) per adapter.
+
+    A prediction is -1 if the data set has no such label, or if the adapter's output is not finite.
+    """
     classifier = load_classifier(adapters, encoder=_local(encoder), threads=local_cpus(), use_gpu=True, offline=offline)
-    known = [np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters]
-    answered = classifier.classify(classifier.tokenise(texts))
+    class_numbers = [
+        np.array([names.get(name, -1) for name in adapter.label_names], dtype=np.int64) for adapter in adapters
+    ]
+    predictions = classifier.classify(classifier.tokenise(texts))
     return [
-        np.where(answers.finite, numbers[answers.labels], -1) for numbers, answers in zip(known, answered, strict=True)
+        np.where(predicted.finite, numbers[predicted.labels], -1)
+        for numbers, predicted in zip(class_numbers, predictions, strict=True)
     ]
 
 
 def _local(encoder: str | None) -> str | None:
-    """Where the encoder of the run lies, if that is not a name that everybody can load."""
+    """The encoder of the run if it is a local folder, else None: other names can be loaded anywhere."""
     return encoder if encoder is not None and Path(encoder).is_dir() else None

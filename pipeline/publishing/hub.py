@@ -1,8 +1,10 @@
-"""The only writer to the Hugging Face Hub: one verified commit, or nothing. The token stays with huggingface_hub."""
+"""Writer to the Hugging Face Hub: one verified commit, or nothing. No other module writes to the Hub.
+
+The token is read by huggingface_hub alone.
+"""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,36 +12,36 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
-from pipeline.errors import InputError, LorafleetError, VerificationError, refused_by_machine
-from pipeline.hub_errors import TOKEN_ADVICE, hub_error, hub_faults, hub_said, hub_status
-from pipeline.publishing.publication import Base, files_below
+from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_errors import TOKEN_ADVICE, hub_status
+from pipeline.publishing.hub_client import ask, download
+from pipeline.publishing.publication import PublishedState, files_below
 from pipeline.records import Publication
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.files import read_record
+from pipeline.store.run_folder import RunFolder
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Check = Callable[[Path], None]
-"""Raises what is wrong with a downloaded repository."""
+"""Check of a downloaded repository, which raises what is wrong with it."""
 
-_PATIENT_WITH = (429, 500, 502, 503, 504)
-_ATTEMPTS, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 6, 1.0, 30.0
-_NOT_OURS = (".gitattributes",)  # the Hub puts it into every new repository
+_CREATED_BY_HUB = (".gitattributes",)  # in every new repository
 _MISSING, _MOVED = 404, 412
 
 
 class MovedError(LorafleetError):
-    """Somebody else has changed the repository since it was read."""
+    """Another client has changed the repository since it was read."""
 
 
 class HubRepository:
     """A model repository that adapters are published to."""
 
     def __init__(self, name: str, *, private: bool = False) -> None:
-        """Ask nothing yet.
+        """Take the repository, sending no request yet.
 
         Args:
             name: ``OWNER/NAME``.
-            private: If it has to be made.
+            private: Whether to make the repository private if it does not exist yet.
         """
         from huggingface_hub import HfApi
 
@@ -47,31 +49,33 @@ class HubRepository:
         self.private = private
         self._api = HfApi(library_name="lorafleet")
 
-    def read(self) -> Base:
-        """What ``main`` holds; JSON files only.
+    def read(self) -> PublishedState:
+        """Read the state of ``main``. Only JSON files are downloaded.
 
-        Raises: InputError: it was not published by lorafleet, or may not be read.
+        Raises:
+            InputError: lorafleet did not publish the repository, or it may not be read.
+            LorafleetError: the Hub cannot be reached.
         """
         head = self._head()
         if head is None:
-            return Base(None, None, None)
+            return PublishedState(None, None, None)
         files = self._blobs(head)
         if RunFolder(Path()).publication.name not in files:
-            foreign = sorted(set(files) - set(_NOT_OURS))
+            foreign = sorted(set(files) - set(_CREATED_BY_HUB))
             if foreign:
                 raise InputError(
-                    f"cannot publish to hf:{self.name}: it holds {', '.join(foreign[:5])} but no publication.json, so it was not published "
-                    "by lorafleet; choose another repository"
+                    f"cannot publish to hf:{self.name}: it holds {', '.join(foreign[:5])} but no publication.json, "
+                    "so it was not published by lorafleet; choose another repository"
                 )
-            return Base(head, None, None)
+            return PublishedState(head, None, None)
         folder = RunFolder(download(self.name, head, patterns=["*.json"]))
-        return Base(head, folder, read_record(folder.publication, Publication))
+        return PublishedState(head, folder, read_record(folder.publication, Publication))
 
     def check_access(self) -> None:
-        """Look, before hours of training, whether publishing can work at all.
+        """Check before a training whether publishing can succeed at all.
 
         Raises:
-            InputError: no token, a wrong one, or a repository that was not published by lorafleet.
+            InputError: the token is missing or refused, or lorafleet did not publish the repository.
             LorafleetError: the Hub cannot be reached.
         """
         from huggingface_hub import get_token
@@ -81,15 +85,23 @@ class HubRepository:
         self._ask(self._api.whoami)
         self.read()
 
-    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Check) -> str:
-        """Commit to a branch of its own, check that commit, then make it ``main``'s next one; returns its id.
+    def land(self, staged: RunFolder, publication: Publication, base: PublishedState, check: Check) -> str:
+        """Commit to a staging branch, check that commit, then commit the same files to ``main``.
 
-        Only files that differ travel. Interrupted anywhere, ``main`` is as it was or has all of it, and the same call ends what is missing.
+        Only changed files are uploaded. After an interrupt ``main`` is either unchanged or complete, and a second call
+        finishes the rest.
 
+        Args:
+            staged: Folder with the files.
+            publication: Content of its ``publication.json``.
+            base: State of ``main``, as read before.
+            check: Check of the staging branch's files, downloaded again.
+        Returns:
+            Id of the new commit on ``main``.
         Raises:
             MovedError: ``main`` is no longer at ``base``; nothing was changed.
-            VerificationError: what arrived is not what was sent; ``main`` is as it was.
-            LorafleetError: the Hub refused, or could not be reached; ``main`` is as it was.
+            VerificationError: the files on the Hub differ from the staged ones; ``main`` is unchanged.
+            LorafleetError: the Hub refused the commit, or could not be reached; ``main`` is unchanged.
         """
         head = base.revision or self._make()
         old = set(base.publication.files) & set(self._blobs(head)) if base.publication else set()
@@ -104,31 +116,35 @@ class HubRepository:
         return landed
 
     def settle(self, run_id: str, revision: str) -> None:
-        """End what a publishing that was interrupted after its commit to ``main`` had left to do."""
+        """Tag the commit and delete the staging branch of a publish interrupted after its commit to ``main``."""
         tag = f"run-{run_id}"
-        if (
-            tag not in self._tags()
-        ):  # one that is there names a state that was verified; main may have been changed by hand since
+        # An existing tag names a verified state. ``main`` may have been changed by hand since.
+        if tag not in self._tags():
             self._tag(tag, revision)
         self._drop_branch(f"staging/{run_id}")
 
     def restore(self, revision: str, check: Check) -> str:
-        """A new commit on ``main`` with the files of an older one, checked as ``land`` does; returns its id.
+        """Commit the files of an older revision to ``main``, checked as in ``land``.
 
+        Args:
+            revision: Tag or commit to restore.
+            check: Check of the restored files.
+        Returns:
+            Id of the new commit.
         Raises:
-            InputError: there is no such revision.
-            LorafleetError: as ``land``.
+            InputError: the repository or the revision does not exist.
+            VerificationError, LorafleetError: as ``land``.
         """
         head, wanted = self._head(), self._commit_of(revision)
         if head is None or wanted is None:
             raise InputError(
                 f"hf:{self.name}: there is no {'repository of that name' if head is None else f'revision {revision}'}"
             )
-        now, then = self._blobs(head), self._blobs(wanted)
+        current, restored = self._blobs(head), self._blobs(wanted)
         with TemporaryDirectory(prefix="lorafleet-rollback-") as cache:
             root = download(self.name, wanted, cache=Path(cache))
-            add = {path: root / path for path, blob in then.items() if now.get(path) != blob}
-            delete = sorted(set(now) - set(then))
+            add = {path: root / path for path, blob in restored.items() if current.get(path) != blob}
+            delete = sorted(set(current) - set(restored))
             message, branch = f"Roll back to {revision} ({wanted[:12]})", f"staging/rollback-{wanted[:12]}"
             landed = self._advance(add, delete, head, branch=branch, message=message, check=check)
         with self._after(landed):
@@ -138,7 +154,7 @@ class HubRepository:
     def _advance(
         self, add: dict[str, Path], delete: Sequence[str], head: str, *, branch: str, message: str, check: Check
     ) -> str:
-        """Two equal commits: one on a branch, which is checked and left to be dropped, and then one on ``main``."""
+        """Make two equal commits: a checked one on a branch, which the caller deletes, and then one on ``main``."""
         self._drop_branch(branch)
         self._ask(self._api.create_branch, self.name, branch=branch, revision=head, exist_ok=True)
         staged = self._commit(add, delete, head, branch=branch, message=message)
@@ -148,7 +164,7 @@ class HubRepository:
                 check(download(self.name, staged, cache=Path(cache)))
             except (VerificationError, InputError) as error:
                 self._drop_branch(branch)
-                raise type(error)(f"hf:{self.name} is left as it was: {error}") from error
+                raise type(error)(f"hf:{self.name} is unchanged: {error}") from error
         try:
             landed = (
                 head if blobs == self._blobs(head) else self._commit(add, delete, head, branch="main", message=message)
@@ -158,18 +174,18 @@ class HubRepository:
             raise
         if self._blobs(landed) != blobs:
             raise VerificationError(
-                f"hf:{self.name}: commit {landed} has other files than {staged}, which was checked; roll back to {head}"
+                f"hf:{self.name}: commit {landed} differs from the checked commit {staged}; roll back to {head}"
             )
         return landed
 
     @contextmanager
     def _after(self, landed: str) -> Iterator[None]:
-        """While open, an error says that ``main`` has been changed all the same."""
+        """While open, prefix errors with the fact that ``main`` has been changed nevertheless."""
         try:
             yield
         except LorafleetError as error:
             raise type(error)(
-                f"main of hf:{self.name} is at {landed} now, verified, but tidying up failed; try again: {error}"
+                f"main of hf:{self.name} is now at {landed}, verified, but the cleanup failed; try again: {error}"
             ) from error
 
     def _commit(self, add: dict[str, Path], delete: Sequence[str], parent: str, *, branch: str, message: str) -> str:
@@ -177,13 +193,12 @@ class HubRepository:
         from huggingface_hub.errors import HfHubHTTPError
 
         def commit() -> str:
-            # The operations remember what was uploaded, so every attempt needs its own.
+            # Every attempt needs new operations, because they remember what they have uploaded.
             operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in add.items()]
             operations += [CommitOperationDelete(path) for path in delete]
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="It seems that you are about to commit a data file"
-                )  # two small tables
+                # The data files are two small tables.
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
                 return str(
                     self._api.create_commit(
                         self.name, operations, commit_message=message, parent_commit=parent, revision=branch
@@ -196,7 +211,7 @@ class HubRepository:
             cause = error.__cause__
             if not isinstance(cause, HfHubHTTPError) or hub_status(cause) != _MOVED:
                 raise
-            # Our own commit, if its answer got lost: then the branch is one ahead of the parent and has this message.
+            # If only the answer was lost, our commit is on the branch: one ahead of the parent, with this message.
             newest = self._ask(self._api.list_repo_commits, self.name, revision=branch)[:2]
             if [c.commit_id for c in newest[1:]] == [parent] and newest[0].title == message.splitlines()[0]:
                 return str(newest[0].commit_id)
@@ -223,7 +238,7 @@ class HubRepository:
         return head
 
     def _blobs(self, revision: str) -> dict[str, str]:
-        """Path -> id of its content."""
+        """Map the path of each file to the id of its content."""
         from huggingface_hub.hf_api import RepoFile
 
         def listed() -> dict[str, str]:
@@ -233,21 +248,21 @@ class HubRepository:
         return self._ask(listed)
 
     def _tag(self, tag: str, revision: str) -> None:
-        there = self._tags()
-        if tag in there and there[tag] != revision:
+        existing = self._tags()
+        if tag in existing and existing[tag] != revision:
             self._delete(self._api.delete_tag, tag=tag)
-        if there.get(tag) != revision:
+        if existing.get(tag) != revision:
             self._ask(self._api.create_tag, self.name, tag=tag, revision=revision, exist_ok=True)
 
     def _tags(self) -> dict[str, str]:
-        """Tag -> commit."""
+        """Map the name of each tag to its commit."""
         return {ref.name: ref.target_commit for ref in self._ask(self._api.list_repo_refs, self.name).tags}
 
     def _drop_branch(self, branch: str) -> None:
         self._delete(self._api.delete_branch, branch=branch)
 
     def _delete(self, delete: Callable[..., None], **what: str) -> None:
-        """Delete what may be gone already."""
+        """Delete a branch or tag, which may no longer exist."""
         from huggingface_hub.errors import HfHubHTTPError
 
         def gone() -> None:
@@ -261,71 +276,3 @@ class HubRepository:
 
     def _ask(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return ask(f"hf:{self.name}", call, *args, **options)
-
-
-def repository_url(name: str, revision: str) -> str:
-    """Where a person looks at a revision of a repository."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{name}/tree/{revision}"
-
-
-def download(name: str, revision: str, *, cache: Path | None = None, patterns: Sequence[str] | None = None) -> Path:
-    """A repository's files at a revision; into an empty folder, or the Hub's own cache.
-
-    Raises:
-        VerificationError: it lists a file that is not there.
-        LorafleetError: it cannot be read.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    def fetch() -> Path:
-        try:
-            return Path(
-                snapshot_download(
-                    name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None
-                )
-            )
-        except RemoteEntryNotFoundError as error:
-            raise VerificationError(
-                f"hf:{name}@{revision} lists a file that is not there: {hub_said(error)}"
-            ) from error
-
-    return ask(f"hf:{name}", fetch)
-
-
-def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """Call the Hub, and again after a while where it is busy, broken or out of reach.
-
-    Raises:
-        InputError: it may not be read or written, or a file here may not.
-        LorafleetError: it cannot be reached, or refused, or this machine's disk is full.
-    """
-    faults: tuple[type[Exception], ...] = (*hub_faults(), RuntimeError)
-    wait = _FIRST_WAIT_SECONDS
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return call(*args, **options)
-        except faults as error:
-            if type(error) is RuntimeError and not isinstance(error.__cause__, hub_faults()):
-                raise  # huggingface_hub's word for an upload that failed has a cause
-            for said in (error, error.__cause__):  # waiting makes no room on this disk, and gives no permission
-                if isinstance(said, OSError) and (refused := refused_by_machine(said)):
-                    raise type(refused)(f"{what}: {refused}") from error
-            fault, status = hub_error(error, what), hub_status(error)
-            if (
-                attempt == _ATTEMPTS
-                or isinstance(fault, InputError)
-                or (status is not None and status not in _PATIENT_WITH)
-            ):
-                raise fault from error
-            time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
-            wait *= 2
-    raise AssertionError("unreachable")
-
-
-def _retry_after(error: BaseException) -> float | None:
-    response: Any = getattr(error, "response", None)
-    value = None if response is None else response.headers.get("Retry-After")
-    return float(value) if value is not None and value.isdecimal() else None

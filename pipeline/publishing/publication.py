@@ -1,4 +1,4 @@
-"""What a publication consists of: a finished run laid over what is published already. Knows no Hub and no torch."""
+"""Contents of a publication: the adapters of a finished run, plus those that stay. Uses neither the Hub nor torch."""
 
 from __future__ import annotations
 
@@ -17,52 +17,54 @@ from pipeline.publishing.consistency import check_run, check_summary, check_task
 from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
 from pipeline.reports.formatting import without_local_paths
 from pipeline.reports.outputs import write_mteb_results, write_outputs
+from pipeline.store.files import add_file, copy_inside, open_inside, read_record, write_atomically
 from pipeline.store.folders import explain, kind_of
 from pipeline.store.manifest import RunManifest, read_manifest
-from pipeline.store.run_folder import RunFolder, add_file, copy_inside, open_inside, read_record, write_atomically
+from pipeline.store.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished run that is to be published."""
+    """A finished run to publish."""
 
     folder: RunFolder
     manifest: RunManifest
     summary: ClassificationResults
     results: Mapping[str, TaskResult]
-    """MTEB task -> what the run knows of it, in table order."""
+    """MTEB task -> its result, in the order of the score table."""
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a target holds before publishing."""
+class PublishedState:
+    """State of a target before publishing."""
 
     revision: str | None
-    """Commit of a repository; none for a folder."""
+    """Commit of a repository; None for a folder."""
     folder: RunFolder | None
-    """What is published, at least its JSON files; none if nothing is."""
+    """The published files, at least the JSON files; None if nothing is published."""
     publication: Publication | None
 
     def tasks(self) -> tuple[str, ...]:
-        """The MTEB tasks that are published."""
+        """Names of the published MTEB tasks."""
         return tuple(self.publication.adapters) if self.publication else ()
 
     def result(self, task: str) -> TaskResult:
-        """What is published of an MTEB task."""
+        """Read the published result of an MTEB task."""
         assert self.folder is not None
         return read_record(self.folder.task(task).result, TaskResult)
 
 
 def read_candidate(run: Path) -> Candidate:
-    """A finished run whose files are all there, agree about each adapter, and lie in the run folder itself.
+    """Read a finished run, and check that its files are complete, consistent, and no symbolic links.
 
     Raises:
-        InputError: no run folder, not finished, or a file is missing, damaged or a link.
-        VerificationError: a file says something else of an adapter than what was measured.
+        InputError: not a run folder, an unfinished run, or a file that is missing, damaged or a link.
+        VerificationError: a file contradicts what was measured of an adapter.
     """
     if kind_of(run) != "run":
         raise InputError(
-            f"cannot publish {run}: {explain(run)}; expected the folder of a finished run, as the last line of `lorafleet train` names it"
+            f"cannot publish {run}: {explain(run)}; expected the folder of a finished run, "
+            "as the last line of `lorafleet train` names it"
         )
     folder = RunFolder(run.resolve())
     _check_files(folder.root, (folder.manifest, *folder.published()))
@@ -82,14 +84,22 @@ def read_candidate(run: Path) -> Candidate:
     return Candidate(folder, manifest, summary, results)
 
 
-def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: RunFolder) -> Publication:
-    """Write what is to be published, less those files of MTEB tasks that stay and are not in ``base.folder``.
+def stage(candidate: Candidate, promoted: Sequence[str], base: PublishedState, staging: RunFolder) -> Publication:
+    """Write the files of the next publication. The result is reproducible byte for byte.
 
-    Tables, card and report list what stays and what is new; the same run over the same base gives the same bytes.
+    Tables, card and report cover the adapters that stay as well as the promoted ones. Files of adapters that stay are
+    copied only if they are in ``base.folder``.
 
+    Args:
+        candidate: The run.
+        promoted: MTEB tasks whose adapters the gate promotes.
+        base: Current state of the target.
+        staging: Folder to write to.
+    Returns:
+        The content of ``publication.json``.
     Raises:
-        InputError: what stays was trained on another encoder.
-        LorafleetError: a file names a local path.
+        InputError: an adapter that stays was trained on another encoder.
+        LorafleetError: a file contains a local path.
     """
     stay = [task for task in base.tasks() if task not in promoted]
     _check_encoder(candidate, stay, base)
@@ -130,16 +140,17 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: Base, staging: Ru
 
 
 def files_below(root: Path) -> list[str]:
-    """Relative paths of all files and symbolic links, with slashes, sorted."""
+    """Relative POSIX paths of all files and symbolic links below a folder, sorted."""
     return sorted(
         path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()
     )
 
 
 def file_sha256(path: Path) -> str:
-    """Of its bytes.
+    """SHA-256 of a file's bytes, in hex.
 
-    Raises: OSError: as ``run_folder.add_file``.
+    Raises:
+        OSError: as ``add_file``.
     """
     digest = hashlib.sha256()
     add_file(digest, path)
@@ -147,7 +158,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _check_files(root: Path, paths: Iterable[Path]) -> None:
-    """Check that files are there and lie in the folder itself: what a symbolic link leads to is not the run's to publish."""
+    """Check that files exist, and that no symbolic link leads to them: the run does not own the target of a link."""
     missing = []
     for path in paths:
         try:
@@ -168,34 +179,34 @@ def _copy(source: RunFolder, path: str, staging: RunFolder) -> None:
         raise InputError(f"{source.root / path}: {error.strerror}; nothing was published") from None
 
 
-def _copy_what_stays(base: Base, task: str, staging: RunFolder) -> None:
+def _copy_what_stays(base: PublishedState, task: str, staging: RunFolder) -> None:
     assert base.folder is not None
     for path in _files_that_stay(base, [task]):
         if base.revision is None:
             _copy(base.folder, path, staging)
-        elif (base.folder.root / path).exists():  # the rest stays on the Hub; its cache is made of links
+        elif (base.folder.root / path).exists():  # read, not copied: the Hub's cache consists of links
             write_atomically(staging.root / path, (base.folder.root / path).read_bytes())
 
 
-def _check_encoder(candidate: Candidate, stay: Sequence[str], base: Base) -> None:
+def _check_encoder(candidate: Candidate, stay: Sequence[str], base: PublishedState) -> None:
     for task in stay:
         published, new = base.result(task).encoder, candidate.summary.encoder
         if published.revision != new.revision:
             raise InputError(
-                f"cannot publish run {candidate.summary.run_id}: {task} stays, and was trained on {published.public_name} at "
-                f"{published.revision}, but this run's encoder is {new.public_name} at {new.revision}; "
-                "train that MTEB task too, or publish elsewhere"
+                f"cannot publish run {candidate.summary.run_id}: {task} stays published, and was trained on "
+                f"{published.public_name} at {published.revision}, but this run's encoder is {new.public_name} at "
+                f"{new.revision}; train {task} as well, or publish elsewhere"
             )
 
 
 def _public(result: TaskResult) -> TaskResult:
-    """Less what only this machine understands."""
+    """Copy a result without machine-specific paths."""
     task, encoder = result.mteb_task, result.encoder
-    places = {"location": without_local_paths(task.location)}
+    locations = {"location": without_local_paths(task.location)}
     if task.test_location is not None:
-        places["test_location"] = without_local_paths(task.test_location)
+        locations["test_location"] = without_local_paths(task.test_location)
     changed = {
-        "mteb_task": task.model_dump() | places,
+        "mteb_task": task.model_dump() | locations,
         "encoder": encoder.model_dump() | {"name": encoder.public_name},
         "adapter": result.adapter.model_dump() | {"path": task.name},
         "data": result.data.model_dump() | {"notes": tuple(without_local_paths(note) for note in result.data.notes)},
@@ -203,7 +214,7 @@ def _public(result: TaskResult) -> TaskResult:
     return TaskResult.model_validate(result.model_dump() | changed)
 
 
-def _files_that_stay(base: Base, stay: Sequence[str]) -> dict[str, str]:
+def _files_that_stay(base: PublishedState, stay: Sequence[str]) -> dict[str, str]:
     if base.publication is None:
         return {}
     return {path: sha256 for path, sha256 in base.publication.files.items() if path.split("/")[0] in stay}
@@ -215,17 +226,15 @@ def _check_no_local_path(staging: RunFolder, candidate: Candidate) -> None:
     for path in files_below(staging.root):
         match = pattern.search((staging.root / path).read_bytes())
         if match:
-            raise LorafleetError(
-                f"{path} names the local path {match[0].decode()}, which would be published; nothing was"
-            )
+            raise LorafleetError(f"{path} contains the local path {match[0].decode()}; nothing was published")
 
 
 def _local_paths(candidate: Candidate) -> set[str]:
-    """Absolute paths of this machine that the run knows: its own, and all that its config and results name."""
-    known: list[Any] = [str(candidate.folder.root), candidate.manifest.config.model_dump(mode="json")]
+    """Absolute local paths in a run: its own folder, and every path in its config and results."""
+    values: list[Any] = [str(candidate.folder.root), candidate.manifest.config.model_dump(mode="json")]
     for result in candidate.results.values():
-        known += [result.mteb_task.location, result.mteb_task.test_location, result.adapter.path, result.encoder.name]
-    return {text.rstrip("/") for text in _strings(known) if Path(text).is_absolute() and text.strip("/")}
+        values += [result.mteb_task.location, result.mteb_task.test_location, result.adapter.path, result.encoder.name]
+    return {text.rstrip("/") for text in _strings(values) if Path(text).is_absolute() and text.strip("/")}
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -240,5 +249,5 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _written_forms(path: str) -> set[str]:
-    """As it stands in text, in JSON and in HTML."""
+    """Spellings of a path in plain text, JSON and HTML."""
     return {path, json.dumps(path)[1:-1], html.escape(path)}

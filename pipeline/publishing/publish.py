@@ -1,4 +1,4 @@
-"""Publish a finished run, to a folder or the Hub: gate, stage, verify, and only then change what is published."""
+"""Publish a finished run to a folder or the Hub. The target changes only after gate, staging and verification."""
 
 from __future__ import annotations
 
@@ -12,72 +12,81 @@ from typing import Protocol
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
-from pipeline.publishing.gate import judge
-from pipeline.publishing.hub import HubRepository, MovedError, repository_url
-from pipeline.publishing.publication import Base, Candidate, files_below, read_candidate, stage
-from pipeline.publishing.verify import Verified, verify_folder
+from pipeline.publishing.gate import evaluate_gate
+from pipeline.publishing.hub import HubRepository, MovedError
+from pipeline.publishing.hub_client import repository_url
+from pipeline.publishing.publication import Candidate, PublishedState, files_below, read_candidate, stage
+from pipeline.publishing.verify import Verification, verify_folder
 from pipeline.records import GateDecision, Publication
+from pipeline.store.files import open_inside, read_record
 from pipeline.store.lock import hold_run
-from pipeline.store.run_folder import RunFolder, open_inside, read_record
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import read_gate, write_gate
 
 
 @dataclass(frozen=True)
-class Published:
-    """What came of publishing a run."""
+class PublishResult:
+    """Result of publishing a run."""
 
     to: str
     decisions: tuple[GateDecision, ...]
-    verified: tuple[Verified, ...]
-    """The adapters that were promoted; empty where what is published stays as it is."""
+    verified: tuple[Verification, ...]
+    """Verifications of the promoted adapters; empty if the target is unchanged."""
     num_files: int
-    """That are published now."""
+    """Number of published files, ``publication.json`` included."""
     revision: str | None
-    """Commit of the repository; none for a folder."""
+    """Commit of the repository; None for a folder."""
 
     @property
     def url(self) -> str:
-        """Where it can be looked at."""
+        """Address of the published folder or revision, for a browser."""
         if self.revision is None:
             return Path(self.to).resolve().as_uri()
         return repository_url(self.to.removeprefix("hf:"), self.revision)
 
     @property
     def blocked(self) -> tuple[GateDecision, ...]:
-        """The decisions that somebody should look at."""
+        """Decisions that block an adapter."""
         return tuple(decision for decision in self.decisions if decision.decision == "block")
 
 
 class Target(Protocol):
-    """Where adapters are published to."""
+    """A place that adapters are published to."""
 
-    def read(self) -> Base:
-        """What it holds."""
+    def read(self) -> PublishedState:
+        """Read the current state."""
 
     def land(
-        self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]
+        self, staged: RunFolder, publication: Publication, base: PublishedState, check: Callable[[Path], None]
     ) -> str | None:
-        """Change it to what is staged, once that has passed the check."""
+        """Replace the current state with the staged files, after they have passed the check.
+
+        Returns: The new commit; None for a folder.
+        """
 
     def settle(self, run_id: str, revision: str) -> None:
-        """End what an interrupted ``land`` had left to do."""
+        """Complete the work that an interrupted ``land`` left unfinished."""
 
 
-def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: bool = False) -> Published:
-    """Publish what the gate promotes of a finished run; MTEB tasks that are published and not in the run stay.
+def publish(run: Path, config: PublishConfig, *, trust_remote_code: bool = False) -> PublishResult:
+    """Publish the adapters of a finished run that the gate promotes. Published adapters of other MTEB
+    tasks are kept.
+
+    On any error the target is unchanged. If only tagging or branch cleanup failed, it is fully updated.
 
     Args:
-        run: A run folder with its manifest. MTEB tasks that failed are listed in the results, the others are published.
-        to: A folder, or ``hf:OWNER/NAME``.
-        config: The gate, and how a repository is made.
-        trust_remote_code: Run the Python code that comes with the encoder. That the run's own config says so is not enough:
-            the run may be a stranger's.
+        run: A run folder with a manifest. Failed MTEB tasks are listed in the results. The others are published.
+        config: Target (``to``), gate, and settings of a new repository.
+        trust_remote_code: Whether to run the Python code that comes with the encoder. The run's own config does not
+            count as consent, because the run may come from a stranger.
     Raises:
-        InputError: the run is not finished or is being deleted, the target holds something else or may not be written.
-        VerificationError: an adapter is not the one that was measured, or what arrived is not what was sent.
-        LorafleetError: a file names a local path, the Hub cannot be reached, or others keep changing the repository.
-    Whatever is raised, the target is as it was, or, where only its tag or branch could not be seen to, complete.
+        InputError: no target is configured; the run is not finished or is being deleted; or the target holds something
+            else or cannot be written.
+        VerificationError: an adapter differs from the one that was measured, or the upload differs from what was sent.
+        LorafleetError: a file contains a local path, the Hub cannot be reached, or others keep changing the repository.
     """
+    if config.to is None:
+        raise InputError(f"{run}: publish.to is not set; expected a folder, or hf:OWNER/NAME")
     with hold_run(run, alone=False):
         candidate = read_candidate(run)
         encoder = candidate.manifest.config.encoder
@@ -86,48 +95,52 @@ def publish(run: Path, to: str, config: PublishConfig, *, trust_remote_code: boo
                 f"{run}: its encoder {encoder.name} at {encoder.revision} needs Python code that comes with it; "
                 "look at that code, and give --trust-remote-code if you trust it"
             )
-        return _publish(candidate, to, config)
+        return _publish(candidate, config.to, config)
 
 
-def _publish(candidate: Candidate, to: str, config: PublishConfig) -> Published:
+def _publish(candidate: Candidate, to: str, config: PublishConfig) -> PublishResult:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     target: Target = (
         HubRepository(repository, private=config.private)
         if repository
         else PublishedFolder(Path(to).resolve(), candidate)
     )
-    for last in (False, True):
+    for is_last_try in (False, True):
         base = target.read()
-        decisions = judge(candidate, base, config.gate, to=to, repository=repository)
+        decisions = evaluate_gate(candidate, base, config.gate, to=to, repository=repository)
         try:
             published = _land(candidate, to, target, base, decisions)
-            _record(
-                decisions, candidate.folder.gate, to=to
-            )  # what was decided holds now: a run with it needs no second publishing
-            return published
         except MovedError as error:
-            if last:
+            if is_last_try:
                 raise LorafleetError(
-                    f"{to} was changed twice by others while this run was published; it has none of it; try again"
+                    f"{to} was changed by others twice while this run was being published; "
+                    "nothing was published; try again"
                 ) from error
+        else:
+            # Recorded last: the flow does not publish a run again once its decisions are recorded.
+            _record(decisions, candidate.folder.gate, to=to)
+            return published
     raise AssertionError("unreachable")
 
 
 def _record(decisions: list[GateDecision], path: Path, *, to: str) -> None:
-    """In place of what was decided about the same target before; what was about another one stays."""
+    """Write the decisions, replacing earlier ones about the same target. Those about other targets are kept."""
     others = [decision for decision in read_gate(path) if decision.to != to] if path.is_file() else []
     write_gate([*others, *decisions], path)
 
 
-def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: list[GateDecision]) -> Published:
+def _land(
+    candidate: Candidate, to: str, target: Target, base: PublishedState, decisions: list[GateDecision]
+) -> PublishResult:
     promoted = [decision.mteb_task for decision in decisions if decision.decision == "promote"]
     if not promoted:
-        there = base.publication
-        if there is not None and there.run_id == candidate.summary.run_id and base.revision is not None:
-            target.settle(there.run_id, base.revision)
-        return Published(to, tuple(decisions), (), len(there.files) + 1 if there else 0, base.revision)
+        existing = base.publication
+        if existing is not None and existing.run_id == candidate.summary.run_id and base.revision is not None:
+            target.settle(existing.run_id, base.revision)
+        num_files = len(existing.files) + 1 if existing else 0
+        return PublishResult(to, tuple(decisions), (), num_files, base.revision)
     config = candidate.manifest.config
-    verified: list[Verified] = []
+    verified: list[Verification] = []
 
     def check(root: Path) -> None:
         verified[:] = verify_folder(root, tasks=promoted, encoder=config.encoder, offline=config.data.offline)
@@ -136,41 +149,46 @@ def _land(candidate: Candidate, to: str, target: Target, base: Base, decisions: 
         staging = RunFolder(Path(folder))
         publication = stage(candidate, promoted, base, staging)
         revision = target.land(staging, publication, base, check)
-    return Published(to, tuple(decisions), tuple(verified), len(publication.files) + 1, revision)
+    return PublishResult(to, tuple(decisions), tuple(verified), len(publication.files) + 1, revision)
 
 
 class PublishedFolder:
-    """A folder that adapters are published to. It holds all of a publication, or what it held before."""
+    """A folder that adapters are published to. It is replaced as a whole, or left unchanged."""
 
     def __init__(self, root: Path, candidate: Candidate) -> None:
-        """Look at nothing yet, but that neither folder lies inside the other."""
+        """Take the folder, reading nothing yet.
+
+        Raises:
+            InputError: the folder contains the run, or is inside it.
+        """
         run = candidate.folder.root
         if root == run or root in run.parents or run in root.parents:
-            raise InputError(f"cannot publish {run} to {root}: one lies inside the other; choose a folder elsewhere")
+            raise InputError(f"cannot publish {run} to {root}: one is inside the other; choose another folder")
         self.root = root
 
-    def read(self) -> Base:
-        """What it holds.
+    def read(self) -> PublishedState:
+        """Read the publication in the folder.
 
-        Raises: InputError: something that was not published by lorafleet, or the folder cannot be written.
+        Raises:
+            InputError: the folder holds something that lorafleet did not publish, or cannot be written.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"cannot publish to {self.root}: it is a file; name a folder")
         self._try_to_write()
         if not self.root.is_dir() or not any(self.root.iterdir()):
-            return Base(None, None, None)
+            return PublishedState(None, None, None)
         folder = RunFolder(self.root)
         if not folder.publication.is_file():
             raise InputError(
-                f"cannot publish to {self.root}: it is not empty and holds no publication.json, so it was not published by lorafleet; "
-                "choose another folder"
+                f"cannot publish to {self.root}: it is not empty and holds no publication.json, "
+                "so it was not published by lorafleet; choose another folder"
             )
         publication = read_record(folder.publication, Publication)
         for path in (folder.publication.name, *publication.files):
             try:
                 open_inside(self.root, path).close()
             except FileNotFoundError:
-                pass  # somebody deleted it, and it is written again
+                pass  # a deleted file is written again
             except OSError as error:
                 raise InputError(
                     f"cannot publish to {self.root}: {error.filename}: {error.strerror}; choose another folder"
@@ -179,10 +197,10 @@ class PublishedFolder:
         if foreign:
             more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
             raise InputError(
-                f"cannot publish to {self.root}: publishing replaces the whole folder, so {', '.join(foreign[:5])}{more} would be lost; "
-                "move that elsewhere, or choose another folder"
+                f"cannot publish to {self.root}: publishing replaces the whole folder, "
+                f"so {', '.join(foreign[:5])}{more} would be lost; move them elsewhere, or choose another folder"
             )
-        return Base(None, folder, publication)
+        return PublishedState(None, folder, publication)
 
     def _try_to_write(self) -> None:
         parent = next(folder for folder in self.root.parents if folder.exists())
@@ -193,27 +211,31 @@ class PublishedFolder:
                 f"cannot publish to {self.root}: {parent} cannot be written ({error.strerror}); choose another folder"
             ) from None
 
-    def land(self, staged: RunFolder, publication: Publication, base: Base, check: Callable[[Path], None]) -> None:
-        """Copy beside it, check the copy, and swap.
+    def land(
+        self, staged: RunFolder, publication: Publication, base: PublishedState, check: Callable[[Path], None]
+    ) -> None:
+        """Copy the staged files next to the folder, check the copy, and swap the two.
 
-        Raises: VerificationError, LorafleetError: the copy is not what was staged, or failed; the folder is as it was.
+        Raises:
+            VerificationError: the copy differs from the staged files; the folder is unchanged.
+            LorafleetError: copying failed; the folder is unchanged.
         """
-        beside = self.root.with_name(f".{self.root.name}.{secrets.token_hex(6)}.staging")
+        copy = self.root.with_name(f".{self.root.name}.{secrets.token_hex(6)}.staging")
         try:
-            shutil.copytree(staged.root, beside)
-            check(beside)
-            _swap(beside, self.root)
+            shutil.copytree(staged.root, copy)
+            check(copy)
+            _swap(copy, self.root)
         except (VerificationError, InputError) as error:
-            raise type(error)(f"{self.root} is left as it was: {error}") from error
+            raise type(error)(f"{self.root} is unchanged: {error}") from error
         except OSError as error:
             raise LorafleetError(
-                f"publishing run {publication.run_id} to {self.root} failed, and left it as it was: {error}"
+                f"publishing run {publication.run_id} to {self.root} failed, and left it unchanged: {error}"
             ) from error
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(copy, ignore_errors=True)
 
     def settle(self, run_id: str, revision: str) -> None:
-        """Nothing: a swap is done or not."""
+        """Do nothing: a swap leaves no work unfinished."""
 
 
 def _swap(staging: Path, target: Path) -> None:
@@ -224,7 +246,7 @@ def _swap(staging: Path, target: Path) -> None:
     target.rename(old)
     try:
         staging.rename(target)
-    except BaseException:  # an interrupt, too, must not leave the place empty
+    except BaseException:  # also on an interrupt: the target must never stay empty
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -232,21 +254,23 @@ def _swap(staging: Path, target: Path) -> None:
 
 def rollback(
     to: str, revision: str, *, encoder: str | None = None, offline: bool = False
-) -> tuple[str, tuple[Verified, ...]]:
-    """Make a repository's older state its newest one, by a commit that is verified first; returns its id.
+) -> tuple[str, tuple[Verification, ...]]:
+    """Restore an older state of a repository by a new commit, verified before it lands on ``main``.
 
     Args:
         to: ``hf:OWNER/NAME``.
         revision: A tag (``run-…``) or commit.
         encoder: As for ``verify``.
-        offline: Never ask the Hub for an encoder.
+        offline: Whether to load the encoder without asking the Hub.
+    Returns:
+        Id of the new commit, and the verification of each adapter.
     Raises:
-        InputError: no such repository or revision.
-        VerificationError: that state is damaged; the repository is as it was.
+        InputError: ``to`` is a folder, or the repository or revision does not exist.
+        VerificationError: the older state is damaged; the repository is unchanged.
     """
     if not to.startswith("hf:"):
-        raise InputError(f"{to}: only a repository has older states; expected hf:OWNER/NAME")
-    verified: list[Verified] = []
+        raise InputError(f"{to}: only a repository keeps older states; expected hf:OWNER/NAME")
+    verified: list[Verification] = []
 
     def check(root: Path) -> None:
         verified[:] = verify_folder(root, tasks=None, encoder=encoder, offline=offline)

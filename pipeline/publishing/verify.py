@@ -1,4 +1,4 @@
-"""Is a published adapter still the one that was trained: all its files against each other, and in a fresh process against the probe."""
+"""Verification of adapters: compare their files with each other, and the logits of a new process with stored ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from pipeline.adapter.description import FoundAdapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
@@ -17,63 +18,74 @@ from pipeline.inference.encoder_of_adapter import encoder_config_of
 from pipeline.inference.reference import HUB_REF, split_folder
 from pipeline.inference.reload import Ask, reload_elsewhere
 from pipeline.machine import local_cpus
-from pipeline.publishing.consistency import check_card, check_publication, check_run, check_summary, check_task
+from pipeline.publishing.card_claims import check_card
+from pipeline.publishing.consistency import check_publication, check_run, check_summary, check_task
 from pipeline.publishing.publication import file_sha256
-from pipeline.records import Probe, Publication
+from pipeline.records import Probe, Publication, TaskResult
+from pipeline.store.files import read_record
 from pipeline.store.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Verified:
-    """An adapter that is what was trained."""
+class Verification:
+    """A verified adapter: its logits match the stored ones."""
 
     name: str
     difference: float
-    """Largest difference of a logit to the stored ones."""
+    """Largest absolute difference between a logit and its stored value."""
     effect: float
-    """Largest difference that the adapter makes to a text vector."""
+    """Largest change that the adapter makes to an element of a text embedding."""
     tolerance: float
+    """Largest difference that is allowed."""
 
 
-def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> list[Verified]:
-    """Verify one adapter, or all of a repository, a published folder or a run.
+def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> list[Verification]:
+    """Verify one adapter, or every adapter of a repository, a published folder or a run.
 
     Args:
-        ref: A folder, ``hf:OWNER/NAME[@REVISION]``, or either with ``#TASK``; what is on the Hub is downloaded anew.
-        encoder: Where the encoder lies, if not under the name that the adapters give.
-        offline: Never ask the Hub.
+        ref: A folder, ``hf:OWNER/NAME[@REVISION]``, or either with ``#TASK``. A repository is downloaded again.
+        encoder: Location of the encoder. Defaults to the name that the adapters give.
+        offline: Whether to load the encoder without asking the Hub.
     Raises:
-        VerificationError: a file, a label name, a logit is not what was published, or an adapter has no effect.
-        AdapterError: there is no such adapter.
+        VerificationError: a file, a label name or a logit differs, or an adapter has no effect.
+        AdapterError: the adapter does not exist.
     """
     with ExitStack() as stack:
         hub = HUB_REF.fullmatch(ref)
         if hub:
-            from pipeline.publishing.hub import download
+            from pipeline.publishing.hub_client import download
 
             cache = stack.enter_context(TemporaryDirectory(prefix="lorafleet-verify-"))
             root, task = download(hub["repository"], hub["revision"] or "main", cache=Path(cache)), hub["task"]
         else:
-            place, task = split_folder(ref)
-            root = Path(place)
-            if place and task is None and kind_of(root) == "adapter":  # part of what its parent is, if that is anything
+            path, task = split_folder(ref)
+            root = Path(path)
+            # An adapter's folder is verified as part of the run or publication around it, if there is one.
+            if path and task is None and kind_of(root) == "adapter":
                 root, task = root.absolute().parent, root.absolute().name
-            elif not place or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
-                found = explain(root, task=task) if place else "no folder is named"
+            elif not path or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
+                reason = explain(root, task=task) if path else "no folder is named"
                 raise AdapterError(
-                    f"cannot verify {ref!r}: {found}; expected a run, a publication, an adapter's folder, or hf:OWNER/NAME"
+                    f"cannot verify {ref!r}: {reason}; "
+                    "expected a run, a publication, an adapter's folder, or hf:OWNER/NAME"
                 )
         return verify_folder(root, tasks=None if task is None else [task], encoder=encoder, offline=offline)
 
 
 def verify_folder(
     root: Path, *, tasks: Sequence[str] | None, encoder: str | EncoderConfig | None, offline: bool
-) -> list[Verified]:
-    """Verify adapters of a folder, all of them where none is named; a publication's files, and a run's records, are checked whole.
+) -> list[Verification]:
+    """Verify adapters of a folder. The files of a publication are always checked as a whole.
 
-    Raises: VerificationError, AdapterError: as ``verify``.
+    Args:
+        root: A run, a publication, or a folder with adapters.
+        tasks: MTEB tasks to verify; None for all.
+        encoder: Location of the encoder, or the whole encoder config. Defaults to the name that the adapters give.
+        offline: Whether to load the encoder without asking the Hub.
+    Raises:
+        VerificationError, AdapterError: as ``verify``.
     """
     folder, kind = RunFolder(root), kind_of(root)
     publication = read_record(folder.publication, Publication) if kind == "publication" else None
@@ -81,13 +93,13 @@ def verify_folder(
     if publication is not None:
         check_files(folder, publication)
     listed = publication or manifest
-    there = list(listed.adapters) if listed else adapters_in(root)
-    asked = there if tasks is None else tasks
-    missing = [task for task in asked if task not in there]
-    if missing or not asked:
+    existing = list(listed.adapters) if listed else adapters_in(root)
+    requested = existing if tasks is None else tasks
+    missing = [task for task in requested if task not in existing]
+    if missing or not requested:
         named = f" {', '.join(missing)}" if missing else ""
-        raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(there) or 'none'}")
-    checked = {task: check_task(folder.task(task)) for task in asked}
+        raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(existing) or 'none'}")
+    checked = {task: check_task(folder.task(task)) for task in requested}
     for adapter, result in checked.values():
         if manifest is not None:
             check_run(manifest, adapter, result)
@@ -98,27 +110,35 @@ def verify_folder(
         check_summary(folder, results, listed=listed)
         if results.keys() == listed.adapters.keys():
             check_card(folder, results)
-    found = [adapter for adapter, _ in checked.values()]
-    is_trained = [result.best_epoch > 0 for _, result in checked.values()]
-    probes = [read_record(adapter.folder.probe, Probe) for adapter in found]
+    return _verify_logits(list(checked.values()), encoder, offline=offline)
+
+
+def _verify_logits(
+    checked: Sequence[tuple[FoundAdapter, TaskResult]], encoder: str | EncoderConfig | None, *, offline: bool
+) -> list[Verification]:
+    """Load the adapters in a new process, and compare the logits that they compute there with the stored ones."""
+    adapters = [adapter for adapter, _ in checked]
+    is_trained = [result.best_epoch > 0 for _, result in checked]
+    probes = [read_record(adapter.folder.probe, Probe) for adapter in adapters]
     runtime = exact_runtime(threads=local_cpus(), use_gpu=False)
-    asks = [Ask(adapter.folder, runtime, probe.texts) for adapter, probe in zip(found, probes, strict=True)]
-    config = encoder if isinstance(encoder, EncoderConfig) else encoder_config_of(found[0], encoder)
+    asks = [Ask(adapter.folder, runtime, probe.texts) for adapter, probe in zip(adapters, probes, strict=True)]
+    config = encoder if isinstance(encoder, EncoderConfig) else encoder_config_of(adapters[0], encoder)
     verified = []
     answers = reload_elsewhere(asks, config, offline=offline)
-    for adapter, trained, probe, reloaded in zip(found, is_trained, probes, answers, strict=True):
+    for adapter, trained, probe, reloaded in zip(adapters, is_trained, probes, answers, strict=True):
         logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.root.name
         difference = reloaded.check(
             name, outputs=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
         )
-        verified.append(Verified(name, difference, reloaded.effect, probe.tolerance))
+        verified.append(Verification(name, difference, reloaded.effect, probe.tolerance))
     return verified
 
 
 def check_files(folder: RunFolder, publication: Publication) -> None:
-    """Compare every file with its hash.
+    """Compare every file of a publication with its hash.
 
-    Raises: VerificationError: one is missing, has other bytes, or is one of ours for which there is no hash.
+    Raises:
+        VerificationError: a file is missing or changed, or one of lorafleet's files has no hash.
     """
     for name in publication.adapters:
         task = folder.task(name)
@@ -127,15 +147,15 @@ def check_files(folder: RunFolder, publication: Publication) -> None:
             if f"{name}/{file.name}" not in publication.files:
                 raise VerificationError(f"{name}/{file.name}: publication.json has no hash of it")
     ours = [path for part in (folder.metrics, folder.mteb_results) for path in part.rglob("*") if not is_folder(path)]
-    for there in (*folder.published(), *ours):
-        if (name := there.relative_to(folder.root).as_posix()) not in publication.files:
+    for path in (*folder.published(), *ours):
+        if (name := path.relative_to(folder.root).as_posix()) not in publication.files:
             raise VerificationError(f"{name}: publication.json has no hash of it")
-    for path, sha256 in publication.files.items():
+    for name, expected in publication.files.items():
         try:
-            found = file_sha256(folder.root / path)
+            sha256 = file_sha256(folder.root / name)
         except FileNotFoundError:
-            raise VerificationError(f"{path}: is missing, and was published by run {publication.run_id}") from None
+            raise VerificationError(f"{name}: is missing, and was published by run {publication.run_id}") from None
         except OSError as error:
-            raise VerificationError(f"{path}: cannot be read: {error.strerror}") from None
-        if found != sha256:
-            raise VerificationError(f"{path}: its sha256 is {found}, but {sha256} was published")
+            raise VerificationError(f"{name}: cannot be read: {error.strerror}") from None
+        if sha256 != expected:
+            raise VerificationError(f"{name}: its sha256 is {sha256}, but {expected} was published")

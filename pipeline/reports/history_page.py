@@ -18,8 +18,8 @@ from pipeline.reports.page import (
     render_page,
     shorten,
 )
+from pipeline.store.files import write_atomically
 from pipeline.store.history import RunFacts, StoreHistory, TaskHistory, read_store
-from pipeline.store.run_folder import write_atomically
 
 NEWEST_RUNS = 104
 """Runs that the page shows at most: two years of weekly ones."""

@@ -24,7 +24,8 @@ from pipeline.records import (
 from pipeline.reports.model_card import render_card
 from pipeline.reports.report import render_report
 from pipeline.reports.score_table import is_of_mteb, summarise
-from pipeline.store.run_folder import RunFolder, TaskFolder, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import write_epochs, write_scores, write_values
 from pipeline.store.values import values_of
 

@@ -12,9 +12,10 @@ from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTas
 from pipeline.reports.history_page import write_history_page
 from pipeline.reports.outputs import rewritten, write_outputs
 from pipeline.run.plan import Plan
+from pipeline.store.files import write_atomically
 from pipeline.store.key import library_versions, sources_sha256
 from pipeline.store.manifest import RunManifest, write_manifest
-from pipeline.store.run_folder import RunFolder, TaskFolder, write_atomically
+from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import (
     append_history,
     append_mteb_tasks,

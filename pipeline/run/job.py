@@ -38,7 +38,8 @@ from pipeline.records import (
     WarmStart,
 )
 from pipeline.run.plan import JobSpec
-from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record, write_atomically
+from pipeline.store.files import read_record, write_atomically
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 from pipeline.training.batches import LabelledTokens
 from pipeline.training.checkpoint import tensor_file
 from pipeline.training.objective import Classification

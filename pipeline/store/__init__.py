@@ -1,1 +1,1 @@
-"""The run store on disk: folders, files, locks, tables, and what may be deleted. Knows nothing of torch."""
+"""The run store on disk: folders, files, locks, tables and retention. Does not use torch."""

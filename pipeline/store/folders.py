@@ -1,4 +1,4 @@
-"""What a folder is: an adapter's, a run's, a publication, a run store, or none of these. One answer for every command that is given one."""
+"""Kinds of folders that commands accept: adapter, run, publication, run store."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.store.run_folder import RunFolder, TaskFolder
 
 FolderKind = Literal["nothing", "file", "adapter", "run", "unfinished run", "publication", "run store", "other"]
 RUN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
-"""What `lorafleet train` calls its run folders."""
+"""Pattern of the names that `lorafleet train` gives to run folders."""
 
 
 def kind_of(root: Path) -> FolderKind:
-    """What lies there. Looks at names only, so nothing that is damaged or hostile is read."""
+    """Kind of a path, judged by file names alone. Damaged or hostile content is never read."""
     if not is_folder(root):
         return "file" if os.path.lexists(root) else "nothing"
     run = RunFolder(root)
@@ -32,22 +32,22 @@ def kind_of(root: Path) -> FolderKind:
 
 
 def is_folder(path: Path | str) -> bool:
-    """Whether a folder lies there; ``Path.is_dir`` raises where a name is too long to be one."""
+    """Whether the path is a folder. ``Path.is_dir`` would raise an error for names that are too long."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def adapters_in(root: Path) -> list[str]:
-    """Names of the folders in a run or a publication that hold an adapter, sorted; those that begin with a dot are copies cut short."""
+    """Sorted names of the adapter folders in a run or a publication. Dot folders are incomplete copies and skipped."""
     names = root.glob(f"[!.]*/{TaskFolder(root).adapter_weights.name}") if is_folder(root) else ()
     return sorted(path.parent.name for path in names)
 
 
 def explain(root: Path, *, task: str | None = None) -> str:
-    """What lies there, and what to name in its place, for a message to somebody who was to name something else.
+    """Describe a folder of the wrong kind in a message, with a suggestion if there is one.
 
     Args:
-        root: The folder.
-        task: The MTEB task whose adapter is looked for in it.
+        root: Path that the user gave.
+        task: MTEB task whose adapter is looked up in the folder.
     """
     match kind_of(root):
         case "nothing":
@@ -60,7 +60,7 @@ def explain(root: Path, *, task: str | None = None) -> str:
             return f"{root} is a run folder, in the run store {root.absolute().parent}"
         case "unfinished run":
             return (
-                f"{root} is not finished: manifest.json is missing, which is written last; let `lorafleet train` finish"
+                f"{root} is not finished: it has no manifest.json, which is written last; let `lorafleet train` finish"
             )
         case "publication":
             return f"{root} is a publication"

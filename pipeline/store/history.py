@@ -1,4 +1,4 @@
-"""What a run store knows over runs: which scores can be compared, how the data drifted, what the work cost. Draws nothing."""
+"""History over the runs of a store: comparable scores, drift of the data, cost of the work. Draws nothing."""
 
 from __future__ import annotations
 
@@ -31,29 +31,32 @@ class RunFacts:
 
     run_id: str
     created_at: datetime | None
-    """When it was finished; none where nothing of it but its id is left."""
+    """Time at which it finished; None if only its id is left."""
     trained: tuple[str, ...]
-    """MTEB tasks that it measured itself."""
+    """MTEB tasks that this run measured itself."""
     reused: tuple[str, ...]
-    """MTEB tasks that it took over from an earlier run."""
+    """MTEB tasks taken over from an earlier run."""
     failed: tuple[str, ...] | None
-    """None where its folder is gone: only that says so."""
+    """MTEB tasks that failed; None if the run folder, which is the only source, was deleted."""
     worker_seconds: float | None
-    """Over its MTEB tasks; none, like the two below, where an older version ran them or all were taken over."""
+    """Sum over the MTEB tasks measured by this run. None if there are none, or an older version did not record it."""
     gpu_seconds: float | None
+    """As ``worker_seconds``."""
     peak_memory_bytes: int | None
-    """Of its largest worker."""
+    """Peak of the largest worker. None as for ``worker_seconds``."""
     has_report: bool
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How the training labels moved from one run to the next."""
+    """Change of the training labels between two runs."""
 
     total_variation: float
-    """Half the sum of the differences of the shares: 0 for equal labels, 1 for wholly different ones."""
+    """Total variation distance between the label shares: 0 if they are equal, 1 if no label is shared."""
     new: tuple[str, ...]
+    """Labels that only the later run has, sorted."""
     vanished: tuple[str, ...]
+    """Labels that only the earlier run has, sorted."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,21 @@ class Point:
 
     run_id: str
     when: datetime
-    """When the run was finished."""
+    """Time at which the run finished."""
     scores: Mapping[Column, ScoreRow]
     """Facts of the measurement, by column; empty for an adapter without a head."""
     values: tuple[ValueRow, ...]
     """Every measured number."""
     facts: MtebTaskRow | None
-    """None where an older version ran it."""
+    """Data and cost; None if an older version ran it."""
     test_changed: bool
-    """Its test data are not those of the run before: the two scores are of different exams."""
+    """Whether the test data differ from those of the previous run, so that the two scores are not comparable."""
     drift: Drift | None
-    """Against the newest run before it whose labels are known."""
+    """Drift since the newest earlier run with known labels; None if either run's labels are unknown."""
 
     @property
     def reused_from(self) -> str | None:
-        """The run that measured this, if not this one."""
+        """Id of the earlier run that measured these numbers; None if this run did."""
         if not self.scores:
             return None if self.facts is None else self.facts.reused_from
         return next(row.reused_from for row in self.scores.values())
@@ -88,48 +91,54 @@ class Point:
 
 @dataclass(frozen=True)
 class TaskHistory:
-    """One MTEB task over the runs that have it, oldest first; at least one."""
+    """One MTEB task over the runs that have it."""
 
     name: str
     points: tuple[Point, ...]
+    """At least one, oldest first."""
 
 
 @dataclass(frozen=True)
 class StoreHistory:
-    """A run store over runs."""
+    """History of a run store."""
 
     runs: tuple[RunFacts, ...]
-    """Newest first."""
+    """Runs, newest first."""
     tasks: tuple[TaskHistory, ...]
-    """By name."""
+    """MTEB tasks, sorted by name."""
     num_older: int
-    """Runs that were left out, because there are more than were asked for."""
+    """Number of older runs beyond the requested limit."""
     faults: tuple[str, ...]
-    """One line per file that could not be read."""
+    """One message per unreadable file."""
 
 
 def read_store(runs: Path, *, newest: int) -> StoreHistory:
-    """Read the newest runs of a store. What is damaged is left out and said: one bad file must not hide all other runs."""
+    """Read the newest runs of a store. Damaged files are reported in ``faults`` and do not hide other runs.
+
+    Args:
+        runs: Run store.
+        newest: Largest number of runs to read.
+    """
     every = runs_in_history(runs)
     shown = every[-newest:]
     faults: list[str] = []
     facts, scores, values, tasks = [], [], [], []
     for run_id in shown:
         try:
-            of_run = read_scores(scores_of_run(runs, run_id))
+            score_rows = read_scores(scores_of_run(runs, run_id))
             file = mteb_tasks_of_run(runs, run_id)
-            of_tasks = read_mteb_tasks(file) if file.exists() else []
-            numbers = run_values(runs, run_id, of_run)
-            _check_run_id(scores_of_run(runs, run_id), run_id, of_run)
-            _check_run_id(values_of_run(runs, run_id), run_id, numbers)
-            _check_run_id(file, run_id, of_tasks)
+            task_rows = read_mteb_tasks(file) if file.exists() else []
+            value_rows = run_values(runs, run_id, score_rows)
+            _check_run_id(scores_of_run(runs, run_id), run_id, score_rows)
+            _check_run_id(values_of_run(runs, run_id), run_id, value_rows)
+            _check_run_id(file, run_id, task_rows)
         except DataError as error:
             faults.append(str(error))
             continue
-        scores += of_run
-        values += numbers
-        tasks += of_tasks
-        facts.append(_run_facts(runs, run_id, of_run, of_tasks))
+        scores += score_rows
+        values += value_rows
+        tasks += task_rows
+        facts.append(_run_facts(runs, run_id, score_rows, task_rows))
     when = {run.run_id: run.created_at for run in facts if run.created_at is not None}
     return StoreHistory(
         tuple(reversed(facts)), task_histories(scores, values, tasks, when), len(every) - len(shown), tuple(faults)
@@ -142,13 +151,13 @@ def task_histories(
     tasks: Sequence[MtebTaskRow],
     when: Mapping[str, datetime],
 ) -> tuple[TaskHistory, ...]:
-    """Each MTEB task over the runs that have it.
+    """Group score rows into one history per MTEB task.
 
     Args:
-        scores: In any order, like ``values`` and ``tasks``.
-        values: The numbers that the scores go with.
-        tasks: Those of the runs that recorded them.
-        when: When each run was finished.
+        scores: Score rows of all runs, in any order.
+        values: Values of all runs, in any order.
+        tasks: Task rows of the runs that recorded them, in any order.
+        when: Run id -> time at which the run finished.
     """
     changed = changed_test_data(scores)
     facts = {(row.mteb_task, row.run_id): row for row in tasks}
@@ -161,82 +170,92 @@ def task_histories(
     histories = []
     for name, by_run in sorted(numbers.items()):
         points: list[Point] = []
-        before: MtebTaskRow | None = None
+        previous: MtebTaskRow | None = None
         for run_id in oldest_first(by_run):
-            now = facts.get((name, run_id))
-            known = now is not None and bool(now.label_shares)
+            current = facts.get((name, run_id))
+            has_labels = current is not None and bool(current.label_shares)
             points.append(
                 Point(
                     run_id=run_id,
                     when=when[run_id],
                     scores=rows.get((name, run_id), {}),
                     values=tuple(by_run[run_id]),
-                    facts=now,
+                    facts=current,
                     test_changed=(name, run_id) in changed,
-                    drift=label_drift(before, now) if known and before is not None and now is not None else None,
+                    drift=label_drift(previous, current) if has_labels and previous and current else None,
                 )
             )
-            before = now if known else before
+            previous = current if has_labels else previous
         histories.append(TaskHistory(name, tuple(points)))
     return tuple(histories)
 
 
 def changed_test_data(scores: Sequence[ScoreRow]) -> frozenset[tuple[str, str]]:
-    """MTEB task and run wherever the test data are not those of the run before that has the MTEB task; rows in any order.
+    """Find the points at which the test data changed, compared with the previous run of the same MTEB task.
 
-    Runs of older versions know their test data only by the number of texts; the hash is compared with the newest one that is known.
+    Older versions recorded only the number of test texts. A hash is compared with the newest earlier hash.
+
+    Args:
+        scores: Score rows, in any order.
+    Returns:
+        Pairs of MTEB task and run id.
     """
     by_run: dict[str, dict[str, ScoreRow]] = {}
     for row in scores:
         by_run.setdefault(row.run_id, {})[row.mteb_task] = row
-    before: dict[str, tuple[int, str | None]] = {}  # MTEB task -> number and hash of its newest test texts so far
+    previous: dict[str, tuple[int, str | None]] = {}  # MTEB task -> number and hash of its newest test texts so far
     changed = set()
     for run_id in oldest_first(by_run):
         for mteb_task, row in by_run[run_id].items():
-            num_texts, sha256 = before.get(mteb_task, (row.num_texts, None))
+            num_texts, sha256 = previous.get(mteb_task, (row.num_texts, None))
             if row.num_texts != num_texts or (None not in (sha256, row.test_sha256) and row.test_sha256 != sha256):
                 changed.add((mteb_task, run_id))
-                sha256 = None  # what it is now is not known before a row says so
-            before[mteb_task] = row.num_texts, row.test_sha256 or sha256
+                sha256 = None  # unknown until a later row records it
+            previous[mteb_task] = row.num_texts, row.test_sha256 or sha256
     return frozenset(changed)
 
 
 def shares_of(point: Point) -> dict[str, float]:
-    """Label -> its share of train; empty where they are not known."""
+    """Map each label to its share of the training texts; empty if unknown."""
     return {row.label: row.share for row in point.facts.label_shares} if point.facts is not None else {}
 
 
-def label_drift(before: MtebTaskRow, now: MtebTaskRow) -> Drift:
-    """How the labels of train moved between two runs that know them."""
-    old, new = ({row.label: row.share for row in facts.label_shares} for facts in (before, now))
+def label_drift(previous: MtebTaskRow, current: MtebTaskRow) -> Drift:
+    """Compare the training labels of two runs that recorded them."""
+    old, new = ({row.label: row.share for row in facts.label_shares} for facts in (previous, current))
     moved = sum(abs(old.get(label, 0.0) - new.get(label, 0.0)) for label in old.keys() | new.keys())
     return Drift(moved / 2, tuple(sorted(new.keys() - old.keys())), tuple(sorted(old.keys() - new.keys())))
 
 
 def most_moved_labels(points: Sequence[Point], *, most: int) -> tuple[str, ...]:
-    """The labels whose share of train spans the widest range over the runs, widest first; an absent label's share is 0."""
+    """Select the labels whose share of the training texts varies most over the runs.
+
+    Args:
+        points: Points of one MTEB task. A label that is absent from a run has share 0 there.
+        most: Largest number of labels to return.
+    Returns:
+        Labels, the widest range of shares first. Ties go to the more frequent label.
+    """
     shares = [shares for shares in map(shares_of, points) if shares]
     spans = {}
-    for label in {label for of_run in shares for label in of_run}:
-        values = [of_run.get(label, 0.0) for of_run in shares]
-        spans[label] = (min(values) - max(values), -values[-1], label)  # of equal spans the more frequent first
+    for label in {label for by_label in shares for label in by_label}:
+        values = [by_label.get(label, 0.0) for by_label in shares]
+        spans[label] = (min(values) - max(values), -values[-1], label)
     return tuple(sorted(spans, key=lambda label: spans[label])[:most])
 
 
 def _check_run_id(file: Path, run_id: str, rows: Sequence[ScoreRow | ValueRow | MtebTaskRow]) -> None:
     if others := sorted({row.run_id for row in rows} - {run_id}):
-        raise DataError(
-            f"{file}: holds rows of run {', '.join(others)}; give it the name of its run again, or move it away"
-        )
+        raise DataError(f"{file}: holds rows of run {', '.join(others)}; rename it to match its run, or move it away")
 
 
 def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow]) -> RunFacts:
     folder = RunFolder(runs / run_id)
     manifest: RunManifest | None = None
-    with suppress(DataError):  # pruned, or damaged: the history outlives the folder
+    with suppress(DataError):  # the history outlives a pruned or damaged folder
         manifest = read_manifest(folder)
     origins = {row.mteb_task: row.reused_from for row in scores}
-    own = [row for row in tasks if row.reused_from is None]
+    measured = [row for row in tasks if row.reused_from is None]
     times = (
         [*(row.created_at for row in tasks), *(row.created_at for row in scores)]
         if manifest is None
@@ -248,8 +267,8 @@ def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Seque
         trained=tuple(name for name, origin in origins.items() if origin is None),
         reused=tuple(name for name, origin in origins.items() if origin is not None),
         failed=None if manifest is None else tuple(failure.mteb_task for failure in manifest.failures),
-        worker_seconds=sum(row.worker_seconds for row in own) if own else None,
-        gpu_seconds=sum(row.gpu_seconds for row in own) if own else None,
-        peak_memory_bytes=max((row.peak_memory_bytes for row in own), default=None),
+        worker_seconds=sum(row.worker_seconds for row in measured) if measured else None,
+        gpu_seconds=sum(row.gpu_seconds for row in measured) if measured else None,
+        peak_memory_bytes=max((row.peak_memory_bytes for row in measured), default=None),
         has_report=folder.report.is_file(),
     )

@@ -1,4 +1,4 @@
-"""The key of a training: a hash of all that its weights and scores depend on."""
+"""Key of a training: a hash of everything that its weights and scores depend on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from pipeline.config import RunConfig
 from pipeline.records import EncoderRef, MtebTask, Runtime
 
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
-"""The libraries whose versions may change a weight or a score."""
-
+"""Libraries whose versions may change a weight or a score."""
 
 _WORKERS_JOB = "pipeline.run.job"
 _PACKAGE = Path(pipeline.__file__).parent
 
 
 def library_versions() -> dict[str, str]:
-    """Installed version of each library that may change a weight or a score."""
+    """Installed versions of the libraries that may change a weight or a score."""
     return {name: metadata.version(name) for name in VERSIONED}
 
 
@@ -36,11 +35,21 @@ def task_key(
     runtime: Runtime,
     versions: dict[str, str],
 ) -> str:
-    """Hash of all that an MTEB task's weights and scores depend on; equal keys need no second training.
+    """Hash everything that an MTEB task's weights and scores depend on. Equal keys need no second training.
 
-    The number of threads is left out: it depends on how many MTEB tasks share the machine, and what it may change in the last bits
-    is no reason to train again. A training that was begun goes on with its own number. So is what a warm start goes on from: each
-    publication changes it, and data that have not changed are no reason to train again.
+    The number of threads is excluded: it depends on how many MTEB tasks share the machine, and changes at most the last
+    bits. A resumed training keeps its own number. The adapter that a warm start begins with is excluded as well: each
+    publication changes it, but unchanged data should not be retrained.
+
+    Args:
+        config: Config of the run.
+        mteb_task: The MTEB task, with resolved revision.
+        fingerprint: Hash of its data.
+        encoder: The encoder, with resolved revision.
+        runtime: Device and number format of the training.
+        versions: As ``library_versions``.
+    Returns:
+        32 hex digits.
     """
     parts: dict[str, Any] = {
         "data": fingerprint,
@@ -60,7 +69,7 @@ def task_key(
 
 @cache
 def sources_sha256(package: Path = _PACKAGE) -> str:
-    """Hash of every file of the pipeline that the worker's job imports, directly or through others."""
+    """SHA-256 over every file of the pipeline that the worker's job imports, directly or indirectly."""
     digest = hashlib.sha256()
     for path in imported_files(package):
         digest.update(path.read_bytes())
@@ -68,19 +77,19 @@ def sources_sha256(package: Path = _PACKAGE) -> str:
 
 
 def imported_files(package: Path = _PACKAGE) -> list[Path]:
-    """Files of the pipeline in the import closure of the worker's job, imports inside functions included; sorted."""
-    found: set[Path] = set()
+    """Sorted files of the pipeline that the worker's job imports, also indirectly or inside functions."""
+    files: set[Path] = set()
     waiting = [_file_of(package, _WORKERS_JOB)]
     while waiting:
         path = waiting.pop()
-        if path is None or path in found:
+        if path is None or path in files:
             continue
-        found.add(path)
+        files.add(path)
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pipeline":
                 modules = (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
                 waiting += [_file_of(package, module) for module in modules]
-    return sorted(found)
+    return sorted(files)
 
 
 def _file_of(package: Path, module: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The run store: one run at a time may write to it, and which of its runs is the newest."""
+"""Locks of a run store and of its runs, and the order of run ids."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pipeline.errors import InputError, LockedError
 
 
 def oldest_first(run_ids: Iterable[str]) -> list[str]:
-    """Sort run ids by the time at which their runs began, which an id begins with; the last one is the newest run.
+    """Sort run ids by the start times that they begin with. The last one is the newest run.
 
-    A time that has not come yet is from a clock that was wrong, and a name that is no run id has none: nothing tells when these
-    runs were, so they count as older than all others.
+    Ids with a future time, from a wrong clock, and names that are not run ids sort before all others.
     """
     now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     return sorted(run_ids, key=lambda run_id: (run_id[: len(now)] <= now, run_id))
 
 
 def store_folder(runs: str) -> Path:
-    """The folder of a run store, as a command names it; it may not exist yet.
+    """Convert the name of a run store into a path, which may not exist yet.
 
-    Raises: InputError: an address, or nothing at all, which would be the current folder.
+    Raises:
+        InputError: the name is a URL, or empty, which would mean the current folder.
     """
     if not runs or "://" in runs:
         raise InputError(f"run store {runs!r}: expected a local or mounted folder; choose one with --runs")
@@ -34,9 +34,11 @@ def store_folder(runs: str) -> Path:
 
 @contextmanager
 def hold_store(runs: Path, run_id: str) -> Iterator[None]:
-    """Hold the run store for one run; a killed run's lock is gone with its process.
+    """Lock the run store for one run. The lock ends with the process, even if it is killed.
 
-    Raises: LockedError: another run holds it.
+    Raises:
+        LockedError: another run holds the lock.
+        InputError: as ``hold``.
     """
     with hold(runs / ".lock", runs, holder=f"run {run_id}, process {os.getpid()}", refusal="in use by {}; wait for it"):
         yield
@@ -44,10 +46,15 @@ def hold_store(runs: Path, run_id: str) -> Iterator[None]:
 
 @contextmanager
 def hold_run(run: Path, *, alone: bool) -> Iterator[None]:
-    """Hold a finished run: any number may publish it at a time, and who deletes it is alone with it.
+    """Lock a finished run: shared to publish it, or exclusively to delete it.
 
-    Where there is no such folder, or its file system has no locks for folders, nobody is kept out.
-    Raises: LockedError: it is being deleted, or published while this one wants to be alone.
+    Without effect if the folder does not exist, or its file system cannot lock folders.
+
+    Args:
+        run: Run folder.
+        alone: Whether the lock is exclusive.
+    Raises:
+        LockedError: the run is being deleted, or ``alone`` is set and the run is being published.
     """
     try:
         folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
@@ -75,20 +82,20 @@ def _lock(folder: int, *, alone: bool, refusal: str) -> None:
 
 @contextmanager
 def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]:
-    """Hold a lock file of a run store; makes its folder.
+    """Lock a file in a run store. Its folder is created if necessary.
 
     Args:
-        path: The lock file.
-        runs: The run store, as the messages name it.
-        holder: Who holds it now, for who comes next.
-        refusal: What who comes next is told, with ``{}`` for the holder.
+        path: Lock file.
+        runs: Run store, as messages name it.
+        holder: Description of this process, which other processes show in their messages.
+        refusal: Message if the lock is held, with ``{}`` for the description of its holder.
     Raises:
-        LockedError: somebody else holds it.
-        InputError: the store cannot be written.
+        LockedError: another process holds the lock.
+        InputError: the store cannot be written or locked.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Never through a link: who holds the store is written into this file.
+        # Never through a link, because the holder is written into this file.
         lock = os.fdopen(
             os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", encoding="utf-8"
         )
@@ -99,13 +106,13 @@ def hold(path: Path, runs: Path, *, holder: str, refusal: str) -> Iterator[None]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            there = lock.read().strip() or "somebody else"
-            raise LockedError(f"run store {runs}: {refusal.format(there)}, or choose another with --runs") from None
+            current = lock.read().strip() or "another process"
+            raise LockedError(f"run store {runs}: {refusal.format(current)}, or choose another with --runs") from None
         except OSError as error:  # some network file systems and mounted buckets have no locks
             raise InputError(
                 f"run store {runs}: {path} cannot be locked: {error.strerror}; choose a local disk with --runs"
             ) from None
         os.ftruncate(lock.fileno(), 0)
-        with suppress(OSError):  # on a full disk who comes next is told no name
+        with suppress(OSError):  # on a full disk the holder stays unnamed
             os.write(lock.fileno(), holder.encode())
         yield

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import ResumeError
 from pipeline.records import EpochRow
-from pipeline.store.run_folder import write_atomically
+from pipeline.store.files import write_atomically
 
 
 @dataclass

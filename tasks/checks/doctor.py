@@ -25,7 +25,7 @@ from pipeline.errors import first_line
 from pipeline.machine import local_cpus, read_answers
 from tasks.checks import machine as checkup
 from tasks.checks.machine import Check, readable_bytes
-from tasks.checks.servers import Later, check_address, check_hub, check_prefect, check_proxy, in_time
+from tasks.checks.servers import Deferred, check_address, check_hub, check_prefect, check_proxy, in_time
 from tasks.services.temporary import check_temporary
 
 if TYPE_CHECKING:
@@ -67,14 +67,17 @@ def examine(runs: Path, *, ray_address: str | None = None, start_ray: bool = Fal
     """
     address = ray_address or os.environ.get("RAY_ADDRESS") or None
     proxy = _guarded("proxy", check_proxy)  # first: the others ask through it
-    prefect, hub = Later(lambda: _guarded("Prefect API", check_prefect)), Later(lambda: _guarded("Hub", check_hub))
-    listening = Later(lambda: check_address(address or ""))
+    prefect, hub = (
+        Deferred(lambda: _guarded("Prefect API", check_prefect)),
+        Deferred(lambda: _guarded("Hub", check_hub)),
+    )
+    listening = Deferred(lambda: check_address(address or ""))
     libraries = _Libraries()
-    over_torch = Later(lambda: try_out([*libraries.modules(over_torch=True), "@compute", "@gpu"]))
-    others = Later(lambda: try_out(libraries.modules(over_torch=False)))
+    over_torch = Deferred(lambda: try_out([*libraries.modules(over_torch=True), "@compute", "@gpu"]))
+    others = Deferred(lambda: try_out(libraries.modules(over_torch=False)))
     unreachable = _unreachable(listening)
     ray = [f"@ray={address or ''}"] if (address or start_ray) and unreachable is None else []
-    joined = Later(lambda: try_out(ray, seconds=_CLUSTER_SECONDS if address else _START_SECONDS))
+    joined = Deferred(lambda: try_out(ray, seconds=_CLUSTER_SECONDS if address else _START_SECONDS))
     local = [_guarded(name, check) for name, check in _local(runs).items()]
     answers = {**over_torch.result(), **others.result(), **joined.result()}
     return [
@@ -291,7 +294,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         )
 
 
-def _unreachable(listening: Later[Check | None]) -> Check | None:
+def _unreachable(listening: Deferred[Check | None]) -> Check | None:
     try:
         return listening.result(seconds=3)
     except TimeoutError as error:

@@ -64,7 +64,7 @@ def check_store(runs: Path) -> Check:
 
 def check_checkpoints(runs: Path) -> Check:
     """What lies there of trainings that were begun and not finished."""
-    from pipeline.store.retention import ABANDONED_DAYS, checkpoints
+    from pipeline.store.verdicts import ABANDONED_DAYS, checkpoints
 
     found = checkpoints(runs)
     if not found:

@@ -10,7 +10,6 @@ import http.client
 import importlib.metadata
 import json
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import InputError, first_line
 from tasks.checks.machine import Check
+from tasks.network import check_listening
 from tasks.services.loopback import basic, prepare_http, proxies_set
 from tasks.services.passwords import login_for
 
@@ -38,7 +38,7 @@ _PREFECT_REFUSES = {
 _HUB_ADVICE = "look after network and proxy; without the Hub, train on data.mirror or files of your own, with an encoder from a folder"
 
 
-class Later(Generic[T]):
+class Deferred(Generic[T]):
     """A call in a thread of its own that nobody has to wait for: a name server may let it hang for minutes."""
 
     def __init__(self, call: Callable[[], T]) -> None:
@@ -160,17 +160,15 @@ def check_hub() -> Check:
 
 def check_address(address: str) -> Check | None:
     """None if something listens at a Ray cluster's ``HOST:PORT`` or ``ray://HOST:PORT``, or it names none (``auto``)."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        if parts.hostname and parts.port:
-            socket.create_connection((parts.hostname, parts.port), timeout=NETWORK_SECONDS).close()
+        check_listening(address, timeout_seconds=NETWORK_SECONDS)
     except (OSError, ValueError) as error:
         advice = "start that cluster, or unset RAY_ADDRESS (compute.ray_address): then a run starts a local Ray"
         return Check("warning", "Ray", f"nothing answers at {address}: {first_line(error)}", advice)
     return None
 
 
-def in_time(name: str, later: Later[Check], advice: str = "look after network, proxy and name server") -> Check:
+def in_time(name: str, later: Deferred[Check], advice: str = "look after network, proxy and name server") -> Check:
     """The check, if it comes in time."""
     try:
         return later.result(seconds=NETWORK_SECONDS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.machine import check_room, local_cpus
 from pipeline.store.lock import hold
+from tasks.network import check_listening
 from tasks.services.loopback import ask, prepare_http
 from tasks.services.passwords import given_login, kept_secret, new_login, private_folder, server_settings
 from tasks.services.programs import Programs
@@ -147,7 +148,7 @@ def _all_answer(addresses: Addresses, login: str, started: datetime) -> bool:
         workers = json.loads(ask(f"{addresses.api}/work_pools/lorafleet/workers/filter", login=login, content=b"{}"))
         ports = range(addresses.port + 1, addresses.port + (3 if addresses.with_ray else 2))
         for port in ports:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            check_listening(f"127.0.0.1:{port}", timeout_seconds=5)
     except OSError:
         return False
     # One of that name may be there from an earlier start.

@@ -18,7 +18,7 @@ from pipeline.printable import printable
 _BAR_WIDTH = 20
 
 
-class Board:
+class LiveTable:
     """One line per MTEB task, written by the threads that wait for the workers; a bulk job has one line."""
 
     def __init__(self) -> None:
@@ -51,5 +51,5 @@ class Board:
             yield
 
 
-BOARD = Board()
+LIVE_TABLE = LiveTable()
 """Of this process."""
