@@ -27,7 +27,8 @@ from pipeline.inference.router import Router
 from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
 from pipeline.records import TaskResult
-from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256, read_record
+from pipeline.store.files import read_record
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 
 Folders = Callable[[str], Path]
 TEXTS = ["the sea is wide", "a rose in the garden", "salt and pepper", "a boat"]

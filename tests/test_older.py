@@ -18,7 +18,8 @@ from publishing import REPO, Place, hub_of_our_own
 
 from pipeline.publishing.publish import rollback
 from pipeline.records import Publication, TaskResult
-from pipeline.store.run_folder import RunFolder, read_record
+from pipeline.store.files import read_record
+from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import read_scores, read_values, run_values
 from pipeline.store.values import values_of
 
