@@ -185,7 +185,8 @@ class _Loop:
             score = accuracy(self.adapter, selection) if selection is not None else None
             if score is None or score > self.state.best_score:
                 self.state.last_gain = epoch
-            # Of equals the latest, also over the start: measured best on small data, where ties are frequent (CHANGELOG, Experiments).
+            # Of equal scores the latest epoch, also against the start: measured best on small data, where ties are frequent
+            # (tests/benchmarks/EXPERIMENTS.md, "Which epoch").
             is_best = score is None or score >= self.state.best_score
             if is_best:
                 self.best.copy_(self.weights.detach())
