@@ -244,7 +244,7 @@ def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     entries: dict[str, dict[str, Any]] = {}
     for name, package in SOURCES.items():
         planned = MtebTask(
-            name=name, source="package", location=package, revision="", max_epochs=1, samples_per_label=8
+            name=name, source="package", location=package, revision="installed", max_epochs=1, samples_per_label=8
         )
         splits, _ = read_package(planned)
         entries[name] = {"name": name}
