@@ -35,11 +35,12 @@ from prefect.workers.process import ProcessWorker
 
 from flows.deployment_file import DeploymentEntry, LimitEntry, ScheduleEntry, read_deployments
 from pipeline.errors import InputError, LorafleetError, first_line
+from tasks.services.deploy_folder import DEPLOY
 from tasks.services.loopback import prepare_http
 from tasks.services.notifying import notify_of_failures
 from tasks.services.passwords import login_for, running_ups
 
-FILE = Path(__file__).parents[1] / "deploy" / "prefect.yaml"
+FILE = DEPLOY / "prefect.yaml"
 TAG = "lorafleet"
 _DEFAULT_API = "http://127.0.0.1:4200/api"
 

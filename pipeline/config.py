@@ -131,7 +131,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen encoder. ``auto``: bfloat16 where the hardware multiplies it faster."""
     compile: bool = False
-    """``torch.compile`` the encoder; pays on long runs only (see CHANGELOG, Experiments)."""
+    """``torch.compile`` the encoder. Compiling takes time, so it pays on long runs only."""
 
     @model_validator(mode="after")
     def _refit_needs_validation(self) -> TrainConfig:

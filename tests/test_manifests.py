@@ -358,8 +358,8 @@ _FROM_THE_IMAGE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 from flows import cli, deploying
-from tasks.services import up
-assert deploying.FILE.is_file() and up.CONFIG.is_file(), "deploy/ lies beside flows/"
+from tasks.services.deploy_folder import deploy_file
+assert deploying.FILE == deploy_file("prefect.yaml") and deploy_file("supervisord.conf")
 cli.main(["train", "--dry-run"])
 """
 

@@ -1,4 +1,4 @@
-"""The README's "Publish and load", run from the README's own text; and what each of its loaders says of 200 real texts."""
+"""Publishing and loading as the READMEs show it, run from their own text; and the answers of each loader on 200 real texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from commands import LORAFLEET, Ended, run
 from hub_server import HubServer, go_online, serve_hub
 from huggingface_hub import HfApi
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PUBLISHING, EXPORT = ROOT / "pipeline/publishing/README.md", ROOT / "pipeline/export/README.md"
 OWNER, FLEET, EUROBERT = "me", "films", "eurobert"
 MINILM, MINILM_COMMIT = "sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"
 TICKETS = ("delivery", "payment", "account")
@@ -44,12 +46,12 @@ pytestmark = [
 _CODE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```$|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
 
 
-# What the README holds
+# The READMEs
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command or a program of the README, as it stands there."""
+    """A command or a program of a README, as it stands there."""
 
     name: str
     """The command and its form, or what the program imports first."""
@@ -92,16 +94,17 @@ def steps(text: str) -> list[Step]:
 
 
 def sample_output() -> str:
-    """What the README says that publishing prints."""
-    return next(
-        code["block"]
-        for code in _CODE.finditer(section("Publish and load"))
-        if (code["block"] or "").startswith("promote")
-    )
+    """The output of publishing that its README shows."""
+    text = PUBLISHING.read_text(encoding="utf-8")
+    return next(code["block"] for code in _CODE.finditer(text) if (code["block"] or "").startswith("promote"))
 
 
-STEPS = steps(section("Publish and load"))
-USE_IT = {step.name: step for step in steps(section("Use it"))}
+STEPS = [
+    *steps(section("Load in Python")),
+    *steps(PUBLISHING.read_text(encoding="utf-8")),
+    *steps(EXPORT.read_text(encoding="utf-8")),
+]
+COMMANDS = {step.name: step for step in steps(section("Commands"))}
 
 
 def _filled(text: str, run_id: str) -> str:
@@ -152,7 +155,7 @@ PRINTED = {
 
 @dataclass(frozen=True)
 class Reader:
-    """A folder in which the whole section has been done, and what each step came to."""
+    """A folder in which all steps have been done, and what each step came to."""
 
     cwd: Path
     run: Path
@@ -182,7 +185,7 @@ numpy.save("peft.npy", ((hidden * mask).sum(1) / mask.sum(1)).numpy())
 
 @pytest.fixture(scope="module")
 def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """Trains two small adapters, and does what the section says; steps that do not need each other two at a time."""
+    """Trains two small adapters, and does all steps; those that do not need each other two at a time."""
     cwd = tmp_path_factory.mktemp("reader")
     texts, entries = _write_data(cwd / "data")
     (cwd / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
@@ -206,7 +209,7 @@ def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         environment = hub.environment | {"HF_HOME": str(cwd / "hf")}
         _fill_hub(hub)
         eurobert = _put_eurobert(hub, cwd, texts)
-        of_name = {step.name: step for step in STEPS} | {name: USE_IT[name] for name in ("verify", "rollback")}
+        of_name = {step.name: step for step in STEPS}
         of_name["peft"] = Step("peft", of_name["peft"].text + _PEFT_TAIL, "python")
         trained = Path()
 
@@ -241,7 +244,7 @@ def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     entries: dict[str, dict[str, Any]] = {}
     for name, package in SOURCES.items():
         planned = MtebTask(
-            name=name, source="package", location=package, revision="", max_epochs=1, samples_per_label=8
+            name=name, source="package", location=package, revision="installed", max_epochs=1, samples_per_label=8
         )
         splits, _ = read_package(planned)
         entries[name] = {"name": name}
@@ -334,10 +337,10 @@ def _card_for_all(card: str) -> str:
     return f"{before}\nimport numpy\nvectors = []\nfor TEXT in {texts}:\n{each}\nnumpy.save('../card.npy', vectors)\n"
 
 
-# The section
+# The steps
 
 
-def test_the_section_publishes_and_shows_every_loader() -> None:
+def test_the_readmes_publish_and_show_every_loader() -> None:
     assert [step.name for step in STEPS if step.language] == [
         "pipeline",
         "peft",
@@ -346,10 +349,10 @@ def test_the_section_publishes_and_shows_every_loader() -> None:
         "transformers",
     ]
     assert sorted(step.name for step in STEPS if not step.language) == sorted(
-        ["publish", *(n for n in PRINTED if n.startswith("export"))]
+        ["publish", "verify", "rollback", *(n for n in PRINTED if n.startswith("export"))]
     )
     ours = {step.filled("x") for step in STEPS}
-    assert {USE_IT[name].filled("x") for name in ("publish", "export onnx")} <= ours
+    assert {COMMANDS[name].filled("x") for name in ("publish", "verify", "rollback", "export onnx")} <= ours
 
 
 def test_publishing_prints_what_the_readme_shows(reader: Reader) -> None:
@@ -363,7 +366,7 @@ def _without_figures(text: str) -> str:
     return re.sub(r"@[0-9a-f]{40}|(?<=within )\S+|(?<=embedding )\S+", "…", text)
 
 
-@pytest.mark.parametrize("name", [*(step.name for step in STEPS if step.name != "publish"), "verify", "rollback"])
+@pytest.mark.parametrize("name", [step.name for step in STEPS if step.name != "publish"])
 def test_every_command_and_every_program_does_what_the_readme_says(name: str, reader: Reader) -> None:
     ended = reader.ended[name]
     assert ended.code == 0, ended.err
@@ -371,7 +374,7 @@ def test_every_command_and_every_program_does_what_the_readme_says(name: str, re
     assert not re.search(r"(?<!Future)(?<!Deprecation)Warning|missing|newly initialized", ended.err), ended.err
 
 
-def test_all_loaders_of_the_section_say_the_same_of_its_film(reader: Reader) -> None:
+def test_all_loaders_say_the_same_of_the_film_in_the_readmes(reader: Reader) -> None:
     said = {}
     for name in ("pipeline", "sentence_transformers", "onnxruntime"):
         found = re.fullmatch(PRINTED[name], reader.ended[name].out)
@@ -387,7 +390,7 @@ def test_after_the_rollback_the_repository_holds_what_was_published(reader: Read
 def test_mteb_reads_the_results_as_the_readme_says(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     import mteb
 
-    (expression,) = re.findall(r"`(mteb\.ResultCache[^`]+)`", section("Publish and load"))
+    (expression,) = re.findall(r"`(mteb\.ResultCache[^`]+)`", EXPORT.read_text(encoding="utf-8"))
     monkeypatch.chdir(reader.cwd / "card")
     results = eval(expression, {"mteb": mteb})
     scores = {

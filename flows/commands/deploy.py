@@ -47,10 +47,12 @@ def deploy(
     Example: lorafleet deploy --name weekly --cron "0 6 * * 1" --timezone Europe/Berlin --notify slack-webhook/team
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    from flows.deploying import FILE
+    from tasks.services.deploy_folder import deploy_file
+
+    file = file or deploy_file("prefect.yaml", otherwise=", or name a file of your own with --file")
     from flows.deploying import deploy as register
     from flows.deployment_file import schedule_of
 
     schedule = schedule_of(interval=interval, cron=cron, timezone=timezone)
-    for deployment in register(file or FILE, names=names, schedule=schedule, notify=notify):
+    for deployment in register(file, names=names, schedule=schedule, notify=notify):
         say(str(deployment))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     default="quickstart",
     show_default=True,
     metavar="PRESET|FILE",
-    help="Name of a preset, or a TOML file.",
+    help="Name of a preset (quickstart, minilm6, mteb8), or path of a TOML file.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the config. Repeatable."

@@ -18,7 +18,8 @@ _ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, beca
 def keep_primitives(count: int, *, per_thread: int) -> None:
     """How many of its primitives oneDNN keeps, and each thread besides; it reads this when first used.
 
-    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each. The figures: CHANGELOG, Experiments.
+    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each: tests/benchmarks/EXPERIMENTS.md,
+    "Bulk classification".
     """
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(count)
     os.environ["LRU_CACHE_CAPACITY"] = str(per_thread)
@@ -30,7 +31,8 @@ keep_primitives(8192, per_thread=1024)  # an epoch of training comes back to som
 class FrozenLinear(nn.Linear):
     """``y = x W' + b`` on oneDNN's packed layout of ``W``; the weight may be changed in place, and is then packed again.
 
-    In bfloat16 with avx512-bf16 its bits are those of ``nn.Linear``. What it gives: CHANGELOG, Experiments.
+    In bfloat16 with avx512-bf16 its bits are those of ``nn.Linear``. Speed: tests/benchmarks/EXPERIMENTS.md,
+    "Training speed: what was tried".
     """
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:

@@ -46,7 +46,8 @@ def exact_runtime(*, threads: int, use_gpu: bool) -> Runtime:
 def _cpu_bfloat16() -> tuple[bool, str]:
     """Whether this CPU multiplies bfloat16 natively and gains by it, and the name of the widest instruction set it has.
 
-    Intel's AVX-512 form takes twice as long as float32, so there it is only the matrix tiles (AMX): see CHANGELOG, Experiments.
+    Intel's AVX-512 form takes twice as long as float32, so on Intel only the matrix tiles (AMX) count:
+    tests/benchmarks/EXPERIMENTS.md, "bfloat16 on Intel without AMX".
     """
     if platform.machine() in ("aarch64", "arm64"):
         flags = set(_cpuinfo("Features"))

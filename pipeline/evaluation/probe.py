@@ -16,9 +16,8 @@ from pipeline.evaluation.vectors import TextVectors
 _PROBE_ITERATIONS = 1000
 
 
-_HEAD_START_CONFIDENCE = (
-    0.25  # a head as sure as the probe leaves the encoder nothing to learn from: see CHANGELOG, Experiments
-)
+# A head as sure as the probe leaves the encoder nothing to learn from: tests/benchmarks/EXPERIMENTS.md, "What to train with".
+_HEAD_START_CONFIDENCE = 0.25
 
 
 def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig, *, seed: int) -> tuple[Any, float]:

@@ -68,7 +68,7 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
     Args:
         adapter: What to export.
         target: Folder to make; may exist if it is empty. It appears whole or not at all.
-        form: For whom; see the README.
+        form: Tool that loads it; pipeline/export/README.md shows how.
         encoder: Where the encoder lies, if not under the name that the adapter gives.
         offline: Never ask the Hub.
     Raises:

@@ -21,7 +21,9 @@ from pipeline.inference.engine import TOKENS_PER_BATCH, Answers, Engine, keep_fr
 from pipeline.inference.fused_layer import fuse_layers
 
 CLOSE_CALL = 0.03
-"""Where the second label is less than this share behind the first, float32 decides. What it gives and costs: CHANGELOG, Experiments."""
+"""Where the second label is less than this share behind the first, float32 decides.
+
+Gain and cost: tests/benchmarks/EXPERIMENTS.md, "Bulk classification"."""
 _ANY_TEXT = "What an adapter says of this must be finite."
 
 

@@ -23,7 +23,7 @@ class FusedLayer(nn.Module):
     """Query, key and value in one product; GELU, and what a block adds to its input, inside their products. Inference only.
 
     Its children are those of the layer that it takes the place of, so an adapter finds its projections, and ``attention.self.qkv``.
-    What it gives: CHANGELOG, Experiments.
+    Speed: tests/benchmarks/EXPERIMENTS.md, "Bulk classification".
     """
 
     def __init__(self, layer: Any) -> None:

@@ -83,7 +83,7 @@ class Loop:
             if score is None or score > self.state.best_score:
                 self.state.last_gain = epoch
             # Of equal scores the latest wins, also over the start. Small data have many ties, and this measured best:
-            # EXPERIMENTS.md, "Ties between epochs".
+            # tests/benchmarks/EXPERIMENTS.md, "Which epoch".
             is_best = score is None or score >= self.state.best_score
             if is_best:
                 self.best.copy_(self.weights.detach())

@@ -19,12 +19,12 @@ from pipeline.errors import InputError
 from pipeline.machine import check_room, local_cpus
 from pipeline.store.lock import hold
 from tasks.network import check_listening
+from tasks.services.deploy_folder import deploy_file
 from tasks.services.loopback import ask, prepare_http
 from tasks.services.passwords import given_login, kept_secret, new_login, private_folder, server_settings
 from tasks.services.programs import Programs
 from tasks.services.temporary import ray_folder, temporary_folder
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "supervisord.conf"
 _WORKER = "lorafleet-up"
 _PASSWORD, _RAY_TOKEN = "prefect-password", "ray-token"
 
@@ -66,9 +66,11 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         with_ray: Whether to start Ray; without it each run starts its own, or joins that of ``RAY_ADDRESS``.
         say: Takes each line for the person who started it.
     Raises:
-        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; or the environment is wrong.
+        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; the environment is wrong;
+            or lorafleet was installed without ``deploy/``.
         LorafleetError: a program does not start, or supervisor itself has ended; or a disk is full.
     """
+    config = deploy_file("supervisord.conf")
     prepare_http()
     check_room(runs, what="choose another disk with --runs")
     temporary_folder()
@@ -79,7 +81,7 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         _check_ports(addresses)
         private_folder(state)
         login = given_login() or kept_secret(state / _PASSWORD, new_login())
-        programs = Programs(CONFIG, state, _environment(runs, state, addresses, login, folder_of_ray))
+        programs = Programs(config, state, _environment(runs, state, addresses, login, folder_of_ray))
         try:
             if programs.wait_until(lambda: _all_answer(addresses, login, programs.started), stop):
                 for line in _welcome(addresses, state, login):

@@ -1,4 +1,4 @@
-"""The README's result table: means over the runs of a store that differ in their seed only.
+"""The result table of pipeline/evaluation/README.md: means over the runs of a store that differ in their seed only.
 
     for seed in 0 1 2; do lorafleet train --config minilm6 --set data.mirror=DIR --set train.seed=$seed --runs RUNS; done
     python tests/benchmarks/seeds.py RUNS
@@ -23,7 +23,7 @@ SIGNIFICANT = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The README's result table, in Markdown.")
+    parser = argparse.ArgumentParser(description="The result table of pipeline/evaluation/README.md.")
     parser.add_argument("runs", type=Path, help="a run store with one run for each seed")
     runs = parser.parse_args(arguments).runs
     try:
