@@ -98,10 +98,20 @@ class Runtime(Record):
     attention: Literal["eager", "sdpa", "lorafleet"]
     """Of the encoder; ``lorafleet`` is ``pipeline/encoder/attention.py``."""
     compiled: bool
+    """Whether ``torch.compile`` compiles the encoder."""
+    kernels: Literal["lorafleet", "torch"]
+    """Whose linear layers and shared inputs the encoder uses. A compiler and an exporter can follow PyTorch's only."""
     threads: int = Field(ge=1)
     """Torch threads of one worker."""
     processor: str
     """The instruction set or GPU the choice was made for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_versions_named_no_kernels(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "kernels" in values:
+            return values
+        return values | {"kernels": "torch" if values.get("compiled") else "lorafleet"}
 
 
 class CarvedTest(Record):

@@ -27,8 +27,8 @@ import pytest
 from builders import load_encoder, of_adapter
 from hub_server import CUT, HubServer, go_online, serve_hub
 
+import pipeline.hub_client
 import pipeline.inference.reload
-import pipeline.publishing.hub_client
 from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
@@ -162,7 +162,7 @@ def _go_to(endpoint: str, token: str, home: Path, waits: list[float], monkeypatc
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", token)
-    for module in (pipeline.publishing.hub_client, huggingface_hub.utils._http):
+    for module in (pipeline.hub_client, huggingface_hub.utils._http):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
     huggingface_hub.utils.disable_progress_bars()
 

@@ -21,9 +21,9 @@ from pipeline.data.catalogue import plan_task
 from pipeline.data.mteb_tasks import load_from_hub
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import InputError, LorafleetError
+from pipeline.hub_client import ask, download
 from pipeline.inference.reference import find_adapters
 from pipeline.publishing.hub import HubRepository
-from pipeline.publishing.hub_client import ask, download
 
 
 def upload_failed() -> Exception:
@@ -45,7 +45,7 @@ def test_only_a_hub_out_of_reach_is_looked_for_in_the_network(
     error: Exception, is_out_of_reach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_online(monkeypatch)
-    monkeypatch.setattr("pipeline.publishing.hub_client._FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pipeline.hub_client._FIRST_WAIT_SECONDS", 0.001)
 
     def call() -> None:
         raise error
@@ -136,7 +136,7 @@ def test_a_fault_of_this_machine_is_not_waited_for(
     number: int, kind: type[LorafleetError], is_cause: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, waits = [], []
-    monkeypatch.setattr("pipeline.publishing.hub_client.time.sleep", waits.append)
+    monkeypatch.setattr("pipeline.hub_client.time.sleep", waits.append)
 
     def call() -> None:
         calls.append(1)

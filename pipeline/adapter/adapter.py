@@ -45,7 +45,7 @@ class Adapter:
             )
             setattr(parent, leaf, lora)
             self.projections[path] = lora
-        if not encoder.runtime.compiled:  # the compiler sees the shared input by itself
+        if encoder.runtime.kernels == "lorafleet":  # a compiler sees the shared input by itself
             share_inputs(self.projections)
         self.head: Head | None = None
         if label_names is not None:

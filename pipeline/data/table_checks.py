@@ -175,4 +175,4 @@ def columns_by_key(task: MtebTask) -> dict[str, str]:
 
 def with_revision(task: MtebTask, revision: str) -> MtebTask:
     """The same MTEB task with its resolved revision."""
-    return MtebTask.model_validate({**task.model_dump(), "revision": revision})
+    return task.changed(revision=revision)

@@ -39,9 +39,7 @@ class Encoder:
             )  # it makes a plan for every new shape of batch, which takes longer than the batch
         self.model: Any = load_weights(files.folder, config, runtime)
         # Some architectures know eager attention only.
-        self.runtime = Runtime.model_validate(
-            runtime.model_dump() | {"attention": self.model.config._attn_implementation}
-        )
+        self.runtime = runtime.changed(attention=self.model.config._attn_implementation)
         self.tokenizer = load_tokenizer(files.folder, config)
         self._tokenise = Tokeniser(self.tokenizer, max_tokens=config.max_tokens)
         self.normalize = normalizes_vectors(files.folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import EncoderConfig
 from pipeline.errors import EncoderError
-from pipeline.hub_errors import hub_error, hub_faults
+from pipeline.hub_client import download
 from pipeline.records import LONGEST_PUBLIC_NAME, EncoderRef
 from pipeline.store.files import open_regular
 
@@ -115,19 +115,13 @@ def _package_folder(package: str) -> Path:
 
 
 def _hub_files(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"] + (["*.py"] if config.trust_remote_code else [])
-    try:
-        folder = Path(
-            snapshot_download(
-                config.name,
-                revision=config.revision,
-                allow_patterns=patterns,
-                ignore_patterns=["onnx/*", "openvino/*"],
-                local_files_only=offline,
-            )
-        )
-    except hub_faults() as error:
-        raise hub_error(error, f"encoder {config.name}", offline=offline, kind=EncoderError) from None
+    folder = download(
+        config.name,
+        config.revision,
+        what=f"encoder {config.name}",
+        patterns=["*.json", "*.txt", "*.model", "*.safetensors", *(["*.py"] if config.trust_remote_code else [])],
+        but=["onnx/*", "openvino/*"],
+        offline=offline,
+        kind=EncoderError,
+    )
     return EncoderFiles(EncoderRef(name=config.name, public_name=config.name, revision=folder.name), folder)

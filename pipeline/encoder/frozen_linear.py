@@ -108,9 +108,9 @@ def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
 def pack_linears(model: nn.Module, runtime: Runtime) -> None:
     """Replace the frozen model's linear layers, in place, where that is faster: on x86 processors.
 
-    A compiled model keeps its own, because the compiler does not look into packed weights.
+    With PyTorch's kernels the model keeps its own layers: a compiler does not look into packed weights.
     """
-    if runtime.device != "cpu" or runtime.compiled or platform.machine() not in ("x86_64", "AMD64"):
+    if runtime.device != "cpu" or runtime.kernels == "torch" or platform.machine() not in ("x86_64", "AMD64"):
         return
     if not torch.backends.mkldnn.is_available():
         return

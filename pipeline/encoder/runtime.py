@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,18 +14,21 @@ from pipeline.encoder import attention
 from pipeline.records import Runtime
 
 
-def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtime:
+def choose_runtime(
+    train: TrainConfig, *, threads: int, use_gpu: bool, kernels: Literal["lorafleet", "torch"] | None = None
+) -> Runtime:
     """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
 
     bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short
     texts it is faster there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
     """
+    kernels = kernels or ("torch" if train.compile else "lorafleet")
     if use_gpu and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         device, implementation, processor = "cuda", "sdpa", torch.cuda.get_device_name()
     else:
         native, processor = _cpu_bfloat16()
-        device, implementation = "cpu", "eager" if train.compile else attention.NAME
+        device, implementation = "cpu", attention.NAME if kernels == "lorafleet" else "eager"
     dtype = ("bfloat16" if native else "float32") if train.precision == "auto" else train.precision
     return Runtime.model_validate(
         {
@@ -32,15 +36,16 @@ def choose_runtime(train: TrainConfig, *, threads: int, use_gpu: bool) -> Runtim
             "dtype": dtype,
             "attention": implementation,
             "compiled": train.compile,
+            "kernels": kernels,
             "threads": threads,
             "processor": processor,
         }
     )
 
 
-def exact_runtime(*, threads: int, use_gpu: bool) -> Runtime:
-    """Everything in float32: what decides where the fast dtype cannot, and what two machines can compare."""
-    return choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
+def exact_runtime(*, threads: int, use_gpu: bool, kernels: Literal["lorafleet", "torch"] = "lorafleet") -> Runtime:
+    """Everything in float32, to decide close calls of the fast dtype and to compare two machines."""
+    return choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu, kernels=kernels)
 
 
 def _cpu_bfloat16() -> tuple[bool, str]:

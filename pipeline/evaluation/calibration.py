@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
+from scipy import optimize, special
 
 from pipeline.errors import LorafleetError
 from pipeline.evaluation.scores import CONFIDENCE, Bools, Floats, Ints, check_rows, lower_end
@@ -71,7 +71,8 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     assert labels.min() >= 0 and labels.max() < logits.shape[1], (
         f"labels {labels.min()}..{labels.max()}, {logits.shape[1]} classes"
     )
-    shifted = _below_largest(logits)
+    precise = _finite(logits)
+    shifted = precise - precise.max(axis=1, keepdims=True)
     if (shifted.argmax(axis=1) == labels).all():
         return 1.0
     true_logits = shifted[np.arange(len(labels)), labels]
@@ -92,8 +93,8 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
         logits: Float (n, classes), of any size: the largest of a row is subtracted first.
     Raises: LorafleetError: a logit is not finite.
     """
-    powers = np.exp(_below_largest(logits))
-    return powers / powers.sum(axis=1, keepdims=True)
+    probabilities: npt.NDArray[np.float64] = special.softmax(_finite(logits), axis=1)
+    return probabilities
 
 
 def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
@@ -154,14 +155,17 @@ def coverage_table(probabilities: Floats, labels: Ints) -> tuple[CoverageRow, ..
     )
 
 
-def _below_largest(logits: Floats) -> npt.NDArray[np.float64]:
+def _finite(logits: Floats) -> npt.NDArray[np.float64]:
+    """The logits in float64.
+
+    Raises: LorafleetError: a logit is not finite.
+    """
     if not np.isfinite(logits).all():
         bad = int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
         raise LorafleetError(
             f"logits: {bad} of {len(logits)} texts have one that is not a finite number; the training diverged, lower train.learning_rate"
         )
-    precise = logits.astype(np.float64)
-    return precise - precise.max(axis=1, keepdims=True)
+    return logits.astype(np.float64)
 
 
 def _confidence(probabilities: Floats, labels: Ints) -> tuple[npt.NDArray[np.float64], Bools]:

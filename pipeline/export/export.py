@@ -19,9 +19,8 @@ import torch
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import FoundAdapter
 from pipeline.adapter.files import load_adapter
-from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Encoder, FloatArray
-from pipeline.encoder.runtime import choose_runtime
+from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, InputError, VerificationError
 from pipeline.evaluation.vectors import unit
 from pipeline.export.common import COMPARED_TEXTS
@@ -84,10 +83,8 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
     if form != "sentence-transformers":
         adapter.check_has_head()
     files, config = find_encoder_of(adapter, encoder, offline=offline)
-    # As for a compiler: plain layers and transformers' own attention, which torch.onnx can follow, instead of ours.
-    runtime = choose_runtime(
-        TrainConfig(precision="float32", compile=True), threads=torch.get_num_threads(), use_gpu=False
-    )
+    # torch.onnx can follow plain layers and the attention of transformers.
+    runtime = exact_runtime(threads=torch.get_num_threads(), use_gpu=False, kernels="torch")
     loaded = load_adapter(adapter.folder, Encoder(files, config, runtime), found=adapter)
     if form == "transformers":
         _check_own_head(adapter.name, loaded)

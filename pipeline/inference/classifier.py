@@ -13,7 +13,7 @@ from pipeline.config import TrainConfig
 from pipeline.encoder import attention
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.frozen_linear import keep_primitives
-from pipeline.encoder.runtime import choose_runtime
+from pipeline.encoder.runtime import choose_runtime, exact_runtime
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import AdapterError
 from pipeline.inference.encoder_of_adapter import find_encoder_of
@@ -128,7 +128,7 @@ def load_classifier(
     runtime = choose_runtime(TrainConfig(precision=precision), threads=threads, use_gpu=use_gpu)
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
     loaded = Encoder(files, config, runtime)
-    exact = choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu)
+    exact = exact_runtime(threads=threads, use_gpu=use_gpu)
     referee = Encoder(files, config, exact) if runtime.dtype != exact.dtype else None
     for made in (loaded, referee):
         if made is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import AdapterError, InputError
-from pipeline.hub_errors import hub_error, hub_faults
+from pipeline.hub_client import download
 from pipeline.store.folders import adapters_in, explain, is_folder
 from pipeline.store.run_folder import TaskFolder
 
@@ -84,19 +84,18 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
 
 
 def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
-    from huggingface_hub import snapshot_download
-
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: say which of the repository's adapters: {ref[0]}#TASK")
-    try:
-        folder = TaskFolder(Path(ref["task"]))
-        patterns = [path.as_posix() for path in folder.published() if path.suffix != ".pt"]
-        root = snapshot_download(
-            ref["repository"], revision=ref["revision"], allow_patterns=patterns, local_files_only=offline
-        )
-    except hub_faults() as error:
-        raise hub_error(error, f"adapter {ref[0]}", offline=offline, kind=AdapterError) from None
-    return _pick(Path(root), ref["task"], ref[0])
+    files = TaskFolder(Path(ref["task"])).published()
+    root = download(
+        ref["repository"],
+        ref["revision"],
+        what=f"adapter {ref[0]}",
+        patterns=[path.as_posix() for path in files if path.suffix != ".pt"],
+        offline=offline,
+        kind=AdapterError,
+    )
+    return _pick(root, ref["task"], ref[0])
 
 
 def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:

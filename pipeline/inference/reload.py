@@ -89,9 +89,7 @@ def check_reload(
     """
     encoder = adapter.encoder
     expected = adapter.outputs(encoder.embed(encoder.tokenise(texts)))
-    config = EncoderConfig.model_validate(
-        encoder.config.model_dump() | {"revision": encoder.config.revision or _hub_commit(encoder)}
-    )
+    config = encoder.config.changed(revision=encoder.config.revision or _hub_commit(encoder))
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
     asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
     try:

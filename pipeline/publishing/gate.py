@@ -22,8 +22,6 @@ from pipeline.publishing.publication import Candidate, PublishedState
 from pipeline.records import Decision, GateDecision, TaskResult
 from pipeline.reports.formatting import label_changes, percent, points
 
-SIGNIFICANT = 0.05
-
 
 @dataclass(frozen=True)
 class GateMeasurement:
@@ -142,7 +140,7 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
         f"on the same {measured.num_texts:,} texts, {points(gain)} points "
         f"({points(low)} to {points(high)}, p {measured.p_value:.3g})"
     )
-    significant = measured.p_value < SIGNIFICANT
+    significant = measured.p_value < significance.SIGNIFICANCE
     if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
         return "promote", facts
     if gain < -config.max_regression and high < 0 and significant:
@@ -153,7 +151,7 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
 def beats_probe(result: TaskResult) -> bool:
     """Whether the head exceeds the full-data probe beyond noise, by the MTEB task's main metric."""
     comparison = result.comparison
-    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANT
+    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < significance.SIGNIFICANCE
 
 
 def measure(candidate: Candidate, task: str, published: str) -> GateMeasurement:

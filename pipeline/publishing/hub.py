@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 
 from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_client import ask, download
 from pipeline.hub_errors import TOKEN_ADVICE, hub_status
-from pipeline.publishing.hub_client import ask, download
 from pipeline.publishing.publication import PublishedState, files_below
 from pipeline.records import Publication
 from pipeline.store.files import read_record

@@ -205,13 +205,12 @@ def _public(result: TaskResult) -> TaskResult:
     locations = {"location": without_local_paths(task.location)}
     if task.test_location is not None:
         locations["test_location"] = without_local_paths(task.test_location)
-    changed = {
-        "mteb_task": task.model_dump() | locations,
-        "encoder": encoder.model_dump() | {"name": encoder.public_name},
-        "adapter": result.adapter.model_dump() | {"path": task.name},
-        "data": result.data.model_dump() | {"notes": tuple(without_local_paths(note) for note in result.data.notes)},
-    }
-    return TaskResult.model_validate(result.model_dump() | changed)
+    return result.changed(
+        mteb_task=task.changed(**locations),
+        encoder=encoder.changed(name=encoder.public_name),
+        adapter=result.adapter.changed(path=task.name),
+        data=result.data.changed(notes=tuple(without_local_paths(note) for note in result.data.notes)),
+    )
 
 
 def _files_that_stay(base: PublishedState, stay: Sequence[str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_client import repository_url
 from pipeline.publishing.gate import evaluate_gate
 from pipeline.publishing.hub import HubRepository, MovedError
-from pipeline.publishing.hub_client import repository_url
 from pipeline.publishing.publication import Candidate, PublishedState, files_below, read_candidate, stage
 from pipeline.publishing.verify import Verification, verify_folder
 from pipeline.records import GateDecision, Publication

@@ -55,7 +55,7 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
     with ExitStack() as stack:
         hub = HUB_REF.fullmatch(ref)
         if hub:
-            from pipeline.publishing.hub_client import download
+            from pipeline.hub_client import download
 
             cache = stack.enter_context(TemporaryDirectory(prefix="lorafleet-verify-"))
             root, task = download(hub["repository"], hub["revision"] or "main", cache=Path(cache)), hub["task"]

@@ -18,7 +18,6 @@ from pipeline.records import (
     FewShotColumn,
     FewShotResult,
     MtebTask,
-    ScoreRow,
     TaskResult,
 )
 from pipeline.reports.model_card import render_card
@@ -129,14 +128,9 @@ def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
     corrected = []
     for result, p_value, p_value_main in zip(results, accuracy, main, strict=True):
         values = {"p_value_holm": p_value, "p_value_main_holm": p_value_main}
-        rows = tuple(rewritten(row, **values) if row.column == "head" else row for row in result.scores)
-        corrected.append(TaskResult.model_validate(result.model_dump() | {"scores": rows}))
+        rows = tuple(row.changed(**values) if row.column == "head" else row for row in result.scores)
+        corrected.append(result.changed(scores=rows))
     return tuple(corrected)
-
-
-def rewritten(row: ScoreRow, **changes: Any) -> ScoreRow:
-    """A row with other values."""
-    return ScoreRow.model_validate(row.model_dump() | changes)
 
 
 def _commit_like(revision: str) -> str:

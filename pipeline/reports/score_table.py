@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from pipeline.evaluation.significance import SIGNIFICANCE
 from pipeline.records import (
     ClassificationResults,
     Column,
@@ -25,7 +26,6 @@ from pipeline.store.values import find_value, values_of
 Verdict = Literal["above", "below", "within noise"]
 """The head against the full-data probe on the same test texts; ``within noise`` unless the Holm-corrected p is below 0.05."""
 
-SIGNIFICANCE = 0.05
 
 SCORE_HEADINGS = (
     "MTEB task",

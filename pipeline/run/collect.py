@@ -10,7 +10,7 @@ import pipeline
 from pipeline.config import ComputeConfig
 from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTaskRow, TaskResult
 from pipeline.reports.history_page import write_history_page
-from pipeline.reports.outputs import rewritten, write_outputs
+from pipeline.reports.outputs import write_outputs
 from pipeline.run.plan import Plan
 from pipeline.store.files import write_atomically
 from pipeline.store.key import library_versions, sources_sha256
@@ -31,7 +31,7 @@ def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFol
     """Copy a finished MTEB task of another run into this one; its rows keep their times and name their origin."""
     target = folder.task(result.mteb_task.name)
     origin = result.reused_from or result.run_id
-    rows = tuple(rewritten(row, run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
+    rows = tuple(row.changed(run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
     values = tuple(row.changed(run_id=run_id) for row in result.values)
     copied = result.changed(run_id=run_id, reused_from=origin, scores=rows, values=values)
     temporary = target.root.with_name(f".{target.root.name}.copying")

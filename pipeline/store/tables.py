@@ -6,9 +6,6 @@ of ``*.parquet`` sees only complete files.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
 from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, RunId, ScoreRow, TaskName, ValueRow
+from pipeline.store.files import write_atomically
 from pipeline.store.lock import oldest_first
 from pipeline.store.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
 from pipeline.store.values import values_of_scores
@@ -204,20 +202,12 @@ def _read(path: Path, schema: pa.Schema, record_type: type[R], what: str) -> lis
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    # Each writer has its own temporary name, so no writer can rename the half-written file of another.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    content = pa.BufferOutputStream()
+    # Checksums, because a flipped bit in a plain column gives a wrong but readable score.
+    pq.write_table(table, content, compression="zstd", write_page_checksum=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            # Checksums, because a flipped bit in a plain column gives a wrong but readable score.
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, content.getvalue().to_pybytes())
     except OSError as error:
         raise LorafleetError(
             f"{path}: cannot be written: {error}; free some space, or choose another folder with --runs"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

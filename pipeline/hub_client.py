@@ -24,36 +24,56 @@ def repository_url(name: str, revision: str) -> str:
     return f"{constants.ENDPOINT}/{name}/tree/{revision}"
 
 
-def download(name: str, revision: str, *, cache: Path | None = None, patterns: Sequence[str] | None = None) -> Path:
-    """Download the files of a repository.
+def download(
+    name: str,
+    revision: str | None,
+    *,
+    what: str | None = None,
+    cache: Path | None = None,
+    patterns: Sequence[str] | None = None,
+    but: Sequence[str] | None = None,
+    offline: bool = False,
+    kind: type[InputError] = InputError,
+) -> Path:
+    """Download the files of a repository. A busy or broken Hub is asked again.
 
     Args:
         name: ``OWNER/NAME``.
-        revision: Branch, tag or commit.
+        revision: Branch, tag or commit. Defaults to the main branch.
+        what: Repository, as messages name it. Defaults to ``hf:OWNER/NAME``.
         cache: Empty folder to download into. Defaults to huggingface_hub's own cache.
         patterns: Glob patterns of the files to download. Defaults to all files.
+        but: Glob patterns of files to leave out.
+        offline: Take the files from the cache, and never ask the Hub.
+        kind: Type of the error that trying again cannot help.
     Returns:
-        Folder with the files.
+        Folder with the files. Its name is the commit.
     Raises:
         VerificationError: the repository lists a file that does not exist.
-        InputError, LorafleetError: as ``ask``.
+        InputError: a ``kind``; as ``ask``.
+        LorafleetError: as ``ask``.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     def fetch() -> Path:
         try:
-            return Path(
-                snapshot_download(
-                    name, revision=revision, cache_dir=cache, allow_patterns=list(patterns) if patterns else None
-                )
+            folder = snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=list(patterns) if patterns else None,
+                ignore_patterns=list(but) if but else None,
+                local_files_only=offline,
             )
+            return Path(folder)
         except RemoteEntryNotFoundError as error:
             raise VerificationError(
                 f"hf:{name}@{revision} lists a file that does not exist: {hub_said(error)}"
             ) from error
 
-    return ask(f"hf:{name}", fetch)
+    # Into a cache that may hold the files already, a Hub out of reach is told at once.
+    return _ask(what or f"hf:{name}", fetch, offline=offline, kind=kind, wait_for_network=cache is not None)
 
 
 def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -68,23 +88,32 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
         InputError: the repository, or a local file, may not be read or written.
         LorafleetError: the Hub cannot be reached or refuses, or the local disk is full.
     """
+    return _ask(what, lambda: call(*args, **options))
+
+
+def _ask(
+    what: str,
+    call: Callable[[], T],
+    *,
+    offline: bool = False,
+    kind: type[InputError] = InputError,
+    wait_for_network: bool = True,
+) -> T:
     faults: tuple[type[Exception], ...] = (*hub_faults(), RuntimeError)
     wait = _FIRST_WAIT_SECONDS
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return call(*args, **options)
+            return call()
         except faults as error:
             if type(error) is RuntimeError and not isinstance(error.__cause__, hub_faults()):
                 raise  # the one that huggingface_hub raises for a failed upload has a cause
             for fault in (error, error.__cause__):  # a retry helps neither a full disk nor a missing permission
                 if isinstance(fault, OSError) and (refused := refused_by_machine(fault)):
                     raise type(refused)(f"{what}: {refused}") from error
-            translated, status = hub_error(error, what), hub_status(error)
-            if (
-                attempt == _ATTEMPTS
-                or isinstance(translated, InputError)
-                or (status is not None and status not in _RETRIED_STATUS)
-            ):
+            translated, status = hub_error(error, what, offline=offline, kind=kind), hub_status(error)
+            is_last = attempt == _ATTEMPTS or isinstance(translated, InputError)
+            may_pass = wait_for_network if status is None else status in _RETRIED_STATUS
+            if is_last or not may_pass:
                 raise translated from error
             time.sleep(min(_retry_after(error) or wait, _LONGEST_WAIT_SECONDS))
             wait *= 2
