@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -146,3 +147,31 @@ def test_a_fault_of_this_machine_is_not_waited_for(
     with pytest.raises(kind, match=rf"^team/x: cache/file: {os.strerror(number)}$") as raised:
         ask("team/x", call)
     assert (type(raised.value), len(calls), waits) == (kind, 1, [])
+
+
+@pytest.mark.parametrize("what", ["an adapter", "an encoder", "a repository", "a download"])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_every_download_asks_a_busy_hub_again(
+    what: str, status: int, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is busy for as many requests as huggingface_hub's own retries take; afterwards the repository is missing."""
+    waits: list[float] = []
+    monkeypatch.setattr("pipeline.hub_client.time.sleep", waits.append)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail(times=2, status=status)
+    with contextlib.suppress(InputError):
+        ASKS[what]()
+    assert waits, "it was not asked again"
+    assert len(hub.requests) > 2
+
+
+@pytest.mark.parametrize("what", ["an adapter", "an encoder"])
+def test_a_hub_out_of_reach_is_said_at_once_where_a_cache_may_do(
+    what: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("pipeline.hub_client.time.sleep", waits.append)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(LorafleetError, match="team/"):
+        ASKS[what]()
+    assert waits == []
