@@ -18,7 +18,8 @@ from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from pipeline.printable import counted, markdown
-from pipeline.storage import in_words, store_errors
+from pipeline.storage.listing import in_words
+from pipeline.storage.place import store_errors
 from tasks.board import BOARD
 from tasks.fleet import Fleet
 from tasks.log import run_logger

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, anchored
+from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import own_output, read_answers
 from pipeline.store.finished import finished_runs
@@ -39,7 +39,7 @@ class EarlyCheck:
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as config_in:
-            config_in.write(anchored(config).model_dump_json().encode())
+            config_in.write(with_absolute_paths(config).model_dump_json().encode())
         self._process.stdin = None  # or communicate() would want to close it
         self._timeout_seconds = config.compute.timeout_seconds
 
@@ -99,7 +99,7 @@ def _same_as_before(config: RunConfig, runs: Path) -> bool:
     manifest = next((manifest for _, manifest in finished_runs(runs)), None)
     if manifest is None or (manifest.sources_sha256, manifest.versions) != (sources_sha256(), library_versions()):
         return False
-    before, now = (c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, anchored(config)))
+    before, now = (c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, with_absolute_paths(config)))
     if now["encoder"]["revision"] is None:  # then it is resolved by each run
         before["encoder"]["revision"] = None
     return before == now

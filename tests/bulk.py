@@ -19,7 +19,7 @@ from pipeline.bulk.state import Begun, finish
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.bulk.worker import UnitWorker, WorkerSpec
 from pipeline.config import AdapterConfig
-from pipeline.storage import Place
+from pipeline.storage.place import Place
 from pipeline.store.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")

@@ -17,21 +17,11 @@ from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_tabl
 from pydantic import ValidationError
 
 from pipeline.bulk.content import content_of
+from pipeline.bulk.output import ATTEMPTS, FAILURES, FOOTER_KEY, JOB, PLAN, SUCCESS
 from pipeline.bulk.records import BulkOptions, BulkSummary
-from pipeline.bulk.state import (
-    ATTEMPTS,
-    FAILURES,
-    FOOTER_KEY,
-    GRACE_SECONDS,
-    JOB,
-    PLAN,
-    SUCCESS,
-    check_places,
-    forget_attempts,
-    new_columns,
-)
+from pipeline.bulk.state import GRACE_SECONDS, check_places, forget_attempts, new_columns
 from pipeline.errors import InputError, LorafleetError
-from pipeline.storage import Place
+from pipeline.storage.place import Place
 
 Folders = Callable[[str], Path]
 TEXTS, _ = toy_texts(60)

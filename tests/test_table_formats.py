@@ -19,7 +19,7 @@ from pipeline.bulk.table_formats import live_files
 from pipeline.bulk.units import plan_input
 from pipeline.data.sources import find_sources
 from pipeline.errors import DataError, InputError
-from pipeline.storage import find_files
+from pipeline.storage.listing import find_files
 
 
 def rows_of(pattern: Path | str) -> int:

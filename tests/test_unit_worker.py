@@ -26,10 +26,10 @@ from builders import calibration, load_encoder, save_overflowing_encoder, toy_te
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 
 from pipeline.adapter.files import load_adapter
+from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk.parquet import block_rows
 from pipeline.bulk.records import Receipt
 from pipeline.bulk.schema import _Wkb
-from pipeline.bulk.state import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk.units import Unit
 from pipeline.bulk.worker import UnitWorker
 from pipeline.errors import AdapterError, DataError, InputError

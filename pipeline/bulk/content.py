@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.units import InputFile, Unit
-from pipeline.storage import StoredFile, look_again, open_file, store_errors
+from pipeline.storage.listing import StoredFile, look_again
+from pipeline.storage.place import open_file, store_errors
 
 _BLOCK_BYTES = 1024**2
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.bulk.records import BulkJob
 from pipeline.errors import InputError
 from pipeline.printable import counted
-from pipeline.storage import Place
+from pipeline.storage.place import Place
 
 
 def check_same_job(output: Place, before: BulkJob, job: BulkJob, *, changed: Collection[str]) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.footers import start_ahead
-from pipeline.bulk.records import SMALL_ROWS, BulkJob, BulkRequest
-from pipeline.bulk.state import Begun, begin, check_places, describe_job, new_columns
+from pipeline.bulk.records import SMALL_ROWS, BulkAdapter, BulkJob, BulkOptions, BulkRequest
+from pipeline.bulk.state import Begun, begin
 from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.bulk.worker import WorkerSpec
 from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.inference.encoder_of_adapter import find_encoder_of
-from pipeline.inference.reference import NAME, find_adapters
+from pipeline.inference.reference import NAME, find_adapters, threshold_for
 from pipeline.printable import concealed
-from pipeline.storage import Place, check_address, store_errors
+from pipeline.storage.listing import written_folder
+from pipeline.storage.place import Place, check_address, store_errors
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,47 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
 def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
     """What lies on the Hub every machine fetches for itself."""
     return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"
+
+
+def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
+    """Fix what the job is.
+
+    Raises: InputError: the accuracy asked for is in no adapter's coverage table.
+    """
+
+    def threshold(adapter: FoundAdapter) -> float | None:
+        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
+
+    described = tuple(
+        BulkAdapter(
+            name=found.name,
+            sha256=found.sha256,
+            described_sha256=found.described_sha256,
+            encoder_revision=found.encoder.revision or "",
+            labels_sha256=found.labels_sha256,
+            threshold=threshold(found),
+        )
+        for found in adapters
+    )
+    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
+
+
+def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
+    """Names that the output adds to the input's."""
+    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
+    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
+
+
+def check_places(source: str, output: Place) -> None:
+    """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
+    given, folder = Place(source), written_folder(source)
+    if not given.fs.isfile(given.root) and folder.holds(output):
+        raise InputError(
+            f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere"
+        )
+    if output.holds(given):
+        raise InputError(
+            f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere"
+        )
+    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
+        raise InputError(f"output {output} is a file; name a folder")

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import io
-import json
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.adapter.description import FoundAdapter
-from pipeline.bulk.content import content_now, is_version
+from pipeline.bulk.content import is_version
 from pipeline.bulk.differences import check_same_job
-from pipeline.bulk.records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
+from pipeline.bulk.output import ATTEMPTS, FAILURES, JOB, NEXT, PLAN, SUCCESS, is_current, read_receipt, replace_output
+from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
-from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.inference.reference import threshold_for
-from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
+from pipeline.errors import InputError, LorafleetError
+from pipeline.storage.listing import look_again
+from pipeline.storage.place import FILE_MARK, TEMPORARY, Place, store_errors
 
-PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
-FOOTER_KEY = b"lorafleet"
-_NEXT = "_next-"
-_UNIT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet")
 _ANY_FINGERPRINT = "[0-9a-f]" * 16
 GRACE_SECONDS = 60.0
 """An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
@@ -45,50 +37,6 @@ class Begun:
     num_done: int
 
 
-def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
-    """Fix what the job is.
-
-    Raises: InputError: the accuracy asked for is in no adapter's coverage table.
-    """
-
-    def threshold(adapter: FoundAdapter) -> float | None:
-        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
-
-    described = tuple(
-        BulkAdapter(
-            name=found.name,
-            sha256=found.sha256,
-            described_sha256=found.described_sha256,
-            encoder_revision=found.encoder.revision or "",
-            labels_sha256=found.labels_sha256,
-            threshold=threshold(found),
-        )
-        for found in adapters
-    )
-    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
-
-
-def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
-    """Names that the output adds to the input's."""
-    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
-    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
-
-
-def check_places(source: str, output: Place) -> None:
-    """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
-    given, folder = Place(source), written_folder(source)
-    if not given.fs.isfile(given.root) and folder.holds(output):
-        raise InputError(
-            f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere"
-        )
-    if output.holds(given):
-        raise InputError(
-            f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere"
-        )
-    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
-        raise InputError(f"output {output} is a file; name a folder")
-
-
 def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> Begun:
     """Take up the job where it was left, or begin it.
 
@@ -97,9 +45,9 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
     place, following, units = output, Place(output.url(_next_folder(job))), source.units
     names = output.names()
     if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
-        _replace(output, following, units)
+        replace_output(output, following, units)
         names = output.names()
-    elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
+    elif overwrite and any(name == PLAN or name.startswith(NEXT) for name in names):
         place, names = following, following.names()
     elif PLAN not in names and (foreign := [name for name in names if not name.endswith(TEMPORARY)]):
         raise InputError(
@@ -213,41 +161,12 @@ def finish(
     place.remove(FAILURES)
     place.write(SUCCESS, b"")
     if place.root != output.root:
-        _replace(output, place, source.units)
+        replace_output(output, place, source.units)
     return summary, failures
 
 
-def read_receipt(place: Place, unit: Unit) -> Receipt:
-    """What the footer of a finished unit says.
-
-    Raises: LorafleetError: it is damaged, or not a unit's output.
-    """
-    try:
-        with open_file(place.url(unit.output)) as source:
-            metadata = pq.read_metadata(source).metadata or {}
-        receipt = json.loads(metadata[FOOTER_KEY])["receipt"]
-        return Receipt.model_validate(receipt | {"unit": unit.number})  # numbers move when an earlier file is mended
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise LorafleetError(
-            f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again"
-        ) from None
-
-
-def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
-    """What every output file says of its making."""
-    facts: dict[str, Any] = {
-        "lorafleet_version": job.lorafleet_version,
-        "job": job.fingerprint,
-        "input_file": unit.path,
-        "first_row": unit.first_row_of_file,
-        "adapters": [adapter.model_dump() for adapter in job.adapters],
-        "receipt": receipt.model_dump(exclude={"seconds", "version"}),  # the same unit gives the same bytes
-    }
-    return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
-
-
 def _next_folder(job: BulkJob) -> str:
-    return f"{_NEXT}{job.fingerprint}"
+    return f"{NEXT}{job.fingerprint}"
 
 
 def _read_plan(place: Place) -> BulkJob:
@@ -276,7 +195,7 @@ def _stale_units(
             except LorafleetError:
                 damaged.append(unit)
                 continue
-            if not _is_current(receipt, unit, source, job):
+            if not is_current(receipt, unit, source, job):
                 changed.append(unit)
     return changed, damaged
 
@@ -295,12 +214,7 @@ def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Rece
         and (found := now[file.path]) is not None
         and not (file.version and is_version(file, found) and seen[file.path] <= {"planned", file.version})
     }
-    return [unit for unit in units if unit.path in moved and not _is_current(receipts[unit.number], unit, source, job)]
-
-
-def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -> bool:
-    columns = {*source.schema.names, job.options.text_column}
-    return bool(receipt.content) and receipt.content == content_now(unit, tuple(columns))
+    return [unit for unit in units if unit.path in moved and not is_current(receipts[unit.number], unit, source, job)]
 
 
 def _failure(unit: Unit, reason: str | None) -> UnitFailure:
@@ -323,37 +237,3 @@ def _added(counts: Any) -> dict[str, int]:
         for key, count in some.items():
             total[key] = total.get(key, 0) + count
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _is_a_jobs(output: Place, name: str) -> bool:
-    """Whether a job wrote this file: by its name, and a Parquet file by what its footer says."""
-    if name == FAILURES or name.startswith((f"{ATTEMPTS}/", _NEXT)):
-        return True
-    if not _UNIT_NAME.fullmatch(name):
-        return False
-    try:
-        with open_file(output.url(name)) as source:
-            return FOOTER_KEY in (pq.read_metadata(source).metadata or {})
-    except pa.ArrowException:
-        return False
-
-
-def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
-    """Put a finished job in the place of the old one. Cut short, it is ended by the next start, because ``_SUCCESS`` moves last."""
-    folder = new.root.removeprefix(output.root).strip("/")
-    names = set(new.names())
-    last = (PLAN, JOB, SUCCESS)  # in this order: with the last one the new job is in place
-    ours = {*(unit.output for unit in units), *(() if PLAN in names else last)}
-    if PLAN in names:  # first of all the old job: it must not take the new one's units for its own
-        output.remove(SUCCESS)
-        output.remove(PLAN)
-    for name in names - set(last):
-        output.move(f"{folder}/{name}", name)
-    for name in set(output.names()) - ours:
-        if not name.startswith(f"{folder}/") and _is_a_jobs(output, name):  # what others have put there stays
-            output.remove(name)
-    for name in last:
-        if name in names:
-            output.move(f"{folder}/{name}", name)
-    if output.local:
-        shutil.rmtree(new.root)

@@ -13,7 +13,9 @@ from urllib.parse import unquote
 
 from pipeline.errors import InputError, first_line
 from pipeline.printable import reveal
-from pipeline.storage import FoundFiles, Place, TableFormat, written_folder
+from pipeline.storage.listing import FoundFiles, written_folder
+from pipeline.storage.place import Place
+from pipeline.storage.tables import TableFormat
 
 _EXTRAS: dict[str, str] = {"Delta": "deltalake", "Iceberg": "pyiceberg"}
 

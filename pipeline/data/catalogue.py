@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
-from pipeline.data.formats import read_table, some
+from pipeline.data.column_names import some
+from pipeline.data.formats import read_table
 from pipeline.data.mteb_tasks import (
     OWN_SAMPLES_PER_LABEL,
     check_subset,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
 from pipeline.data.catalogue import load_mteb_task
-from pipeline.data.splits import held_out, label_key, overlap
+from pipeline.data.notes import count_empty, group_notes, overlap_notes, shown_label, some_names, split_notes
+from pipeline.data.splits import Split, held_out, label_key, overlap
 from pipeline.errors import DataError
 from pipeline.records import LONGEST_LABEL, MOST_LABEL_BYTES, MtebTask
 
 Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
 
-_MOST_NAMES = 5  # in one message
 _MOST_LABELS = 10_000  # the probe's logits for more would not fit into a record
 
 
@@ -56,19 +53,6 @@ class TaskData:
     """sha256 over the texts and labels of test, in whatever order: a label that is new in train does not change it."""
     notes: tuple[str, ...]
     """What is lawful but thin, one sentence each."""
-
-
-@dataclass(frozen=True)
-class _Split:
-    texts: list[str]
-    labels: Labels
-    groups: list[str] | None = None
-    """The group of each text, where the data have groups."""
-
-    def take(self, chosen: NDArray[np.bool_]) -> _Split:
-        return _Split(
-            [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen]
-        )
 
 
 def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData:
@@ -106,27 +90,27 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
         test_labels=test.labels,
         test_in_train=test_in_train,
         num_overlap=int(test_in_train.sum()),
-        num_empty_train=_count_empty(whole_train),
-        num_empty_test=_count_empty(test),
+        num_empty_train=count_empty(whole_train),
+        num_empty_test=count_empty(test),
         fingerprint=_fingerprint(label_names, splits),
         test_fingerprint=_test_fingerprint(loaded.splits["test"]),
         notes=(
             *loaded.notes,
-            *_notes(loaded.task, whole_train, test, label_names),
-            *_overlap_notes(train, validation, test),
-            *_group_notes(loaded.task, whole_train, test),
+            *split_notes(loaded.task, whole_train, test, label_names),
+            *overlap_notes(train, validation, test),
+            *group_notes(loaded.task, whole_train, test),
             *slice_notes,
         ),
     )
 
 
-def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, _Split]]:
+def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Split]]:
     """Label names, and every split with its labels as positions in them."""
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
         raise DataError(
-            f"{name}: train has the single label {_shown(classes[0])}; a classifier needs at least two classes"
+            f"{name}: train has the single label {shown_label(classes[0])}; a classifier needs at least two classes"
         )
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():
@@ -134,21 +118,21 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
         if unknown:
             known = {label_key(str(label)): label for label in classes}
             twins = [
-                f"{_shown(known[key])} for {_shown(label)}"
+                f"{shown_label(known[key])} for {shown_label(label)}"
                 for label in unknown
                 if (key := label_key(str(label))) in known
             ]
             fix = (
-                f"which has {_some(twins)}; write them alike"
+                f"which has {some_names(twins)}; write them alike"
                 if twins
                 else f"add texts of them to train, or remove them from {split}"
             )
             sign = "," if twins else ";"
             raise DataError(
-                f"{name}: {split} has labels that never occur in train: {_some(map(_shown, unknown))}{sign} {fix}"
+                f"{name}: {split} has labels that never occur in train: {some_names(map(shown_label, unknown))}{sign} {fix}"
             )
     splits = {
-        split: _Split(
+        split: Split(
             table["text"].to_pylist(),
             np.array([position[label] for label in values[split]], dtype=np.int64),
             table["group"].to_pylist() if "group" in table.column_names else None,
@@ -186,8 +170,8 @@ def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
 
 
 def _hold_out(
-    splits: dict[str, _Split], label_names: tuple[str, ...], config: TrainConfig
-) -> tuple[_Split, _Split, list[str]]:
+    splits: dict[str, Split], label_names: tuple[str, ...], config: TrainConfig
+) -> tuple[Split, Split, list[str]]:
     """Train, validation, and notes on classes that the slice had to leave out."""
     train = splits["train"]
     nobody = np.zeros(len(train.texts), dtype=np.bool_)
@@ -199,85 +183,12 @@ def _hold_out(
         train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed
     )
     spared = set(train.labels[chosen].tolist())
-    without = [_shown(name) for label, name in enumerate(label_names) if label not in spared]
-    notes = [f"classes too small for a validation slice, so wholly in train: {_some(without)}"] if without else []
+    without = [shown_label(name) for label, name in enumerate(label_names) if label not in spared]
+    notes = [f"classes too small for a validation slice, so wholly in train: {some_names(without)}"] if without else []
     return train.take(~chosen), train.take(chosen), notes
 
 
-def _count_empty(split: _Split) -> int:
-    return sum(not text.strip() for text in split.texts)
-
-
-def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, ...]) -> list[str]:
-    in_train = np.bincount(train.labels, minlength=len(label_names))
-    in_test = np.bincount(test.labels, minlength=len(label_names))
-    notes = []
-    if task.test_split is not None:
-        share = f"{len(test.texts)} of {len(test.texts) + len(train.texts)} texts of train"
-        keys = f"test_fraction {task.test_split.fraction:g}, test_seed {task.test_split.seed}"
-        grouped = "" if task.group_column is None else f" and texts with the same {task.group_column!r}"
-        notes.append(f"test is {share} ({keys}); near-equal texts{grouped} are on one side")
-    absent = [_shown(name) for name, count in zip(label_names, in_test, strict=True) if count == 0]
-    if absent:
-        why = "of which no text could be spared for" if task.test_split else "that do not occur in"
-        notes.append(f"classes {why} test: {_some(absent)}")
-    if twins := _twins(label_names):
-        notes.append(
-            f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}"
-        )
-    thin = [
-        f"{_shown(name)} {count}"
-        for name, count in zip(label_names, in_train, strict=True)
-        if count < task.samples_per_label
-    ]
-    if thin:
-        notes.append(f"classes with fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
-    for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
-        if count:
-            notes.append(f"empty texts in {split}, kept: {count}")
-    return notes
-
-
-def _overlap_notes(train: _Split, validation: _Split, test: _Split) -> list[str]:
-    """Of a validation split that came with the data; a slice of ours has no text that train has."""
-    notes = []
-    for where, there in (("train", train), ("test", test)):
-        if count := int(overlap(there.texts, validation.texts).sum()):
-            notes.append(f"validation texts that are also in {where}: {count}")
-    return notes
-
-
-def _group_notes(task: MtebTask, train: _Split, test: _Split) -> list[str]:
-    if train.groups is None or test.groups is None:
-        return []
-    of_test = set(test.groups)
-    shared = of_test.intersection(train.groups)
-    return (
-        [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"]
-        if shared
-        else []
-    )
-
-
-def _twins(label_names: tuple[str, ...]) -> list[str]:
-    alike = defaultdict(list)
-    for name in label_names:
-        alike[label_key(name)].append(_shown(name))
-    return [" and ".join(names) for names in alike.values() if len(names) > 1]
-
-
-def _shown(label: str | int) -> str:
-    """A label as a message shows it: in quotation marks, and so that no two labels look the same."""
-    return ascii(label) if isinstance(label, str) and not unicodedata.is_normalized("NFKC", label) else repr(label)
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    rest = len(every) - _MOST_NAMES
-    return ", ".join(every[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str:
+def _fingerprint(label_names: tuple[str, ...], splits: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     groups = [split.groups for split in splits.values() if split.groups is not None]  # they decide the validation slice
     for texts in (list(label_names), *(split.texts for split in splits.values()), *groups):

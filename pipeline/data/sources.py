@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from pipeline.data.formats import ENDINGS, format_of, some
+from pipeline.data.column_names import some
+from pipeline.data.formats import ENDINGS, format_of
 from pipeline.errors import DataError, first_line
-from pipeline.storage import Place, open_file, store_errors, tables_around, written_folder
+from pipeline.storage.listing import written_folder
+from pipeline.storage.place import Place, open_file, store_errors
+from pipeline.storage.tables import tables_around
 
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])", re.IGNORECASE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -123,3 +124,20 @@ def overlap(train_texts: Sequence[str], test_texts: Sequence[str]) -> NDArray[np
     """Which test texts also occur in train, character for character; bool (number of test texts,)."""
     known = set(train_texts)
     return np.fromiter((text in known for text in test_texts), dtype=np.bool_, count=len(test_texts))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The texts of one split, with their labels."""
+
+    texts: list[str]
+    labels: NDArray[np.int64]
+    """Number of each text's label, int64 (texts,)."""
+    groups: list[str] | None = None
+    """Group of each text; None if the data set has no groups."""
+
+    def take(self, chosen: NDArray[np.bool_]) -> Split:
+        """Return the texts for which the mask is true, without their groups."""
+        return Split(
+            [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen]
+        )
