@@ -46,7 +46,7 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     except InputError as error:
         return error
     logger = run_logger()
-    logger.info("input: %s (%d done before)", _extent(plan.source), plan.begun.num_done)
+    logger.info("input: %s (%d done before)", _extent(plan.source), plan.state.num_done)
     if plan.source.skipped:
         logger.info("%s", in_words(plan.source.skipped))
     if changes := plan.source.changes:
@@ -61,7 +61,7 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
 def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
     """Label what is missing; returns the receipts and the seconds of labelling, or why the job cannot go on."""
     receipts: list[Receipt] = []
-    if not plan.begun.todo:
+    if not plan.state.todo:
         run_logger().info("nothing left to do")
         return receipts, 0.0
     progress = _Progress(plan)
@@ -85,7 +85,7 @@ def finish_job(
     """Write the summary beside the output, and show it in the UI; returns why it cannot be written."""
     try:
         summary, failures = finish(
-            plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
+            plan.output, plan.state, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
         )
     except LorafleetError as error:
         return error
@@ -113,18 +113,20 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     run_logger().info("labelling %s in this process, %s", counted(plan.rows_todo, "row"), counted(threads, "thread"))
     worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
     progress.begin()
-    for unit in plan.begun.todo:
+    for unit in plan.state.todo:
         yield worker.label(unit)
 
 
 def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     compute = plan.request.compute
     try:
-        forget_attempts(plan.begun.place)  # a start of Ray makes its three attempts itself, whatever ended the last one
+        forget_attempts(
+            plan.state.folder
+        )  # a start of Ray makes its three attempts itself, whatever ended the last one
     except store_errors() as error:
         raise LorafleetError(f"output {plan.output}: {first_line(error)}") from error
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
-    fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
+    fleet = Fleet(shares, num_tasks=len(plan.state.todo))
     os.environ.setdefault(
         "RAY_BACKEND_LOG_LEVEL", "fatal"
     )  # else Ray Data has the core complain of how it makes its own actors
@@ -139,13 +141,13 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         context.target_max_block_size = (
             _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
         )
-        most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
+        most = min(len(plan.state.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
         run_logger().info(
             "labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus
         )
         units = ray.data.from_items(
-            [{"unit": unit.model_dump_json()} for unit in plan.begun.todo], override_num_blocks=len(plan.begun.todo)
+            [{"unit": unit.model_dump_json()} for unit in plan.state.todo], override_num_blocks=len(plan.state.todo)
         )
         receipts = units.map_batches(
             UnitActor,
@@ -186,7 +188,7 @@ class _Progress:
 
     def __init__(self, plan: BulkPlan) -> None:
         self._plan = plan
-        self._rows = {unit.number: unit.num_rows for unit in plan.begun.todo}
+        self._rows = {unit.number: unit.num_rows for unit in plan.state.todo}
         self._started = time.monotonic()
         self._logged = 0.0
         self._artifact = ProgressArtifact("classify")
@@ -222,7 +224,7 @@ def _extent(source: BulkInput) -> str:
 
 
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
-    done = plan.begun.num_done + sum(not receipt.failure for receipt in receipts)
+    done = plan.state.num_done + sum(not receipt.failure for receipt in receipts)
     return f"{done} of {counted(len(plan.source.units), 'unit')}"
 
 

@@ -1,4 +1,7 @@
-"""TODO."""
+"""The process that reads footers: one request per line of standard input, answers in lines of JSON.
+
+It is started as ``python -m pipeline.bulk.footer_process``.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,10 @@ from pipeline.machine import own_output
 from pipeline.storage.place import open_file, store_errors
 
 _AT_ONCE = 16
-
-
 _IDLE_SECONDS = 5.0
-
-
 _UNITS = ("ns", "us", "s")
-
-
 _MAGIC, _GZIP = b"PAR1", b"\x1f\x8b"
-
-
-# All that anybody here or in pyarrow's reader asks of a column chunk.
+# All attributes of a column chunk that this package or pyarrow's reader uses.
 _FACTS = (
     *(
         "file_offset",
@@ -54,7 +49,7 @@ _FACTS = (
 
 
 def _footer(path: str) -> dict[str, Any]:
-    """Everything of the footer is looked at, so that what pyarrow cannot bear ends this process and not a later one."""
+    """Read a footer, and touch all of it, so that a crash in pyarrow ends this process and not a later one."""
     with closing(open_file(path)) as source:
         parquet = pq.ParquetFile(source)
         groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
@@ -63,26 +58,26 @@ def _footer(path: str) -> dict[str, Any]:
             for index in range(group.num_columns):
                 chunk = group.column(index)
                 for fact in _FACTS:
-                    getattr(chunk, fact)  # it raises, or worse
+                    getattr(chunk, fact)  # a damaged footer raises or crashes here
         if parquet.metadata.num_rows > sum(rows) or min(rows, default=0) < 0:
-            raise ValueError(f"its footer promises {parquet.metadata.num_rows} rows, and {sum(rows)} in its row groups")
+            raise ValueError(f"its footer promises {parquet.metadata.num_rows} rows, but {sum(rows)} in its row groups")
         schema = parquet.schema_arrow.remove_metadata()
-        schema.names  # noqa: B018 - where one is not UTF-8 it raises
+        schema.names  # noqa: B018 - raises if a name is not UTF-8
         kinds = kinds_by_column(parquet)
-        has_int96 = any("int96" in found for found in kinds.values())
+        has_int96 = any("int96" in leaves for leaves in kinds.values())
         other = (
             pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
             if has_int96
             else schema
         )
         keys = parquet.metadata.metadata or {}
-        said = [
+        facts = [
             kinds,
             pandas_labels(keys),
             types_lost_in_reading(schema, kinds, keys),
             keys_left_out(keys, schema.names),
         ]
-        return {"schema": [*map(_written_schema, (schema, other)), *said], "row_groups": rows}
+        return {"schema": [*map(_written_schema, (schema, other)), *facts], "row_groups": rows}
 
 
 def _written_schema(schema: pa.Schema) -> str:
@@ -90,7 +85,7 @@ def _written_schema(schema: pa.Schema) -> str:
 
 
 def _dates(path: str, columns: list[str]) -> dict[str, bool]:
-    """Compares what each unit of time makes of the values: where one is too narrow, pyarrow wraps around without a word."""
+    """Compare the values in each time unit. If a unit is too narrow, pyarrow wraps around silently."""
     are_far = are_fine = False
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(open_file(path))) for _ in _UNITS]
@@ -101,7 +96,7 @@ def _dates(path: str, columns: list[str]) -> dict[str, bool]:
         for batches in zip(*(file.iter_batches(columns=columns) for file in files), strict=True):
             for in_ns, in_us, in_s in zip(*(_timestamps(batch.to_struct_array()) for batch in batches), strict=True):
                 if (in_s != in_us // 10**6).any():
-                    raise ValueError("an INT96 column has a date outside of the years -290,308 to 294,247")
+                    raise ValueError("an INT96 column has a date outside the years -290,308 to 294,247")
                 far = in_us != in_ns // 1000
                 are_far |= bool(far.any())
                 are_fine |= bool((in_ns[~far] % 1000 != 0).any())
@@ -109,7 +104,7 @@ def _dates(path: str, columns: list[str]) -> dict[str, bool]:
 
 
 def _timestamps(values: pa.Array) -> Iterator[npt.NDArray[np.int64]]:
-    """The numbers of all timestamps in a column, however nested; 0 for nulls."""
+    """Yield all timestamps of a column as integers, however nested; 0 for nulls."""
     kind = values.type
     if pa.types.is_timestamp(kind):
         yield values.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
@@ -121,12 +116,12 @@ def _timestamps(values: pa.Array) -> Iterator[npt.NDArray[np.int64]]:
         yield from _timestamps(values.items)
     elif isinstance(values, pa.ExtensionArray):
         yield from _timestamps(values.storage)
-    elif kind.num_fields:  # one of the kinds of lists
+    elif kind.num_fields:  # any kind of list
         yield from _timestamps(values.flatten())
 
 
 def _answer(operation: str, path: str, columns: list[str]) -> Any:
-    """The answer, or as a string why there is none."""
+    """Return the answer, or a text that says why there is none."""
     try:
         return _footer(path) if operation == "footer" else _dates(path, columns)
     except pa.ArrowNotImplementedError as error:
@@ -136,7 +131,7 @@ def _answer(operation: str, path: str, columns: list[str]) -> Any:
 
 
 def _why(path: str) -> str:
-    """What the file's size and first and last bytes say is wrong with it; empty if nothing."""
+    """Explain a fault by the file's size and its first and last bytes; empty if they look right."""
     try:
         with closing(open_file(path)) as source:
             first = source.read(4)
@@ -157,24 +152,24 @@ def _why(path: str) -> str:
 
 
 def _serve() -> None:
-    """Answer requests until there are none for some seconds, or the parent is gone."""
+    """Answer requests until none arrives for some seconds, or the parent exits."""
     lock, answers = threading.Lock(), own_output()
 
-    def say(**answer: Any) -> None:
+    def send(**answer: Any) -> None:
         with lock:
             print(json.dumps(answer), file=answers, flush=True)
 
-    def do(operation: str, index: int, path: str, columns: list[str]) -> None:
-        say(index=index)
-        say(index=index, answer=_answer(operation, path, columns))
+    def handle(operation: str, index: int, path: str, columns: list[str]) -> None:
+        send(index=index)
+        send(index=index, answer=_answer(operation, path, columns))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0] and (line := sys.stdin.buffer.readline()):
             request = json.loads(line)
             operation, columns = request["operation"], request["columns"]
-            for done in [pool.submit(do, operation, index, path, columns) for index, path in request["paths"]]:
+            for done in [pool.submit(handle, operation, index, path, columns) for index, path in request["paths"]]:
                 done.result()
-            say(done=True)
+            send(done=True)
 
 
 if __name__ == "__main__":

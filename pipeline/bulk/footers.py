@@ -1,6 +1,6 @@
-"""Footers of Parquet files, read in a process of their own: one that ends its reader costs its own file, and not the job.
+"""Footers of Parquet files, read in a separate process, so that a footer that crashes its reader costs one file only.
 
-``python -m pipeline.bulk.footers`` is that process. It takes one request per line of standard input, and answers in lines of JSON.
+``pipeline.bulk.footer_process`` is that process.
 """
 
 from __future__ import annotations
@@ -31,66 +31,66 @@ _MOST_STARTS = 3
 
 @dataclass(frozen=True)
 class Footer:
-    """What the footer of a file says."""
+    """The facts of a file's footer."""
 
     schema: pa.Schema
-    """As pyarrow reads the file, with the metadata of its fields and without that of the file."""
+    """Schema in which pyarrow reads the file, with the metadata of its fields but not that of the file."""
     in_microseconds: pa.Schema
-    """The same, with the values of INT96 columns as microseconds in place of nanoseconds."""
+    """The same schema with INT96 columns in microseconds instead of nanoseconds."""
     kinds: Kinds
-    """Parquet's own types."""
+    """Parquet's types of the columns."""
     pandas_labels: str
-    """Type of the column labels of the pandas table that was written, where that is not text; else empty."""
+    """Type of the column labels that pandas wrote; empty if they are texts."""
     lost_types: dict[str, str]
-    """Column -> how its type differs from the one that Arrow's own schema in the footer names."""
+    """Column -> how its type differs from the one in the footer's Arrow schema."""
     left_out: Sequence[str]
-    """Keys of the footer that the output cannot have."""
+    """Keys of the footer that the output drops."""
     row_groups: tuple[int, ...]
-    """Rows of each."""
+    """Number of rows of each row group."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the file."""
+        """Number of rows of the file."""
         return sum(self.row_groups)
 
 
 @dataclass(frozen=True)
 class Dates:
-    """What the INT96 columns of a file hold, which are as wide as no type of Arrow's."""
+    """The range of the INT96 columns of a file. No Arrow type is as wide as INT96."""
 
     are_far: bool
-    """Some lie outside of the years 1677 to 2262, for which nanoseconds have no room."""
+    """Whether some dates are outside the years 1677 to 2262, the range of nanoseconds."""
     are_fine: bool
-    """Some of the others have nanoseconds, which microseconds cannot hold."""
+    """Whether some of the other dates have nanoseconds, which microseconds cannot hold."""
 
 
 def read_footers(paths: Sequence[str]) -> list[Footer | str]:
-    """Read footers: the footer of each file, or why it cannot be read."""
+    """Read the footer of each file; a text instead says why it cannot be read."""
     schemas: dict[str, tuple[pa.Schema, pa.Schema, Kinds, str, dict[str, str], list[str]]] = {}
 
     def footer(answer: dict[str, Any]) -> Footer:
         key = json.dumps(answer["schema"])
-        if key not in schemas:  # files of one job mostly have the same
-            first, second, *said = answer["schema"]
-            schemas[key] = _read_schema(first), _read_schema(second), *said
+        if key not in schemas:  # most files of a job share their schema
+            first, second, *facts = answer["schema"]
+            schemas[key] = _read_schema(first), _read_schema(second), *facts
         return Footer(*schemas[key], tuple(answer["row_groups"]))
 
     return [found if isinstance(found, str) else footer(found) for found in _Reader.shared().ask("footer", paths)]
 
 
 def read_dates(paths: Sequence[str], columns: Sequence[str]) -> list[Dates | str]:
-    """Read INT96 columns whole: what each file's hold, or why it cannot be kept."""
+    """Read the INT96 columns of each file as a whole; a text instead says why they cannot be kept."""
     answers = _Reader.shared().ask("dates", paths, columns)
     return [found if isinstance(found, str) else Dates(**found) for found in answers]
 
 
 def start_ahead() -> None:
-    """Start the process, so that the first question does not wait for it."""
+    """Start the process, so that the first request does not wait for it."""
     _Reader.shared().start()
 
 
 class _Reader:
-    """The parent's end. It ends by itself when it has been idle for some seconds, and is started again when it is asked."""
+    """The parent's end of the process, which exits when idle and is started again by the next request."""
 
     @classmethod
     @functools.cache
@@ -99,7 +99,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this one
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -112,13 +112,13 @@ class _Reader:
         return self._process
 
     def ask(self, operation: str, paths: Sequence[str], columns: Sequence[str] = ()) -> list[Any]:
-        """One answer per path; of a path that ends the process, how it ended."""
+        """Return one answer per path; for a path that crashes the process, a text that says how."""
         with self._lock:
             answers: dict[int, Any] = {}
             while todo := [(index, path) for index, path in enumerate(paths) if index not in answers]:
-                begun = self._ask(operation, todo, columns, answers)
+                started = self._ask(operation, todo, columns, answers)
                 for index, path in todo:
-                    if index in begun and index not in answers:  # one of these has ended the process
+                    if index in started and index not in answers:  # one of these has crashed the process
                         self._ask(operation, [(index, path)], columns, answers)
                         if index not in answers:
                             answers[index] = f"reading its footer ends the process {self._ending()}"
@@ -127,38 +127,40 @@ class _Reader:
     def _ask(
         self, operation: str, paths: list[tuple[int, str]], columns: Sequence[str], answers: dict[int, Any]
     ) -> set[int]:
-        """Add what is answered until the process has done all or ends; returns which of the paths were begun, at least one.
+        """Collect answers until the process is done or ends.
 
+        Returns: Indices of the paths that the process has started to read, at least one.
         Raises: LorafleetError: the process does not start.
         """
-        asked = [(index, reveal(path)) for index, path in paths]
-        request = json.dumps({"operation": operation, "paths": asked, "columns": list(columns)}).encode() + b"\n"
+        real_paths = [(index, reveal(path)) for index, path in paths]
+        request = json.dumps({"operation": operation, "paths": real_paths, "columns": list(columns)}).encode() + b"\n"
         for _ in range(_MOST_STARTS):
-            process, begun = self.start(), set[int]()
+            process, started = self.start(), set[int]()
             assert process.stdin is not None and process.stdout is not None
-            with suppress(BrokenPipeError):  # it had been idle, and ended just now
+            with suppress(BrokenPipeError):  # the process was idle, and has just exited
                 process.stdin.write(request)
                 process.stdin.flush()
             for line in process.stdout:
-                for said in read_answers([line]):
-                    if "done" in said:
-                        return begun
-                    begun.add(said["index"])
-                    if "answer" in said:
-                        answers[said["index"]] = said["answer"]
+                for message in read_answers([line]):
+                    if "done" in message:
+                        return started
+                    started.add(message["index"])
+                    if "answer" in message:
+                        answers[message["index"]] = message["answer"]
             process.wait()
-            if begun:
-                return begun
+            if started:
+                return started
         raise LorafleetError(f"the process that reads footers ended before it read one {self._ending()}")
 
     def _ending(self) -> str:
+        """Return how the process has ended: ``by SIGABRT``, or ``with exit code 1``, and its last message."""
         assert self._process is not None
         code = self._process.wait()
         self._errors.seek(0)
         errors = self._errors.read().decode(errors="replace")
-        said = re.findall(r"what\(\):\s*(.+)", errors) or errors.strip().splitlines()
+        reasons = re.findall(r"what\(\):\s*(.+)", errors) or errors.strip().splitlines()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"{how}: {said[-1][:300]}" if said else how
+        return f"{how}: {reasons[-1][:300]}" if reasons else how
 
 
 def _read_schema(written: str) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks of a bulk job's input: the columns to keep, the text column, and the names that the output adds."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ _FIRST_ROWS = 64
 _MOST_NAMES = 12
 
 
-_RENAME = "name the adapter anew (--adapter NAME=REF)"
+_RENAME = "give the adapter another name (--adapter NAME=REF)"
 
 
 def check_kept_columns(
     good: Mapping[str, Footer], *, text_column: str, columns: Sequence[str] | None, of_table: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The columns to keep, in their order; of a table, only its own.
+    """Return the columns to keep, in their order.
 
-    Raises: DataError: one is missing, or there twice, or the texts are none.
+    Args:
+        good: The footers that could be read, by path.
+        text_column: Column to classify.
+        columns: Columns to keep; None for all.
+        of_table: Columns of the table that the files are; others are dropped. None if they are no table.
+    Raises: DataError: a column is missing, occurs twice, or the text column holds no text.
     """
     schemas = {id(footer.schema): (path, footer.schema) for path, footer in good.items()}
     every = dict[str, None]()
@@ -54,7 +59,7 @@ def check_kept_columns(
 
 
 def _check_text(good: Mapping[str, Footer], column: str) -> None:
-    """Raises: DataError: the column holds no text in some file, or in none."""
+    """Raises: DataError: the column is not text in some file, or is null in all of them."""
     kinds = {path: footer.schema.field(column).type for path, footer in good.items()}
     for path, kind in kinds.items():
         if not text_type(kind) and not binary_type(kind) and not pa.types.is_null(kind):
@@ -64,7 +69,8 @@ def _check_text(good: Mapping[str, Footer], column: str) -> None:
     binary = next((path for path, kind in kinds.items() if binary_type(kind) and good[path].num_rows), None)
     if binary is not None and not _looks_like_text(binary, column):
         raise DataError(
-            f"{binary}: column {column!r} is binary, and its first values are not UTF-8 text; choose another --text-column"
+            f"{binary}: column {column!r} is binary, and its first values are not UTF-8 text; "
+            "choose another --text-column"
         )
 
 
@@ -73,32 +79,28 @@ def _looks_like_text(path: str, column: str) -> bool:
         with closing(open_file(path)) as source:
             first = next(pq.ParquetFile(source).iter_batches(batch_size=_FIRST_ROWS, columns=[column]), None)
     except store_errors(pa.ArrowException):
-        return True  # its units will say what is wrong with it
+        return True  # its units will report what is wrong
     values = [] if first is None else [value for value in first.column(0).cast(pa.large_binary()).to_pylist() if value]
     return not values or any(is_utf8(value) for value in values)
 
 
 def check_new_names(first: str, kept: Sequence[str], new_columns: Sequence[str], stored: Sequence[StoredFile]) -> None:
-    """Names are compared as DuckDB and Spark do, where ``Bank`` and ``bank`` are one.
+    """Check that the columns that the output adds have new names. Like DuckDB and Spark, ignore case.
 
-    Raises: DataError: the input has a name that the output adds, or two adapters add the same.
+    Raises: DataError: the input has a column or a partition of such a name, or two adapters add the same name.
     """
     folded = Counter(name.casefold() for name in new_columns)
     if twice := [name for name in new_columns if folded[name.casefold()] > 1]:
         raise DataError(
-            f"the output would have the columns {' and '.join(twice[:2])}, which many tools take for one; {_RENAME}"
+            f"the output would have the columns {' and '.join(twice[:2])}, which many tools treat as one; {_RENAME}"
         )
     if taken := [name for name in kept if name.casefold() in folded]:
-        remedy = (
-            "leave it out with --columns"
-            if taken == ["truncated"]
-            else f"{_RENAME}, or leave the column out with --columns"
-        )
-        raise DataError(f"{first}: it has {_some(taken)} already, which the output adds; {remedy}")
+        remedy = "drop it with --columns" if taken == ["truncated"] else f"{_RENAME}, or drop the column with --columns"
+        raise DataError(f"{first}: it has {_some(taken)} already, which the output would add; {remedy}")
     partitions = {part.partition("=")[0] for file in stored for part in file.below.split("/")[:-1] if "=" in part}
     if taken := sorted(name for name in partitions if name.casefold() in folded):
         raise DataError(
-            f"{first}: its partition folders are called {_some(taken)}, which the output adds as a column; {_RENAME}"
+            f"{first}: its partition folders are called {_some(taken)}, which the output would add; {_RENAME}"
         )
 
 

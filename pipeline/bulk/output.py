@@ -1,4 +1,4 @@
-"""The files of a bulk job's output folder: their names, the receipts in their footers, and how a new job replaces an old one."""
+"""The files of a bulk job's output folder: their names, the receipts in their footers, and their replacement."""
 
 from __future__ import annotations
 

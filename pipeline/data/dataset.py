@@ -1,4 +1,4 @@
-"""From an MTEB task to texts and labels that can be learnt: checked, numbered, with a validation slice. Knows no encoder."""
+"""The data of one MTEB task, ready for training: checked, with numbered labels and a validation slice."""
 
 from __future__ import annotations
 
@@ -20,51 +20,55 @@ from pipeline.records import LONGEST_LABEL, MOST_LABEL_BYTES, MtebTask
 Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
 
-_MOST_LABELS = 10_000  # the probe's logits for more would not fit into a record
+_MOST_LABELS = 10_000  # the probe's logits for more would not fit in a record
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The texts and labels of one task, ready to be learnt from."""
+    """The texts and labels of one task, ready for training."""
 
     task: MtebTask
-    """With the revision of what was read."""
+    """The task, with the revision of the data that was read."""
     mteb_task: Any
-    """The same data as a real mteb task; it knows neither validation slice nor label names."""
+    """The same data as an ``mteb`` task, without the validation slice and the label names."""
     label_names: tuple[str, ...]
-    """One name per class, at least two; in the order of the labels in the data, so by number where they are numbers."""
+    """Name of each class, at least two, in the sorted order of the labels in the data."""
     train_texts: list[str]
     train_labels: Labels
     validation_texts: list[str]
-    """Empty where the epoch is selected on test, or where no class can spare a text."""
+    """Empty if the epoch is selected on test, or if no class can spare a text."""
     validation_labels: Labels
     test_texts: list[str]
     test_labels: Labels
     test_in_train: NDArray[np.bool_]
-    """Which test texts also occur in the whole train split, bool (num_test,)."""
+    """Mask of the test texts that also occur in the whole train split, bool (num_test,)."""
     num_overlap: int
-    """Of ``test_in_train``."""
+    """Number of true values in ``test_in_train``."""
     num_empty_train: int
-    """Texts of the whole train split with nothing but white space; they are kept."""
+    """Number of texts in the whole train split that are empty or white space. They are kept."""
     num_empty_test: int
+    """Number of test texts that are empty or white space. They are kept."""
     fingerprint: str
-    """sha256 over label names, texts, labels and groups of all splits as they were read: the same for every seed."""
+    """SHA-256 of the label names, texts, labels and groups of all splits as read; independent of the seed."""
     test_fingerprint: str
-    """sha256 over the texts and labels of test, in whatever order: a label that is new in train does not change it."""
+    """SHA-256 of the test texts and labels, independent of their order and of labels that only train has."""
     notes: tuple[str, ...]
-    """What is lawful but thin, one sentence each."""
+    """Warnings about valid but weak data, one sentence each."""
 
 
 def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData:
     """Read a task, check that it can be learnt, and hold out the validation slice.
 
-    Validation is the data's own split of that name; otherwise ``validation_fraction`` of each class of train, chosen by the seed, with
-    near-equal texts and groups on one side; and nothing, so that train stays whole, where ``early_stopping_split`` is ``test``.
+    Validation is the data set's own split of that name. Without one, it is ``validation_fraction`` of each class of
+    train, chosen by the seed, with near-equal texts and groups on one side. It is empty, so that train stays whole, if
+    ``early_stopping_split`` is ``test``.
 
     Args:
-        offline: Take from the Hub only what its local cache holds.
+        task: The planned task.
+        config: Settings of the validation slice.
+        offline: Read data sets of the Hub from the local cache only.
     Raises:
-        DataError: data that is missing or damaged, or labels that cannot be learnt.
+        DataError: the data is missing or damaged, or its labels cannot be learnt.
         LorafleetError: the Hub cannot be reached.
     """
     loaded = load_mteb_task(task, offline=offline)
@@ -72,11 +76,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     _check_size(task, label_names)
     whole_train, test = splits["train"], splits["test"]
     train, validation, slice_notes = _hold_out(splits, label_names, config)
-    if not validation.texts and np.bincount(train.labels).max() == 1:
-        found = f"each of the {len(label_names)} labels of train has a single text"
-        raise DataError(
-            f"{task.name}: {found}; expected two texts of at least one label; add texts, or check that label_column is right"
-        )
+    _check_repeated_label(task, train, validation)
     test_in_train = overlap([*whole_train.texts, *(validation.texts if config.refit else ())], test.texts)
     return TaskData(
         task=loaded.task,
@@ -105,7 +105,10 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
 
 
 def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Label names, and every split with its labels as positions in them."""
+    """Return the label names, and every split with labels as positions in them.
+
+    Raises: DataError: train has a single label, or another split has labels that train lacks.
+    """
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
@@ -114,22 +117,10 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
         )
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():
-        unknown = sorted(set(column) - set(classes))
-        if unknown:
-            known = {label_key(str(label)): label for label in classes}
-            twins = [
-                f"{shown_label(known[key])} for {shown_label(label)}"
-                for label in unknown
-                if (key := label_key(str(label))) in known
-            ]
-            fix = (
-                f"which has {some_names(twins)}; write them alike"
-                if twins
-                else f"add texts of them to train, or remove them from {split}"
-            )
-            sign = "," if twins else ";"
+        if unknown := sorted(set(column) - set(classes)):
             raise DataError(
-                f"{name}: {split} has labels that never occur in train: {some_names(map(shown_label, unknown))}{sign} {fix}"
+                f"{name}: {split} has labels that never occur in train: {some_names(map(shown_label, unknown))}"
+                f"{_remedy(split, unknown, classes)}"
             )
     splits = {
         split: Split(
@@ -142,8 +133,18 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     return _label_names(classes, tables["train"]), splits
 
 
+def _check_repeated_label(task: MtebTask, train: Split, validation: Split) -> None:
+    """Raises: DataError: no label has two texts, so the labels are probably ids."""
+    counts = np.bincount(train.labels)
+    if not validation.texts and counts.max() == 1:
+        raise DataError(
+            f"{task.name}: each of the {len(counts)} labels of train has a single text; "
+            "expected two texts of at least one label; add texts, or check that label_column is right"
+        )
+
+
 def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
-    """Refuse names that no record of the trained adapter could hold."""
+    """Refuse labels that no record of the trained adapter could hold."""
     advice = f"check that label_column = {task.label_column!r} is the right column"
     longest, total = max(label_names, key=len), len(json.dumps(label_names))
     if len(longest) > LONGEST_LABEL:
@@ -158,8 +159,21 @@ def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
         )
 
 
+def _remedy(split: str, unknown: list[Any], classes: list[Any]) -> str:
+    """Return advice on labels that only another split than train has, with the similar labels of train."""
+    similar = {label_key(str(label)): label for label in classes}
+    twins = [
+        f"{shown_label(similar[key])} for {shown_label(label)}"
+        for label in unknown
+        if (key := label_key(str(label))) in similar
+    ]
+    if twins:
+        return f", which has {some_names(twins)}; write them alike"
+    return f"; add texts of them to train, or remove them from {split}"
+
+
 def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
-    """The names that the data gives its numbers, if it gives each number exactly one of its own; else the labels as they are."""
+    """Return ``label_text`` of each label if each has exactly one; otherwise the labels themselves."""
     plain = tuple(str(label) for label in classes)
     if isinstance(classes[0], str) or "label_text" not in train.column_names:
         return plain
@@ -172,18 +186,18 @@ def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
 def _hold_out(
     splits: dict[str, Split], label_names: tuple[str, ...], config: TrainConfig
 ) -> tuple[Split, Split, list[str]]:
-    """Train, validation, and notes on classes that the slice had to leave out."""
+    """Return train, validation, and notes on classes that are not in the validation slice."""
     train = splits["train"]
-    nobody = np.zeros(len(train.texts), dtype=np.bool_)
+    none = np.zeros(len(train.texts), dtype=np.bool_)
     if config.early_stopping_split == "test":
-        return train, train.take(nobody), []
+        return train, train.take(none), []
     if "validation" in splits:
         return train, splits["validation"], []
     chosen = held_out(
         train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed
     )
-    spared = set(train.labels[chosen].tolist())
-    without = [shown_label(name) for label, name in enumerate(label_names) if label not in spared]
+    in_validation = set(train.labels[chosen].tolist())
+    without = [shown_label(name) for label, name in enumerate(label_names) if label not in in_validation]
     notes = [f"classes too small for a validation slice, so wholly in train: {some_names(without)}"] if without else []
     return train.take(~chosen), train.take(chosen), notes
 
@@ -193,9 +207,8 @@ def _fingerprint(label_names: tuple[str, ...], splits: dict[str, Split]) -> str:
     groups = [split.groups for split in splits.values() if split.groups is not None]  # they decide the validation slice
     for texts in (list(label_names), *(split.texts for split in splits.values()), *groups):
         encoded = [text.encode() for text in texts]
-        digest.update(
-            np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes()
-        )  # so that no text can pose as two
+        # Lengths first, so that no text can pose as two.
+        digest.update(np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes())
         digest.update(b"".join(encoded))
     for split in splits.values():
         digest.update(split.labels.astype("<i8").tobytes())
@@ -203,7 +216,7 @@ def _fingerprint(label_names: tuple[str, ...], splits: dict[str, Split]) -> str:
 
 
 def _test_fingerprint(test: Any) -> str:
-    # By the labels' own values, not by their positions: those move with every label that train gains or loses.
+    # Hash the labels themselves: their positions change with every label that train gains or loses.
     rows = sorted(zip(test["text"].to_pylist(), map(str, test["label"].to_pylist()), strict=True))
     digest = hashlib.sha256()
     for part in (part.encode() for row in rows for part in row):

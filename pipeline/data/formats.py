@@ -1,4 +1,7 @@
-"""The formats of labelled files: Parquet, CSV and JSON Lines, read into one kind of table."""
+"""Labelled files in CSV, TSV, JSON Lines or Parquet, each optionally in gzip, read as pyarrow tables.
+
+The standard library reads CSV and JSON: it guesses no types, and names the line of a fault.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ _FORMATS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "JSON Lines"),
     **dict.fromkeys((".parquet", ".parq", ".pq"), "Parquet"),
 }
-
-
-_BINARY = {  # how files begin that are no text
+ENDINGS = f"{', '.join(_FORMATS)}, each optionally with .gz"
+"""Endings of the files that can be read, in words."""
+_BINARY = {  # first bytes of files that are not text
     b"PAR1": "Parquet",
     b"PARE": "encrypted Parquet",
     b"ARROW1": "Arrow",
@@ -37,21 +40,20 @@ _BINARY = {  # how files begin that are no text
     b"Obj\x01": "Avro",
     b"SQLite format 3": "an SQLite database",
 }
-
-
 _GZIP = b"\x1f\x8b"
 
 
 def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
-    """The columns, and ``label_text`` if there is one, as a pyarrow table. What CSV holds is strings, all of it.
+    """Read the configured columns, and ``label_text`` if it exists, as a pyarrow table.
 
-    The ending of the name says what the file is, or else how it begins. gzip is seen by its first bytes.
+    The format follows from the ending of the name, or else from the first bytes. gzip is detected by its first bytes.
+    All columns of CSV are strings.
 
     Args:
-        content: Of the file.
-        path: For messages.
-        columns: Key of the config -> name of the column.
-    Raises: DataError: another format, a fault in it, a column that is missing or there twice.
+        content: Bytes of the file.
+        path: Name of the file, also for messages.
+        columns: Config key -> column name.
+    Raises: DataError: the format is another one, the file has a fault, or a column is missing or occurs twice.
     """
     if content.startswith(_GZIP):
         try:
@@ -68,18 +70,20 @@ def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
 
 
 def _checked_format(content: bytes, path: str) -> str:
-    """The format that the name claims and the content does not contradict."""
+    """Return the format of a file.
+
+    Raises: DataError: name and content contradict each other, or neither shows a known format.
+    """
     if not content:
         raise DataError(f"{path} is empty (0 bytes)")
     claimed, found = format_of(path), _format_seen(content)
     if claimed is None and found not in ("Parquet", "JSON Lines"):
         raise DataError(
-            f"{path}: its name does not say what it is, and its content is {found}; expected a name that ends in {ENDINGS}"
+            f"{path}: its name does not show its format, and its content is {found}; "
+            f"expected a name that ends in {ENDINGS}"
         )
     if (claimed == "Parquet" or found in _BINARY.values()) and claimed not in (found, None):
-        raise DataError(
-            f"{path} is named as {claimed}, but its content is {found}; expected a name and a content that agree"
-        )
+        raise DataError(f"{path} is named as {claimed}, but its content is {found}; expected name and content to agree")
     if claimed == "JSON Lines" and found == "a JSON array":
         raise DataError(f"{path} is one JSON array; expected JSON Lines, one object on each line")
     return claimed or found
@@ -87,9 +91,8 @@ def _checked_format(content: bytes, path: str) -> str:
 
 def _format_seen(content: bytes) -> str:
     try:
-        start = codecs.getincrementaldecoder("utf-8-sig")().decode(
-            content[:4096]
-        )  # incremental: the cut may be in a character
+        # An incremental decoder accepts a cut inside a character.
+        start = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:4096])
     except UnicodeDecodeError:
         start = "\0"
     if "\0" in start:
@@ -123,14 +126,12 @@ def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
         ) from None
     if table.num_rows != num_rows:
         raise DataError(
-            f"{path}: its footer promises {num_rows} rows, but {some(wanted)} hold {table.num_rows}; write the file again"
+            f"{path}: its footer promises {num_rows} rows, but {some(wanted)} hold {table.num_rows}; "
+            "write the file again"
         )
     return table
 
 
-ENDINGS = f"{', '.join(_FORMATS)}, each perhaps with .gz"
-
-
 def format_of(name: str) -> str | None:
-    """Format that a file's name promises; None if it promises none."""
+    """Return the format that the ending of a file's name stands for; None for any other ending."""
     return _FORMATS.get(PurePosixPath(name.lower().removesuffix(".gz")).suffix)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""JSON Lines files of texts and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ _JSON_KINDS = {
 
 
 def read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
-    decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: None).decode  # NaN: no value
+    """Read a JSON Lines file as a pyarrow table. NaN counts as null.
+
+    Args:
+        text: Content of the file, one object on each line.
+        path: Name of the file, for messages.
+        columns: Config key -> column name.
+    Raises: DataError: a line is not an object, a column is missing or holds several types.
+    """
+    decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: None).decode
     rows, lines, names = [], [], dict[str, None]()
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -33,10 +41,7 @@ def read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
         except json.JSONDecodeError as error:
             fault = f"line {number} is not JSON: {error.msg} at column {error.colno}"
             raise DataError(f"{path}: {fault}; expected one object on each line") from None
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a key twice; a number of thousands of digits; thousands of brackets
+        except (ValueError, RecursionError) as error:  # a repeated key, thousands of digits, thousands of brackets
             raise DataError(
                 f"{path}: line {number}: {first_line(error).partition(';')[0]}; write the file again"
             ) from None
@@ -54,17 +59,21 @@ def read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises: ValueError: a key occurs twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        times = Counter(name for name, _ in pairs)
+        counts = Counter(name for name, _ in pairs)
         raise ValueError(
-            f"the key {next(name for name, count in times.items() if count > 1)!r} occurs twice in an object"
+            f"the key {next(name for name, count in counts.items() if count > 1)!r} occurs twice in an object"
         )
     return values
 
 
 def _json_column(values: Sequence[Any], lines: Sequence[int], where: str) -> Any:
-    """An array of the one kind of value that the column has."""
+    """Return the values of a column as an array.
+
+    Raises: DataError: they have several types, or cannot be stored.
+    """
     first: dict[str, int] = {}
     for value, line in zip(values, lines, strict=True):
         if value is not None:
@@ -72,9 +81,7 @@ def _json_column(values: Sequence[Any], lines: Sequence[int], where: str) -> Any
     if len(first) > 1:
         found = " and ".join(f"{kind} (line {line})" for kind, line in first.items())
         raise DataError(f"{where} holds {found}; write them alike")
-    if (
-        "a list" in first or "an object" in first
-    ):  # nobody can learn from these: only the type is needed, for the message
+    if "a list" in first or "an object" in first:  # refused later; only the type matters, for the message
         return pa.nulls(len(values), pa.list_(pa.null()) if "a list" in first else pa.struct([]))
     try:
         return pa.array(values)
@@ -83,7 +90,7 @@ def _json_column(values: Sequence[Any], lines: Sequence[int], where: str) -> Any
             line for value, line in zip(values, lines, strict=True) if value is not None and not _is_encodable(value)
         )
         raise DataError(
-            f"{where}: line {line} holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            f"{where}: line {line} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character"
         ) from None
     except (OverflowError, pa.ArrowInvalid):
         raise DataError(f"{where} holds a whole number that needs more than 64 bits; write it as a string") from None

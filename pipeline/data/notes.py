@@ -1,4 +1,4 @@
-"""TODO."""
+"""Notes for the user on data that is valid but weak, and labels as messages show them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pipeline.records import MtebTask
 
 
 def count_empty(split: Split) -> int:
+    """Return the number of texts that are empty or white space."""
     return sum(not text.strip() for text in split.texts)
 
 
 def split_notes(task: MtebTask, train: Split, test: Split, label_names: tuple[str, ...]) -> list[str]:
+    """Return notes on train and test: how test was made, and thin, absent, similar and empty entries."""
     in_train = np.bincount(train.labels, minlength=len(label_names))
     in_test = np.bincount(test.labels, minlength=len(label_names))
     notes = []
@@ -27,11 +29,11 @@ def split_notes(task: MtebTask, train: Split, test: Split, label_names: tuple[st
         notes.append(f"test is {share} ({keys}); near-equal texts{grouped} are on one side")
     absent = [shown_label(name) for name, count in zip(label_names, in_test, strict=True) if count == 0]
     if absent:
-        why = "of which no text could be spared for" if task.test_split else "that do not occur in"
+        why = "without a text to spare for" if task.test_split else "that do not occur in"
         notes.append(f"classes {why} test: {some_names(absent)}")
     if twins := _twins(label_names):
         notes.append(
-            f"labels that differ only in case, spaces or Unicode form, each a class of its own: {some_names(twins)}"
+            f"labels that differ only in case, spaces or Unicode form are separate classes: {some_names(twins)}"
         )
     thin = [
         f"{shown_label(name)} {count}"
@@ -49,21 +51,25 @@ def split_notes(task: MtebTask, train: Split, test: Split, label_names: tuple[st
 
 
 def overlap_notes(train: Split, validation: Split, test: Split) -> list[str]:
-    """Of a validation split that came with the data; a slice of ours has no text that train has."""
+    """Return notes on validation texts that are also in train or test.
+
+    A validation split of the data set may have them; a slice of train has none of train's texts.
+    """
     notes = []
-    for where, there in (("train", train), ("test", test)):
-        if count := int(overlap(there.texts, validation.texts).sum()):
+    for where, split in (("train", train), ("test", test)):
+        if count := int(overlap(split.texts, validation.texts).sum()):
             notes.append(f"validation texts that are also in {where}: {count}")
     return notes
 
 
 def group_notes(task: MtebTask, train: Split, test: Split) -> list[str]:
+    """Return a note on groups that are both in train and in test."""
     if train.groups is None or test.groups is None:
         return []
-    of_test = set(test.groups)
-    shared = of_test.intersection(train.groups)
+    test_groups = set(test.groups)
+    shared = test_groups.intersection(train.groups)
     return (
-        [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"]
+        [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(test_groups)}"]
         if shared
         else []
     )
@@ -80,11 +86,12 @@ _MOST_NAMES = 5  # in one message
 
 
 def shown_label(label: str | int) -> str:
-    """A label as a message shows it: in quotation marks, and so that no two labels look the same."""
+    """Quote a label for a message, so that no two labels look the same."""
     return ascii(label) if isinstance(label, str) and not unicodedata.is_normalized("NFKC", label) else repr(label)
 
 
 def some_names(names: Iterable[str]) -> str:
+    """List the first names, and count the rest: ``a, b and 3 more``."""
     every = list(names)
     rest = len(every) - _MOST_NAMES
     return ", ".join(every[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
