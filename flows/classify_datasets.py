@@ -58,7 +58,7 @@ def _run(request: BulkRequest) -> State[Any]:
     if isinstance(finished, LorafleetError):
         return _stopped(finished)
     summary, failures = finished
-    aside = str(plan.begun.place) if failures and plan.begun.place.root != plan.output.root else None
+    aside = str(plan.state.folder) if failures and plan.state.folder.root != plan.output.root else None
     outcome = BulkOutcome(summary, aside, failures, None)
     if failures:
         return Failed(message=f"{counted(len(failures), 'failure')}; see _failures.parquet", data=outcome)

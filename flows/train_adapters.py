@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from pipeline.config import RunConfig, load_config, narrowed
+from pipeline.config import RunConfig, load_config, select_tasks
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.printable import counted, printable
 from pipeline.records import Failure, TaskResult
@@ -71,7 +71,9 @@ def train_adapters(
     """
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     try:
-        values = narrowed(load_config(config, overrides=tuple(overrides or ())), mteb_tasks=mteb_tasks, publish=publish)
+        values = select_tasks(
+            load_config(config, overrides=tuple(overrides or ())), mteb_tasks=mteb_tasks, publish=publish
+        )
         store = store_folder(runs)
         with interrupted_if_cancelled(), hold_store(store, run_id):
             return _run(values, store, run_id, force=force)

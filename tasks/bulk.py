@@ -18,7 +18,8 @@ from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus
 from pipeline.printable import counted, markdown
-from pipeline.storage import in_words, store_errors
+from pipeline.storage.listing import in_words
+from pipeline.storage.place import store_errors
 from tasks.fleet import Fleet
 from tasks.live_table import LIVE_TABLE
 from tasks.log import run_logger
@@ -49,7 +50,7 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     except InputError as error:
         return error
     logger = run_logger()
-    logger.info("input: %s (%d already done)", _extent(plan.source), plan.begun.num_done)
+    logger.info("input: %s (%d already done)", _extent(plan.source), plan.state.num_done)
     if plan.source.skipped:
         logger.info("%s", in_words(plan.source.skipped))
     if changes := plan.source.changes:
@@ -68,7 +69,7 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
         Receipts and the seconds of labelling, or the error that stopped the job.
     """
     receipts: list[Receipt] = []
-    if not plan.begun.todo:
+    if not plan.state.todo:
         run_logger().info("nothing left to do")
         return receipts, 0.0
     progress = _Progress(plan)
@@ -101,7 +102,7 @@ def finish_job(
     """
     try:
         summary, failures = finish(
-            plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
+            plan.output, plan.state, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
         )
     except LorafleetError as error:
         return error
@@ -129,18 +130,18 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     run_logger().info("labelling %s in this process, %s", counted(plan.rows_todo, "row"), counted(threads, "thread"))
     worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
     progress.begin()
-    for unit in plan.begun.todo:
+    for unit in plan.state.todo:
         yield worker.label(unit)
 
 
 def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     compute = plan.request.compute
     try:
-        forget_attempts(plan.begun.place)  # each start of Ray makes its own three attempts
+        forget_attempts(plan.state.folder)  # each start of Ray makes its own three attempts
     except store_errors() as error:
         raise LorafleetError(f"output {plan.output}: {first_line(error)}") from error
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
-    fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
+    fleet = Fleet(shares, num_tasks=len(plan.state.todo))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's core complains of Ray Data's own actors
     with fleet:
         fleet.ready()
@@ -151,13 +152,13 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = _BLOCK_BYTES  # blocks hold receipts only; Ray would reserve far more space
-        most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
+        most = min(len(plan.state.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
         run_logger().info(
             "labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus
         )
         units = ray.data.from_items(
-            [{"unit": unit.model_dump_json()} for unit in plan.begun.todo], override_num_blocks=len(plan.begun.todo)
+            [{"unit": unit.model_dump_json()} for unit in plan.state.todo], override_num_blocks=len(plan.state.todo)
         )
         receipts = units.map_batches(
             UnitActor,
@@ -198,7 +199,7 @@ class _Progress:
 
     def __init__(self, plan: BulkPlan) -> None:
         self._plan = plan
-        self._rows = {unit.number: unit.num_rows for unit in plan.begun.todo}
+        self._rows = {unit.number: unit.num_rows for unit in plan.state.todo}
         self._started = time.monotonic()
         self._logged = 0.0
         self._artifact = ProgressArtifact("classify")
@@ -235,7 +236,7 @@ def _extent(source: BulkInput) -> str:
 
 
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
-    done = plan.begun.num_done + sum(not receipt.failure for receipt in receipts)
+    done = plan.state.num_done + sum(not receipt.failure for receipt in receipts)
     return f"{done} of {counted(len(plan.source.units), 'unit')}"
 
 

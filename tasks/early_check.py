@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, anchored
+from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import own_output, read_answers
 from pipeline.store.finished import finished_runs
@@ -37,7 +37,7 @@ class EarlyCheck:
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as config_in:
-            config_in.write(anchored(config).model_dump_json().encode())
+            config_in.write(with_absolute_paths(config).model_dump_json().encode())
         self._process.stdin = None  # else communicate() would close it again
         self._timeout_seconds = config.compute.timeout_seconds
 
@@ -94,7 +94,9 @@ def _is_like_newest_run(config: RunConfig, runs: Path) -> bool:
     manifest = next((manifest for _, manifest in finished_runs(runs)), None)
     if manifest is None or (manifest.sources_sha256, manifest.versions) != (sources_sha256(), library_versions()):
         return False
-    previous, current = (c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, anchored(config)))
+    previous, current = (
+        c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, with_absolute_paths(config))
+    )
     if current["encoder"]["revision"] is None:  # each run resolves it anew
         previous["encoder"]["revision"] = None
     return previous == current

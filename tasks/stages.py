@@ -13,7 +13,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from pipeline.config import ComputeConfig, PublishConfig, RunConfig, anchored
+from pipeline.config import ComputeConfig, PublishConfig, RunConfig, with_absolute_paths
 from pipeline.errors import LorafleetError
 from pipeline.printable import markdown
 from pipeline.records import (
@@ -68,7 +68,7 @@ def check_inputs(config: RunConfig, worker: FleetWorker, runs: Path) -> Plan | L
     logger = run_logger()
     try:
         check_target(config.publish)
-        plan: Plan = worker.call("check", anchored(config), timeout_seconds=config.compute.timeout_seconds)
+        plan: Plan = worker.call("check", with_absolute_paths(config), timeout_seconds=config.compute.timeout_seconds)
     except WorkerDiedError:
         raise  # retried by the policy
     except LorafleetError as error:

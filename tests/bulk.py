@@ -15,11 +15,11 @@ from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
 from pipeline.bulk.plan import plan_bulk
 from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
-from pipeline.bulk.state import Begun, finish
+from pipeline.bulk.state import JobState, finish
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.bulk.worker import UnitWorker, WorkerSpec
 from pipeline.config import AdapterConfig
-from pipeline.storage import Place
+from pipeline.storage.place import Place
 from pipeline.store.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")
@@ -56,17 +56,17 @@ class Bulk:
     output: Place
     source: BulkInput
     job: BulkJob
-    begun: Begun
+    state: JobState
     spec: WorkerSpec
 
     def label(self, units: Sequence[Unit] | None = None) -> list[Receipt]:
         """Label these units, or what is left to do."""
         worker = UnitWorker(self.spec)
-        return [worker.label(unit) for unit in (self.begun.todo if units is None else units)]
+        return [worker.label(unit) for unit in (self.state.todo if units is None else units)]
 
     def finish(self, receipts: Sequence[Receipt]) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
         """Write the summary."""
-        return finish(self.output, self.begun, self.job, self.source, receipts, seconds=2.0, busy_seconds=1.0)
+        return finish(self.output, self.state, self.job, self.source, receipts, seconds=2.0, busy_seconds=1.0)
 
     def run(self) -> BulkSummary:
         """All of it."""
@@ -93,7 +93,7 @@ def start(
         overwrite=overwrite,
     )
     plan = plan_bulk(request)
-    return Bulk(plan.output, plan.source, plan.job, plan.begun, plan.worker_spec(threads=1, use_gpu=False))
+    return Bulk(plan.output, plan.source, plan.job, plan.state, plan.worker_spec(threads=1, use_gpu=False))
 
 
 def files_below(folder: Path) -> list[str]:

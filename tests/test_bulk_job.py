@@ -17,21 +17,12 @@ from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_tabl
 from pydantic import ValidationError
 
 from pipeline.bulk.content import content_of
+from pipeline.bulk.output import ATTEMPTS, FAILURES, FOOTER_KEY, JOB, PLAN, SUCCESS
+from pipeline.bulk.plan import check_places, new_columns
 from pipeline.bulk.records import BulkOptions, BulkSummary
-from pipeline.bulk.state import (
-    ATTEMPTS,
-    FAILURES,
-    FOOTER_KEY,
-    GRACE_SECONDS,
-    JOB,
-    PLAN,
-    SUCCESS,
-    check_places,
-    forget_attempts,
-    new_columns,
-)
+from pipeline.bulk.state import GRACE_SECONDS, forget_attempts
 from pipeline.errors import InputError, LorafleetError
-from pipeline.storage import Place
+from pipeline.storage.place import Place
 
 Folders = Callable[[str], Path]
 TEXTS, _ = toy_texts(60)
@@ -102,11 +93,11 @@ def test_a_job_ends_with_its_units_a_summary_and_success(setting: Setting) -> No
 def test_done_units_are_skipped_and_the_counts_are_those_of_an_undisturbed_run(setting: Setting) -> None:
     undisturbed = setting.start(setting.root / "undisturbed").run()
     stopped = setting.start()
-    stopped.label(stopped.begun.todo[:4])
+    stopped.label(stopped.state.todo[:4])
     old = {name: (setting.output / name).stat().st_mtime_ns for name in UNITS[:4]}
     going_on = setting.start()
-    assert [unit.output for unit in going_on.begun.todo] == UNITS[4:]
-    assert going_on.begun.num_done == 4
+    assert [unit.output for unit in going_on.state.todo] == UNITS[4:]
+    assert going_on.state.num_done == 4
     summary = going_on.run()
     assert counts(summary) == counts(undisturbed)
     assert (summary.units_done_before, summary.rows_per_second) == (4, 20.0)
@@ -118,7 +109,7 @@ def test_done_units_are_skipped_and_the_counts_are_those_of_an_undisturbed_run(s
 def test_a_finished_job_has_nothing_left_to_do(setting: Setting) -> None:
     first = setting.start().run()
     again = setting.start()
-    assert again.begun.todo == ()
+    assert again.state.todo == ()
     summary = again.run()
     assert counts(summary) == counts(first)
     assert summary.rows_per_second is None
@@ -134,7 +125,7 @@ def test_a_failed_unit_is_told_and_tried_again_alone(setting: Setting) -> None:
     assert (summary.rows_in, summary.rows_out, summary.failures) == (60, 50, 1)
     assert not (setting.output / SUCCESS).exists()
     again = setting.start()
-    assert [unit.number for unit in again.begun.todo] == [2]
+    assert [unit.number for unit in again.state.todo] == [2]
     assert counts(again.run()) == counts(setting.start(setting.root / "undisturbed").run())
     assert files_below(setting.output) == FINISHED
     assert not (setting.output / ATTEMPTS).exists()
@@ -144,7 +135,7 @@ def test_a_file_that_cannot_be_read_is_a_failure_in_every_start(setting: Setting
     (setting.input / "0.parquet").write_bytes(b"")
     for done in (0, 6):
         bulk = setting.start()
-        assert bulk.begun.num_done == done
+        assert bulk.state.num_done == done
         summary, failures = bulk.finish(bulk.label())
         assert [(Path(f.path).name, f.unit) for f in failures] == [("0.parquet", None)]
         assert summary.rows_out == 60
@@ -212,10 +203,10 @@ def test_a_file_that_is_mended_is_done_by_the_next_start_and_no_other_unit_is_do
     }
     path.write_bytes(content)
     second = setting.start()
-    assert [unit.output for unit in second.begun.todo] == ["0-00000.parquet"]
+    assert [unit.output for unit in second.state.todo] == ["0-00000.parquet"]
     second.label()
     assert {name: (setting.output / name).stat().st_mtime_ns for name in written} == written
-    assert setting.start().begun.todo == ()
+    assert setting.start().state.todo == ()
 
 
 def test_with_a_limit_a_mended_file_would_move_the_others_out_and_is_another_job(setting: Setting) -> None:
@@ -263,20 +254,20 @@ def test_a_file_that_was_touched_or_restored_byte_for_byte_loses_no_finished_uni
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
-    bulk.label(bulk.begun.todo[:5])
+    bulk.label(bulk.state.todo[:5])
     written = {name: (setting.output / name).stat().st_mtime_ns for name in UNITS[:5]}
     os.utime(path, (1, 1))
-    assert setting.start().begun.num_done == 5
+    assert setting.start().state.num_done == 5
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
     again = setting.start()
-    assert [unit.output for unit in again.begun.todo] == UNITS[5:]
+    assert [unit.output for unit in again.state.todo] == UNITS[5:]
     summary = again.run()
     assert (summary.rows_out, summary.failures) == (60, 0)
     assert {name: (setting.output / name).stat().st_mtime_ns for name in written} == written
     os.utime(path, (2, 2))
-    assert setting.start().begun.todo == ()
+    assert setting.start().state.todo == ()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -284,12 +275,12 @@ def test_a_damaged_unit_of_a_touched_file_is_done_again(overwrite: bool, setting
     if overwrite:
         setting.start(limit=20).run()  # another job, whose output is to be replaced
     bulk = setting.start(overwrite=overwrite)
-    bulk.label(bulk.begun.todo[:5])
-    damaged = Path(bulk.begun.place.root) / UNITS[4]
+    bulk.label(bulk.state.todo[:5])
+    damaged = Path(bulk.state.folder.root) / UNITS[4]
     damaged.write_bytes(damaged.read_bytes()[:50])
     os.utime(setting.input / "b.parquet", (1, 1))
     again = setting.start(overwrite=overwrite)
-    assert [unit.output for unit in again.begun.todo] == UNITS[4:]
+    assert [unit.output for unit in again.state.todo] == UNITS[4:]
     assert (again.run().rows_out, setting.ids()) == (60, list(range(60)))
 
 
@@ -299,7 +290,7 @@ def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_foote
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
-    bulk.label(bulk.begun.todo[:5])
+    bulk.label(bulk.state.todo[:5])
     write_twins(path, letter="y")
     os.utime(path, (1, 1))
     with pytest.raises(InputError, match=r"input: \S+/b\.parquet has changed since"):
@@ -312,27 +303,27 @@ def test_a_file_that_is_replaced_while_the_job_runs_leaves_no_half_old_output_an
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
-    receipts = bulk.label(bulk.begun.todo[:5])
+    receipts = bulk.label(bulk.state.todo[:5])
     write_twins(path, letter="y")
     os.utime(path, (1, 1))
-    summary, failures = bulk.finish([*receipts, *bulk.label(bulk.begun.todo[5:])])
+    summary, failures = bulk.finish([*receipts, *bulk.label(bulk.state.todo[5:])])
     assert [(f.first_row, f.num_rows) for f in failures] == [(10, 10)]
     assert "was replaced while the job ran" in failures[0].reason
     assert (summary.rows_out, summary.failures, letters(setting)) == (50, 1, [])
     assert not (setting.output / SUCCESS).exists()
     again = setting.start()
-    assert [unit.output for unit in again.begun.todo] == ["b-00001.parquet"]
+    assert [unit.output for unit in again.state.todo] == ["b-00001.parquet"]
     assert again.run().failures == 0
     assert letters(setting) == ["y"]
 
 
 def test_a_file_that_is_touched_while_the_job_runs_changes_nothing(setting: Setting) -> None:
     bulk = setting.start()
-    receipts = bulk.label(bulk.begun.todo[:5])
+    receipts = bulk.label(bulk.state.todo[:5])
     os.utime(setting.input / "b.parquet", (1, 1))
-    summary, failures = bulk.finish([*receipts, *bulk.label(bulk.begun.todo[5:])])
+    summary, failures = bulk.finish([*receipts, *bulk.label(bulk.state.todo[5:])])
     assert (summary.rows_out, failures) == (60, ())
-    assert setting.start().begun.todo == ()
+    assert setting.start().state.todo == ()
 
 
 def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
@@ -348,8 +339,8 @@ def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
         return content_of(*arguments, **options)
 
     monkeypatch.setattr("pipeline.bulk.worker.content_of", read_then_replaced)
-    (receipt,) = bulk.label([unit for unit in bulk.begun.todo if unit.output == "b-00001.parquet"])
-    assert "has changed while it was read" in (receipt.failure or "")
+    (receipt,) = bulk.label([unit for unit in bulk.state.todo if unit.output == "b-00001.parquet"])
+    assert "changed while it was read" in (receipt.failure or "")
 
 
 def test_an_overwriting_job_makes_the_units_of_a_replaced_file_anew(setting: Setting) -> None:
@@ -357,11 +348,11 @@ def test_an_overwriting_job_makes_the_units_of_a_replaced_file_anew(setting: Set
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start(overwrite=True)
-    bulk.label(bulk.begun.todo[:5])
+    bulk.label(bulk.state.todo[:5])
     write_twins(path, letter="y")
     os.utime(path, (1, 1))
     again = setting.start(overwrite=True)
-    assert [unit.output for unit in again.begun.todo] == ["b-00001.parquet", "b-00002.parquet"]
+    assert [unit.output for unit in again.state.todo] == ["b-00001.parquet", "b-00002.parquet"]
     assert again.run().failures == 0
     assert letters(setting) == ["y"]
 
@@ -384,9 +375,7 @@ def test_a_damaged_plan_is_told(content: str, setting: Setting) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_files_is_refused(overwrite: bool, setting: Setting) -> None:
     write_table(setting.output / "mine.parquet", {"id": [1]})
-    with pytest.raises(
-        InputError, match=r"holds mine\.parquet, and no plan of a job; choose an empty folder, or a new one"
-    ):
+    with pytest.raises(InputError, match=r"holds mine\.parquet, but no plan of a job; choose an empty or a new folder"):
         setting.start(overwrite=overwrite)
     assert files_below(setting.output) == ["mine.parquet"]
 
@@ -409,12 +398,12 @@ def test_an_output_inside_the_input_is_refused(
 ) -> None:
     write_table(tmp_path / "in" / "part-0.parquet", {"id": [1]})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="lies inside the input"):
+    with pytest.raises(InputError, match="is inside the input"):
         check_places(source.format(root=tmp_path), Place(output))
 
 
 def test_an_output_inside_the_input_is_refused_in_an_object_store() -> None:
-    with pytest.raises(InputError, match="lies inside the input"):
+    with pytest.raises(InputError, match="is inside the input"):
         check_places("memory://lake/in", Place("memory://lake/in/out"))
     check_places("memory://lake/in", Place("memory://lake/in-labelled"))
 
@@ -422,7 +411,7 @@ def test_an_output_inside_the_input_is_refused_in_an_object_store() -> None:
 def test_an_input_inside_the_output_is_refused_because_overwriting_would_delete_it(tmp_path: Path) -> None:
     path = write_table(tmp_path / "out" / "in" / "a.parquet", {"id": [1]})
     for source in (path, path.parent, path.parent / "*.parquet"):
-        with pytest.raises(InputError, match=r"input \S+ lies inside the output \S+/out, which --overwrite replaces"):
+        with pytest.raises(InputError, match=r"input \S+ is inside the output \S+/out, which --overwrite replaces"):
             check_places(str(source), Place(str(tmp_path / "out")))
 
 
@@ -442,24 +431,24 @@ def test_the_old_output_stays_whole_until_the_new_one_is_complete(setting: Setti
     old = {name: (setting.output / name).read_bytes() for name in files_below(setting.output)}
     new = setting.start(overwrite=True, top_k=2, rows_per_unit=20)
     for attempt in "xyz":
-        new.begun.place.write(f"{ATTEMPTS}/00001-{attempt}", b"")
+        new.state.folder.write(f"{ATTEMPTS}/00001-{attempt}", b"")
     summary, failures = new.finish(new.label())
     assert (summary.failures, len(failures)) == (1, 1)
     assert {name: (setting.output / name).read_bytes() for name in old} == old
     again = setting.start(overwrite=True, top_k=2, rows_per_unit=20)
-    assert (again.begun.num_done, len(again.begun.todo)) == (3, 1)
+    assert (again.state.num_done, len(again.state.todo)) == (3, 1)
     complete = again.run()
     names = [f"{stem}-{number:05d}.parquet" for stem in "ab" for number in range(2)]
     assert files_below(setting.output) == sorted([JOB, PLAN, SUCCESS, *names])
     assert summary_in(setting.output) == complete
     assert setting.ids() == list(range(60))
-    assert setting.start(top_k=2, rows_per_unit=20).begun.todo == ()
+    assert setting.start(top_k=2, rows_per_unit=20).state.todo == ()
 
 
 def test_the_same_job_is_done_anew_on_request(setting: Setting) -> None:
     first = setting.start().run()
     again = setting.start(overwrite=True)
-    assert len(again.begun.todo) == 6
+    assert len(again.state.todo) == 6
     assert counts(again.run()) == counts(first)
     assert files_below(setting.output) == FINISHED
 
@@ -494,7 +483,7 @@ def test_an_output_that_is_gone_or_damaged_at_the_end_is_told(setting: Setting) 
     bulk = setting.start()
     receipts = bulk.label()
     (setting.output / UNITS[1]).unlink()
-    with pytest.raises(LorafleetError, match=rf"{UNITS[1]} is not there, though a worker has written it"):
+    with pytest.raises(LorafleetError, match=rf"{UNITS[1]} is missing, but a worker has written it"):
         bulk.finish(receipts)
     (setting.output / UNITS[1]).write_bytes(b"PAR1 and no more")
     with pytest.raises(LorafleetError, match=rf"{UNITS[1]} is damaged: .*; remove it and start again"):
@@ -534,7 +523,7 @@ def test_a_replacement_that_was_cut_short_is_ended_by_the_next_start(
     with pytest.raises(InputError):  # the old job takes nothing of it for its own
         setting.start(rows_per_unit=30)
     again = setting.start(top_k=2, overwrite=overwrite)
-    assert again.begun.todo == ()
+    assert again.state.todo == ()
     again.run()
     assert files_below(setting.output) == FINISHED
     assert setting.ids() == list(range(60))
@@ -545,7 +534,7 @@ def test_a_replacement_that_was_cut_short_is_ended_by_the_next_start(
 
 
 def unfinished(bulk: Bulk, name: str, *, mark: str, age_seconds: float) -> str:
-    path = Path(bulk.begun.place.root) / f".{name}.{mark}.0123456789ab.tmp"
+    path = Path(bulk.state.folder.root) / f".{name}.{mark}.0123456789ab.tmp"
     path.write_bytes(b"half")
     os.utime(path, (time.time() - age_seconds,) * 2)
     return path.name
@@ -580,8 +569,8 @@ def test_attempts_outlive_a_start_until_they_are_forgotten(setting: Setting) -> 
     assert setting.start().run().failures == 0
     bulk = setting.start(overwrite=True)
     for attempt in "xyz":
-        bulk.begun.place.write(f"{ATTEMPTS}/00000-{attempt}", b"")
-    forget_attempts(bulk.begun.place)
+        bulk.state.folder.write(f"{ATTEMPTS}/00000-{attempt}", b"")
+    forget_attempts(bulk.state.folder)
     assert setting.start(overwrite=True).run().failures == 0
 
 

@@ -153,10 +153,10 @@ def test_a_named_subset_is_taken() -> None:
     [
         ({"name": "Banking77"}, "did you mean Banking77Classification"),
         ({"name": "WordnetDomain"}, "did you mean WordNetDomains"),
-        ({"name": "qqqqqqqq"}, "mteb knows no task 'qqqqqqqq'. For data of your own"),
-        ({"name": "STS12"}, "mteb says it is STS of text"),
-        ({"name": "EmotionVNClassification", "subset": "xx"}, "those that exist are default"),
-        ({"name": "MTOPDomainClassification", "subset": "it"}, "those that exist are en, de, es, fr, hi, th"),
+        ({"name": "qqqqqqqq"}, "mteb knows no task 'qqqqqqqq'. For your own data"),
+        ({"name": "STS12"}, "mteb lists it as STS of text"),
+        ({"name": "EmotionVNClassification", "subset": "xx"}, "its subsets are default"),
+        ({"name": "MTOPDomainClassification", "subset": "it"}, "its subsets are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),
         (
             {"name": "X", "train": "a", "test": "b", "text_column": "label"},
@@ -225,7 +225,7 @@ def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> No
         ({"text": ["a", "b"], "label": [float("inf"), 1.0]}, "column 'label' is double, but not of whole numbers"),
         (
             {"text": ["a", "b"], "label": [[0], [1]]},
-            "so several labels for a text; expected one label for each text, several are not supported",
+            "which means several labels for a text; expected one label for each text, several are not supported",
         ),
         (
             {"text": ["a", "b"], "label": [{"x": 0}, {"x": 1}]},
@@ -325,14 +325,14 @@ def test_files_of_a_folder_that_were_not_read_are_told(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", **TWO_CLASSES)
     (tmp_path / "README.md").write_text("x")
     assert load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True).notes == (
-        "left out of the folder of train: 'README.md'",
+        "skipped in the folder of train: 'README.md'",
     )
 
 
 @pytest.mark.usefixtures("no_network")
 def test_files_on_the_hub_are_not_asked_for_offline() -> None:
     with pytest.raises(
-        DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, and data\.offline = true"
+        DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, but data\.offline = true"
     ):
         load_mteb_task(plan("Tickets", train="hf://datasets/somebody/x"), offline=True)
 

@@ -195,7 +195,7 @@ def test_units_that_kill_their_worker_or_ask_for_too_much_memory_end_in_quaranti
     assert "poison" not in ended.err + ended.out
     output = bench.cwd / "bad-out"
     reasons = {row["unit"]: row["reason"] for row in pq.read_table(output / "_failures.parquet").to_pylist()}
-    assert reasons == {1: "killed the worker 3 times", 4: "out of memory; a smaller --rows-per-unit needs less"}
+    assert reasons == {1: "killed the worker 3 times", 4: "out of memory; choose a smaller --rows-per-unit"}
     bad = {*range(GROUP, 2 * GROUP), *range(4 * GROUP, 5 * GROUP)}
     assert bulk_rows(output).column("id").to_pylist() == [id for id in range(6 * GROUP) if id not in bad]
     names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*"))

@@ -8,7 +8,15 @@ from typing import Any, get_args
 
 import pytest
 
-from pipeline.config import RunConfig, Section, anchored, load_config, preset_names, publish_config, validate_config
+from pipeline.config import (
+    RunConfig,
+    Section,
+    load_config,
+    preset_names,
+    publish_config,
+    validate_config,
+    with_absolute_paths,
+)
 from pipeline.errors import ConfigError, InputError
 
 SOURCE_EPOCHS = {
@@ -353,7 +361,7 @@ def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(
         "hf://datasets/somebody/a": "hf://datasets/somebody/a",
     }.items():
         config = validate_config({"mteb_tasks": [{"name": "Mine", "train": given}]}, "here")
-        assert anchored(config).mteb_tasks[0].train == expected
+        assert with_absolute_paths(config).mteb_tasks[0].train == expected
 
 
 def test_the_head_column_cannot_be_switched_off() -> None:

@@ -264,7 +264,7 @@ def test_without_a_test_file_a_fifth_of_each_label_is_test_and_it_is_recorded(tm
     assert (data.task.test_split.fraction, data.task.test_split.seed, data.task.test_location) == (0.2, 0, None)
     assert data.notes[:2] == (
         "test is 32 of 160 texts of train (test_fraction 0.2, test_seed 0); near-equal texts are on one side",
-        "classes of which no text could be spared for test: 'd'",
+        "classes without a text to spare for test: 'd'",
     )
     assert data.mteb_task.dataset["test"]["text"] == data.test_texts
 
@@ -436,7 +436,7 @@ def test_labels_that_look_alike_stay_classes_and_are_named_so_that_they_can_be_t
     data = load_own(tmp_path, train=numbered(labels), test=numbered(labels))
     assert len(data.label_names) == 8
     told = r"'Bug' and 'bug', 'billing' and 'billing ', 'e\u0301' and 'é'"
-    assert f"labels that differ only in case, spaces or Unicode form, each a class of its own: {told}" in data.notes
+    assert f"labels that differ only in case, spaces or Unicode form are separate classes: {told}" in data.notes
 
 
 @pytest.mark.parametrize("blank", ["", "  ", "\u200b", None])

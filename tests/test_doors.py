@@ -31,7 +31,7 @@ DOORS = {
 WAYS_OUT = {
     "terminal": {"flows/terminal.py", "tasks/board.py"},  # the board makes its lines printable itself
     "machine": {  # JSON, for the process that has started them
-        "pipeline/bulk/footers.py",
+        "pipeline/bulk/footer_process.py",
         "pipeline/inference/reload.py",
         "tasks/early_check.py",
         "tasks/checks/trial.py",

@@ -126,7 +126,7 @@ def test_a_footer_that_counts_its_rows_twice_and_differently_is_refused(tmp_path
     )  # the file's own number: 9 in place of 8
     content[start:-8] = footer
     path.write_bytes(content)
-    assert reasons(path) == ["its footer cannot be read: its footer promises 9 rows, and 8 in its row groups"]
+    assert reasons(path) == ["its footer cannot be read: its footer promises 9 rows, but 8 in its row groups"]
 
 
 def int96(path: Path, *values: dt.datetime | int | None) -> str:

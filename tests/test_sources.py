@@ -106,13 +106,13 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
     [
         ("a.csv", "text,label\nx,1\ny,2,3\n", "line 3 ends a row of 3 values, but the header names 2 columns"),
         ("a.csv", 'text,label\n"x\ny",1\nz\n', "line 4 ends a row of 1 values"),
-        ("a.csv", 'text,label\nx,1\n"y,2\n', "line 3: unexpected end of data; a quotation mark"),
+        ("a.csv", 'text,label\nx,1\n"y,2\n', "line 3: unexpected end of data; double a quotation mark"),
         ("a.csv", 'text,label\n"x" y,1\n', "line 2: ',' expected after"),
         ("a.csv", "text;label;x,text,label\n1;2;3,4,5\n", "names the columns with ',' and with ';' between them"),
         (
             "a.csv",
             "x,1\ny,2\n",
-            "no column 'text', but 'x', '1'; set text_column for this MTEB task in the config; its first line has to name",
+            "no column 'text', but 'x', '1'; set text_column for this MTEB task in the config; its first line must name",
         ),
         ("a.csv", "x" * 61 + ",1\n", f"no column 'text', but '{'x' * 60}…', '1'"),
         ("a.csv", "text, label\nx,1\n", "no column 'label', but 'text', ' label'; set label_column"),
@@ -158,12 +158,12 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         (
             "a.xlsx",
             b"PK\x03\x04\0",
-            "its name does not say what it is, and its content is a zip archive or an Excel sheet",
+            "its name does not show its format, and its content is a zip archive or an Excel sheet",
         ),
         (
             "a.txt",
             as_csv(),
-            "its name does not say what it is, and its content is text; expected a name that ends in .csv, .tsv",
+            "its name does not show its format, and its content is text; expected a name that ends in .csv, .tsv",
         ),
         ("a.parquet", b"PAR1\0 and no more", "its footer cannot be read"),
     ],

@@ -13,7 +13,9 @@ import pytest
 from bulk import files_below, write_table
 
 from pipeline.errors import InputError
-from pipeline.storage import Place, check_address, find_files, in_words, tables_around, written_folder
+from pipeline.storage.listing import find_files, in_words, written_folder
+from pipeline.storage.place import Place, check_address
+from pipeline.storage.tables import tables_around
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -179,7 +181,7 @@ def test_what_is_neither_file_nor_folder_is_counted_and_a_link_to_nothing_is_nam
     found = find_files(str(tmp_path))
     assert ([file.below for file in found.files], found.skipped) == (
         ["a.parquet"],
-        {"of no content of its own (a pipe, a socket or a device)": 1},
+        {"without content (a pipe, a socket or a device)": 1},
     )
     with pytest.raises(InputError, match=r"b\.parquet: it is a pipe, a socket or a device; expected"):
         find_files(str(tmp_path / "b.parquet"))
@@ -225,7 +227,7 @@ def test_a_glob_says_which_suffix_is_meant_and_one_that_ends_in_a_wildcard_does_
 
 def test_where_only_other_formats_are_there_the_message_says_what_to_do(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv", "b.csv")
-    with pytest.raises(InputError, match=r"left out: 2 files with the suffix \.csv.*have to be converted first"):
+    with pytest.raises(InputError, match=r"skipped: 2 files with the suffix \.csv.*Convert other formats first"):
         find_files(str(tmp_path))
 
 
@@ -288,7 +290,7 @@ def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_p
     touch(tmp_path, "in/notes.txt", "in/_x.parquet")
     with pytest.raises(
         InputError,
-        match=r"in: no Parquet file in it \(left out: 1 file .* begins with _ or \., 1 file .* suffix \.txt\)",
+        match=r"in: no Parquet file in it \(skipped: 1 file .* begins with _ or \., 1 file .* suffix \.txt\)",
     ):
         find_files(str(tmp_path / "in"))
     with pytest.raises(
@@ -304,10 +306,10 @@ def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_p
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("", "an empty path"),
-        ("  ", "an empty path"),
-        ("memory://out", "gone when the command ends"),
-        ("MEMORY://out", "gone when the command ends"),
+        ("", "empty path"),
+        ("  ", "empty path"),
+        ("memory://out", "lost when the command ends"),
+        ("MEMORY://out", "lost when the command ends"),
         ("zip://", "not the address of a store"),
         ("zip://a.parquet::b.zip", "not the address of a store"),
         ("simplecache::s3://b/a", "not the address of a store"),
@@ -395,7 +397,7 @@ def server() -> Iterator[str]:
 def test_over_http_a_size_that_no_listing_has_is_asked_for_and_one_that_no_server_tells_is_named(server: str) -> None:
     (file,) = find_files(f"{server}/d/*.parquet").files
     assert (file.path, file.size) == (f"{server}/d/sized.parquet", 9)
-    with pytest.raises(InputError, match=r"/d/a\.parquet: its server does not tell its size"):
+    with pytest.raises(InputError, match=r"/d/a\.parquet: its server does not report the size"):
         find_files(f"{server}/d/a.parquet")
 
 

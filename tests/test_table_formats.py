@@ -19,7 +19,7 @@ from pipeline.bulk.table_formats import live_files
 from pipeline.bulk.units import plan_input
 from pipeline.data.sources import find_sources
 from pipeline.errors import DataError, InputError
-from pipeline.storage import find_files
+from pipeline.storage.listing import find_files
 
 
 def rows_of(pattern: Path | str) -> int:
@@ -76,7 +76,7 @@ def test_only_the_live_files_of_an_iceberg_table_are_read(iceberg: Path) -> None
 def test_part_of_a_table_is_refused_with_the_tables_folder(pattern: str, delta: Path) -> None:
     (delta / "link").symlink_to(delta)
     file = next((delta / "day=wed").glob("*.parquet")).name
-    assert f"lies in the Delta table {delta}, whose log says which files are live" in refused(
+    assert f"is in the Delta table {delta}, whose log says which files are live" in refused(
         delta / pattern.format(file=file)
     )
 
@@ -105,7 +105,7 @@ def test_nothing_is_learnt_from_a_table_whose_log_is_not_read(log: str, pattern:
 
 def test_a_folder_above_a_table_is_refused(delta: Path) -> None:
     write_table(delta.parent / "more.parquet", {"text": ["x"]})
-    assert "holds the Delta table delta; label each table in a job of its own" in refused(delta.parent)
+    assert "holds the Delta table delta; classify each table in a job of its own" in refused(delta.parent)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_table_of_another_format_is_refused_by_name(log: str, kind: str, tmp_p
 
 def test_a_moved_iceberg_table_is_refused_with_the_place_that_it_names(iceberg: Path, tmp_path: Path) -> None:
     shutil.copytree(iceberg, tmp_path / "copy")
-    assert f"its metadata say that it lies at {iceberg.as_uri()}" in refused(tmp_path / "copy")
+    assert f"its metadata gives its location as {iceberg.as_uri()}" in refused(tmp_path / "copy")
 
 
 def test_a_damaged_log_and_one_of_a_later_version_are_told(delta: Path, iceberg: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_damaged_log_and_one_of_a_later_version_are_told(delta: Path, iceberg:
 def test_a_live_file_that_is_gone_is_named(delta: Path) -> None:
     gone = next((delta / "day=wed").glob("*.parquet"))
     gone.unlink()
-    assert f"{gone} belongs to the Delta table and is not there" in refused(delta)
+    assert f"{gone} belongs to the Delta table and is missing" in refused(delta)
 
 
 def test_a_delta_table_whose_columns_have_other_names_in_its_files_is_refused(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_columns_that_lie_in_the_files_of_a_delta_table_and_are_none_of_it_are_l
 def test_an_iceberg_file_with_older_columns_is_refused(iceberg: Path) -> None:
     for path in (iceberg / "data").glob("*.parquet"):  # not every one is live
         write_table(path, {"body": ["x"]})
-    assert "its columns are not those of the Iceberg table now" in refused(iceberg)
+    assert "its columns are no longer those of the Iceberg table" in refused(iceberg)
 
 
 def test_without_the_formats_library_the_extra_is_named(

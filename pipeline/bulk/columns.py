@@ -1,4 +1,4 @@
-"""The columns that an adapter adds to the rows of a bulk job, and the counts of them."""
+"""The columns that an adapter adds to the output of a bulk job, and counts of their values."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from pipeline.inference.engine import Answers
 
 
 @dataclass(frozen=True)
-class _Answered:
+class _AnswerColumns:
+    """The new columns of some rows, with counts of their labels and reasons."""
+
     columns: list[pa.Array]
     labels: Counter[str]
     reasons: Counter[str]
 
 
 class AdapterColumns:
-    """What one adapter adds to the output."""
+    """Makes the columns of one adapter."""
 
     def __init__(self, adapter: BulkAdapter, found: FoundAdapter, top_k: int) -> None:
         self.adapter = adapter
@@ -33,58 +35,60 @@ class AdapterColumns:
         self.top_k = top_k
 
     def fields(self) -> list[pa.Field]:
-        """Label, score, reason, and the top labels where asked for."""
+        """Return the fields of the columns: label, score, reason, and with ``top_k`` above 1 the top labels."""
         name = self.adapter.name
         fields = [(f"{name}_label", pa.string()), (f"{name}_score", pa.float32()), (f"{name}_reason", pa.string())]
         if self.top_k > 1:
             fields.append((f"{name}_top_k", pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))))
         return [pa.field(*parts) for parts in fields]
 
-    def answer(self, ids: npt.NDArray[np.int64], memory: LabelledTexts, index: int) -> _Answered:
-        """The columns for rows with these ids."""
-        known = memory.answers[index]
-        assert known is not None
-        there = ids >= 0
-        safe = np.where(there, ids, 0)
-        if not len(known.labels):  # a unit of nulls
-            known, safe = NO_ANSWERS, np.zeros_like(ids)
-        scores, overflow = known.scores[safe], there & ~known.finite[safe]
-        there &= ~overflow
-        low = (
-            there & (scores < self.adapter.threshold)
-            if self.adapter.threshold is not None
-            else np.zeros(len(ids), dtype=np.bool_)
-        )
-        labels = self.label_names.take(pa.array(known.labels[safe], mask=~there | low))
-        why = np.select([ids == NULL, ids == EMPTY, ids == NOT_UTF8, low, overflow], [0, 1, 2, 3, 4], default=-1)
+    def answer(self, ids: npt.NDArray[np.int64], memory: LabelledTexts, index: int) -> _AnswerColumns:
+        """Return the columns of some rows.
+
+        Args:
+            ids: Id of each row's text, as ``LabelledTexts.recognise`` returns it.
+            memory: The answers for the texts.
+            index: Position of this adapter in ``memory.answers``.
+        """
+        answers = memory.answers[index]
+        assert answers is not None
         threshold = self.adapter.threshold
+        has_text = ids >= 0
+        safe = np.where(has_text, ids, 0)
+        if not len(answers.labels):  # every text of the unit is null
+            answers, safe = NO_ANSWERS, np.zeros_like(ids)
+        scores, overflow = answers.scores[safe], has_text & ~answers.finite[safe]
+        has_score = has_text & ~overflow
+        low = has_score & (scores < threshold) if threshold is not None else np.zeros(len(ids), dtype=np.bool_)
+        labels = self.label_names.take(pa.array(answers.labels[safe], mask=~has_score | low))
+        why = np.select([ids == NULL, ids == EMPTY, ids == NOT_UTF8, low, overflow], [0, 1, 2, 3, 4], default=-1)
         below = f"score below {threshold:g}" if threshold is not None else ""
         wording = pa.array(
             ["text is null", "text is empty", "text is not UTF-8", below, "score is not a number"], pa.string()
         )
         reasons = wording.take(pa.array(why, mask=why < 0))
-        columns = [labels, pa.array(scores, pa.float32(), mask=~there), reasons]
+        columns = [labels, pa.array(scores, pa.float32(), mask=~has_score), reasons]
         if self.top_k > 1:
-            columns.append(self._top(known, safe, there))
-        return _Answered(columns, _counted(labels), _counted(reasons))
+            columns.append(self._top(answers, safe, has_score))
+        return _AnswerColumns(columns, _counted(labels), _counted(reasons))
 
-    def _top(self, known: Answers, safe: npt.NDArray[np.int64], there: npt.NDArray[np.bool_]) -> pa.Array:
-        width = known.top_labels.shape[1]
-        rows = safe[there]
+    def _top(self, answers: Answers, safe: npt.NDArray[np.int64], has_score: npt.NDArray[np.bool_]) -> pa.Array:
+        width = answers.top_labels.shape[1]
+        rows = safe[has_score]
         flat = pa.StructArray.from_arrays(
             [
-                self.label_names.take(pa.array(known.top_labels[rows].ravel())),
-                pa.array(known.top_scores[rows].ravel(), pa.float32()),
+                self.label_names.take(pa.array(answers.top_labels[rows].ravel())),
+                pa.array(answers.top_scores[rows].ravel(), pa.float32()),
             ],
             names=["label", "score"],
         )
-        offsets = np.concatenate([[0], np.cumsum(np.where(there, width, 0))]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~there))
+        offsets = np.concatenate([[0], np.cumsum(np.where(has_score, width, 0))]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~has_score))
 
 
 @dataclass
 class Tally:
-    """Counts for the receipt."""
+    """Counts over the rows of a unit, for its receipt."""
 
     names: list[str]
     rows: int = 0
@@ -93,14 +97,14 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     null_labels: Counter[str] = field(default_factory=Counter)
 
-    def count(self, name: str, answered: _Answered) -> None:
-        """Add the labels and the reasons of one block to the counts of an adapter."""
+    def count(self, name: str, answered: _AnswerColumns) -> None:
+        """Add the labels and the reasons of one block of rows, for one adapter."""
         self.labels.setdefault(name, Counter()).update(answered.labels)
         self.reasons.update(answered.reasons)
         self.null_labels[name] += answered.reasons.total()
 
     def receipt(self, unit: Unit, memory: LabelledTexts, *, version: str, content: str, seconds: float) -> Receipt:
-        """The receipt of a finished unit, with these counts."""
+        """Return the receipt of a finished unit."""
         return Receipt(
             unit=unit.number,
             version=version,

@@ -1,4 +1,4 @@
-"""Whether an input file is still what a unit was made from: its version as the store tells it, else a hash of the bytes that were read."""
+"""Whether an input file still holds the bytes that a unit was made from, by the store's version or a hash."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.units import InputFile, Unit
-from pipeline.storage import StoredFile, look_again, open_file, store_errors
+from pipeline.storage.listing import StoredFile, look_again
+from pipeline.storage.place import open_file, store_errors
 
 _BLOCK_BYTES = 1024**2
 
 
 def file_now(path: str) -> StoredFile | None:
-    """The file as its store lists it now; none if it is gone."""
+    """Return the current state of a file in its store; None if it no longer exists."""
     return look_again([path])[path]
 
 
 def is_version(planned: InputFile, now: StoredFile) -> bool:
-    """Whether the store says that it is the file that was planned: the same size, and the same etag or time of change."""
+    """Return whether the store reports the planned file: the same size, and the same etag or time of change."""
     return planned.size == now.size and planned.version == now.version != ""
 
 
 def content_of(
     source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str], *, version: str
 ) -> str:
-    """What identifies the bytes that a unit is made from: the store's etag, or a hash of the footer and the column chunks.
+    """Return the identity of the bytes that a unit is made from: the store's etag, or a hash of what is read.
+
+    The hash covers the footer and the column chunks, so other parts of the file may change.
 
     Args:
-        source: The file, open.
+        source: The file, open for reading.
         metadata: Its footer.
-        unit: What is read of it.
+        unit: The unit, which names the row groups.
         columns: Columns that are read.
-        version: As ``StoredFile`` has it.
+        version: The file's ``StoredFile.version``.
     """
     if version.startswith("etag:"):
         return version
@@ -51,7 +54,7 @@ def content_of(
 
 
 def content_now(unit: Unit, columns: Sequence[str]) -> str | None:
-    """The same of the file as it is now; none where the unit can no longer be read from it."""
+    """Return ``content_of`` the file in its current state; None if the unit can no longer be read from it."""
     try:
         now = file_now(unit.path)
         if now is None:
@@ -66,11 +69,11 @@ def content_now(unit: Unit, columns: Sequence[str]) -> str | None:
 
 
 def chunks_of(group: pq.RowGroupMetaData, columns: Sequence[str]) -> Iterator[pq.ColumnChunkMetaData]:
-    """The column chunks of some top-level columns in a row group."""
+    """Yield the column chunks of the given top-level columns in a row group."""
     chosen = set(columns)
     for index in range(group.num_columns):
         chunk = group.column(index)
-        parts = chunk.path_in_schema.split(".")  # a dot may also be part of a name
+        parts = chunk.path_in_schema.split(".")  # a name may contain dots
         if any(".".join(parts[:end]) in chosen for end in range(1, len(parts) + 1)):
             yield chunk
 
@@ -78,7 +81,7 @@ def chunks_of(group: pq.RowGroupMetaData, columns: Sequence[str]) -> Iterator[pq
 def _ranges(
     source: IO[bytes], metadata: pq.FileMetaData, unit: Unit, columns: Sequence[str]
 ) -> Iterator[tuple[int, int]]:
-    """First byte and number of bytes of each part that is read."""
+    """Yield the first byte and the number of bytes of each part that is read."""
     end = source.seek(0, os.SEEK_END)
     source.seek(end - 8)
     footer = int.from_bytes(source.read(4), "little") + 8

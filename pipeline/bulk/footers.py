@@ -1,123 +1,96 @@
-"""Footers of Parquet files, read in a process of their own: one that ends its reader costs its own file, and not the job.
+"""Footers of Parquet files, read in a separate process, so that a footer that crashes its reader costs one file only.
 
-``python -m pipeline.bulk.footers`` is that process. It takes one request per line of standard input, and answers in lines of JSON.
+``pipeline.bulk.footer_process`` is that process.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from base64 import b64decode
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.bulk.metadata import keys_left_out, pandas_labels
-from pipeline.bulk.schema import Kinds, kinds_by_column, types_lost_in_reading
-from pipeline.errors import LorafleetError, first_line
-from pipeline.machine import own_output, read_answers
+from pipeline.bulk.schema import Kinds
+from pipeline.errors import LorafleetError
+from pipeline.machine import read_answers
 from pipeline.printable import reveal
-from pipeline.storage import open_file, store_errors
 
-_AT_ONCE = 16
-_IDLE_SECONDS = 5.0
 _MOST_STARTS = 3
-_UNITS = ("ns", "us", "s")
-_MAGIC, _GZIP = b"PAR1", b"\x1f\x8b"
-# All that anybody here or in pyarrow's reader asks of a column chunk.
-_FACTS = (
-    *(
-        "file_offset",
-        "file_path",
-        "physical_type",
-        "num_values",
-        "path_in_schema",
-        "is_stats_set",
-        "statistics",
-        "compression",
-    ),
-    *("encodings", "has_dictionary_page", "dictionary_page_offset", "data_page_offset", "has_offset_index"),
-    *("has_column_index", "total_compressed_size", "total_uncompressed_size"),
-)
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What the footer of a file says."""
+    """The facts of a file's footer."""
 
     schema: pa.Schema
-    """As pyarrow reads the file, with the metadata of its fields and without that of the file."""
+    """Schema in which pyarrow reads the file, with the metadata of its fields but not that of the file."""
     in_microseconds: pa.Schema
-    """The same, with the values of INT96 columns as microseconds in place of nanoseconds."""
+    """The same schema with INT96 columns in microseconds instead of nanoseconds."""
     kinds: Kinds
-    """Parquet's own types."""
+    """Parquet's types of the columns."""
     pandas_labels: str
-    """Type of the column labels of the pandas table that was written, where that is not text; else empty."""
+    """Type of the column labels that pandas wrote; empty if they are texts."""
     lost_types: dict[str, str]
-    """Column -> how its type differs from the one that Arrow's own schema in the footer names."""
+    """Column -> how its type differs from the one in the footer's Arrow schema."""
     left_out: Sequence[str]
-    """Keys of the footer that the output cannot have."""
+    """Keys of the footer that the output drops."""
     row_groups: tuple[int, ...]
-    """Rows of each."""
+    """Number of rows of each row group."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the file."""
+        """Number of rows of the file."""
         return sum(self.row_groups)
 
 
 @dataclass(frozen=True)
 class Dates:
-    """What the INT96 columns of a file hold, which are as wide as no type of Arrow's."""
+    """The range of the INT96 columns of a file. No Arrow type is as wide as INT96."""
 
     are_far: bool
-    """Some lie outside of the years 1677 to 2262, for which nanoseconds have no room."""
+    """Whether some dates are outside the years 1677 to 2262, the range of nanoseconds."""
     are_fine: bool
-    """Some of the others have nanoseconds, which microseconds cannot hold."""
+    """Whether some of the other dates have nanoseconds, which microseconds cannot hold."""
 
 
 def read_footers(paths: Sequence[str]) -> list[Footer | str]:
-    """Read footers: the footer of each file, or why it cannot be read."""
+    """Read the footer of each file; a text instead says why it cannot be read."""
     schemas: dict[str, tuple[pa.Schema, pa.Schema, Kinds, str, dict[str, str], list[str]]] = {}
 
     def footer(answer: dict[str, Any]) -> Footer:
         key = json.dumps(answer["schema"])
-        if key not in schemas:  # files of one job mostly have the same
-            first, second, *said = answer["schema"]
-            schemas[key] = _read_schema(first), _read_schema(second), *said
+        if key not in schemas:  # most files of a job share their schema
+            first, second, *facts = answer["schema"]
+            schemas[key] = _read_schema(first), _read_schema(second), *facts
         return Footer(*schemas[key], tuple(answer["row_groups"]))
 
     return [found if isinstance(found, str) else footer(found) for found in _Reader.shared().ask("footer", paths)]
 
 
 def read_dates(paths: Sequence[str], columns: Sequence[str]) -> list[Dates | str]:
-    """Read INT96 columns whole: what each file's hold, or why it cannot be kept."""
+    """Read the INT96 columns of each file as a whole; a text instead says why they cannot be kept."""
     answers = _Reader.shared().ask("dates", paths, columns)
     return [found if isinstance(found, str) else Dates(**found) for found in answers]
 
 
 def start_ahead() -> None:
-    """Start the process, so that the first question does not wait for it."""
+    """Start the process, so that the first request does not wait for it."""
     _Reader.shared().start()
 
 
 class _Reader:
-    """The parent's end. It ends by itself when it has been idle for some seconds, and is started again when it is asked."""
+    """The parent's end of the process, which exits when idle and is started again by the next request."""
 
     @classmethod
     @functools.cache
@@ -126,26 +99,26 @@ class _Reader:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this one
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._errors.truncate(0)
-            command = [sys.executable, "-P", "-m", "pipeline.bulk.footers"]
+            command = [sys.executable, "-P", "-m", "pipeline.bulk.footer_process"]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
             )
         return self._process
 
     def ask(self, operation: str, paths: Sequence[str], columns: Sequence[str] = ()) -> list[Any]:
-        """One answer per path; of a path that ends the process, how it ended."""
+        """Return one answer per path; for a path that crashes the process, a text that says how."""
         with self._lock:
             answers: dict[int, Any] = {}
             while todo := [(index, path) for index, path in enumerate(paths) if index not in answers]:
-                begun = self._ask(operation, todo, columns, answers)
+                started = self._ask(operation, todo, columns, answers)
                 for index, path in todo:
-                    if index in begun and index not in answers:  # one of these has ended the process
+                    if index in started and index not in answers:  # one of these has crashed the process
                         self._ask(operation, [(index, path)], columns, answers)
                         if index not in answers:
                             answers[index] = f"reading its footer ends the process {self._ending()}"
@@ -154,167 +127,41 @@ class _Reader:
     def _ask(
         self, operation: str, paths: list[tuple[int, str]], columns: Sequence[str], answers: dict[int, Any]
     ) -> set[int]:
-        """Add what is answered until the process has done all or ends; returns which of the paths were begun, at least one.
+        """Collect answers until the process is done or ends.
 
+        Returns: Indices of the paths that the process has started to read, at least one.
         Raises: LorafleetError: the process does not start.
         """
-        asked = [(index, reveal(path)) for index, path in paths]
-        request = json.dumps({"operation": operation, "paths": asked, "columns": list(columns)}).encode() + b"\n"
+        real_paths = [(index, reveal(path)) for index, path in paths]
+        request = json.dumps({"operation": operation, "paths": real_paths, "columns": list(columns)}).encode() + b"\n"
         for _ in range(_MOST_STARTS):
-            process, begun = self.start(), set[int]()
+            process, started = self.start(), set[int]()
             assert process.stdin is not None and process.stdout is not None
-            with suppress(BrokenPipeError):  # it had been idle, and ended just now
+            with suppress(BrokenPipeError):  # the process was idle, and has just exited
                 process.stdin.write(request)
                 process.stdin.flush()
             for line in process.stdout:
-                for said in read_answers([line]):
-                    if "done" in said:
-                        return begun
-                    begun.add(said["index"])
-                    if "answer" in said:
-                        answers[said["index"]] = said["answer"]
+                for message in read_answers([line]):
+                    if "done" in message:
+                        return started
+                    started.add(message["index"])
+                    if "answer" in message:
+                        answers[message["index"]] = message["answer"]
             process.wait()
-            if begun:
-                return begun
+            if started:
+                return started
         raise LorafleetError(f"the process that reads footers ended before it read one {self._ending()}")
 
     def _ending(self) -> str:
+        """Return how the process has ended: ``by SIGABRT``, or ``with exit code 1``, and its last message."""
         assert self._process is not None
         code = self._process.wait()
         self._errors.seek(0)
         errors = self._errors.read().decode(errors="replace")
-        said = re.findall(r"what\(\):\s*(.+)", errors) or errors.strip().splitlines()
+        reasons = re.findall(r"what\(\):\s*(.+)", errors) or errors.strip().splitlines()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"{how}: {said[-1][:300]}" if said else how
-
-
-def _footer(path: str) -> dict[str, Any]:
-    """Everything of the footer is looked at, so that what pyarrow cannot bear ends this process and not a later one."""
-    with closing(open_file(path)) as source:
-        parquet = pq.ParquetFile(source)
-        groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
-        rows = [group.num_rows for group in groups]
-        for group in groups:
-            for index in range(group.num_columns):
-                chunk = group.column(index)
-                for fact in _FACTS:
-                    getattr(chunk, fact)  # it raises, or worse
-        if parquet.metadata.num_rows > sum(rows) or min(rows, default=0) < 0:
-            raise ValueError(f"its footer promises {parquet.metadata.num_rows} rows, and {sum(rows)} in its row groups")
-        schema = parquet.schema_arrow.remove_metadata()
-        schema.names  # noqa: B018 - where one is not UTF-8 it raises
-        kinds = kinds_by_column(parquet)
-        has_int96 = any("int96" in found for found in kinds.values())
-        other = (
-            pq.ParquetFile(source, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
-            if has_int96
-            else schema
-        )
-        keys = parquet.metadata.metadata or {}
-        said = [
-            kinds,
-            pandas_labels(keys),
-            types_lost_in_reading(schema, kinds, keys),
-            keys_left_out(keys, schema.names),
-        ]
-        return {"schema": [*map(_written_schema, (schema, other)), *said], "row_groups": rows}
-
-
-def _written_schema(schema: pa.Schema) -> str:
-    return b64encode(schema.serialize()).decode()
+        return f"{how}: {reasons[-1][:300]}" if reasons else how
 
 
 def _read_schema(written: str) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(b64decode(written)))
-
-
-def _dates(path: str, columns: list[str]) -> dict[str, bool]:
-    """Compares what each unit of time makes of the values: where one is too narrow, pyarrow wraps around without a word."""
-    are_far = are_fine = False
-    with ExitStack() as stack:
-        sources = [stack.enter_context(closing(open_file(path))) for _ in _UNITS]
-        files = [
-            pq.ParquetFile(source, coerce_int96_timestamp_unit=unit)
-            for source, unit in zip(sources, _UNITS, strict=True)
-        ]
-        for batches in zip(*(file.iter_batches(columns=columns) for file in files), strict=True):
-            for in_ns, in_us, in_s in zip(*(_timestamps(batch.to_struct_array()) for batch in batches), strict=True):
-                if (in_s != in_us // 10**6).any():
-                    raise ValueError("an INT96 column has a date outside of the years -290,308 to 294,247")
-                far = in_us != in_ns // 1000
-                are_far |= bool(far.any())
-                are_fine |= bool((in_ns[~far] % 1000 != 0).any())
-    return {"are_far": are_far, "are_fine": are_fine}
-
-
-def _timestamps(values: pa.Array) -> Iterator[npt.NDArray[np.int64]]:
-    """The numbers of all timestamps in a column, however nested; 0 for nulls."""
-    kind = values.type
-    if pa.types.is_timestamp(kind):
-        yield values.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-    elif pa.types.is_struct(kind):
-        for part in values.flatten():
-            yield from _timestamps(part)
-    elif pa.types.is_map(kind):
-        yield from _timestamps(values.keys)
-        yield from _timestamps(values.items)
-    elif isinstance(values, pa.ExtensionArray):
-        yield from _timestamps(values.storage)
-    elif kind.num_fields:  # one of the kinds of lists
-        yield from _timestamps(values.flatten())
-
-
-def _answer(operation: str, path: str, columns: list[str]) -> Any:
-    """The answer, or as a string why there is none."""
-    try:
-        return _footer(path) if operation == "footer" else _dates(path, columns)
-    except pa.ArrowNotImplementedError as error:
-        return f"pyarrow cannot read it: {first_line(error)}"
-    except store_errors(pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
-        return _why(path) or f"its footer cannot be read: {first_line(error)}"
-
-
-def _why(path: str) -> str:
-    """What the file's size and first and last bytes say is wrong with it; empty if nothing."""
-    try:
-        with closing(open_file(path)) as source:
-            first = source.read(4)
-            size = source.seek(0, os.SEEK_END)
-            source.seek(max(0, size - 4))
-            last = source.read(4)
-    except store_errors() as error:
-        return f"it cannot be read: {first_line(error)}"
-    if not size:
-        return "the file is empty (0 bytes)"
-    if first[:2] == _GZIP:
-        return "it is compressed with gzip as a whole; decompress it first"
-    if b"PARE" in (first, last):
-        return "its footer is encrypted"
-    if first == _MAGIC and last != _MAGIC:
-        return f"not a whole Parquet file: it begins as one, and its end is missing ({size:,} bytes)"
-    return "" if first == _MAGIC else "not a Parquet file: it does not begin with PAR1"
-
-
-def _serve() -> None:
-    """Answer requests until there are none for some seconds, or the parent is gone."""
-    lock, answers = threading.Lock(), own_output()
-
-    def say(**answer: Any) -> None:
-        with lock:
-            print(json.dumps(answer), file=answers, flush=True)
-
-    def do(operation: str, index: int, path: str, columns: list[str]) -> None:
-        say(index=index)
-        say(index=index, answer=_answer(operation, path, columns))
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0] and (line := sys.stdin.buffer.readline()):
-            request = json.loads(line)
-            operation, columns = request["operation"], request["columns"]
-            for done in [pool.submit(do, operation, index, path, columns) for index, path in request["paths"]]:
-                done.result()
-            say(done=True)
-
-
-if __name__ == "__main__":
-    _serve()

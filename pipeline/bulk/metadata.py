@@ -1,4 +1,4 @@
-"""Key-value metadata of Parquet files: kept, extended by the new columns, or left out and named."""
+"""Key-value metadata of Parquet files: kept, extended by the new columns, or dropped and reported."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 _PANDAS, _SPARK = b"pandas", b"org.apache.spark.sql.parquet.row.metadata"
-# Of a value that is no JSON, nested too deep, or another object than expected.
+# Raised for a value that is not JSON, is nested too deep, or has another shape than expected.
 _NOT_UNDERSTOOD = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
-
-
 ARROW_SCHEMA = b"ARROW:schema"
-"""Key of Arrow's own schema in a footer."""
-
-
+"""Key of the Arrow schema in a footer."""
 _TEXT_LABELS = ("unicode", "string", "mixed", "mixed-integer", "empty")
-
-
 _SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean"}
 
 
 def is_utf8(value: bytes) -> bool:
-    """Whether bytes can be read as text."""
+    """Return whether bytes are UTF-8."""
     try:
         value.decode()
     except UnicodeDecodeError:
@@ -35,13 +29,15 @@ def is_utf8(value: bytes) -> bool:
 def output_metadata(
     metadata: Mapping[bytes, bytes], *, kept: Sequence[str], added: Sequence[pa.Field], leave_out: bytes
 ) -> dict[bytes, bytes]:
-    """The key-values of an input's footer for its output. Those by which pandas and Spark find the columns learn of the new ones.
+    """Return the key-values of the output's footer, from those of the input's.
+
+    The entries by which pandas and Spark find columns are extended by the new ones.
 
     Args:
-        metadata: Of the input's footer.
-        kept: Columns of the input that the output has.
+        metadata: Key-values of the input's footer.
+        kept: Input columns that the output keeps.
         added: Columns that the output adds.
-        leave_out: A key that is the output's own.
+        leave_out: A key that the output sets itself.
     """
     values = {key: value for key, value in metadata.items() if key not in (ARROW_SCHEMA, leave_out)}
     for key, extend in _EXTENDED.items():
@@ -54,9 +50,9 @@ def output_metadata(
 
 
 def keys_left_out(metadata: Mapping[bytes, bytes], kept: Sequence[str]) -> list[str]:
-    """The key-values of an input's footer that its output cannot have, because nobody understands them."""
-    there = output_metadata(metadata, kept=kept, added=(), leave_out=b"")
-    return [key.decode() for key in _EXTENDED if key in metadata and key not in there]
+    """Return the keys of an input's footer that its output drops, because their values cannot be parsed."""
+    remaining = output_metadata(metadata, kept=kept, added=(), leave_out=b"")
+    return [key.decode() for key in _EXTENDED if key in metadata and key not in remaining]
 
 
 def _has_text_names(pandas: dict[str, Any]) -> bool:
@@ -69,7 +65,7 @@ def _has_text_names(pandas: dict[str, Any]) -> bool:
 
 
 def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
-    """The type of the column labels that pandas wrote, where that is not one text each: the new columns have no such labels."""
+    """Return the type of the column labels that pandas wrote; empty if each is one text, as for the new columns."""
     try:
         pandas = json.loads(metadata[_PANDAS])
         levels = pandas["column_indexes"]
@@ -79,7 +75,10 @@ def pandas_labels(metadata: Mapping[bytes, bytes]) -> str:
 
 
 def _extend_pandas(pandas: dict[str, Any], _kept: Sequence[str], added: Sequence[pa.Field]) -> dict[str, Any]:
-    """With other than one text per column, pandas would try to read a new column's name as a number, a date or a tuple."""
+    """Add the new columns to the entry of pandas.
+
+    Column labels become texts. Otherwise pandas would try to parse a new column's name as a number, a date or a tuple.
+    """
     if pandas.get("column_indexes") and not _has_text_names(pandas):
         text = {
             "name": None,
@@ -91,17 +90,17 @@ def _extend_pandas(pandas: dict[str, Any], _kept: Sequence[str], added: Sequence
         pandas = pandas | {"column_indexes": [text]}
         for column in pandas["columns"]:
             column["name"] = column["field_name"]
-    known = {"string": ("unicode", "object"), "float": ("float32", "float32"), "bool": ("bool", "bool")}
+    pandas_types = {"string": ("unicode", "object"), "float": ("float32", "float32"), "bool": ("bool", "bool")}
     new = [
         {"name": f.name, "field_name": f.name, "pandas_type": kinds[0], "numpy_type": kinds[1], "metadata": None}
         for f in added
-        if (kinds := known.get(str(f.type), ("object", "object")))
+        if (kinds := pandas_types.get(str(f.type), ("object", "object")))
     ]
     return pandas | {"columns": [*pandas["columns"], *new]}
 
 
 def _extend_spark(spark: dict[str, Any], kept: Sequence[str], added: Sequence[pa.Field]) -> dict[str, Any]:
-    """Spark takes these for the file's columns, whatever else is in it."""
+    """Add the new columns to the entry of Spark, which reads no column that is not listed."""
     new = [{"name": field.name, "type": _spark_type(field.type), "nullable": True, "metadata": {}} for field in added]
     return spark | {"fields": [*(field for field in spark["fields"] if field["name"] in kept), *new]}
 

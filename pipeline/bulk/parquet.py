@@ -1,4 +1,4 @@
-"""Parquet as a bulk job reads and writes it: block sizes and codecs of the input kept."""
+"""Reading and writing the Parquet files of a bulk job: block sizes, row groups and codecs."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from pipeline.bulk.content import chunks_of
 from pipeline.bulk.schema import WrittenAs
 from pipeline.bulk.units import Unit
 
-_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # four blocks may be in memory at a time
+_BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # up to four blocks are in memory
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2
-
-
 READ_BUFFER_BYTES = 1024**2
-
-
 _SAMPLE_ROWS = 64
-
-
-_CODECS = {
-    "UNCOMPRESSED": "NONE",
-    "UNKNOWN": "LZ4",
-}  # where pyarrow's reader and writer disagree; unknown to it is Hadoop's LZ4
+# pyarrow's reader and writer name these differently. "UNKNOWN" is Hadoop's LZ4.
+_CODECS = {"UNCOMPRESSED": "NONE", "UNKNOWN": "LZ4"}
 
 
 class UnitFile:
-    """A Parquet file that grows by row groups of a good size, whatever the size of what is added."""
+    """A Parquet file under construction. Small tables are collected into row groups of a good size."""
 
     def __init__(self, path: Path, how: WrittenAs, codecs: dict[str, str]) -> None:
         compression = {
@@ -39,12 +31,12 @@ class UnitFile:
         }
         self._writer = pq.ParquetWriter(path, how.schema, compression=compression, **how.options)
         self._how = how
-        self._waiting: list[pa.Table] = []
+        self._pending: list[pa.Table] = []
         self._rows = self._bytes = 0
 
     def add(self, table: pa.Table) -> None:
-        """Append rows. A row group is written when enough of them wait."""
-        self._waiting.append(self._how.table(table))
+        """Append rows. A row group is written once enough rows are collected."""
+        self._pending.append(self._how.table(table))
         self._rows += len(table)
         self._bytes += table.nbytes
         if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
@@ -60,35 +52,38 @@ class UnitFile:
         self._writer.close()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
-        self._waiting, self._rows, self._bytes = [], 0, 0
+        if self._pending:
+            self._writer.write_table(pa.concat_tables(self._pending))
+        self._pending, self._rows, self._bytes = [], 0, 0
 
 
 def block_rows(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str]) -> int:
-    """Rows to read at once, fewer where they are wide. It depends on the file alone, so the same unit gives the same batches."""
+    """Return the number of rows to read at once, fewer if they are wide.
+
+    It depends on the file alone, so that the same unit always gives the same batches.
+    """
     groups = [parquet.metadata.row_group(index) for index in unit.row_groups]
     stored = sum(chunk.total_uncompressed_size for group in groups for chunk in chunks_of(group, columns)) / max(
         1, sum(group.num_rows for group in groups)
     )
-    # Dictionaries make stored rows smaller than read ones.
+    # With dictionaries, rows are smaller in the file than in memory.
     first = next(parquet.iter_batches(batch_size=_SAMPLE_ROWS, row_groups=[unit.row_groups[0]], columns=columns), None)
     read = first.nbytes / max(1, len(first)) if first is not None else 0.0
     return max(1, min(_BLOCK_ROWS, int(_BLOCK_BYTES / max(stored, read, 1.0))))
 
 
 def chosen_rows(rows: pa.Table, mask: npt.NDArray[np.bool_]) -> pa.Table:
-    """The rows for which the mask is true."""
+    """Return the rows for which the mask is true."""
     try:
         return rows.filter(pa.array(mask))
-    except pa.ArrowNotImplementedError:  # Arrow cannot filter views, but it can cut them
+    except pa.ArrowNotImplementedError:  # Arrow cannot filter views, but it can slice them
         edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
         parts = [rows.slice(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
         return pa.concat_tables(parts) if parts else rows.slice(0, 0)
 
 
 def input_codecs(parquet: pq.ParquetFile, text_column: str) -> dict[str, str]:
-    """Compression by column and by top-level column of the input; ``*`` for new columns, as the texts are."""
+    """Return the codec of each column and top-level column of the input, and under ``*`` that of the text column."""
     if not parquet.num_row_groups:
         return {"*": "SNAPPY"}
     group = parquet.metadata.row_group(0)
@@ -102,7 +97,7 @@ def input_codecs(parquet: pq.ParquetFile, text_column: str) -> dict[str, str]:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Column paths as Parquet names them."""
+    """Return the paths of a schema's leaves, as Parquet names them."""
     sink = pa.BufferOutputStream()
     pq.ParquetWriter(sink, schema).close()
     parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema

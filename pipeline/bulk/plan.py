@@ -1,57 +1,59 @@
-"""A bulk job that can start: input, adapters, encoder and output are checked, and what a worker is told is fixed."""
+"""The plan of a bulk job: input, adapters, encoder and output are checked before the first unit."""
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.footers import start_ahead
-from pipeline.bulk.records import SMALL_ROWS, BulkJob, BulkRequest
-from pipeline.bulk.state import Begun, begin, check_places, describe_job, new_columns
+from pipeline.bulk.records import SMALL_ROWS, BulkAdapter, BulkJob, BulkOptions, BulkRequest
+from pipeline.bulk.state import JobState, begin
 from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.bulk.worker import WorkerSpec
 from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.inference.encoder_of_adapter import find_encoder_of
-from pipeline.inference.reference import NAME, find_adapters
+from pipeline.inference.reference import NAME, find_adapters, threshold_for
 from pipeline.printable import concealed
-from pipeline.storage import Place, check_address, store_errors
+from pipeline.storage.listing import written_folder
+from pipeline.storage.place import Place, check_address, store_errors
 
 
 @dataclass(frozen=True)
 class BulkPlan:
-    """What is to be done."""
+    """A bulk job that is ready to start."""
 
     request: BulkRequest
     adapters: Sequence[FoundAdapter]
     source: BulkInput
     job: BulkJob
     output: Place
-    begun: Begun
+    state: JobState
 
     @property
     def rows_todo(self) -> int:
-        """Rows without output yet."""
-        return sum(unit.num_rows for unit in self.begun.todo)
+        """Number of rows without output."""
+        return sum(unit.num_rows for unit in self.state.todo)
 
     @property
     def in_process(self) -> bool:
-        """Whether the units run in the process that has planned them, rather than on Ray."""
+        """Whether the units run in this process rather than on Ray."""
         where = self.request.compute.where
         small = self.rows_todo <= SMALL_ROWS and self.request.compute.ray_address is None
         return where == "process" or (where == "auto" and small)
 
     def worker_spec(self, *, threads: int, use_gpu: bool) -> WorkerSpec:
-        """What a worker is told, wherever it runs: its working folder may be another one."""
+        """Return the instructions for a worker on any machine. Their paths are absolute."""
         encoder = self.request.encoder
         return WorkerSpec(
             job=self.job,
             refs=tuple(_ref_for_worker(*pair) for pair in zip(self.request.adapters, self.adapters, strict=True)),
-            output=self.begun.place.url(""),
+            output=self.state.folder.url(""),
             encoder=str(Path(encoder).resolve()) if encoder is not None and Path(encoder).is_dir() else encoder,
             threads=threads,
             use_gpu=use_gpu,
@@ -63,9 +65,9 @@ class BulkPlan:
 
 
 def plan_bulk(request: BulkRequest) -> BulkPlan:
-    """Check all that can be checked before the first unit, and take the job up where it was left.
+    """Check all that can be checked before the first unit, and resume or start the job.
 
-    Raises: InputError: of the input, the adapters, the encoder or the output folder, whichever is wrong.
+    Raises: InputError: the input, an adapter, the encoder or the output folder cannot be used.
     """
     for address in (request.source, request.output):
         check_address(address)
@@ -77,16 +79,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         raise InputError(
             f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}"
         ) from None
-    adapters = find_adapters(request.adapters, offline=request.offline)
-    for ref, adapter in zip(request.adapters, adapters, strict=True):
-        adapter.check_has_head()
-        if not NAME.fullmatch(adapter.name):  # a worker is told NAME=REF
-            raise AdapterError(
-                f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}"
-            )
-    most = max(len(adapter.label_names) for adapter in adapters)
-    if options.top_k > most:
-        raise InputError(f"--top-k {options.top_k}: there are only {most} labels; choose a smaller number")
+    adapters = _find_adapters(request)
     find_encoder_of(adapters[0], request.encoder, offline=request.offline)
     source = plan_input(
         request.source,
@@ -98,12 +91,78 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
     )
     job = describe_job(adapters, source, options)
     try:
-        begun = begin(output, job, source, overwrite=request.overwrite)
+        state = begin(output, job, source, overwrite=request.overwrite)
     except store_errors() as error:
         raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
-    return BulkPlan(request, adapters, source, job, output, begun)
+    return BulkPlan(request, adapters, source, job, output, state)
 
 
-def _ref_for_worker(ref: str, found: FoundAdapter) -> str:
-    """What lies on the Hub every machine fetches for itself."""
-    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{found.name}={found.folder.root.resolve()}"
+def _find_adapters(request: BulkRequest) -> tuple[FoundAdapter, ...]:
+    """Find the adapters of a request.
+
+    Raises: InputError: an adapter is missing or damaged, cannot classify, its name cannot be passed on, or has too few labels.
+    """
+    adapters = find_adapters(request.adapters, offline=request.offline)
+    for ref, adapter in zip(request.adapters, adapters, strict=True):
+        adapter.check_has_head()
+        if not NAME.fullmatch(adapter.name):  # a worker receives NAME=REF
+            raise AdapterError(
+                f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}"
+            )
+    most, top_k = max(len(adapter.label_names) for adapter in adapters), request.options.top_k
+    if top_k > most:
+        raise InputError(f"--top-k {top_k}: there are only {most} labels; choose a smaller number")
+    return tuple(adapters)
+
+
+def _ref_for_worker(ref: str, adapter: FoundAdapter) -> str:
+    """Return a reference that any machine understands: each fetches an adapter on the Hub by itself."""
+    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{adapter.name}={adapter.folder.root.resolve()}"
+
+
+def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
+    """Fix the identity of a job: its files, adapters, thresholds and options.
+
+    Raises: InputError: an adapter's coverage table does not reach the target accuracy.
+    """
+
+    def threshold(adapter: FoundAdapter) -> float | None:
+        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
+
+    described = tuple(
+        BulkAdapter(
+            name=adapter.name,
+            sha256=adapter.sha256,
+            described_sha256=adapter.described_sha256,
+            encoder_revision=adapter.encoder.revision or "",
+            labels_sha256=adapter.labels_sha256,
+            threshold=threshold(adapter),
+        )
+        for adapter in adapters
+    )
+    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
+
+
+def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
+    """Return the names of the columns that the output adds to those of the input."""
+    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
+    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
+
+
+def check_places(source: str, output: Place) -> None:
+    """Check that input and output do not contain each other.
+
+    Raises: InputError: the output is in the input, or holds it, or is a file.
+    """
+    given, folder = Place(source), written_folder(source)
+    if not given.fs.isfile(given.root) and folder.holds(output):
+        raise InputError(
+            f"output {output} is inside the input {folder}: the next job would classify it too; "
+            "choose a folder elsewhere"
+        )
+    if output.holds(given):
+        raise InputError(
+            f"input {source} is inside the output {output}, which --overwrite replaces; choose a folder elsewhere"
+        )
+    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
+        raise InputError(f"output {output} is a file; name a folder")

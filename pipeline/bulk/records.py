@@ -1,4 +1,4 @@
-"""What a bulk job is asked for, what it is, and what comes of it: the values that travel."""
+"""Records of a bulk job: the request, the fixed job, and its results."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from pipeline.records import Record
 from pipeline.records import Unit as Share
 
 Address = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(conceal)]
-"""A path or a URL; without its secret, if it has one, from the moment it is part of a record."""
+"""A path or a URL. A record holds it without its secret."""
 
 SMALL_ROWS = 20_000
-"""Up to here Ray's start costs more than a second core gains."""
+"""Number of rows up to which starting Ray costs more time than a second core saves."""
 
 
 class BulkOptions(Record):
-    """What is asked of a bulk job, besides input, output and adapters."""
+    """Options of a bulk job, besides input, output and adapters."""
 
     text_column: str = "text"
-    """The column that is classified."""
+    """Column to classify."""
     columns: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AfterValidator(without_repeats)] | None = None
-    """Input columns to keep; all where left out."""
+    """Input columns to keep. Default: all."""
     min_score: Share | None = None
-    """Below this probability the label is null."""
+    """Least probability of a label; below it the label is null."""
     target_accuracy: Share | None = None
-    """The threshold is taken from each adapter's coverage table so that what keeps its label is right this often."""
+    """Accuracy to reach on the rows that keep their label. Each adapter's coverage table gives its threshold."""
     top_k: int = Field(default=1, ge=1, le=100_000)
-    """With more than one, a column ``<name>_top_k`` lists the most probable labels."""
+    """Number of most probable labels to list in a column ``<name>_top_k``. The column exists above 1."""
     rows_per_unit: int = Field(default=200_000, ge=1, le=2**31)
-    """What is done, or done again, as a whole."""
+    """Rows per unit of work. A unit is written, or retried, as a whole."""
     limit: int | None = Field(default=None, ge=1, le=2**62)
-    """The first rows only."""
+    """Number of rows to classify, from the start of the input. Default: all."""
     sample: float | None = Field(default=None, gt=0, lt=1)
-    """A random share of the rows, the same in every run."""
+    """Random share of the rows to classify, the same rows in every run."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> BulkOptions:
@@ -56,13 +56,13 @@ class BulkAdapter(Record):
     encoder_revision: str
     labels_sha256: str
     described_sha256: str
-    """Of its calibration and meta.json."""
+    """SHA-256 of its calibration and meta.json."""
     threshold: Share | None
-    """Below it a label is null."""
+    """Least probability of a label; below it the label is null."""
 
 
 class BulkJob(Record):
-    """What a bulk job is. Another value of any field is another job."""
+    """The identity of a bulk job. Another value of any field is another job."""
 
     lorafleet_version: str
     files: tuple[InputFile, ...]
@@ -71,7 +71,7 @@ class BulkJob(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal jobs, and where a file was only touched."""
+        """Hash of the job, independent of the versions of its files: a touched file keeps it."""
         without_versions = self.model_dump(mode="json")
         for file in without_versions["files"]:
             del file["version"]
@@ -79,34 +79,35 @@ class BulkJob(Record):
 
 
 class Receipt(Record):
-    """What came of a unit. Lies in the footer of its output, too."""
+    """The result of one unit, also stored in the footer of its output."""
 
     unit: int
     rows: int = 0
     null_labels: dict[str, int] = Field(default_factory=dict)
-    """Adapter -> rows without a label."""
+    """Adapter -> number of rows without a label."""
     reasons: dict[str, int] = Field(default_factory=dict)
-    """Why, over all adapters."""
+    """Reason for a null label -> number of rows, summed over the adapters."""
     truncated: int = 0
+    """Number of rows whose text was cut to the encoder's length."""
     duplicates: int = 0
-    """Rows whose text occurs earlier in the unit."""
+    """Number of rows whose text occurs earlier in the unit."""
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Adapter -> label -> rows."""
+    """Adapter -> label -> number of rows."""
     version: str = ""
-    """Version of the input file when it was read, as a listing shows it."""
+    """Version of the input file when it was read, as the store lists it."""
     content: str = ""
-    """What identifies the bytes that were read: ``etag:…`` or ``blake2b:…``; empty in receipts of older versions."""
+    """Identity of the bytes that were read: ``etag:…`` or ``blake2b:…``. Empty in receipts of older versions."""
     seconds: float = 0.0
     failure: str | None = None
     fatal: bool = False
-    """The whole job cannot go on: a full disk."""
+    """Whether the failure stops the whole job, as a full disk does."""
 
 
 class BulkSummary(Record):
-    """``_job.json``."""
+    """The content of ``_job.json``."""
 
     job: str
-    """Fingerprint."""
+    """Fingerprint of the job."""
     lorafleet_version: str
     rows_in: int
     rows_out: int
@@ -117,34 +118,34 @@ class BulkSummary(Record):
     labels: dict[str, dict[str, int]]
     units: int
     units_done_before: int
-    """By an earlier start of the same job."""
+    """Number of units that earlier starts of the same job have finished."""
     failures: int
     changed_types: tuple[str, ...] = ()
-    """``column: before becomes after`` of each column whose Parquet type the output cannot keep."""
+    """``column: before becomes after``, one entry per column whose Parquet type the output cannot keep."""
     skipped_files: dict[str, int] = Field(default_factory=dict)
-    """Reason -> files of the input that were not read."""
+    """Reason -> number of input files that were skipped."""
     seconds: float
-    """Of this start, preparations included."""
+    """Duration of this start, preparations included."""
     rows_per_second: float | None
-    """Rows labelled by this start / seconds of labelling; none where nothing was left to do."""
+    """Rows that this start has labelled, per second of labelling. None if no unit was left to do."""
 
 
 class BulkCompute(Record):
-    """Where a bulk job runs."""
+    """Where a bulk job runs, and on how much of the machine."""
 
     where: Literal["auto", "process", "ray"] = "auto"
-    """``auto``: in this process up to ``SMALL_ROWS`` rows, because Ray takes longer to start than they take to label."""
+    """``auto``: in this process up to ``SMALL_ROWS`` rows, on Ray above."""
     cpus: CpuShare | Literal["auto"] = "auto"
-    """CPU share of one Ray actor, and its torch threads; ``auto``: one (in this process: all)."""
+    """CPUs of one Ray actor, and its number of torch threads. ``auto``: one on Ray, all in this process."""
     gpus: GpuShare | Literal["auto"] = "auto"
-    """GPU share of one actor; ``auto``: one where there are any."""
+    """GPUs of one actor. ``auto``: one if the machine has any."""
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
-    """Actors at most; the pool grows to it while there is work. ``auto``: as many as fit."""
+    """Largest number of actors. The pool grows to it while units are waiting. ``auto``: as many as fit."""
     ray_address: Address | None = None
-    """An existing Ray cluster; left out, a local Ray is started and stopped."""
+    """Address of an existing Ray cluster. Default: start a local Ray, and stop it at the end."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> BulkCompute:
+    def _place_is_unambiguous(self) -> BulkCompute:
         if self.where == "process" and self.ray_address is not None:
             raise ValueError("--where process and --ray-address name two places; choose one")
         if self.where == "process":
@@ -153,31 +154,31 @@ class BulkCompute(Record):
 
     def _check_shares_of_process(self) -> None:
         if self.concurrency != "auto":
-            raise ValueError("--concurrency has no effect with --where process: there are no actors; leave it out")
+            raise ValueError("--concurrency has no effect with --where process, which has no actors; leave it out")
         if self.gpus not in ("auto", 0, 1):
             raise ValueError("--gpus with --where process: one process computes on one GPU; expected auto, 0 or 1")
         if self.cpus != "auto" and self.cpus != int(self.cpus):
-            raise ValueError("--cpus with --where process is a number of threads; expected a whole number")
+            raise ValueError("--cpus with --where process is the number of threads; expected a whole number")
 
 
 class BulkRequest(Record):
-    """What ``lorafleet classify`` is asked for."""
+    """One call of ``lorafleet classify``."""
 
     source: Address
-    """A Parquet file, a folder, a glob, or an fsspec URL of one."""
+    """Input: a Parquet file, a folder, a glob, or an fsspec URL of one."""
     output: Address
-    """A folder, or an fsspec URL of one."""
+    """Output: a folder, or an fsspec URL of one."""
     adapters: tuple[Address, ...]
-    """``[NAME=]REF`` each."""
+    """Adapters, each as ``[NAME=]REF``."""
     options: BulkOptions = BulkOptions()
     compute: BulkCompute = BulkCompute()
     encoder: Address | None = None
-    """Where the encoder lies, if not under the name that the adapters give."""
+    """Location of the encoder. Default: the name that the adapters give."""
     offline: bool = False
     overwrite: bool = False
 
     @model_validator(mode="after")
-    def _offline_is_meant(self) -> BulkRequest:
-        if self.offline and any(place.startswith("hf://") for place in (self.source, self.output)):
-            raise ValueError("--offline has no effect on INPUT and OUTPUT, and one of them is on the Hub; leave it out")
+    def _offline_has_an_effect(self) -> BulkRequest:
+        if self.offline and any(address.startswith("hf://") for address in (self.source, self.output)):
+            raise ValueError("--offline cannot be used with an INPUT or OUTPUT on the Hub; leave it out")
         return self

@@ -1,4 +1,4 @@
-"""One schema for all files of a bulk job and for its output: what is kept, what cannot be, and the metadata that lie in a footer."""
+"""The schema that all files of a bulk job are read in, and how its output keeps their Parquet types."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.bulk.widening import plain_type, wider
 from pipeline.errors import DataError
 
 Kinds = Mapping[str, Sequence[str]]
-"""Top-level column -> the type of each leaf in it: its logical type, or the physical one where there is none."""
+"""Top-level column -> the type of each of its leaves: the logical type, or else the physical one."""
 
 _WKB, _GEOMETRIES, _VARIANT = "geoarrow.wkb", ("Geometry", "Geography"), "Variant"
 _EXTENSION_NAME, _EXTENSION_METADATA = b"ARROW:extension:name", b"ARROW:extension:metadata"
-# Parquet's older annotation of a time stays: it says nothing of time zones, and DuckDB and Polars take it for one without.
+# Parquet's older annotation of a time is kept as it is: DuckDB and Polars read it as a time without a zone.
 _FLAGS = re.compile(r", (?:is_from_converted_type=false|force_set_converted_type=\w+)")
-# What Parquet's integers are where nothing is said about them.
+# Annotations that say no more than Parquet's physical types.
 _PLAIN = {"Int(bitWidth=32, isSigned=true)": "int32", "Int(bitWidth=64, isSigned=true)": "int64"}
 
 
@@ -35,20 +35,20 @@ class FileSchema:
 
 
 def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> pa.Schema:
-    """The schema that the kept columns of all files can be read in without a loss.
+    """Return the schema in which the kept columns of all files can be read without a loss.
 
-    A column takes the wider of two integer, floating-point, string or time types. One that a file lacks is null there. The order is that
-    of the first file, with what only later files have behind.
+    A column takes the wider of two integer, floating-point, string or time types. A column that a file lacks is null
+    there. The order is that of the first file, followed by columns that only later files have.
 
     Args:
-        files: At least one.
-        columns: Those that are kept; all where left out.
-    Raises: DataError: two files, named with the column, that cannot be read together so.
+        files: At least one file.
+        columns: Columns to keep; None for all.
+    Raises: DataError: two files cannot be read together; the message names them and the column.
     """
     joined: dict[str, tuple[pa.Field, FileSchema]] = {}
-    spelt: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     chosen = None if columns is None else set(columns)
-    different = list({id(file.schema): file for file in files}.values())  # most files share theirs
+    different = list({id(file.schema): file for file in files}.values())  # most files share their schema
     for file in different:
         for field in file.schema:
             if chosen is not None and field.name not in chosen:
@@ -56,15 +56,16 @@ def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> 
             if field.name in joined:
                 joined[field.name] = _joined(*joined[field.name], field, file)
                 continue
-            known = joined.get(spelt.setdefault(field.name.casefold(), field.name))
-            if known is not None and known[1] is not file:
+            other = joined.get(spellings.setdefault(field.name.casefold(), field.name))
+            if other is not None and other[1] is not file:
                 raise DataError(
-                    f"{file.path}: column {field.name!r} is {known[0].name!r} in {known[1].path}; give both one name, or {_TWO_JOBS}"
+                    f"{file.path}: column {field.name!r} is {other[0].name!r} in {other[1].path}; "
+                    f"give both one name, or {_TWO_JOBS}"
                 )
             joined[field.name] = field, file
     names = [(file, set(file.schema.names)) for file in different]
     for field, origin in joined.values():
-        lacking = next((file for file, there in names if field.name not in there), None)
+        lacking = next((file for file, existing in names if field.name not in existing), None)
         if lacking is not None and not field.nullable:
             raise DataError(
                 f"{lacking.path}: column {field.name!r} is missing, and in {origin.path} it is required; {_TWO_JOBS}"
@@ -85,20 +86,19 @@ def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSche
     return field.with_type(kind).with_nullable(field.nullable or other.nullable), origin
 
 
-# Writing
-
-
 @dataclass(frozen=True)
 class WrittenAs:
-    """How a table is given to pyarrow's writer so that it keeps all that it can express."""
+    """How pyarrow writes a table so that it keeps every Parquet type that it can express."""
 
     schema: pa.Schema
+    """Types to cast the table to."""
     options: dict[str, Any]
+    """Options of ``pq.ParquetWriter``."""
     metadata: dict[bytes, bytes]
-    """Key-values to be added to the footer at the end."""
+    """Key-values to add to the footer at the end."""
 
     def table(self, table: pa.Table) -> pa.Table:
-        """The table in the schema's types."""
+        """Return the table in the schema's types."""
         columns = [_in_type(column, field.type) for column, field in zip(table.columns, self.schema, strict=True)]
         return pa.table(columns, schema=self.schema)
 
@@ -107,10 +107,10 @@ def written_as(schema: pa.Schema, kinds: Kinds, metadata: dict[bytes, bytes], *,
     """Choose the writer's types and options.
 
     Args:
-        schema: Of the output.
-        kinds: Of the input.
+        schema: Schema of the output.
+        kinds: Kinds of the input.
         metadata: Key-values of the output's footer.
-        with_arrow_schema: Whether the input's footer has Arrow's own schema too; some readers take other types where it is there.
+        with_arrow_schema: Whether the input's footer contains an Arrow schema. Some readers then choose other types.
     """
     fields = [
         _as_geometry(field) if kinds.get(field.name, [""])[0].startswith(_GEOMETRIES) else field for field in schema
@@ -118,7 +118,7 @@ def written_as(schema: pa.Schema, kinds: Kinds, metadata: dict[bytes, bytes], *,
     times = [kind for name in schema.names for kind in kinds.get(name, ()) if kind.startswith("Time(")]
     adjusted = bool(times) and all("isAdjustedToUTC=true" in kind for kind in times)
     options = {"write_time_adjusted_to_utc": adjusted, "store_schema": with_arrow_schema}
-    if with_arrow_schema:  # then pyarrow looks for them there alone
+    if with_arrow_schema:  # pyarrow then reads the key-values from there alone
         return WrittenAs(pa.schema(fields, metadata=metadata), options, {})
     return WrittenAs(pa.schema(fields), options, metadata)
 
@@ -130,12 +130,12 @@ def _in_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def types_lost_in_reading(schema: pa.Schema, kinds: Kinds, metadata: Mapping[bytes, bytes]) -> dict[str, str]:
-    """Column -> ``date64[ms] becomes date32[day]``, of each that pyarrow reads as another type than it was written from.
+    """Return the columns that pyarrow reads as another type: column -> ``date64[ms] becomes date32[day]``.
 
     Args:
-        schema: As pyarrow reads the file.
-        kinds: Of the same file; INT96 columns are a matter of their own.
-        metadata: Of the file's footer, where Arrow's own schema may be.
+        schema: Schema in which pyarrow reads the file.
+        kinds: Kinds of the same file. INT96 columns are excluded; ``read_dates`` handles them.
+        metadata: Metadata of the file's footer, which may contain an Arrow schema.
     """
     try:
         written = pa.ipc.read_schema(pa.py_buffer(b64decode(metadata[ARROW_SCHEMA])))
@@ -151,10 +151,10 @@ def types_lost_in_reading(schema: pa.Schema, kinds: Kinds, metadata: Mapping[byt
 
 
 def changed_types(schema: pa.Schema, before: Kinds) -> dict[str, str]:
-    """Column -> ``GEOMETRY becomes BYTE_ARRAY``, of each whose Parquet type pyarrow reads or writes as another one.
+    """Return the columns whose Parquet type the output cannot keep: column -> ``GEOMETRY becomes BYTE_ARRAY``.
 
     Args:
-        schema: Of the output, without the columns that it adds.
+        schema: Schema of the output, without the columns that it adds.
         before: Kinds of an input file.
     """
     sink = pa.BufferOutputStream()
@@ -169,17 +169,19 @@ def changed_types(schema: pa.Schema, before: Kinds) -> dict[str, str]:
 
 
 def kinds_by_column(parquet: pq.ParquetFile) -> dict[str, tuple[str, ...]]:
-    """The kinds of a file's columns. Names may hold anything, so what belongs to which column is told by the order of the leaves.
+    """Return the kinds of a file's columns.
+
+    Names may contain dots, so the order of the leaves decides to which column each belongs.
 
     Raises: ValueError: the file's two schemas do not have the same leaves.
     """
     schema = parquet.schema
     leaves = [_kind_of_leaf(schema.column(index)) for index in range(len(schema))]
     rest, printed = iter(leaves), str(schema)
-    found = {field.name: tuple(_kinds(field, rest, printed)) for field in parquet.schema_arrow}
+    kinds = {field.name: tuple(_kinds(field, rest, printed)) for field in parquet.schema_arrow}
     if next(rest, None) is not None:
-        raise ValueError(f"its {len(leaves)} columns in Parquet are more than those that pyarrow reads")
-    return found
+        raise ValueError(f"its {len(leaves)} columns in Parquet are more than pyarrow reads")
+    return kinds
 
 
 def _kind_of_leaf(leaf: Any) -> str:
@@ -197,12 +199,12 @@ def _kinds(field: pa.Field, leaves: Iterator[str], printed: str) -> Iterator[str
     if not parts and not pa.types.is_struct(kind):
         leaf = next(leaves, None)
         if leaf is None:
-            raise ValueError("its columns in Parquet are fewer than those that pyarrow reads")
+            raise ValueError("its columns in Parquet are fewer than pyarrow reads")
         yield leaf
 
 
 def _is_variant(name: str, parts: Sequence[str], printed: str) -> bool:
-    """Whether the printed schema calls the group a VARIANT; pyarrow says it nowhere else."""
+    """Return whether the printed schema calls the group a VARIANT. pyarrow exposes it nowhere else."""
     return {"metadata", "value"} <= {*parts} and re.search(
         rf" group field_id=-?\d+ {re.escape(name)} \({_VARIANT}\(", printed
     ) is not None
@@ -227,6 +229,3 @@ def _as_geometry(field: pa.Field) -> pa.Field:
     metadata = field.metadata or {}
     is_wkb = metadata.get(_EXTENSION_NAME) == _WKB.encode() and pa.types.is_binary(field.type)
     return field.with_type(_Wkb(metadata.get(_EXTENSION_METADATA, b""))) if is_wkb else field
-
-
-# Metadata

@@ -1,151 +1,108 @@
-"""A bulk job's state, which lies beside its output: what it is, what is done, what failed. Any process can go on from there."""
+"""The state of a bulk job, beside its output: the plan, finished units and failures. Any process can resume from it."""
 
 from __future__ import annotations
 
 import io
-import json
-import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.adapter.description import FoundAdapter
-from pipeline.bulk.content import content_now, is_version
+from pipeline.bulk.content import is_version
 from pipeline.bulk.differences import check_same_job
-from pipeline.bulk.records import BulkAdapter, BulkJob, BulkOptions, BulkSummary, Receipt
+from pipeline.bulk.output import ATTEMPTS, FAILURES, JOB, NEXT, PLAN, SUCCESS, is_current, read_receipt, replace_output
+from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
-from pipeline.errors import InputError, LorafleetError, first_line
-from pipeline.inference.reference import threshold_for
-from pipeline.storage import FILE_MARK, TEMPORARY, Place, look_again, open_file, store_errors, written_folder
+from pipeline.errors import InputError, LorafleetError
+from pipeline.storage.listing import look_again
+from pipeline.storage.place import FILE_MARK, TEMPORARY, Place, store_errors
 
-PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
-FOOTER_KEY = b"lorafleet"
-_NEXT = "_next-"
-_UNIT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet")
 _ANY_FINGERPRINT = "[0-9a-f]" * 16
 GRACE_SECONDS = 60.0
-"""An actor outlives its killed driver by seconds: what was written to more recently than this may still be written to."""
+"""Age below which a temporary file may still be in use: an actor outlives its killed driver by seconds."""
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A job whose output folder is ready."""
+class JobState:
+    """What is left to do of a job whose output folder is ready."""
 
-    place: Place
-    """Where units go: the output folder, or one inside it that will replace it."""
+    folder: Place
+    """Folder for the units: the output folder, or a folder inside it that will replace its content."""
     todo: tuple[Unit, ...]
+    """Units without output."""
     num_done: int
+    """Number of units with output."""
 
 
-def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
-    """Fix what the job is.
+def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> JobState:
+    """Resume the job, or start it.
 
-    Raises: InputError: the accuracy asked for is in no adapter's coverage table.
+    Raises: InputError: the folder holds the output of another job, or files of no job, or cannot be written to.
     """
-
-    def threshold(adapter: FoundAdapter) -> float | None:
-        return options.min_score if options.target_accuracy is None else threshold_for(adapter, options.target_accuracy)
-
-    described = tuple(
-        BulkAdapter(
-            name=found.name,
-            sha256=found.sha256,
-            described_sha256=found.described_sha256,
-            encoder_revision=found.encoder.revision or "",
-            labels_sha256=found.labels_sha256,
-            threshold=threshold(found),
-        )
-        for found in adapters
-    )
-    return BulkJob(lorafleet_version=version("lorafleet"), files=source.files, adapters=described, options=options)
-
-
-def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
-    """Names that the output adds to the input's."""
-    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
-    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
-
-
-def check_places(source: str, output: Place) -> None:
-    """Raises: InputError: the output would become part of the input, or replace it, or a file is in its place."""
-    given, folder = Place(source), written_folder(source)
-    if not given.fs.isfile(given.root) and folder.holds(output):
-        raise InputError(
-            f"output {output} lies inside the input {folder}: the next job would classify it too; choose a folder elsewhere"
-        )
-    if output.holds(given):
-        raise InputError(
-            f"input {source} lies inside the output {output}, which --overwrite replaces; choose a folder elsewhere"
-        )
-    if output.local and Path(output.root).exists() and not Path(output.root).is_dir():
-        raise InputError(f"output {output} is a file; name a folder")
-
-
-def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> Begun:
-    """Take up the job where it was left, or begin it.
-
-    Raises: InputError: the folder holds another job's output, or files that are no job's, or cannot be written to.
-    """
-    place, following, units = output, Place(output.url(_next_folder(job))), source.units
+    folder, following, units = output, Place(output.url(_next_folder(job))), source.units
     names = output.names()
-    if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was cut short when all was done
-        _replace(output, following, units)
+    if f"{_next_folder(job)}/{SUCCESS}" in names:  # the last start was interrupted after all units were done
+        replace_output(output, following, units)
         names = output.names()
-    elif overwrite and any(name == PLAN or name.startswith(_NEXT) for name in names):
-        place, names = following, following.names()
+    elif overwrite and any(name == PLAN or name.startswith(NEXT) for name in names):
+        folder, names = following, following.names()
     elif PLAN not in names and (foreign := [name for name in names if not name.endswith(TEMPORARY)]):
         raise InputError(
-            f"output {output}: holds {', '.join(foreign[:3])}, and no plan of a job; choose an empty folder, or a new one"
+            f"output {output}: holds {', '.join(foreign[:3])}, but no plan of a job; choose an empty or a new folder"
         )
     done = {unit.output for unit in units} & set(names)
-    before = _read_plan(place) if PLAN in names else None
-    if before is not None:
-        changed, damaged = _stale_units(place, before, job, source, [unit for unit in units if unit.output in done])
-        if place is output:
-            check_same_job(output, before, job, changed={unit.path for unit in changed})
-        for unit in (*changed, *damaged):  # changed are only those of an overwriting job
-            place.remove(unit.output)
+    previous = _read_plan(folder) if PLAN in names else None
+    if previous is not None:
+        changed, damaged = _stale_units(folder, previous, job, source, [unit for unit in units if unit.output in done])
+        if folder is output:
+            check_same_job(output, previous, job, changed={unit.path for unit in changed})
+        for unit in (*changed, *damaged):  # only an overwriting job still has changed units here
+            folder.remove(unit.output)
             done.discard(unit.output)
-    if before != job:
+    if previous != job:
         try:
-            place.write(PLAN, job.model_dump_json(indent=1).encode())
+            folder.write(PLAN, job.model_dump_json(indent=1).encode())
         except store_errors() as error:
             raise InputError(f"output {output}: cannot be written to: {error}") from None
-    sweep(place, job, older_than=GRACE_SECONDS)
-    return Begun(place, tuple(unit for unit in units if unit.output not in done), len(done))
+    sweep(folder, job, older_than=GRACE_SECONDS)
+    return JobState(folder, tuple(unit for unit in units if unit.output not in done), len(done))
 
 
-def sweep(place: Place, job: BulkJob, *, older_than: float) -> None:
-    """Delete unfinished output that nobody writes to any more."""
-    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
-        for name, written in place.temporaries(mark=mark):
-            if time.time() - written >= age:
-                place.remove(name)
+def sweep(folder: Place, job: BulkJob, *, older_than: float) -> None:
+    """Delete unfinished output that no process writes to.
 
-
-def forget_attempts(place: Place) -> None:
-    """Let every unit be tried three times again.
-
-    A unit that kills the process which runs the whole job leaves its attempts to the next start, and is quarantined by the fourth.
+    Args:
+        folder: Folder of the units.
+        job: The job, whose own temporaries may be younger than those of other jobs.
+        older_than: Least age of this job's temporaries, in seconds. Those of others must be ``GRACE_SECONDS`` old.
     """
-    if place.local:
-        shutil.rmtree(place.path(ATTEMPTS), ignore_errors=True)
+    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
+        for name, written in folder.temporaries(mark=mark):
+            if time.time() - written >= age:
+                folder.remove(name)
+
+
+def forget_attempts(folder: Place) -> None:
+    """Reset the count of attempts of every unit.
+
+    Attempts survive a crash of the process that runs the whole job, so a unit that keeps crashing it is quarantined on
+    the fourth start.
+    """
+    if folder.local:
+        shutil.rmtree(folder.path(ATTEMPTS), ignore_errors=True)
         return
-    for name in place.names(under=ATTEMPTS):
-        place.remove(name)
+    for name in folder.names(under=ATTEMPTS):
+        folder.remove(name)
 
 
 def finish(
     output: Place,
-    begun: Begun,
+    state: JobState,
     job: BulkJob,
     source: BulkInput,
     receipts: Sequence[Receipt],
@@ -153,136 +110,147 @@ def finish(
     seconds: float,
     busy_seconds: float,
 ) -> tuple[BulkSummary, tuple[UnitFailure, ...]]:
-    """Write the summary, the failures, and, where there are none, ``_SUCCESS``; with it an overwriting job takes the old one's place."""
-    place = begun.place
-    by_number = {unit.number: unit for unit in source.units}
+    """Write the summary, and the failures or ``_SUCCESS``. A successful overwriting job then replaces the old output.
+
+    Args:
+        output: The output folder.
+        state: As ``begin`` returned it.
+        job: The job.
+        source: Its input.
+        receipts: Of the units that this start has labelled, or tried to.
+        seconds: Duration of this start, preparations included.
+        busy_seconds: Duration of the labelling alone.
+    Raises: LorafleetError: a unit's output is missing, damaged or too short.
+    """
+    folder = state.folder
     new = {r.unit: r for r in receipts if not r.failure}
-    failed = {r.unit for r in receipts if r.failure}
-    before = [unit for unit in source.units if unit.number not in new and unit.number not in failed]
-    lost = {unit.output for unit in source.units if unit.number in new} - set(place.names())
-    if lost:
-        raise LorafleetError(
-            f"output {place}: {min(lost)} is not there, though a worker has written it; all machines must see this folder"
-        )
-    kept = {**new, **{unit.number: read_receipt(place, unit) for unit in before}}
+    failed = [r for r in receipts if r.failure]
+    _check_all_written(folder, [unit for unit in source.units if unit.number in new])
+    earlier = [unit for unit in source.units if unit.number not in {r.unit for r in receipts}]
+    kept = {**new, **{unit.number: read_receipt(folder, unit) for unit in earlier}}
     replaced = _replaced_units(source, job, kept)
     for unit in replaced:
-        place.remove(unit.output)
+        folder.remove(unit.output)
         del kept[unit.number]
+    by_number = {unit.number: unit for unit in source.units}
     failures = (
         *source.failures,
-        *(_failure(by_number[r.unit], r.failure) for r in receipts if r.failure),
+        *(_failure(by_number[r.unit], r.failure) for r in failed),
         *(_failure(unit, "its file was replaced while the job ran; start it again") for unit in replaced),
     )
-    short = next(
-        (r for r in kept.values() if job.options.sample is None and r.rows != by_number[r.unit].num_rows), None
-    )
-    if short is not None:
-        unit = by_number[short.unit]
-        raise LorafleetError(
-            f"output {place}: {unit.output} has {short.rows:,} of {unit.num_rows:,} rows; remove it and start again"
-        )
+    if job.options.sample is None:
+        _check_no_row_lost(folder, by_number, kept)
     new_rows = sum(receipt.rows for receipt in new.values())
-    summary = BulkSummary(
-        job=job.fingerprint,
-        lorafleet_version=job.lorafleet_version,
-        rows_in=source.num_rows,
-        rows_out=sum(r.rows for r in kept.values()),
-        null_labels=_added(r.null_labels for r in kept.values()),
-        reasons=_added(r.reasons for r in kept.values()),
-        truncated=sum(r.truncated for r in kept.values()),
-        duplicates=sum(r.duplicates for r in kept.values()),
-        labels={a.name: _added(r.labels.get(a.name, {}) for r in kept.values()) for a in job.adapters},
-        units=len(source.units),
-        units_done_before=len(before),
+    summary = _summary(
+        job,
+        source,
+        tuple(kept.values()),
+        units_done_before=len(earlier),
         failures=len(failures),
-        changed_types=source.changes,
-        skipped_files=source.skipped,
         seconds=seconds,
         rows_per_second=new_rows / busy_seconds if new_rows and busy_seconds else None,
     )
-    place.write(JOB, summary.model_dump_json(indent=1).encode())
-    sweep(
-        place, job, older_than=0
-    )  # all is there or has failed, so whatever is still written is written twice, or by nobody
-    forget_attempts(place)
-    if failures:
-        place.write(FAILURES, _failures_table(failures))
-        place.remove(SUCCESS)  # of an earlier start, whose output has been taken away since
-        return summary, failures
-    place.remove(FAILURES)
-    place.write(SUCCESS, b"")
-    if place.root != output.root:
-        _replace(output, place, source.units)
+    _write_results(output, folder, job, source, summary, failures)
     return summary, failures
 
 
-def read_receipt(place: Place, unit: Unit) -> Receipt:
-    """What the footer of a finished unit says.
-
-    Raises: LorafleetError: it is damaged, or not a unit's output.
-    """
-    try:
-        with open_file(place.url(unit.output)) as source:
-            metadata = pq.read_metadata(source).metadata or {}
-        receipt = json.loads(metadata[FOOTER_KEY])["receipt"]
-        return Receipt.model_validate(receipt | {"unit": unit.number})  # numbers move when an earlier file is mended
-    except (pa.ArrowException, KeyError, ValueError) as error:
+def _check_all_written(folder: Place, units: Sequence[Unit]) -> None:
+    """Raises: LorafleetError: this machine does not see the output of a unit that a worker has written."""
+    if lost := {unit.output for unit in units} - set(folder.names()):
         raise LorafleetError(
-            f"output {place}: {unit.output} is damaged: {first_line(error)}; remove it and start again"
-        ) from None
+            f"output {folder}: {min(lost)} is missing, but a worker has written it; all machines must see this folder"
+        )
 
 
-def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
-    """What every output file says of its making."""
-    facts: dict[str, Any] = {
-        "lorafleet_version": job.lorafleet_version,
-        "job": job.fingerprint,
-        "input_file": unit.path,
-        "first_row": unit.first_row_of_file,
-        "adapters": [adapter.model_dump() for adapter in job.adapters],
-        "receipt": receipt.model_dump(exclude={"seconds", "version"}),  # the same unit gives the same bytes
-    }
-    return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
+def _check_no_row_lost(folder: Place, units: Mapping[int, Unit], receipts: Mapping[int, Receipt]) -> None:
+    """Raises: LorafleetError: a unit's output has another number of rows than the unit."""
+    for receipt in receipts.values():
+        unit = units[receipt.unit]
+        if receipt.rows != unit.num_rows:
+            raise LorafleetError(
+                f"output {folder}: {unit.output} has {receipt.rows:,} of {unit.num_rows:,} rows; "
+                "remove it and start again"
+            )
+
+
+def _summary(job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], **facts: Any) -> BulkSummary:
+    """Add up the receipts of all finished units; ``facts`` are the fields that no receipt knows."""
+    return BulkSummary(
+        job=job.fingerprint,
+        lorafleet_version=job.lorafleet_version,
+        rows_in=source.num_rows,
+        rows_out=sum(r.rows for r in receipts),
+        null_labels=_added(r.null_labels for r in receipts),
+        reasons=_added(r.reasons for r in receipts),
+        truncated=sum(r.truncated for r in receipts),
+        duplicates=sum(r.duplicates for r in receipts),
+        labels={a.name: _added(r.labels.get(a.name, {}) for r in receipts) for a in job.adapters},
+        units=len(source.units),
+        changed_types=source.changes,
+        skipped_files=source.skipped,
+        **facts,
+    )
+
+
+def _write_results(
+    output: Place,
+    folder: Place,
+    job: BulkJob,
+    source: BulkInput,
+    summary: BulkSummary,
+    failures: Sequence[UnitFailure],
+) -> None:
+    """Write what ``finish`` promises, and clean up."""
+    folder.write(JOB, summary.model_dump_json(indent=1).encode())
+    sweep(folder, job, older_than=0)  # every unit is done or has failed, so no temporary is needed
+    forget_attempts(folder)
+    if failures:
+        folder.write(FAILURES, _failures_table(failures))
+        folder.remove(SUCCESS)  # an earlier start may have written it, before its output was removed
+        return
+    folder.remove(FAILURES)
+    folder.write(SUCCESS, b"")
+    if folder.root != output.root:
+        replace_output(output, folder, source.units)
 
 
 def _next_folder(job: BulkJob) -> str:
-    return f"{_NEXT}{job.fingerprint}"
+    return f"{NEXT}{job.fingerprint}"
 
 
-def _read_plan(place: Place) -> BulkJob:
+def _read_plan(folder: Place) -> BulkJob:
     try:
-        return BulkJob.model_validate_json(place.read(PLAN))
+        return BulkJob.model_validate_json(folder.read(PLAN))
     except (ValueError, ValidationError):
         raise InputError(
-            f"output {place}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite"
+            f"output {folder}: its {PLAN} is damaged, or of another version; choose another folder, or --overwrite"
         ) from None
 
 
 def _stale_units(
-    place: Place, before: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]
+    folder: Place, previous: BulkJob, job: BulkJob, source: BulkInput, done: Sequence[Unit]
 ) -> tuple[list[Unit], list[Unit]]:
-    """The finished units whose file holds other bytes now, and those that cannot tell because they are damaged.
+    """Return the finished units whose input file has changed, and those whose output is damaged.
 
-    Read are only files that the store lists with another version.
+    Only files that the store lists with another version are read.
     """
-    versions = {file.path: file.version for file in before.files}
+    versions = {file.path: file.version for file in previous.files}
     moved = {file.path for file in job.files if versions.get(file.path) != file.version or not file.version}
     changed, damaged = list[Unit](), list[Unit]()
     for unit in done:
         if unit.path in moved:
             try:
-                receipt = read_receipt(place, unit)
+                receipt = read_receipt(folder, unit)
             except LorafleetError:
                 damaged.append(unit)
                 continue
-            if not _is_current(receipt, unit, source, job):
+            if not is_current(receipt, unit, source, job):
                 changed.append(unit)
     return changed, damaged
 
 
 def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Receipt]) -> list[Unit]:
-    """The finished units whose file holds other bytes than those that were read; a file that is gone cannot tell."""
+    """Return the finished units whose input file has changed since it was read. A missing file counts as unchanged."""
     units = [unit for unit in source.units if unit.number in receipts]
     seen: dict[str, set[str]] = {unit.path: set() for unit in units}
     for unit in units:
@@ -292,15 +260,10 @@ def _replaced_units(source: BulkInput, job: BulkJob, receipts: Mapping[int, Rece
         file.path
         for file in source.files
         if file.path in seen
-        and (found := now[file.path]) is not None
-        and not (file.version and is_version(file, found) and seen[file.path] <= {"planned", file.version})
+        and (stored := now[file.path]) is not None
+        and not (file.version and is_version(file, stored) and seen[file.path] <= {"planned", file.version})
     }
-    return [unit for unit in units if unit.path in moved and not _is_current(receipts[unit.number], unit, source, job)]
-
-
-def _is_current(receipt: Receipt, unit: Unit, source: BulkInput, job: BulkJob) -> bool:
-    columns = {*source.schema.names, job.options.text_column}
-    return bool(receipt.content) and receipt.content == content_now(unit, tuple(columns))
+    return [unit for unit in units if unit.path in moved and not is_current(receipts[unit.number], unit, source, job)]
 
 
 def _failure(unit: Unit, reason: str | None) -> UnitFailure:
@@ -317,43 +280,10 @@ def _failures_table(failures: Sequence[UnitFailure]) -> bytes:
     return sink.getvalue()
 
 
-def _added(counts: Any) -> dict[str, int]:
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts by key, largest first."""
     total: dict[str, int] = {}
-    for some in counts:
-        for key, count in some.items():
+    for counter in counts:
+        for key, count in counter.items():
             total[key] = total.get(key, 0) + count
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _is_a_jobs(output: Place, name: str) -> bool:
-    """Whether a job wrote this file: by its name, and a Parquet file by what its footer says."""
-    if name == FAILURES or name.startswith((f"{ATTEMPTS}/", _NEXT)):
-        return True
-    if not _UNIT_NAME.fullmatch(name):
-        return False
-    try:
-        with open_file(output.url(name)) as source:
-            return FOOTER_KEY in (pq.read_metadata(source).metadata or {})
-    except pa.ArrowException:
-        return False
-
-
-def _replace(output: Place, new: Place, units: Sequence[Unit]) -> None:
-    """Put a finished job in the place of the old one. Cut short, it is ended by the next start, because ``_SUCCESS`` moves last."""
-    folder = new.root.removeprefix(output.root).strip("/")
-    names = set(new.names())
-    last = (PLAN, JOB, SUCCESS)  # in this order: with the last one the new job is in place
-    ours = {*(unit.output for unit in units), *(() if PLAN in names else last)}
-    if PLAN in names:  # first of all the old job: it must not take the new one's units for its own
-        output.remove(SUCCESS)
-        output.remove(PLAN)
-    for name in names - set(last):
-        output.move(f"{folder}/{name}", name)
-    for name in set(output.names()) - ours:
-        if not name.startswith(f"{folder}/") and _is_a_jobs(output, name):  # what others have put there stays
-            output.remove(name)
-    for name in last:
-        if name in names:
-            output.move(f"{folder}/{name}", name)
-    if output.local:
-        shutil.rmtree(new.root)

@@ -1,6 +1,7 @@
-"""Tables that are more than their Parquet files: which files of a Delta or an Iceberg table are live, by the format's own library.
+"""The live files of Delta and Iceberg tables, by each format's own library.
 
-Other formats, and whatever of these two cannot be honoured, are refused by name. The door to deltalake and pyiceberg.
+Other formats, and features of these two that are not supported, are refused by name.
+The door to deltalake and pyiceberg.
 """
 
 from __future__ import annotations
@@ -13,30 +14,32 @@ from urllib.parse import unquote
 
 from pipeline.errors import InputError, first_line
 from pipeline.printable import reveal
-from pipeline.storage import FoundFiles, Place, TableFormat, written_folder
+from pipeline.storage.listing import FoundFiles, written_folder
+from pipeline.storage.place import Place
+from pipeline.storage.tables import TableFormat
 
 _EXTRAS: dict[str, str] = {"Delta": "deltalake", "Iceberg": "pyiceberg"}
 
 
 def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
-    """Those of the found files that the newest snapshot of a table consists of; all of them where no table is involved.
+    """Return the files of the newest snapshot of a table; all files if no table is involved.
 
     Args:
         pattern: A file, a folder or a glob, as ``find_files`` takes it.
-        found: What ``find_files`` found there.
-    Raises: InputError: a table of another format, one inside or above the input, or one whose snapshot cannot be honoured.
+        found: The result of ``find_files``.
+    Raises: InputError: the table has another format or an unsupported feature, or is inside or above the input.
     """
     if not found.tables:
         return found
     place, given = written_folder(pattern), Place(pattern).root
-    if not_given := sorted(set(found.tables) - {given}):
-        folder, kind = not_given[-1], found.tables[not_given[-1]]
+    if other_tables := sorted(set(found.tables) - {given}):
+        folder, kind = other_tables[-1], found.tables[other_tables[-1]]
         if folder.startswith(f"{place.root}/"):
             name = folder.removeprefix(f"{place.root}/")
-            raise InputError(f"input {pattern}: holds the {kind} table {name}; label each table in a job of its own")
+            raise InputError(f"input {pattern}: holds the {kind} table {name}; classify each table in a job of its own")
         place.root = folder
         raise InputError(
-            f"input {pattern}: lies in the {kind} table {place}, whose log says which files are live; name that folder"
+            f"input {pattern}: is in the {kind} table {place}, whose log says which files are live; name that folder"
         )
     kind = found.tables[given]
     if kind not in _EXTRAS:
@@ -49,7 +52,7 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
     missing = sorted(set(live) - set(by_path))
     if missing:
         raise InputError(
-            f"input {place}: {missing[0]} belongs to the {kind} table and is not there ({len(missing)} such files)"
+            f"input {place}: {missing[0]} belongs to the {kind} table and is missing ({len(missing)} such files)"
         )
     others = len(found.files) - len(live)
     skipped = found.skipped | ({f"of older versions of the {kind} table": others} if others else {})
@@ -57,10 +60,10 @@ def live_files(pattern: str, found: FoundFiles) -> FoundFiles:
 
 
 def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
-    """Compare a file's columns with those of the Iceberg table that it belongs to.
+    """Check a file's columns against those of the Iceberg table that it belongs to.
 
-    Iceberg knows columns by number, and its own reader translates the names and the defaults of older files. In a Delta table a column that
-    a file lacks is null, and one that only the file has is not part of the table.
+    Iceberg identifies columns by number, and only its own reader translates names and defaults of older files. A Delta
+    table needs no check: a column that a file lacks is null, and a column that only the file has is ignored.
 
     Raises: InputError: the table's columns have changed since the file was written.
     """
@@ -70,12 +73,13 @@ def check_columns(found: FoundFiles, path: str, names: Sequence[str]) -> None:
         and (others := sorted(set(names) ^ set(found.columns)))
     ):
         raise InputError(
-            f"{path}: its columns are not those of the Iceberg table now ({others[0]!r} differs); rewrite the table's files first"
+            f"{path}: its columns are no longer those of the Iceberg table ({others[0]!r} differs); "
+            "rewrite the table's files first"
         )
 
 
 def _snapshot(place: Place, kind: TableFormat) -> tuple[list[str], tuple[str, ...]]:
-    """Its live files, and the columns that they should have."""
+    """Return the live files of a table, and its columns."""
     try:
         return _live_of_delta(place) if kind == "Delta" else _live_of_iceberg(place)
     except ImportError:
@@ -84,7 +88,7 @@ def _snapshot(place: Place, kind: TableFormat) -> tuple[list[str], tuple[str, ..
         ) from None
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - both libraries raise whatever a damaged or too new log leads them to
+    except Exception as error:  # noqa: BLE001 - on a damaged or too new log both libraries may raise anything
         raise InputError(f"input {place}: its {kind} log cannot be read: {first_line(error)}") from None
 
 
@@ -106,12 +110,13 @@ def _live_of_delta(place: Place) -> tuple[list[str], tuple[str, ...]]:
     for action in pa.table(table.get_add_actions(flatten=True)).to_pylist():
         path = unquote(action["path"])
         if "://" in path or path.startswith("/"):
-            raise InputError(f"{what}: its file {path} lies outside of its folder; copy the table first")
+            raise InputError(f"{what}: its file {path} is outside of its folder; copy the table first")
         folders = dict(part.partition("=")[::2] for part in path.split("/")[:-1] if "=" in part)
         for name in partitions:
             if name not in folders:
                 raise InputError(
-                    f"{what}: its file {path} is in no folder {name}=…, so that column would be lost; export the table first"
+                    f"{what}: its file {path} is in no folder {name}=…, so that column would be lost; "
+                    "export the table first"
                 )
         live.append(place.url(path))
     return live, tuple(field.name for field in table.schema().fields if field.name not in partitions)
@@ -124,15 +129,14 @@ def _live_of_iceberg(place: Place) -> tuple[list[str], tuple[str, ...]]:
     what = f"input {place}: Iceberg table"
     if _plain(table.location()) != _plain(place.url("")):
         raise InputError(
-            f"{what}: its metadata say that it lies at {table.location()}; label it there, or export it to plain Parquet"
+            f"{what}: its metadata gives its location as {table.location()}; "
+            "classify it there, or export it to plain Parquet"
         )
     live = []
     for task in table.scan().plan_files():
         file: Any = task.file
         if task.delete_files:
-            raise InputError(
-                f"{what}: {file.file_path} has rows that are deleted by another file; compact the table first"
-            )
+            raise InputError(f"{what}: {file.file_path} has rows that another file deletes; compact the table first")
         if file.file_format != "PARQUET":
             raise InputError(f"{what}: {file.file_path} is {file.file_format.value}, not Parquet")
         live.append(place.url(_plain(file.file_path).removeprefix(_plain(place.url(""))).lstrip("/")))

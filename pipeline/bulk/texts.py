@@ -1,4 +1,4 @@
-"""Texts of a bulk job: read ahead, and labelled once where they repeat."""
+"""Texts of a bulk job: read ahead, and labelled once if they repeat."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import pyarrow as pa
 from pipeline.inference.engine import Answers
 
 NULL, EMPTY, NOT_UTF8 = -1, -2, -3
+"""Ids of texts without an answer."""
 
 
 class LabelledTexts:
-    """The unit's distinct texts, by a hash of theirs, and what is known of each: a text is computed once."""
+    """The distinct texts of a unit, by their hashes, with the answers for each, so that no text is computed twice."""
 
     def __init__(self, num_adapters: int) -> None:
         self._ids: dict[bytes, int] = {}
@@ -28,42 +29,45 @@ class LabelledTexts:
         self.duplicates = 0
 
     def recognise(self, texts: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """The id of each row's text, and the texts that are new, in the order of their ids."""
+        """Return the id of each row's text, int64 (rows,), and the new texts in the order of their ids.
+
+        An id below 0 is one of ``NULL``, ``EMPTY`` and ``NOT_UTF8``.
+        """
         encoded = _as_bytes(texts).dictionary_encode()
         new: list[str] = []
-        known = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
-        known[-1] = NULL
-        before = len(self._ids)
+        id_of = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
+        id_of[-1] = NULL
+        num_known = len(self._ids)
         for index, content in enumerate(encoded.dictionary.to_pylist()):
             try:
                 text = content.decode()
             except UnicodeDecodeError:
-                known[index] = NOT_UTF8
+                id_of[index] = NOT_UTF8
                 continue
             if not text or text.isspace():
-                known[index] = EMPTY
+                id_of[index] = EMPTY
                 continue
             digest = blake2b(content, digest_size=16).digest()
-            known[index] = self._ids.setdefault(digest, len(self._ids))
-            if known[index] >= before + len(new):
+            id_of[index] = self._ids.setdefault(digest, len(self._ids))
+            if id_of[index] >= num_known + len(new):
                 new.append(text)
-        ids = known[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False)]
+        ids = id_of[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False)]
         self.duplicates += int((ids >= 0).sum()) - len(new)
         return ids, new
 
     def learn(self, truncated: npt.NDArray[np.bool_], answers: Sequence[Answers]) -> None:
-        """Add what was computed for the new texts of a block; blocks come in order."""
+        """Add the results for the new texts of a block. Blocks must come in order."""
         self.truncated = np.concatenate([self.truncated, truncated])
         for index, answer in enumerate(answers):
-            known = self.answers[index]
-            self.answers[index] = answer if known is None else _joined(known, answer)
+            previous = self.answers[index]
+            self.answers[index] = answer if previous is None else _joined(previous, answer)
 
 
 NO_ANSWERS = Answers(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
 
 
 def _as_bytes(texts: pa.ChunkedArray) -> pa.Array:
-    """Texts of any type as the bytes that they are; what is not UTF-8 is found when they are decoded."""
+    """Return texts of any Arrow type as bytes, which may not be UTF-8."""
     array = texts.combine_chunks()
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
@@ -73,23 +77,23 @@ def _as_bytes(texts: pa.ChunkedArray) -> pa.Array:
 
 
 def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one already in the making: reading and tokenising overlap with computing."""
+    """Yield the items, with the next one prepared in a thread: reading and tokenising overlap with computing."""
     queue: Queue[Any] = Queue(maxsize=1)
     stopped = threading.Event()
     end = object()
 
-    def make() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 if stopped.is_set():
                     return
                 queue.put(item)
             queue.put(end)
-        except BaseException as error:  # noqa: BLE001 - raised again by the one who waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             queue.put(error)
 
-    maker = threading.Thread(target=make, name="read-ahead", daemon=True)
-    maker.start()
+    producer = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    producer.start()
     try:
         while (item := queue.get()) is not end:
             if isinstance(item, BaseException):
@@ -97,13 +101,14 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
     finally:
         stopped.set()
-        while maker.is_alive():
+        while producer.is_alive():
             with suppress(Empty):
-                queue.get_nowait()  # it may wait for room
-            maker.join(0.05)
+                queue.get_nowait()  # the producer may be waiting for room
+            producer.join(0.05)
 
 
-def _joined(known: Answers, more: Answers) -> Answers:
+def _joined(first: Answers, second: Answers) -> Answers:
     return Answers(
-        np.concatenate([known.top_labels, more.top_labels]), np.concatenate([known.top_scores, more.top_scores])
+        np.concatenate([first.top_labels, second.top_labels]),
+        np.concatenate([first.top_scores, second.top_scores]),
     )

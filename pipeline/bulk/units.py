@@ -1,68 +1,62 @@
-"""What a bulk job reads: Parquet files, checked by their footers, and cut into units of rows."""
+"""The input of a bulk job: Parquet files, checked by their footers and cut into units of rows."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
-from pipeline.bulk.metadata import is_utf8
+from pipeline.bulk.input_checks import check_kept_columns, check_new_names
 from pipeline.bulk.schema import FileSchema, changed_types, join_schemas
 from pipeline.bulk.table_formats import check_columns, live_files
-from pipeline.bulk.widening import binary_type, text_type
 from pipeline.errors import DataError
 from pipeline.printable import counted
 from pipeline.records import Record
-from pipeline.storage import StoredFile, find_files, open_file, store_errors
+from pipeline.storage.listing import StoredFile, find_files
 
-_FIRST_ROWS = 64
-_MOST_NAMES = 12
 _MOST_UNITS = 1_000_000
-_LONGEST_STEM_BYTES = 180  # a file's name has 255, of which the rest of the unit's and its temporary's take some
-_RENAME = "name the adapter anew (--adapter NAME=REF)"
+_LONGEST_STEM_BYTES = 180  # of the 255 of a file name; the rest of the temporary's name needs some
 
 
 class InputFile(Record):
-    """One input file, as it was when the job began."""
+    """One input file, as it was when the job was planned."""
 
     path: str
     size: int
     version: str
-    """Its etag, or the time of its last change."""
+    """Etag, or time of the last change."""
     num_rows: int | None
-    """None where its footer cannot be read: it has no units then, and those of later files have other numbers."""
+    """Number of rows. None if its footer cannot be read, so that it has no units."""
 
 
 class Unit(Record):
-    """A range of rows of one file: whole row groups, or a slice of a large one. What is done, or done again, as a whole."""
+    """A range of rows of one file: whole row groups, or a slice of one. It is written, or retried, as a whole."""
 
     number: int
-    """Over the whole job."""
+    """Number of the unit within the whole job, from 0."""
     path: str
     output: str
-    """Name of its output file, relative to the output folder."""
+    """Output file, relative to the output folder."""
     row_groups: tuple[int, ...]
     first_row: int
-    """Within the row groups."""
+    """First row of the unit, counted from the start of its row groups."""
     num_rows: int
     first_row_of_file: int
-    """Of the unit, counted from the start of the file."""
+    """First row of the unit, counted from the start of the file."""
 
 
 class UnitFailure(Record):
-    """A unit, or a file that could not even be cut into units, without output. The others did not care."""
+    """A unit that failed, or a file that cannot be cut into units. The other units are unaffected."""
 
     path: str
     unit: int | None
-    """None for a whole file."""
+    """Number of the unit; None for a whole file."""
     first_row: int | None
     num_rows: int | None
     reason: str
@@ -70,24 +64,24 @@ class UnitFailure(Record):
 
 @dataclass(frozen=True)
 class BulkInput:
-    """All that is to be done."""
+    """The files and units of a bulk job."""
 
     files: tuple[InputFile, ...]
     units: tuple[Unit, ...]
     failures: tuple[UnitFailure, ...]
-    """Files that cannot be read."""
+    """Files that cannot be read, one entry each."""
     schema: pa.Schema
-    """The columns that are kept, in their order, in types that hold the values of all files."""
+    """The columns to keep, in their order, with types that hold the values of all files."""
     int96_unit: Literal["ns", "us"]
-    """Unit of time in which INT96 columns are read."""
+    """Time unit in which INT96 columns are read."""
     changes: tuple[str, ...]
-    """What the output has in another form than the input, one ``column: before becomes after`` each."""
+    """Types that the output cannot keep, one ``column: before becomes after`` each."""
     skipped: dict[str, int]
-    """Reason -> files of the input that are not read."""
+    """Reason -> number of input files that are skipped."""
 
     @property
     def num_rows(self) -> int:
-        """Of all units."""
+        """Number of rows of all units."""
         return sum(unit.num_rows for unit in self.units)
 
 
@@ -100,16 +94,17 @@ def plan_input(
     rows_per_unit: int,
     limit: int | None,
 ) -> BulkInput:
-    """List the input, check every file's footer, and cut it into units.
+    """List the input, check the footer of every file, and cut the files into units.
 
     Args:
-        pattern: A file, a folder, a glob, or an fsspec URL of one; a table's folder stands for its live files.
-        text_column: The column that is classified.
-        columns: Those to keep; all where left out.
-        new_columns: Names that the output adds.
-        rows_per_unit: Rows of a unit, at most.
-        limit: Rows of the whole job, at most.
-    Raises: InputError: no file, no row, no such column, not text, schemas that cannot be joined, a name that is taken.
+        pattern: A file, a folder, a glob, or an fsspec URL of one. The folder of a table stands for its live files.
+        text_column: Column to classify.
+        columns: Columns to keep; None for all.
+        new_columns: Names of the columns that the output adds.
+        rows_per_unit: Largest number of rows of a unit.
+        limit: Largest number of rows of the whole job; None for all.
+    Raises: InputError: no file or no row is found, a column is missing or holds no text, schemas cannot be joined, or
+        the output adds a column that exists.
     """
     found = live_files(pattern, find_files(pattern))
     stored = found.files
@@ -119,7 +114,7 @@ def plan_input(
         check_columns(found, path, footer.schema.names)
     kept, dates = tuple[str, ...](), dict[str, Dates | str]()
     if good:
-        kept = _check_columns(good, text_column=text_column, columns=columns, of_table=found.columns)
+        kept = check_kept_columns(good, text_column=text_column, columns=columns, of_table=found.columns)
         dates = _read_dates(good, kept)
     faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
     good = {path: footer for path, footer in good.items() if path not in faults}
@@ -127,17 +122,15 @@ def plan_input(
         raise DataError(
             f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {_first_fault(faults)}"
         )
-    known = [found for found in dates.values() if isinstance(found, Dates)]
-    unit: Literal["ns", "us"] = "us" if any(found.are_far for found in known) else "ns"
-    files = [
-        FileSchema(path, footer.in_microseconds if unit == "us" else footer.schema) for path, footer in good.items()
-    ]
-    schema = join_schemas(files, kept)
-    _check_names(next(iter(good)), kept, new_columns, stored)
+    readable_dates = [found for found in dates.values() if isinstance(found, Dates)]
+    time_unit: Literal["ns", "us"] = "us" if any(found.are_far for found in readable_dates) else "ns"
+    in_microseconds = time_unit == "us"
+    schemas = [FileSchema(path, f.in_microseconds if in_microseconds else f.schema) for path, f in good.items()]
+    schema = join_schemas(schemas, kept)
+    check_new_names(next(iter(good)), kept, new_columns, stored)
     units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
     if not units:
         raise DataError(f"input {pattern}: no rows in its {counted(len(stored), 'file')}; there is nothing to classify")
-    cut = unit == "us" and any(found.are_fine for found in known)
     return BulkInput(
         files=tuple(_input_file(file, good.get(file.path)) for file in stored),
         units=units,
@@ -145,13 +138,18 @@ def plan_input(
             UnitFailure(path=p, unit=None, first_row=None, num_rows=None, reason=fault) for p, fault in faults.items()
         ),
         schema=schema,
-        int96_unit=unit,
+        int96_unit=time_unit,
         changes=(
             *_changes(schema, good.values()),
-            *(["INT96 columns: nanoseconds are cut to microseconds"] if cut else []),
+            *_date_changes(readable_dates if in_microseconds else []),
         ),
         skipped=found.skipped,
     )
+
+
+def _date_changes(dates: Sequence[Dates]) -> list[str]:
+    """Describe what dates lose that are read in microseconds."""
+    return ["INT96 columns: nanoseconds are cut to microseconds"] if any(found.are_fine for found in dates) else []
 
 
 def _input_file(file: StoredFile, footer: Footer | None) -> InputFile:
@@ -165,65 +163,12 @@ def _first_fault(faults: Mapping[str, str]) -> str:
     return f"{path}: {fault}"
 
 
-def _check_columns(
-    good: Mapping[str, Footer], *, text_column: str, columns: Sequence[str] | None, of_table: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The columns to keep, in their order; of a table, only its own.
-
-    Raises: DataError: one is missing, or there twice, or the texts are none.
-    """
-    schemas = {id(footer.schema): (path, footer.schema) for path, footer in good.items()}
-    every = dict[str, None]()
-    for path, schema in schemas.values():
-        twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
-        if twice:
-            raise DataError(f"{path}: {', '.join(twice)} is the name of more than one column; rename them")
-        every |= dict.fromkeys(schema.names)
-        if text_column not in schema.names:
-            raise DataError(
-                f"{path}: no column {text_column!r}; its columns are {_some(schema.names)}; see --text-column"
-            )
-    if unknown := [name for name in columns or () if name not in every]:
-        raise DataError(
-            f"{next(iter(good))}: no column {unknown[0]!r}; its columns are {_some([*every])}; see --columns"
-        )
-    _check_text(good, text_column)
-    return tuple(
-        name for name in every if (columns is None or name in columns) and (of_table is None or name in of_table)
-    )
-
-
-def _check_text(good: Mapping[str, Footer], column: str) -> None:
-    """Raises: DataError: the column holds no text in some file, or in none."""
-    kinds = {path: footer.schema.field(column).type for path, footer in good.items()}
-    for path, kind in kinds.items():
-        if not text_type(kind) and not binary_type(kind) and not pa.types.is_null(kind):
-            raise DataError(f"{path}: column {column!r} is {kind}, not text; choose another --text-column")
-    if all(pa.types.is_null(kind) for kind in kinds.values()):
-        raise DataError(f"{next(iter(kinds))}: column {column!r} has no value in any row; choose another --text-column")
-    binary = next((path for path, kind in kinds.items() if binary_type(kind) and good[path].num_rows), None)
-    if binary is not None and not _looks_like_text(binary, column):
-        raise DataError(
-            f"{binary}: column {column!r} is binary, and its first values are not UTF-8 text; choose another --text-column"
-        )
-
-
-def _looks_like_text(path: str, column: str) -> bool:
-    try:
-        with closing(open_file(path)) as source:
-            first = next(pq.ParquetFile(source).iter_batches(batch_size=_FIRST_ROWS, columns=[column]), None)
-    except store_errors(pa.ArrowException):
-        return True  # its units will say what is wrong with it
-    values = [] if first is None else [value for value in first.column(0).cast(pa.large_binary()).to_pylist() if value]
-    return not values or any(is_utf8(value) for value in values)
-
-
 def _read_dates(good: Mapping[str, Footer], kept: Sequence[str]) -> dict[str, Dates | str]:
-    """File -> what its INT96 columns hold, of files that have any."""
+    """Read the INT96 columns of the files that have any: file -> their range, or why they cannot be read."""
     chosen, paths_of = set(kept), dict[tuple[str, ...], list[str]]()
     for path, footer in good.items():
-        old = tuple(name for name, kinds in footer.kinds.items() if "int96" in kinds and name in chosen)
-        paths_of.setdefault(old, []).append(path)
+        int96_columns = tuple(name for name, kinds in footer.kinds.items() if "int96" in kinds and name in chosen)
+        paths_of.setdefault(int96_columns, []).append(path)
     dates: dict[str, Dates | str] = {}
     for columns, paths in paths_of.items():
         if columns:
@@ -231,47 +176,17 @@ def _read_dates(good: Mapping[str, Footer], kept: Sequence[str]) -> dict[str, Da
     return dates
 
 
-def _check_names(first: str, kept: Sequence[str], new_columns: Sequence[str], stored: Sequence[StoredFile]) -> None:
-    """Names are compared as DuckDB and Spark do, where ``Bank`` and ``bank`` are one.
-
-    Raises: DataError: the input has a name that the output adds, or two adapters add the same.
-    """
-    folded = Counter(name.casefold() for name in new_columns)
-    if twice := [name for name in new_columns if folded[name.casefold()] > 1]:
-        raise DataError(
-            f"the output would have the columns {' and '.join(twice[:2])}, which many tools take for one; {_RENAME}"
-        )
-    if taken := [name for name in kept if name.casefold() in folded]:
-        remedy = (
-            "leave it out with --columns"
-            if taken == ["truncated"]
-            else f"{_RENAME}, or leave the column out with --columns"
-        )
-        raise DataError(f"{first}: it has {_some(taken)} already, which the output adds; {remedy}")
-    partitions = {part.partition("=")[0] for file in stored for part in file.below.split("/")[:-1] if "=" in part}
-    if taken := sorted(name for name in partitions if name.casefold() in folded):
-        raise DataError(
-            f"{first}: its partition folders are called {_some(taken)}, which the output adds as a column; {_RENAME}"
-        )
-
-
 def _changes(schema: pa.Schema, footers: Collection[Footer]) -> list[str]:
     changes = dict[str, None]()
-    for kinds in {id(footer.kinds): footer.kinds for footer in footers}.values():  # most files share theirs
+    for kinds in {id(footer.kinds): footer.kinds for footer in footers}.values():  # most files share their kinds
         changes |= dict.fromkeys(f"{name}: {change}" for name, change in changed_types(schema, kinds).items())
     kept = set(schema.names)
     for footer in footers:
         changes |= dict.fromkeys(f"{name}: {change}" for name, change in footer.lost_types.items() if name in kept)
     left_out = dict.fromkeys(key for footer in footers for key in footer.left_out)
-    changes |= dict.fromkeys(f"footer key {key}: cannot be understood, and is left out" for key in left_out)
+    changes |= dict.fromkeys(f"footer key {key}: cannot be parsed, and is dropped" for key in left_out)
     labels = {footer.pandas_labels for footer in footers} - {""}
     return [*changes, *(f"labels of the columns in pandas: {kind} becomes text" for kind in sorted(labels))]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_NAMES]) + (
-        f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    )
 
 
 def _cut(
@@ -308,36 +223,36 @@ def _cut(
 
 
 def _ranges(row_groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
-    """(row groups, first row within them, rows, first row within the file) of each unit of a file."""
-    together: list[int] = []
+    """Cut a file into units: yield (row groups, first row within them, rows, first row within the file)."""
+    groups: list[int] = []
     rows, start = 0, 0
-    for group, of_group in enumerate(row_groups):
-        if together and rows + of_group > rows_per_unit:
-            yield tuple(together), 0, rows, start
-            together, start, rows = [], start + rows, 0
-        if of_group > rows_per_unit:
-            for first in range(0, of_group, rows_per_unit):
-                yield (group,), first, min(rows_per_unit, of_group - first), start + first
-            start += of_group
-        elif of_group:
-            together.append(group)
-            rows += of_group
-    if together:
-        yield tuple(together), 0, rows, start
+    for group, num_rows in enumerate(row_groups):
+        if groups and rows + num_rows > rows_per_unit:
+            yield tuple(groups), 0, rows, start
+            groups, start, rows = [], start + rows, 0
+        if num_rows > rows_per_unit:
+            for first in range(0, num_rows, rows_per_unit):
+                yield (group,), first, min(rows_per_unit, num_rows - first), start + first
+            start += num_rows
+        elif num_rows:
+            groups.append(group)
+            rows += num_rows
+    if groups:
+        yield tuple(groups), 0, rows, start
 
 
 def _stems(files: Sequence[StoredFile]) -> dict[str, str]:
-    """What the output files of each input file begin with. It depends on that file alone, so that one that is mended later shifts no other.
+    """Return the prefix of the output files of each input file, by path.
 
-    Partition folders (``key=value``) are kept, so that the output can be read as the input was; other folders are not. A name that is too
-    long is cut. Where it is, and where two files would meet, each gets a part of its path's hash.
+    It depends on that file alone, so that repairing another file renames nothing. Partition folders (``key=value``) are
+    kept, so that the output can be read like the input; other folders are dropped. A name that is too long is cut. If
+    it is cut, or if two files would share a prefix, a part of the path's hash is added.
     """
     stems: dict[str, str] = {}
     for file in files:
         pure = PurePosixPath(file.below)
-        visible = (
-            pure.stem.lstrip("._") or "part"
-        )  # the file may have been named itself; readers of the output skip such names
+        # Readers of the output skip names that begin with these; an input file that was named itself may have one.
+        visible = pure.stem.lstrip("._") or "part"
         encoded = visible.encode(errors="surrogateescape")
         if len(encoded) > _LONGEST_STEM_BYTES:
             visible = f"{encoded[:_LONGEST_STEM_BYTES].decode(errors='ignore')}-{_path_hash(file.path)}"

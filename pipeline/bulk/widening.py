@@ -1,35 +1,29 @@
-"""The type that holds the values of two Arrow types, if there is one."""
+"""The Arrow type that holds the values of two types, if one exists."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-
-
 _BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-
-
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-
-
 _TIME_UNITS = ("s", "ms", "us", "ns")
 
 
 def text_type(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
+    """Return whether a column of this type holds text."""
     kind = plain_type(kind)
     return any(is_one(kind) for is_one in _STRINGS)
 
 
 def binary_type(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes, which may be text."""
+    """Return whether a column of this type holds bytes, which may be text."""
     kind = plain_type(kind)
     return any(is_one(kind) for is_one in _BINARIES)
 
 
 def wider(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    """The type that holds every value of both; none where one of them would lose something."""
+    """Return the type that holds every value of both; None if a value would be lost."""
     if one == two:
         return one
     if pa.types.is_null(one) or pa.types.is_null(two):
@@ -52,9 +46,8 @@ def _wider_dictionary(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     values = wider(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, two)))
     if values is None or not (pa.types.is_dictionary(one) and pa.types.is_dictionary(two)):
         return values
-    return (
-        pa.dictionary(pa.int32(), values) if not one.ordered and not two.ordered else None
-    )  # the order of categories is each file's own
+    # Each file orders its categories by itself, so ordered ones cannot be joined.
+    return pa.dictionary(pa.int32(), values) if not one.ordered and not two.ordered else None
 
 
 def _wider_integer(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
@@ -69,17 +62,16 @@ def _wider_integer(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
 def _wider_decimal(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     scale = max(one.scale, two.scale)
     precision = scale + max(one.precision - one.scale, two.precision - two.scale)
-    return (
-        pa.decimal128(precision, scale)
-        if precision <= 38
-        else pa.decimal256(precision, scale)
-        if precision <= 76
-        else None
-    )
+    if precision > 76:
+        return None
+    return pa.decimal128(precision, scale) if precision <= 38 else pa.decimal256(precision, scale)
 
 
 def _wider_time(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
-    """Of times of day, any two. Of timestamps and durations those up to microseconds: nanoseconds have room for 585 years only."""
+    """Widen any two times of day, and timestamps and durations up to microseconds.
+
+    Types in nanoseconds are left alone, because they cover 585 years only.
+    """
     if pa.types.is_time(one) and pa.types.is_time(two):
         unit = max(one.unit, two.unit, key=_TIME_UNITS.index)
         return pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
@@ -116,7 +108,7 @@ def _wider_nested(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type of the values themselves."""
+    """Return the type of the values, without extension and dictionary."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     return kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -1,4 +1,4 @@
-"""One unit of a bulk job: read, labelled, written and committed in one place, so that only a receipt travels. Knows nothing of Ray."""
+"""The worker of a bulk job: it reads, labels and writes one unit, and returns a receipt. Without Ray."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pydantic import Field, SecretStr
 from pipeline.bulk.columns import AdapterColumns, Tally
 from pipeline.bulk.content import content_of, file_now
 from pipeline.bulk.metadata import ARROW_SCHEMA, output_metadata
+from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, footer, read_receipt
 from pipeline.bulk.parquet import READ_BUFFER_BYTES, UnitFile, block_rows, chosen_rows, input_codecs
 from pipeline.bulk.records import BulkJob, Receipt
 from pipeline.bulk.schema import WrittenAs, kinds_by_column, written_as
-from pipeline.bulk.state import ATTEMPTS, FOOTER_KEY, footer, read_receipt
 from pipeline.bulk.texts import LabelledTexts, read_ahead
 from pipeline.bulk.units import Unit
 from pipeline.encoder.tokeniser import Tokens
@@ -34,40 +34,40 @@ from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
 from pipeline.printable import remember
 from pipeline.records import Record
-from pipeline.storage import Place, open_file, store_errors
+from pipeline.storage.place import Place, open_file, store_errors
 
 MAX_ATTEMPTS = 3
 _START_AGAIN = "start it again, into another folder"
 
 
 class WorkerSpec(Record):
-    """All that a worker is told."""
+    """Instructions for a worker."""
 
     job: BulkJob
     refs: tuple[str, ...]
     """``[NAME=]REF`` of the adapters, in the job's order."""
     output: str
-    """Where units go."""
+    """Folder that the units are written to."""
     encoder: str | None
-    """Where the encoder lies, if not under the name that the adapters give."""
+    """Location of the encoder. None: the name that the adapters give."""
     threads: int
     use_gpu: bool
     offline: bool
     kept_schema: str
-    """Of the input columns to keep, in the types of the output, as Arrow serialises it, in base64."""
+    """Schema of the input columns to keep, in the types of the output; serialised by Arrow, in base64."""
     int96_unit: Literal["ns", "us"]
-    """Unit of time in which INT96 columns are read."""
+    """Time unit in which INT96 columns are read."""
     secrets: dict[str, SecretStr] = Field(default_factory=dict, repr=False)
-    """Address without its secret -> the real one; travels in memory only."""
+    """Address without its secret -> the real address. Never written to disk."""
 
 
 class UnitWorker:
-    """Holds the encoder and the adapters, and labels one unit after the other."""
+    """Labels units one after the other. Holds the encoder and the adapters."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Load the adapters.
 
-        Raises: AdapterError: they are not the job's any more, and what ``load_classifier`` raises.
+        Raises: AdapterError: an adapter has changed since the job was planned, or what ``load_classifier`` raises.
         """
         self.spec = spec
         self.job = spec.job
@@ -94,7 +94,7 @@ class UnitWorker:
         ]
 
     def label(self, unit: Unit) -> Receipt:
-        """Label a unit, unless it is there; a fault of its file is told by the receipt, and leaves the other units alone."""
+        """Label a unit, unless its output exists. A fault of its file is reported in the receipt, not raised."""
         torch.set_num_threads(self.spec.threads)  # torch keeps the number per thread, and Ray calls from another one
         try:
             return self._attempt(unit)
@@ -106,9 +106,9 @@ class UnitWorker:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "memory" not in str(
                 error
-            ):  # torch has no class for it on the CPU
+            ):  # torch has no exception for it on CPU
                 raise
-            return Receipt(unit=unit.number, failure="out of memory; a smaller --rows-per-unit needs less")
+            return Receipt(unit=unit.number, failure="out of memory; choose a smaller --rows-per-unit")
 
     def _attempt(self, unit: Unit) -> Receipt:
         attempts = f"{ATTEMPTS}/{unit.number:05d}"
@@ -116,22 +116,22 @@ class UnitWorker:
         try:
             if self.place.exists(unit.output):
                 return read_receipt(self.place, unit)
-            before = [name for name in self.place.names(under=ATTEMPTS) if name.startswith(f"{attempts}-")]
-            if len(before) >= MAX_ATTEMPTS:
-                return Receipt(unit=unit.number, failure=f"killed the worker {len(before)} times")
+            earlier = [name for name in self.place.names(under=ATTEMPTS) if name.startswith(f"{attempts}-")]
+            if len(earlier) >= MAX_ATTEMPTS:
+                return Receipt(unit=unit.number, failure=f"killed the worker {len(earlier)} times")
             self.place.write(attempt, b"")
-        except store_errors() as error:  # not this unit's fault: no other one could be written either
+        except store_errors() as error:  # not this unit's fault: no unit can be written
             return Receipt(unit=unit.number, failure=f"output {self.place}: {first_line(error)}", fatal=True)
         try:
             return self._label(unit)
         finally:
             with suppress(*store_errors()):
-                self.place.remove(attempt)  # what remains was left by a worker that was killed
+                self.place.remove(attempt)  # an attempt that remains was left by a killed worker
 
     def _label(self, unit: Unit) -> Receipt:
         started = time.perf_counter()
         tally = Tally([column.adapter.name for column in self.columns])
-        before = self._version(unit)
+        version = self._version(unit)
         with (
             closing(open_file(unit.path)) as source,
             self.place.replaced(unit.output, mark=self.job.fingerprint) as path,
@@ -150,35 +150,35 @@ class UnitWorker:
                 for block in read_ahead(self._blocks(parquet, unit, read, memory)):
                     memory.learn(block.tokens.truncated, self.classifier.classify(block.tokens))
                     output.add(self._with_answers(block, memory, tally))
-                content = content_of(source, parquet.metadata, unit, read, version=before)
-                if self._version(unit) != before:
-                    raise DataError(f"{unit.path}: has changed while it was read; start again when nobody writes to it")
+                content = content_of(source, parquet.metadata, unit, read, version=version)
+                if self._version(unit) != version:
+                    raise DataError(f"{unit.path}: changed while it was read; start again when nothing writes to it")
                 receipt = tally.receipt(
-                    unit, memory, version=before, content=content, seconds=time.perf_counter() - started
+                    unit, memory, version=version, content=content, seconds=time.perf_counter() - started
                 )
                 output.describe(footer(self.job, unit, receipt))
         return receipt
 
     def _version(self, unit: Unit) -> str:
-        """The version of a unit's file; where another one than planned holds other bytes, the end of the job finds out.
+        """Return the current version of a unit's file. ``finish`` checks whether another version has other bytes.
 
-        Raises: DataError: the file is gone, or has another size.
+        Raises: DataError: the file no longer exists, or has another size.
         """
         planned, now = self._files[unit.path], file_now(unit.path)
         if now is None or now.size != planned.size:
-            found = "is gone" if now is None else f"has {now.size:,} bytes now"
+            change = "is gone" if now is None else f"has {now.size:,} bytes now"
             raise DataError(
-                f"{unit.path}: had {planned.size:,} bytes when the job was planned, and {found}; {_START_AGAIN}"
+                f"{unit.path}: had {planned.size:,} bytes when the job was planned, and {change}; {_START_AGAIN}"
             )
         return now.version
 
     def _columns_in(self, parquet: pq.ParquetFile, unit: Unit) -> tuple[str, ...]:
-        """The columns to read of a file, which may be read long after it was planned.
+        """Return the columns to read from a file, which may have changed since it was planned.
 
-        Raises: DataError: it lacks rows or columns by now, or its texts are none any more.
+        Raises: DataError: the file no longer has the rows or the columns.
         """
-        there, names, text_column = parquet.metadata, set(parquet.schema_arrow.names), self.job.options.text_column
-        rows = sum(there.row_group(group).num_rows for group in unit.row_groups if group < there.num_row_groups)
+        metadata, names, text_column = parquet.metadata, set(parquet.schema_arrow.names), self.job.options.text_column
+        rows = sum(metadata.row_group(group).num_rows for group in unit.row_groups if group < metadata.num_row_groups)
         lacking = [field.name for field in self.kept if field.name not in names and not field.nullable]
         if rows < unit.first_row + unit.num_rows or lacking or text_column not in names:
             raise DataError(f"{unit.path}: has changed since the job was planned; {_START_AGAIN}")
@@ -188,7 +188,7 @@ class UnitWorker:
     def _blocks(
         self, parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str], memory: LabelledTexts
     ) -> Iterator[_Block]:
-        """Rows with their new texts tokenised; runs ahead of the computation.
+        """Yield blocks of rows with their new texts tokenised. It runs ahead of the classifier, in a thread.
 
         Raises: DataError: the columns have fewer rows than the footer promises.
         """
@@ -214,10 +214,12 @@ class UnitWorker:
         )
 
     def _fitted(self, rows: pa.Table) -> pa.Table:
-        """The kept columns in the types of the output; nulls for one that this file lacks."""
-        there = dict(zip(rows.column_names, rows.columns, strict=True))
-        columns = [there[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in self.kept]
-        return pa.table(columns, schema=self.kept) if columns else rows.select([])  # which knows how many rows it has
+        """Return the kept columns in the types of the output, with nulls for a column that this file lacks."""
+        existing = dict(zip(rows.column_names, rows.columns, strict=True))
+        columns = [
+            existing[f.name].cast(f.type) if f.name in existing else pa.nulls(len(rows), f.type) for f in self.kept
+        ]
+        return pa.table(columns, schema=self.kept) if columns else rows.select([])  # this keeps the number of rows
 
     def _written_as(self, parquet: pq.ParquetFile) -> WrittenAs:
         added = [new for column in self.columns for new in column.fields()] + [pa.field("truncated", pa.bool_())]
@@ -243,8 +245,10 @@ class UnitWorker:
 
 @dataclass(frozen=True)
 class _Block:
+    """Some rows of a unit."""
+
     rows: pa.Table
     ids: npt.NDArray[np.int64]
-    """Of each row's text within the unit; negative for null and empty ones."""
+    """Id of each row's text within the unit, int64 (rows,); negative for a row without text."""
     tokens: Tokens
-    """Of the texts that occur for the first time."""
+    """Tokens of the texts that occur for the first time."""

@@ -1,1 +1,1 @@
-"""From the name of a data set to texts and labels to learn from. The door to mteb's tasks."""
+"""Data sets: from a name in the config to texts and labels, checked and split. The door to mteb's tasks."""

@@ -1,6 +1,6 @@
-"""From a name to data: what mteb knows of a task, and its splits inside a real mteb task. The door to mteb's tasks.
+"""The data sets of a run: planned from the config, and read from one of four sources.
 
-Four sources, one interface: your own files, packages that pip installed, a local mirror, the Hub.
+The sources are a user's own files, packages that pip installs, a local mirror, and the Hub.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
-from pipeline.data.formats import read_table, some
+from pipeline.data.column_names import some
+from pipeline.data.formats import read_table
 from pipeline.data.mteb_tasks import (
     OWN_SAMPLES_PER_LABEL,
     check_subset,
@@ -34,40 +35,34 @@ from pipeline.records import CarvedTest, MtebTask
 from pipeline.store.run_folder import RunFolder
 
 UNREAD = "unread"
-"""The revision of files that nobody has read yet: a plan reads no data."""
+"""Revision of files in a plan, which reads no data."""
 
 _TEST_FRACTION = 0.2
 
 
 def plan_tasks(config: RunConfig) -> tuple[MtebTask, ...]:
-    """Resolve where each task's data will come from, in the config's order; see ``plan_task``."""
+    """Plan every task of a config, in its order; see ``plan_task``."""
     return tuple(plan_task(t, data=config.data, default_epochs=config.train.max_epochs) for t in config.mteb_tasks)
 
 
 def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) -> MtebTask:
-    """Resolve where a task's data will come from; reads none of it and asks no network.
+    """Resolve the source of a task's data, without reading it and without a network.
 
-    Files of the user's own go before packages, packages before ``data.mirror``, the mirror before the Hub at mteb's pinned revision.
+    The first that applies counts: the user's own files, a package, ``data.mirror``, the Hub at mteb's pinned revision.
 
     Args:
-        default_epochs: For a task that names no number of its own.
-    Raises: ConfigError: an unknown name or subset, or a task that is not a classification of single texts with one label.
+        config: The task's part of the config.
+        data: Where data sets are looked for.
+        default_epochs: Epochs of a task that sets no ``max_epochs``.
+    Raises: ConfigError: the name or the subset is unknown, or the task is not a classification of single texts with one
+        label.
     """
-    RunFolder(Path()).task(config.name)  # refuses the names that a run folder has files of
+    RunFolder(Path()).task(config.name)  # refuses names of files in a run folder
     max_epochs = config.max_epochs or default_epochs
     if config.train is not None:
         return _plan_own(config, config.train, max_epochs)
     if config.name in PACKAGES:
-        check_subset(config.name, config.subset, ["default"])
-        package = PACKAGES[config.name]
-        return MtebTask(
-            name=config.name,
-            source="package",
-            location=package,
-            revision=installed_version(package) or "not installed",
-            max_epochs=max_epochs,
-            samples_per_label=OWN_SAMPLES_PER_LABEL,
-        )
+        return _plan_package(config, PACKAGES[config.name], max_epochs)
     mteb_task = find_mteb_task(config.name)
     common: dict[str, Any] = {
         "name": config.name,
@@ -90,9 +85,9 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
 
 
 def files_look_wrong(config: RunConfig) -> bool:
-    """Whether a file of the user's own is not there, or is a Parquet file without the columns: a look that takes no time.
+    """Return whether a user's own file is missing, or is a Parquet file without the columns.
 
-    ``load_mteb_task`` says what is wrong, here and where this look sees nothing.
+    The check takes no time. ``load_mteb_task`` reports what is wrong, and finds other faults too.
     """
     given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
     local = [
@@ -107,15 +102,16 @@ def files_look_wrong(config: RunConfig) -> bool:
 
 
 def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
-    """Read the splits of a planned task and put them into a real mteb task, so that ``mteb.evaluate`` needs no network.
+    """Read the splits of a planned task, and fill an mteb task with them, so that ``mteb.evaluate`` needs no network.
 
-    A mirror holds what mteb has after its own transformation of a data set; from the Hub, mteb transforms it itself.
+    A mirror holds data sets as mteb has transformed them. Data sets of the Hub are transformed by mteb here.
 
     Args:
-        offline: Take from the Hub only what its local cache holds.
+        task: The planned task.
+        offline: Read data sets of the Hub from the local cache only.
     Raises:
-        DataError: data that is missing, damaged, or whose columns are not text and label.
-        LorafleetError: the Hub cannot be reached; trying again may help.
+        DataError: the data is missing or damaged, or its columns are not text and label.
+        LorafleetError: the Hub cannot be reached; a retry may help.
     """
     if task.source == "hub":
         mteb_task = find_mteb_task(task.name, subset=task.subset)
@@ -136,7 +132,7 @@ def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
 
 
 def describe_source(task: MtebTask) -> str:
-    """Where the data of a planned task will come from, as a phrase for people."""
+    """Describe the source of a planned task's data, for messages."""
     match task.source:
         case "hub":
             return f"{task.location} on the Hub at {task.revision}, subset {task.subset}"
@@ -148,7 +144,16 @@ def describe_source(task: MtebTask) -> str:
     return f"your files: train on {task.location}, {test}"
 
 
-# --- plan ---
+def _plan_package(config: MtebTaskConfig, package: str, max_epochs: int) -> MtebTask:
+    check_subset(config.name, config.subset, ["default"])
+    return MtebTask(
+        name=config.name,
+        source="package",
+        location=package,
+        revision=installed_version(package) or "not installed",
+        max_epochs=max_epochs,
+        samples_per_label=OWN_SAMPLES_PER_LABEL,
+    )
 
 
 def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
@@ -163,7 +168,7 @@ def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
         keys_of.setdefault(column, []).append(key)
     for column, keys in keys_of.items():
         if len(keys) > 1:
-            raise ConfigError(f"{config.name}: {' and '.join(keys)} both name {column!r}; they are two columns")
+            raise ConfigError(f"{config.name}: {' and '.join(keys)} both name {column!r}; name two different columns")
     fraction = config.test_fraction if config.test_fraction is not None else _TEST_FRACTION
     return MtebTask(
         name=config.name,
@@ -186,11 +191,8 @@ def _lacks_columns(config: MtebTaskConfig, path: Path) -> bool:
     return not {config.text_column or "text", config.label_column or "label"} <= set(names)
 
 
-# --- read ---
-
-
 def _read_files(task: MtebTask, *, offline: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """The checked splits, the hash of all files, and notes."""
+    """Read the files of a task: the checked splits, a hash of all files, and notes."""
     digest = hashlib.sha256()
     splits, notes = {}, []
     for split, files in _split_files(task, offline=offline).items():
@@ -204,7 +206,7 @@ def _read_files(task: MtebTask, *, offline: bool) -> tuple[dict[str, Any], str, 
                 tables[path] = checked_table(table, task, f"{task.name}: {split}: {path}")
         splits[split] = _joined(tables, f"{task.name}: {split}")
         if files.left_out:
-            notes.append(f"left out of the folder of {split}: {some(files.left_out)}")
+            notes.append(f"skipped in the folder of {split}: {some(files.left_out)}")
     return splits, f"sha256:{digest.hexdigest()}", tuple(notes)
 
 
@@ -216,12 +218,14 @@ def _split_files(task: MtebTask, *, offline: bool) -> dict[str, SourceFiles]:
     for split, location in locations.items():
         if offline and location.startswith("hf://"):
             raise DataError(
-                f"{task.name}: {split}: {location} is on the Hub, and data.offline = true; set one of the two otherwise"
+                f"{task.name}: {split}: {location} is on the Hub, but data.offline = true; change one of the two"
             )
         with prefixed_errors(f"{task.name}: {split}"):
             files[split] = find_sources(location)
     if twice := set(files["train"].paths).intersection(files["test"].paths if "test" in files else ()):
-        raise DataError(f"{task.name}: {some(sorted(twice))} is in train and in test; what was learnt is no test")
+        raise DataError(
+            f"{task.name}: {some(sorted(twice))} is in train and in test; a test needs texts that were not learnt"
+        )
     return files
 
 
@@ -231,17 +235,21 @@ def _mirror_files(task: MtebTask) -> dict[str, Path]:
         raise DataError(
             f"{task.name}: the mirror has no folder {folder}; expected {folder}/train.parquet and test.parquet"
         )
-    found = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+    existing = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
     for split in ("train", "test"):
-        if split not in found:
+        if split not in existing:
             raise DataError(
-                f"{task.name}: expected a split {split!r}, found {', '.join(found) or 'none'} in {folder}; add {split}.parquet"
+                f"{task.name}: expected a split {split!r}, found {', '.join(existing) or 'none'} in {folder}; "
+                f"add {split}.parquet"
             )
-    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+    return {split: existing[split] for split in ("train", "validation", "test") if split in existing}
 
 
 def _joined(tables: dict[str, Any], where: str) -> Any:
-    """One table of all files, with the columns that they share."""
+    """Join the tables of all files, with the columns that they share.
+
+    Raises: DataError: all files are empty, or their labels differ in type.
+    """
     if not tables:
         raise DataError(f"{where} is empty; expected at least one text")
     kinds = {str(table["label"].type): path for path, table in reversed(tables.items())}
@@ -255,7 +263,10 @@ def _joined(tables: dict[str, Any], where: str) -> Any:
 
 
 def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]:
-    """Train less its test split, and that split. Seeds below 0 are for this choice: the validation slice has the run's, from 0 up."""
+    """Split test off train. The seed is negative, so that it never equals that of the validation slice.
+
+    Raises: DataError: train is too small.
+    """
     labels = train["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     groups = train["group"].to_pylist() if task.group_column is not None else None
     chosen = held_out(train["text"].to_pylist(), labels, groups=groups, fraction=split.fraction, seed=-1 - split.seed)
@@ -268,6 +279,3 @@ def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]
             "raise it (below 0.5), add texts, or name a test file"
         )
     return {"train": train.filter(pa.array(~chosen)), "test": train.filter(pa.array(chosen))}
-
-
-# --- mteb ---

@@ -1,12 +1,9 @@
-"""From an MTEB task to texts and labels that can be learnt: checked, numbered, with a validation slice. Knows no encoder."""
+"""The data of one MTEB task, ready for training: checked, with numbered labels and a validation slice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,72 +12,63 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
 from pipeline.data.catalogue import load_mteb_task
-from pipeline.data.splits import held_out, label_key, overlap
+from pipeline.data.notes import count_empty, group_notes, overlap_notes, shown_label, some_names, split_notes
+from pipeline.data.splits import Split, held_out, label_key, overlap
 from pipeline.errors import DataError
 from pipeline.records import LONGEST_LABEL, MOST_LABEL_BYTES, MtebTask
 
 Labels = NDArray[np.int64]
 """Positions in ``TaskData.label_names``, int64 (texts,)."""
 
-_MOST_NAMES = 5  # in one message
-_MOST_LABELS = 10_000  # the probe's logits for more would not fit into a record
+_MOST_LABELS = 10_000  # the probe's logits for more would not fit in a record
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The texts and labels of one task, ready to be learnt from."""
+    """The texts and labels of one task, ready for training."""
 
     task: MtebTask
-    """With the revision of what was read."""
+    """The task, with the revision of the data that was read."""
     mteb_task: Any
-    """The same data as a real mteb task; it knows neither validation slice nor label names."""
+    """The same data as an ``mteb`` task, without the validation slice and the label names."""
     label_names: tuple[str, ...]
-    """One name per class, at least two; in the order of the labels in the data, so by number where they are numbers."""
+    """Name of each class, at least two, in the sorted order of the labels in the data."""
     train_texts: list[str]
     train_labels: Labels
     validation_texts: list[str]
-    """Empty where the epoch is selected on test, or where no class can spare a text."""
+    """Empty if the epoch is selected on test, or if no class can spare a text."""
     validation_labels: Labels
     test_texts: list[str]
     test_labels: Labels
     test_in_train: NDArray[np.bool_]
-    """Which test texts also occur in the whole train split, bool (num_test,)."""
+    """Mask of the test texts that also occur in the whole train split, bool (num_test,)."""
     num_overlap: int
-    """Of ``test_in_train``."""
+    """Number of true values in ``test_in_train``."""
     num_empty_train: int
-    """Texts of the whole train split with nothing but white space; they are kept."""
+    """Number of texts in the whole train split that are empty or white space. They are kept."""
     num_empty_test: int
+    """Number of test texts that are empty or white space. They are kept."""
     fingerprint: str
-    """sha256 over label names, texts, labels and groups of all splits as they were read: the same for every seed."""
+    """SHA-256 of the label names, texts, labels and groups of all splits as read; independent of the seed."""
     test_fingerprint: str
-    """sha256 over the texts and labels of test, in whatever order: a label that is new in train does not change it."""
+    """SHA-256 of the test texts and labels, independent of their order and of labels that only train has."""
     notes: tuple[str, ...]
-    """What is lawful but thin, one sentence each."""
-
-
-@dataclass(frozen=True)
-class _Split:
-    texts: list[str]
-    labels: Labels
-    groups: list[str] | None = None
-    """The group of each text, where the data have groups."""
-
-    def take(self, chosen: NDArray[np.bool_]) -> _Split:
-        return _Split(
-            [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen]
-        )
+    """Warnings about valid but weak data, one sentence each."""
 
 
 def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData:
     """Read a task, check that it can be learnt, and hold out the validation slice.
 
-    Validation is the data's own split of that name; otherwise ``validation_fraction`` of each class of train, chosen by the seed, with
-    near-equal texts and groups on one side; and nothing, so that train stays whole, where ``early_stopping_split`` is ``test``.
+    Validation is the data set's own split of that name. Without one, it is ``validation_fraction`` of each class of
+    train, chosen by the seed, with near-equal texts and groups on one side. It is empty, so that train stays whole, if
+    ``early_stopping_split`` is ``test``.
 
     Args:
-        offline: Take from the Hub only what its local cache holds.
+        task: The planned task.
+        config: Settings of the validation slice.
+        offline: Read data sets of the Hub from the local cache only.
     Raises:
-        DataError: data that is missing or damaged, or labels that cannot be learnt.
+        DataError: the data is missing or damaged, or its labels cannot be learnt.
         LorafleetError: the Hub cannot be reached.
     """
     loaded = load_mteb_task(task, offline=offline)
@@ -88,11 +76,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
     _check_size(task, label_names)
     whole_train, test = splits["train"], splits["test"]
     train, validation, slice_notes = _hold_out(splits, label_names, config)
-    if not validation.texts and np.bincount(train.labels).max() == 1:
-        found = f"each of the {len(label_names)} labels of train has a single text"
-        raise DataError(
-            f"{task.name}: {found}; expected two texts of at least one label; add texts, or check that label_column is right"
-        )
+    _check_repeated_label(task, train, validation)
     test_in_train = overlap([*whole_train.texts, *(validation.texts if config.refit else ())], test.texts)
     return TaskData(
         task=loaded.task,
@@ -106,49 +90,40 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
         test_labels=test.labels,
         test_in_train=test_in_train,
         num_overlap=int(test_in_train.sum()),
-        num_empty_train=_count_empty(whole_train),
-        num_empty_test=_count_empty(test),
+        num_empty_train=count_empty(whole_train),
+        num_empty_test=count_empty(test),
         fingerprint=_fingerprint(label_names, splits),
         test_fingerprint=_test_fingerprint(loaded.splits["test"]),
         notes=(
             *loaded.notes,
-            *_notes(loaded.task, whole_train, test, label_names),
-            *_overlap_notes(train, validation, test),
-            *_group_notes(loaded.task, whole_train, test),
+            *split_notes(loaded.task, whole_train, test, label_names),
+            *overlap_notes(train, validation, test),
+            *group_notes(loaded.task, whole_train, test),
             *slice_notes,
         ),
     )
 
 
-def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, _Split]]:
-    """Label names, and every split with its labels as positions in them."""
+def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """Return the label names, and every split with labels as positions in them.
+
+    Raises: DataError: train has a single label, or another split has labels that train lacks.
+    """
     values = {split: table["label"].to_pylist() for split, table in tables.items()}
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
         raise DataError(
-            f"{name}: train has the single label {_shown(classes[0])}; a classifier needs at least two classes"
+            f"{name}: train has the single label {shown_label(classes[0])}; a classifier needs at least two classes"
         )
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():
-        unknown = sorted(set(column) - set(classes))
-        if unknown:
-            known = {label_key(str(label)): label for label in classes}
-            twins = [
-                f"{_shown(known[key])} for {_shown(label)}"
-                for label in unknown
-                if (key := label_key(str(label))) in known
-            ]
-            fix = (
-                f"which has {_some(twins)}; write them alike"
-                if twins
-                else f"add texts of them to train, or remove them from {split}"
-            )
-            sign = "," if twins else ";"
+        if unknown := sorted(set(column) - set(classes)):
             raise DataError(
-                f"{name}: {split} has labels that never occur in train: {_some(map(_shown, unknown))}{sign} {fix}"
+                f"{name}: {split} has labels that never occur in train: {some_names(map(shown_label, unknown))}"
+                f"{_remedy(split, unknown, classes)}"
             )
     splits = {
-        split: _Split(
+        split: Split(
             table["text"].to_pylist(),
             np.array([position[label] for label in values[split]], dtype=np.int64),
             table["group"].to_pylist() if "group" in table.column_names else None,
@@ -158,8 +133,18 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     return _label_names(classes, tables["train"]), splits
 
 
+def _check_repeated_label(task: MtebTask, train: Split, validation: Split) -> None:
+    """Raises: DataError: no label has two texts, so the labels are probably ids."""
+    counts = np.bincount(train.labels)
+    if not validation.texts and counts.max() == 1:
+        raise DataError(
+            f"{task.name}: each of the {len(counts)} labels of train has a single text; "
+            "expected two texts of at least one label; add texts, or check that label_column is right"
+        )
+
+
 def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
-    """Refuse names that no record of the trained adapter could hold."""
+    """Refuse labels that no record of the trained adapter could hold."""
     advice = f"check that label_column = {task.label_column!r} is the right column"
     longest, total = max(label_names, key=len), len(json.dumps(label_names))
     if len(longest) > LONGEST_LABEL:
@@ -174,8 +159,21 @@ def _check_size(task: MtebTask, label_names: tuple[str, ...]) -> None:
         )
 
 
+def _remedy(split: str, unknown: list[Any], classes: list[Any]) -> str:
+    """Return advice on labels that only another split than train has, with the similar labels of train."""
+    similar = {label_key(str(label)): label for label in classes}
+    twins = [
+        f"{shown_label(similar[key])} for {shown_label(label)}"
+        for label in unknown
+        if (key := label_key(str(label))) in similar
+    ]
+    if twins:
+        return f", which has {some_names(twins)}; write them alike"
+    return f"; add texts of them to train, or remove them from {split}"
+
+
 def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
-    """The names that the data gives its numbers, if it gives each number exactly one of its own; else the labels as they are."""
+    """Return ``label_text`` of each label if each has exactly one; otherwise the labels themselves."""
     plain = tuple(str(label) for label in classes)
     if isinstance(classes[0], str) or "label_text" not in train.column_names:
         return plain
@@ -186,105 +184,31 @@ def _label_names(classes: list[Any], train: Any) -> tuple[str, ...]:
 
 
 def _hold_out(
-    splits: dict[str, _Split], label_names: tuple[str, ...], config: TrainConfig
-) -> tuple[_Split, _Split, list[str]]:
-    """Train, validation, and notes on classes that the slice had to leave out."""
+    splits: dict[str, Split], label_names: tuple[str, ...], config: TrainConfig
+) -> tuple[Split, Split, list[str]]:
+    """Return train, validation, and notes on classes that are not in the validation slice."""
     train = splits["train"]
-    nobody = np.zeros(len(train.texts), dtype=np.bool_)
+    none = np.zeros(len(train.texts), dtype=np.bool_)
     if config.early_stopping_split == "test":
-        return train, train.take(nobody), []
+        return train, train.take(none), []
     if "validation" in splits:
         return train, splits["validation"], []
     chosen = held_out(
         train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed
     )
-    spared = set(train.labels[chosen].tolist())
-    without = [_shown(name) for label, name in enumerate(label_names) if label not in spared]
-    notes = [f"classes too small for a validation slice, so wholly in train: {_some(without)}"] if without else []
+    in_validation = set(train.labels[chosen].tolist())
+    without = [shown_label(name) for label, name in enumerate(label_names) if label not in in_validation]
+    notes = [f"classes too small for a validation slice, so wholly in train: {some_names(without)}"] if without else []
     return train.take(~chosen), train.take(chosen), notes
 
 
-def _count_empty(split: _Split) -> int:
-    return sum(not text.strip() for text in split.texts)
-
-
-def _notes(task: MtebTask, train: _Split, test: _Split, label_names: tuple[str, ...]) -> list[str]:
-    in_train = np.bincount(train.labels, minlength=len(label_names))
-    in_test = np.bincount(test.labels, minlength=len(label_names))
-    notes = []
-    if task.test_split is not None:
-        share = f"{len(test.texts)} of {len(test.texts) + len(train.texts)} texts of train"
-        keys = f"test_fraction {task.test_split.fraction:g}, test_seed {task.test_split.seed}"
-        grouped = "" if task.group_column is None else f" and texts with the same {task.group_column!r}"
-        notes.append(f"test is {share} ({keys}); near-equal texts{grouped} are on one side")
-    absent = [_shown(name) for name, count in zip(label_names, in_test, strict=True) if count == 0]
-    if absent:
-        why = "of which no text could be spared for" if task.test_split else "that do not occur in"
-        notes.append(f"classes {why} test: {_some(absent)}")
-    if twins := _twins(label_names):
-        notes.append(
-            f"labels that differ only in case, spaces or Unicode form, each a class of its own: {_some(twins)}"
-        )
-    thin = [
-        f"{_shown(name)} {count}"
-        for name, count in zip(label_names, in_train, strict=True)
-        if count < task.samples_per_label
-    ]
-    if thin:
-        notes.append(f"classes with fewer texts than the {task.samples_per_label} of a few-shot draw: {_some(thin)}")
-    for split, count in (("train", _count_empty(train)), ("test", _count_empty(test))):
-        if count:
-            notes.append(f"empty texts in {split}, kept: {count}")
-    return notes
-
-
-def _overlap_notes(train: _Split, validation: _Split, test: _Split) -> list[str]:
-    """Of a validation split that came with the data; a slice of ours has no text that train has."""
-    notes = []
-    for where, there in (("train", train), ("test", test)):
-        if count := int(overlap(there.texts, validation.texts).sum()):
-            notes.append(f"validation texts that are also in {where}: {count}")
-    return notes
-
-
-def _group_notes(task: MtebTask, train: _Split, test: _Split) -> list[str]:
-    if train.groups is None or test.groups is None:
-        return []
-    of_test = set(test.groups)
-    shared = of_test.intersection(train.groups)
-    return (
-        [f"groups by {task.group_column!r} that are in train and in test: {len(shared)} of test's {len(of_test)}"]
-        if shared
-        else []
-    )
-
-
-def _twins(label_names: tuple[str, ...]) -> list[str]:
-    alike = defaultdict(list)
-    for name in label_names:
-        alike[label_key(name)].append(_shown(name))
-    return [" and ".join(names) for names in alike.values() if len(names) > 1]
-
-
-def _shown(label: str | int) -> str:
-    """A label as a message shows it: in quotation marks, and so that no two labels look the same."""
-    return ascii(label) if isinstance(label, str) and not unicodedata.is_normalized("NFKC", label) else repr(label)
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    rest = len(every) - _MOST_NAMES
-    return ", ".join(every[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str:
+def _fingerprint(label_names: tuple[str, ...], splits: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     groups = [split.groups for split in splits.values() if split.groups is not None]  # they decide the validation slice
     for texts in (list(label_names), *(split.texts for split in splits.values()), *groups):
         encoded = [text.encode() for text in texts]
-        digest.update(
-            np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes()
-        )  # so that no text can pose as two
+        # Lengths first, so that no text can pose as two.
+        digest.update(np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes())
         digest.update(b"".join(encoded))
     for split in splits.values():
         digest.update(split.labels.astype("<i8").tobytes())
@@ -292,7 +216,7 @@ def _fingerprint(label_names: tuple[str, ...], splits: dict[str, _Split]) -> str
 
 
 def _test_fingerprint(test: Any) -> str:
-    # By the labels' own values, not by their positions: those move with every label that train gains or loses.
+    # Hash the labels themselves: their positions change with every label that train gains or loses.
     rows = sorted(zip(test["text"].to_pylist(), map(str, test["label"].to_pylist()), strict=True))
     digest = hashlib.sha256()
     for part in (part.encode() for row in rows for part in row):

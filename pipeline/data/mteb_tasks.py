@@ -1,4 +1,4 @@
-"""mteb's task classes: found by name, filled with tables. The door to mteb's tasks."""
+"""mteb's task objects: found by name, and filled with tables. The door to mteb's tasks."""
 
 from __future__ import annotations
 
@@ -21,56 +21,67 @@ OWN_SAMPLES_PER_LABEL = 8  # mteb's default
 
 
 def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTask:
-    """Let mteb load and transform its own data set, and read the splits back from it.
+    """Let mteb load and transform a data set of the Hub, and check its splits.
 
     Args:
-        mteb_task: Restricted to one subset.
-    Raises: DataError, LorafleetError: as ``load_mteb_task``.
+        task: The planned task.
+        mteb_task: The same task of mteb, restricted to one subset.
+        offline: Read from the local cache of the Hub only.
+    Raises:
+        DataError: the data set is missing, damaged, or lacks a split.
+        LorafleetError: the Hub cannot be reached.
+    """
+    place = f"{mteb_task.metadata.dataset['path']} at {mteb_task.metadata.revision}"
+    _load_data(task.name, mteb_task, place, offline=offline)
+    parts = mteb_task.dataset[task.subset] if mteb_task.metadata.is_multilingual else mteb_task.dataset
+    for split in ("train", "test"):
+        if split not in parts:
+            raise DataError(f"{task.name}: expected a split {split!r}, found {', '.join(sorted(parts))} in {place}")
+    tables = {
+        split: _hub_table(parts[split], task.label_column)
+        for split in ("train", "validation", "test")
+        if split in parts
+    }
+    splits = {split: checked_table(table, task, f"{task.name}: {split}") for split, table in tables.items()}
+    check_kinds(splits, task.name)
+    fill_mteb_task(mteb_task, splits, task.subset)
+    return LoadedTask(with_revision(task, mteb_task.metadata.revision), mteb_task, splits)
+
+
+def _load_data(name: str, mteb_task: Any, place: str, *, offline: bool) -> None:
+    """Let mteb load its data set, and translate what it raises.
+
+    Raises: DataError, LorafleetError: as ``load_from_hub``.
     """
     import datasets
     from huggingface_hub import constants
 
     path = mteb_task.metadata.dataset["path"]
-    name, at = task.name, f"{path} at {mteb_task.metadata.revision}"
     if not Path(path).is_absolute() and Path(path).exists():
         raise DataError(
-            f"{name}: {path} in the working folder would be taken for the data set on the Hub; start in another folder"
+            f"{name}: {path} in the working folder would be taken for the data set on the Hub; start elsewhere"
         )
     try:
         with _hub_access(offline=offline):
             mteb_task.load_data()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if (fault := hub_fault_behind(error)) is not None:
-            raise hub_error(fault, f"{name}: {at}", offline=offline, kind=DataError) from error
+            raise hub_error(fault, f"{name}: {place}", offline=offline, kind=DataError) from error
         if isinstance(error, ConnectionError) and not (offline or constants.HF_HUB_OFFLINE):
             raise LorafleetError(
-                f"{name}: the Hub cannot be reached for {at}: {error}; try again, or set data.mirror"
+                f"{name}: the Hub cannot be reached for {place}: {error}; try again, or set data.mirror"
             ) from error
         if isinstance(error, ConnectionError):
             raise DataError(
-                f"{name}: {at} is not in the local Hub cache; fetch it once while online, or set data.mirror"
+                f"{name}: {place} is not in the local Hub cache; fetch it once while online, or set data.mirror"
             ) from error
-        raise DataError(f"{name}: {at} cannot be loaded: {first_line(error)}") from error
-    parts = mteb_task.dataset[task.subset] if mteb_task.metadata.is_multilingual else mteb_task.dataset
-    found = sorted(parts)
-    for split in ("train", "test"):
-        if split not in parts:
-            raise DataError(f"{name}: expected a split {split!r}, found {', '.join(found)} in {at}")
-    tables = {
-        split: _hub_table(parts[split], task.label_column)
-        for split in ("train", "validation", "test")
-        if split in parts
-    }
-    splits = {split: checked_table(table, task, f"{name}: {split}") for split, table in tables.items()}
-    check_kinds(splits, name)
-    fill_mteb_task(mteb_task, splits, task.subset)
-    return LoadedTask(with_revision(task, mteb_task.metadata.revision), mteb_task, splits)
+        raise DataError(f"{name}: {place} cannot be loaded: {first_line(error)}") from error
 
 
 def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
-    """The classification task of mteb with this name.
+    """Return the classification task of mteb with this name.
 
-    Raises: ConfigError: no such task, or one of another type; with names that are close.
+    Raises: ConfigError: mteb has no such task, or it has another type. The message names similar tasks.
     """
     import mteb
     from mteb.abstasks import AbsTaskClassification
@@ -81,23 +92,21 @@ def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
         close = _close_names(name)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise ConfigError(
-            f"mteb_tasks: mteb knows no task {name!r}. {hint}For data of your own, name a file in train"
+            f"mteb_tasks: mteb knows no task {name!r}. {hint}For your own data, name a file in train"
         ) from None
-    known = mteb_task.metadata
-    is_text = known.type == "Classification" and known.modalities == ["text"]
+    metadata = mteb_task.metadata
+    is_text = metadata.type == "Classification" and metadata.modalities == ["text"]
     if (
         not is_text
         or not isinstance(mteb_task, AbsTaskClassification)
         or not isinstance(mteb_task.input_column_name, str)
     ):
-        kind = f"{known.type} of {' and '.join(known.modalities)}"
+        kind = f"{metadata.type} of {' and '.join(metadata.modalities)}"
         raise ConfigError(
-            f"{name}: expected a classification of single texts with one label, but mteb says it is {kind}"
+            f"{name}: expected a classification of single texts with one label, but mteb lists it as {kind}"
         )
-    if "test" not in known.eval_splits or mteb_task.is_cross_validation:
-        raise ConfigError(
-            f"{name}: has no test split to be scored on; mteb scores it on {', '.join(known.eval_splits)}"
-        )
+    if "test" not in metadata.eval_splits or mteb_task.is_cross_validation:
+        raise ConfigError(f"{name}: has no test split; mteb scores it on {', '.join(metadata.eval_splits)}")
     return mteb_task
 
 
@@ -114,9 +123,9 @@ def _close_names(name: str) -> list[str]:
 
 
 def choose_subset(mteb_task: Any, subset: str | None) -> str:
-    """The subset to read: the one asked for, the only one, or the default of a task with several languages.
+    """Return the subset to read: the requested one, the only one, or the English one.
 
-    Raises: ConfigError: no such subset, or several and none asked for.
+    Raises: ConfigError: the subset does not exist, or there are several and no default.
     """
     name, languages = mteb_task.metadata.name, mteb_task.metadata.hf_subsets_to_langscripts
     if subset is not None or len(languages) == 1:
@@ -133,14 +142,17 @@ def choose_subset(mteb_task: Any, subset: str | None) -> str:
 
 
 def check_subset(name: str, subset: str | None, known: list[str]) -> None:
-    """Raises: ConfigError: an MTEB task without this subset."""
+    """Check that a task has the requested subset, if one is requested.
+
+    Raises: ConfigError: it does not.
+    """
     if subset is not None and subset not in known:
-        raise ConfigError(f"{name}: has no subset {subset!r}; those that exist are {', '.join(known)}")
+        raise ConfigError(f"{name}: has no subset {subset!r}; its subsets are {', '.join(known)}")
 
 
 @contextmanager
 def prefixed_errors(where: str) -> Iterator[None]:
-    """Prefix input errors with the place of the table that they are about."""
+    """Prefix the message of an InputError with the table that it is about, and raise it as a DataError."""
     try:
         yield
     except InputError as error:
@@ -148,24 +160,23 @@ def prefixed_errors(where: str) -> Iterator[None]:
 
 
 def _hub_table(part: Any, label_column: str) -> Any:
-    """An arrow table of a ``datasets.Dataset``, with the names of its ``ClassLabel`` as ``label_text``."""
+    """Return a ``datasets.Dataset`` as an Arrow table, with the names of its ``ClassLabel`` as ``label_text``."""
     table = part.with_format("arrow")[:]
     names = getattr(part.features[label_column], "names", None)
     if names and "label_text" not in table.column_names:
         numbers = table[label_column].to_pylist()
-        of_label = [
-            None if number is None or number < 0 else names[number] for number in numbers
-        ]  # -1: without a label
-        return table.append_column("label_text", pa.array(of_label, pa.string()))
+        # -1 stands for a missing label.
+        label_texts = [None if number is None or number < 0 else names[number] for number in numbers]
+        return table.append_column("label_text", pa.array(label_texts, pa.string()))
     return table
 
 
 def make_mteb_task(task: MtebTask) -> Any:
-    """A task that mteb does not know, as an instance of a class of its own."""
+    """Return an mteb task for data that mteb does not know."""
     from mteb.abstasks import AbsTaskClassification
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    known = TaskMetadata(
+    metadata = TaskMetadata(
         name=task.name,
         description=f"{task.name}, a data set outside mteb",
         dataset={"path": task.name, "revision": task.revision},
@@ -176,14 +187,16 @@ def make_mteb_task(task: MtebTask) -> Any:
         eval_langs=["eng-Latn"],
         main_score="accuracy",
     )
-    return type(task.name, (AbsTaskClassification,), {"metadata": known, "samples_per_label": task.samples_per_label})()
+    return type(
+        task.name, (AbsTaskClassification,), {"metadata": metadata, "samples_per_label": task.samples_per_label}
+    )()
 
 
 def fill_mteb_task(mteb_task: Any, splits: dict[str, Any], subset: str) -> None:
-    """Give an mteb task its data, so that it loads none.
+    """Fill an mteb task with data, so that it loads none.
 
-    Labels become 0..C-1 in their own order: mteb's few-shot scores stay as they are, and its average precision, which takes the label 1
-    for the positive class, works for strings too.
+    Labels become 0..C-1 in sorted order. This leaves mteb's few-shot scores unchanged, and lets its average precision,
+    which takes 1 as the positive class, work for strings too.
     """
     import datasets
 
@@ -200,10 +213,10 @@ def fill_mteb_task(mteb_task: Any, splits: dict[str, Any], subset: str) -> None:
 
 
 def _with_whole_columns(table: Any) -> Any:
-    """A ``datasets.Dataset`` that gives a column as a list.
+    """Return a ``datasets.Dataset`` whose columns are lists.
 
-    ``datasets`` itself gives one that is read again, row by row, at every use, and mteb uses columns often: TweetSentiment's few-shot
-    protocol took 14 s with it and 0.4 s with lists, besides the encoder, with the same scores.
+    A plain ``datasets.Dataset`` reads a column again, row by row, at every use, and mteb uses columns often. Without
+    the encoder, TweetSentiment's few-shot protocol took 14 s with plain columns and 0.4 s with lists, for equal scores.
     """
     import datasets
 
@@ -217,16 +230,19 @@ def _with_whole_columns(table: Any) -> Any:
 
 @contextmanager
 def _hub_access(*, offline: bool) -> Iterator[None]:
-    """Keep both libraries off the network; they read these at every call, and the environment only when imported."""
+    """Keep ``datasets`` and ``huggingface_hub`` off the network if offline.
+
+    Both read these constants at every call, but the environment only when they are imported.
+    """
     import datasets.config
     import huggingface_hub.constants
 
     modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
+    previous = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        for module, was_offline in zip(modules, before, strict=True):
+        for module, was_offline in zip(modules, previous, strict=True):
             module.HF_HUB_OFFLINE = was_offline or offline
         yield
     finally:
-        for module, was_offline in zip(modules, before, strict=True):
+        for module, was_offline in zip(modules, previous, strict=True):
             module.HF_HUB_OFFLINE = was_offline

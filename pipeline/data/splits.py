@@ -1,10 +1,11 @@
-"""Which texts and labels are alike, and which texts are held out of train. Reads no file."""
+"""Splits of texts: which texts and labels count as equal, and which texts are held out of train."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -18,15 +19,17 @@ def held_out(
 ) -> NDArray[np.bool_]:
     """Choose a share of the texts of each label, bool (texts,).
 
-    Texts are taken or left in blocks (see ``blocks_of``), in the order of a hash of seed and block. A block is taken if this brings the
-    numbers of held-out texts per label nearer to their shares, and if every label keeps a text. So blocks of one text give each label
-    its share, rounded. The order of the rows has no part in it, and most of the choice stays the same while the data grow.
+    Blocks of texts (see ``blocks_of``) are visited in the order of a hash of seed and block. A block is taken as a
+    whole if this brings the number of held-out texts per label closer to its share, and if every label keeps a text. If each
+    block is one text, each label gets its share, rounded. The choice does not depend on the order of the rows, and most
+    of it stays the same as the data grows.
 
     Args:
-        labels: A small number for each text, int (texts,).
-        groups: The group of each text; None where texts have none.
+        texts: All texts.
+        labels: A small number for each text, int64 (texts,).
+        groups: Group of each text; None if texts have no groups.
         fraction: Share of each label, above 0 and below 0.5.
-        seed: Other seeds choose other texts.
+        seed: Seed of the order; another seed chooses other texts.
     """
     blocks = blocks_of(texts, groups)
     rank = np.argsort(
@@ -39,10 +42,10 @@ def held_out(
     wanting = sum(number >= 0.5 for number in missing)
     for _, same in groupby(np.argsort(rank[blocks], kind="stable").tolist(), key=block_of.__getitem__):
         if not wanting:
-            break  # no block brings a gain any more
+            break  # no block can bring a gain
         rows = list(same)
         num_texts = Counter(label_of[row] for row in rows)
-        # What the sum over labels of (missing texts)² / (texts of the label) loses if the block is taken.
+        # Taking the block lowers the sum over labels of (missing texts)² / (texts of the label) by this.
         gain = sum(number * (2 * missing[label] - number) / counts[label] for label, number in num_texts.items())
         if gain >= 0 and all(number <= spare[label] for label, number in num_texts.items()):
             chosen[rows] = True
@@ -54,46 +57,46 @@ def held_out(
 
 
 def blocks_of(texts: Sequence[str], groups: Sequence[str] | None) -> NDArray[np.int64]:
-    """Number of each text's block, int64 (texts,), from 0 without gaps.
+    """Return the number of each text's block, int64 (texts,), from 0 without gaps.
 
-    Texts with the same ``text_key`` share a block, and so do texts of the same group. Both rules apply in turn: if A and B are near-equal,
-    and B and C are of one group, the three share a block.
+    Texts with the same ``text_key`` share a block, and so do texts of the same group. Blocks are transitive: if A and B
+    are near-equal, and B and C are in one group, all three share a block.
     """
-    of_text = _numbered(map(text_key, texts))
+    text_ids = _numbered(map(text_key, texts))
     if groups is None:
-        return of_text
+        return text_ids
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    of_group = _numbered(groups) + of_text.max(initial=-1) + 1
-    size = int(of_group.max(initial=-1)) + 1
-    graph = coo_array((np.ones(len(texts), dtype=np.int8), (of_text, of_group)), shape=(size, size))
-    return _numbered(connected_components(graph, directed=False)[1][of_text].tolist())
+    group_ids = _numbered(groups) + text_ids.max(initial=-1) + 1
+    size = int(group_ids.max(initial=-1)) + 1
+    graph = coo_array((np.ones(len(texts), dtype=np.int8), (text_ids, group_ids)), shape=(size, size))
+    return _numbered(connected_components(graph, directed=False)[1][text_ids].tolist())
 
 
 def text_key(text: str) -> bytes:
-    """Equal for near-equal texts: those with the same letters, marks and digits in the same order.
+    """Return a key that is equal for near-equal texts, which have the same letters, marks and digits in order.
 
-    Case, white space, punctuation, symbols and the Unicode form (NFKC) make no difference. A text of symbols alone is compared as it is,
-    without the white space around it.
+    Case, white space, punctuation, symbols and the Unicode form (NFKC) are ignored. For a text of symbols only, the key
+    is the text without surrounding white space.
     """
-    if text.isascii():  # the same, but five times as fast
+    if text.isascii():  # an equal result, five times as fast
         return text.lower().encode().translate(None, _ASCII_SYMBOLS) or text.strip().encode()
     text = unicodedata.normalize("NFKC", text)
     return (text.casefold().translate(_LETTERS_AND_DIGITS) or text.strip()).encode()
 
 
 def label_key(label: str) -> str:
-    """Equal for labels that cannot be told apart at a glance, empty for one that cannot be seen.
+    """Return a key that is equal for labels that look alike, and empty for an invisible label.
 
-    Case, white space, invisible characters and the Unicode form (NFKC) make no difference; punctuation does (``C`` and ``C++``).
+    Case, white space, invisible characters and the Unicode form (NFKC) are ignored. Punctuation counts (``C``, ``C++``).
     """
     folded = unicodedata.normalize("NFKC", label).casefold()
     return " ".join("".join(sign for sign in folded if unicodedata.category(sign) != "Cf").split())
 
 
 class _LettersAndDigits(dict[int, int | None]):
-    """A table for ``str.translate`` that drops all but letters, marks and digits; it fills itself."""
+    """A table for ``str.translate`` that keeps letters, marks and digits only. It is filled on demand."""
 
     def __missing__(self, sign: int) -> int | None:
         self[sign] = sign if unicodedata.category(chr(sign))[0] in "LMN" else None
@@ -105,21 +108,39 @@ _ASCII_SYMBOLS = bytes(sign for sign in range(128) if not chr(sign).isalnum())
 
 
 def _numbered(values: Iterable[object]) -> NDArray[np.int64]:
+    """Number the values by their first occurrence, from 0."""
     number: dict[object, int] = {}
     return np.array([number.setdefault(value, len(number)) for value in values], dtype=np.int64)
 
 
 def _names(blocks: NDArray[np.int64], names: Sequence[str]) -> list[str]:
-    """The smallest name in each block: a hash of it favours neither large nor small blocks."""
+    """Return the smallest name in each block. Hashing one name per block favours neither large nor small blocks."""
     smallest: list[str | None] = [None] * (int(blocks.max(initial=-1)) + 1)
     for block, name in zip(blocks.tolist(), names, strict=True):
-        known = smallest[block]
-        if known is None or name < known:
+        current = smallest[block]
+        if current is None or name < current:
             smallest[block] = name
     return [name for name in smallest if name is not None]
 
 
 def overlap(train_texts: Sequence[str], test_texts: Sequence[str]) -> NDArray[np.bool_]:
-    """Which test texts also occur in train, character for character; bool (number of test texts,)."""
+    """Return which test texts also occur in train, character for character; bool (test texts,)."""
     known = set(train_texts)
     return np.fromiter((text in known for text in test_texts), dtype=np.bool_, count=len(test_texts))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The texts of one split, with their labels."""
+
+    texts: list[str]
+    labels: NDArray[np.int64]
+    """Number of each text's label, int64 (texts,)."""
+    groups: list[str] | None = None
+    """Group of each text; None if the data set has no groups."""
+
+    def take(self, chosen: NDArray[np.bool_]) -> Split:
+        """Return the texts for which the mask is true, without their groups."""
+        return Split(
+            [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen], self.labels[chosen]
+        )

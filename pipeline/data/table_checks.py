@@ -1,4 +1,4 @@
-"""Checks of a table of texts and labels before anything learns from it."""
+"""Checks of a table of texts and labels, and its conversion to plain types."""
 
 from __future__ import annotations
 
@@ -15,32 +15,40 @@ from pipeline.records import MtebTask
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """The data of one task, read."""
+    """The data of one task, as read."""
 
     task: MtebTask
-    """With the revision of what was read."""
+    """The task, with the revision of the data that was read."""
     mteb_task: Any
-    """An ``mteb.abstasks.AbsTaskClassification`` with its data filled in: one subset, split test."""
+    """An ``mteb.abstasks.AbsTaskClassification`` that holds the data, with one subset."""
     splits: dict[str, Any]
-    """``train``, ``test`` and perhaps ``validation``: pyarrow tables.
+    """pyarrow tables ``train``, ``test`` and optionally ``validation``.
 
-    Columns: ``text`` (string), ``label`` (int64 or string), perhaps ``group`` and ``label_text`` (string). Nulls only in the last."""
+    Columns: ``text`` (string), ``label`` (int64 or string), and optionally ``group`` and ``label_text`` (string). Only
+    ``label_text`` may have nulls."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how they were read, one sentence each."""
+    """Notes for the user on how the data was read, one sentence each."""
 
 
 def check_kinds(splits: dict[str, Any], name: str) -> None:
-    """Raises: DataError: the labels of two splits differ in type."""
+    """Check that the labels of all splits have one type.
+
+    Raises: DataError: they differ.
+    """
     kinds = {split: table["label"].type for split, table in splits.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{split} {kind}" for split, kind in kinds.items())
         raise DataError(
-            f"{name}: labels are numbers in one split and strings in another ({found}); write them alike (CSV has only strings)"
+            f"{name}: labels are numbers in one split and strings in another ({found}); "
+            "write them alike (CSV has only strings)"
         )
 
 
 def checked_table(table: Any, task: MtebTask, where: str) -> Any:
-    """The columns that ``LoadedTask.splits`` promises, of its types and without nulls."""
+    """Return the columns of a table with the names and types of ``LoadedTask.splits``.
+
+    Raises: DataError: the table is empty, has nulls, or a column has another type.
+    """
     if table.num_rows == 0:
         raise DataError(f"{where} is empty; expected at least one text")
     text = _as_strings(table[task.text_column], where, task.text_column)
@@ -73,7 +81,7 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
 
 
 def _as_strings(values: Any, where: str, column: str) -> Any | None:
-    """The values as pyarrow strings; None if they are no text. Bytes without a type are text if they are UTF-8."""
+    """Return the values as pyarrow strings; None if they are not text. Bytes are text if they are UTF-8."""
     values = _plain(values)
     kind = values.type
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
@@ -89,14 +97,14 @@ def _as_strings(values: Any, where: str, column: str) -> Any | None:
 
 
 def _plain(values: Any) -> Any:
-    """Without dictionary, and without a logical type such as JSON that pyarrow keeps as an extension."""
+    """Return the values without dictionary, and without an extension type such as JSON."""
     if isinstance(values.type, pa.BaseExtensionType):
         values = values.cast(values.type.storage_type)
     return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
 
 
 def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
-    """Strings or int64; null where there is no label, and an empty string is none."""
+    """Return the labels as strings or int64. An invisible string or NaN counts as null."""
     strings = _as_strings(values, where, task.label_column)
     if strings is not None:
         blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
@@ -124,15 +132,16 @@ def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
         or pa.types.is_list_view(kind)
     ):
         raise DataError(
-            f"{where} is {kind}, so several labels for a text; expected one label for each text, several are not supported yet"
+            f"{where} is {kind}, which means several labels for a text; "
+            "expected one label for each text, several are not supported yet"
         )
     raise DataError(f"{where} is {kind}; expected strings, whole numbers or booleans; set label_column")
 
 
 def _checked_group(values: Any, column: str, where: str) -> Any:
-    """Strings, equal where the values are; null where there is no value, and an empty string or NaN is none.
+    """Return the groups as strings that are equal if the values are. An empty string or NaN counts as null.
 
-    The files of a split may write one value in several types: 7 of a whole column is 7.0 of one with gaps, as pandas writes it.
+    The files of a split may hold one value in several types: pandas writes 7 as 7.0 if the column has gaps.
     """
     strings = _as_strings(values, where, column)
     if strings is None:
@@ -144,7 +153,7 @@ def _names_of_values(values: Any, where: str) -> Any:
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     kind = _plain(values).type
     try:
-        if pa.types.is_fixed_size_binary(kind):  # Parquet's UUID too, whose values are such objects
+        if pa.types.is_fixed_size_binary(kind):  # includes Parquet's UUID, whose values are objects
             return pa.array(
                 [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()],
                 pa.string(),
@@ -168,11 +177,11 @@ def _names_of_values(values: Any, where: str) -> Any:
 
 
 def columns_by_key(task: MtebTask) -> dict[str, str]:
-    """Key of the config -> column of the files."""
+    """Return config key -> column name, for the columns that the files must have."""
     grouped = {} if task.group_column is None else {"group_column": task.group_column}
     return {"text_column": task.text_column, "label_column": task.label_column, **grouped}
 
 
 def with_revision(task: MtebTask, revision: str) -> MtebTask:
-    """The same MTEB task with its resolved revision."""
+    """Return the task with its resolved revision."""
     return task.changed(revision=revision)

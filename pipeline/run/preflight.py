@@ -22,7 +22,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     """Read every data set, load the encoder's tokenizer and structure, and resolve the adapter's target.
 
     Args:
-        config: With paths that hold in this process's working folder; see ``anchored``.
+        config: With paths that hold in this process's working folder; see ``with_absolute_paths``.
         runtime: How the workers will compute.
     Raises: InputError: with one line for each fault found.
     """

@@ -156,7 +156,7 @@ def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str]
     if options.device == "cuda":
         worker.classifier.classify(worker.classifier.tokenise(WARM_UP))
     begun = time.perf_counter()
-    rows = sum(worker.label(unit).rows for unit in job.begun.todo)
+    rows = sum(worker.label(unit).rows for unit in job.state.todo)
     return _facts(rows, begun, started)
 
 
@@ -168,7 +168,7 @@ def run_ours_ray(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from tasks.bulk import UnitActor
 
     job = plan(options.input, options.output, [options.adapter], rows_per_unit=10_000)
-    spec, units = job.worker_spec(threads=1, use_gpu=False), job.begun.todo
+    spec, units = job.worker_spec(threads=1, use_gpu=False), job.state.todo
     _start_ray(options.threads)
     items = ray.data.from_items([{"unit": unit.model_dump_json()} for unit in units], override_num_blocks=len(units))
     pool = ray.data.ActorPoolStrategy(size=options.threads)

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     job = plan(options.child / "in", options.child / "out", [options.adapter])
     worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=False))
-    receipts = [worker.label(unit) for unit in job.begun.todo]
+    receipts = [worker.label(unit) for unit in job.state.todo]
     assert not any(receipt.failure for receipt in receipts), receipts
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return {"rows": sum(r.rows for r in receipts), "seconds": sum(r.seconds for r in receipts), "peak": peak}

@@ -1,0 +1,170 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config.messages import describe_faults
+from pipeline.config.overrides import apply_overrides
+from pipeline.config.sections import GateConfig, PublishConfig, RunConfig
+from pipeline.config.values import TARGET, TARGET_IN_WORDS
+from pipeline.documents import check_values, parse_toml, read_text
+from pipeline.errors import ConfigError
+
+
+def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a preset or a TOML file, apply ``KEY=VALUE`` overrides, and validate.
+
+    Args:
+        source: The name of a file in ``pipeline/presets/`` without its ending, or a path.
+        overrides: Dotted keys, ``train.seed=7``; the value is TOML, or else taken as a string.
+    Raises: ConfigError: no such preset or file, not TOML, an unknown key, a value out of range.
+    """
+    text, origin = _read_source(source)
+    values = parse_toml(text, origin=origin)
+    apply_overrides(values, overrides)
+    origin = f"{origin} with --set" if overrides else origin
+    config = validate_config(values, origin)
+    if without_effect := _without_effect(config, values, overrides):
+        raise ConfigError(*(f"{origin}: {key} has no effect: {why}; leave it out" for key, why in without_effect))
+    return config
+
+
+def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Check raw values; ``origin`` names them in a message.
+
+    Raises: ConfigError: all faults in one message, one per line.
+    """
+    check_values(values, origin=origin)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = describe_faults(error.errors(include_url=False))
+        raise ConfigError(f"{origin}: {lines[0]}", *lines[1:]) from None
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with paths that hold in any working folder: a worker's is another one than the driver's."""
+    values = config.model_dump(mode="json")
+    files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
+    for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
+        if part[name] is not None and not part[name].startswith("hf:"):
+            part[name] = absolute(part[name])
+    if Path(config.encoder.name).is_dir():
+        values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
+    return RunConfig.model_validate(values)
+
+
+def absolute(location: str) -> str:
+    """The location with a path that holds in any working folder; URLs stay as they are."""
+    path = location.removeprefix("file://")
+    if path.startswith("~/"):
+        path = f"{Path.home()}{path[1:]}"
+    return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on links that lead to each other
+
+
+def select_tasks(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:
+    """The same run over some of its MTEB tasks only (none named: all), and without its publication.
+
+    Raises: ConfigError: the config has no such MTEB task.
+    """
+    there = {t.name: t for t in config.mteb_tasks}
+    if unknown := [name for name in mteb_tasks or () if name not in there]:
+        raise ConfigError(f"mteb_tasks: {', '.join(unknown)} is not in the config; it has {', '.join(there)}")
+    values = config.model_dump(mode="json")
+    if mteb_tasks:
+        values["mteb_tasks"] = [t for t in values["mteb_tasks"] if t["name"] in mteb_tasks]
+    if not publish:
+        values["publish"]["to"] = None
+    return RunConfig.model_validate(values)
+
+
+def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:
+    """What ``lorafleet publish`` does: what the run's config says, less what the command says otherwise.
+
+    Raises: ConfigError: an unknown key, one outside ``publish``, a value out of range.
+    """
+    if re.fullmatch(TARGET, to) is None:
+        raise ConfigError(f"--to: expected {TARGET_IN_WORDS}, found {to!r}")
+    values = config.model_dump(mode="json", exclude_none=True)
+    values["publish"] |= {"to": to} | ({"private": True} if private else {})
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith("publish."):
+            raise ConfigError(f"--set {override}: only keys of [publish] have an effect on a finished run")
+        if key == "publish.to":
+            raise ConfigError(f"--set {override}: --to says already where to publish; leave this out")
+    apply_overrides(values, overrides)
+    found = validate_config(values, "lorafleet publish").publish
+    if found.private and not to.startswith("hf:"):
+        raise ConfigError(
+            f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private"
+        )
+    return found
+
+
+def preset_names() -> list[str]:
+    """The presets that come with lorafleet, sorted."""
+    folder = resources.files("pipeline") / "presets"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def _read_source(source: str) -> tuple[str, str]:
+    if source in preset_names():
+        file = resources.files("pipeline") / "presets" / f"{source}.toml"
+        return file.read_text(encoding="utf-8"), f"preset {source}"
+    path = Path(source)
+    try:
+        return read_text(path), str(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file to be read: {error}"
+        ) from None
+
+
+def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Keys that are given and count for nothing beside the others, and why."""
+    train, gate, to = config.train, config.publish.gate, config.publish.to
+    rules: list[tuple[str, bool, str]] = [
+        (
+            "train.validation_fraction",
+            train.early_stopping_split == "test",
+            'early_stopping_split = "test" holds nothing out',
+        ),
+        ("compute.retry_delay_seconds", config.compute.retries == 0, "compute.retries = 0"),
+        ("data.mirror", all(t.train for t in config.mteb_tasks), "every MTEB task names its own files"),
+        (
+            "publish.private",
+            config.publish.private and to is not None and not to.startswith("hf:"),
+            "publish.to is a folder",
+        ),
+        ("publish.token_block", to is not None and not to.startswith("hf:"), "publish.to is a folder"),
+        *(
+            (f"publish.gate.{key}", not gate.enabled, "publish.gate.enabled = false")
+            for key in GateConfig.model_fields
+            if key != "enabled"
+        ),
+    ]
+    found = [(key, why) for key, is_idle, why in rules if is_idle and _is_given(values, key)]
+    # In a file it may be the default for MTEB tasks to come.
+    if all(t.max_epochs for t in config.mteb_tasks) and any(
+        o.partition("=")[0].strip() == "train.max_epochs" for o in overrides
+    ):
+        found.append(("train.max_epochs", "every MTEB task names its own (mteb_tasks.NAME.max_epochs)"))
+    return found
+
+
+def _is_given(values: dict[str, Any], key: str) -> bool:
+    node: Any = values
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
