@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError
+from pipeline.hub_address import repository_of
 from pipeline.store.run_folder import RunFolder
 from tasks.log import run_logger
 from tasks.progress import create_link_artifact, create_table_artifact
@@ -67,11 +68,12 @@ def check_target(config: PublishConfig) -> None:
     Raises:
         InputError, LorafleetError: as ``HubRepository.check_access``.
     """
-    if config.to is not None and config.to.startswith("hf:"):
+    repository = None if config.to is None else repository_of(config.to)
+    if repository is not None:
         from pipeline.publishing.hub import HubRepository
 
         with _hub_token(config.token_block):
-            HubRepository(config.to.removeprefix("hf:")).check_access()
+            HubRepository(repository).check_access()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pipeline.bulk.state import JobState, begin
 from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.bulk.worker import WorkerSpec
 from pipeline.errors import AdapterError, InputError, first_line
+from pipeline.hub_address import is_on_hub
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.inference.reference import NAME, find_adapters, threshold_for
 from pipeline.printable import concealed
@@ -117,7 +118,7 @@ def _find_adapters(request: BulkRequest) -> tuple[FoundAdapter, ...]:
 
 def _ref_for_worker(ref: str, adapter: FoundAdapter) -> str:
     """Return a reference that any machine understands: each fetches an adapter on the Hub by itself."""
-    return ref if ref.rpartition("=")[2].startswith("hf:") else f"{adapter.name}={adapter.folder.root.resolve()}"
+    return ref if is_on_hub(ref.rpartition("=")[2]) else f"{adapter.name}={adapter.folder.root.resolve()}"
 
 
 def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:

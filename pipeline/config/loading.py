@@ -17,6 +17,7 @@ from pipeline.config.sections import GateConfig, PublishConfig, RunConfig
 from pipeline.config.values import TARGET, TARGET_IN_WORDS
 from pipeline.documents import check_values, parse_toml, read_text
 from pipeline.errors import ConfigError
+from pipeline.hub_address import is_on_hub
 
 
 def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -55,7 +56,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     values = config.model_dump(mode="json")
     files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
-        if part[name] is not None and not part[name].startswith("hf:"):
+        if part[name] is not None and not is_on_hub(part[name]):
             part[name] = absolute(part[name])
     if Path(config.encoder.name).is_dir():
         values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
@@ -103,7 +104,7 @@ def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tupl
             raise ConfigError(f"--set {override}: --to says already where to publish; leave this out")
     apply_overrides(values, overrides)
     found = validate_config(values, "lorafleet publish").publish
-    if found.private and not to.startswith("hf:"):
+    if found.private and not is_on_hub(to):
         raise ConfigError(
             f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private"
         )
@@ -142,10 +143,10 @@ def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[
         ("data.mirror", all(t.train for t in config.mteb_tasks), "every MTEB task names its own files"),
         (
             "publish.private",
-            config.publish.private and to is not None and not to.startswith("hf:"),
+            config.publish.private and to is not None and not is_on_hub(to),
             "publish.to is a folder",
         ),
-        ("publish.token_block", to is not None and not to.startswith("hf:"), "publish.to is a folder"),
+        ("publish.token_block", to is not None and not is_on_hub(to), "publish.to is a folder"),
         *(
             (f"publish.gate.{key}", not gate.enabled, "publish.gate.enabled = false")
             for key in GateConfig.model_fields

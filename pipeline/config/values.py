@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
+from pipeline.hub_address import HUB_TARGET
 from pipeline.records import Record
 
 
@@ -39,7 +40,7 @@ def _whole_above_one(share: float) -> float:
 NON_REPEATING = (Strict(False), AfterValidator(without_repeats))  # TOML has lists, and a strict tuple takes none
 
 
-TARGET, TARGET_IN_WORDS = r"hf:[^/:@#]+/[^/:@#]+|[^:]+", "a folder, or hf:OWNER/NAME"
+TARGET, TARGET_IN_WORDS = rf"{HUB_TARGET}|[^:]+", "a folder, or hf:OWNER/NAME"
 
 
 NAME_IN_WORDS = "a name that fits the pattern: at most 128 of A-Z, a-z, 0-9, _, . and -, the first a letter or digit"

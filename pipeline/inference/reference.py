@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import AdapterError, InputError
+from pipeline.hub_address import HUB_REF, is_on_hub
 from pipeline.hub_client import download
 from pipeline.store.folders import adapters_in, explain, is_folder
 from pipeline.store.run_folder import TaskFolder
@@ -18,9 +19,6 @@ from pipeline.store.run_folder import TaskFolder
 NAME = re.compile(r"[^=/#@:]+")
 """What NAME can be in ``NAME=REF``."""
 _NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
-HUB_REF = re.compile(
-    r"hf:(?P<repository>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^#]+))?(?:#(?P<task>[A-Za-z0-9][A-Za-z0-9_.-]*))?"
-)
 
 
 def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, ...]:
@@ -51,7 +49,7 @@ def _folder(ref: str, *, offline: bool) -> TaskFolder:
     if hub:
         return _hub_folder(hub, offline=offline)
     place, task = split_folder(ref)
-    if not place or ref.startswith("hf:"):
+    if not place or is_on_hub(ref):
         raise AdapterError(
             f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
         )

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.hub_address import repository_of
 from pipeline.hub_client import repository_url
 from pipeline.publishing.gate import evaluate_gate
 from pipeline.publishing.hub import HubRepository, MovedError
@@ -40,9 +41,10 @@ class PublishResult:
     @property
     def url(self) -> str:
         """Address of the published folder or revision, for a browser."""
-        if self.revision is None:
+        repository = repository_of(self.to)
+        if repository is None or self.revision is None:
             return Path(self.to).resolve().as_uri()
-        return repository_url(self.to.removeprefix("hf:"), self.revision)
+        return repository_url(repository, self.revision)
 
     @property
     def blocked(self) -> tuple[GateDecision, ...]:
@@ -99,7 +101,7 @@ def publish(run: Path, config: PublishConfig, *, trust_remote_code: bool = False
 
 
 def _publish(candidate: Candidate, to: str, config: PublishConfig) -> PublishResult:
-    repository = to.removeprefix("hf:") if to.startswith("hf:") else None
+    repository = repository_of(to)
     target: Target = (
         HubRepository(repository, private=config.private)
         if repository
@@ -268,12 +270,13 @@ def rollback(
         InputError: ``to`` is a folder, or the repository or revision does not exist.
         VerificationError: the older state is damaged; the repository is unchanged.
     """
-    if not to.startswith("hf:"):
+    repository = repository_of(to)
+    if repository is None:
         raise InputError(f"{to}: only a repository keeps older states; expected hf:OWNER/NAME")
     verified: list[Verification] = []
 
     def check(root: Path) -> None:
         verified[:] = verify_folder(root, tasks=None, encoder=encoder, offline=offline)
 
-    landed = HubRepository(to.removeprefix("hf:")).restore(revision, check)
+    landed = HubRepository(repository).restore(revision, check)
     return landed, tuple(verified)

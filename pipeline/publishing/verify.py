@@ -14,8 +14,9 @@ from pipeline.adapter.description import FoundAdapter
 from pipeline.config import EncoderConfig
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
+from pipeline.hub_address import HUB_REF
 from pipeline.inference.encoder_of_adapter import encoder_config_of
-from pipeline.inference.reference import HUB_REF, split_folder
+from pipeline.inference.reference import split_folder
 from pipeline.inference.reload import Ask, reload_elsewhere
 from pipeline.machine import local_cpus
 from pipeline.publishing.card_claims import check_card
