@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from humanize import naturaldelta
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -219,7 +220,7 @@ class _Progress:
         done, total = sum(self._rows[receipt.unit] for receipt in receipts), self._plan.rows_todo
         rate = done / max(self.seconds, 1e-9)
         remaining = (total - done) / rate
-        facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(remaining)} left"
+        facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {naturaldelta(remaining)} left"
         LIVE_TABLE.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
         if receipts[-1].failure:
             self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
@@ -238,9 +239,3 @@ def _extent(source: BulkInput) -> str:
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:
     done = plan.state.num_done + sum(not receipt.failure for receipt in receipts)
     return f"{done} of {counted(len(plan.source.units), 'unit')}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -37,7 +37,6 @@ from tasks.checks.machine import (
     check_open_files,
     check_store,
     guarded,
-    readable_bytes,
 )
 from tasks.checks.servers import Deferred, check_address, check_hub, check_prefect, in_time
 
@@ -588,14 +587,6 @@ def test_memory_is_what_the_machine_has_or_its_control_group_may_still_take(monk
     assert checkup.available_memory() == 1_024_000
     said["/sys/fs/cgroup/memory.max"] = "500000\n"
     assert checkup.available_memory() == 400_000
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456, "123 kB"), (2e9, "2.0 GB"), (3e12, "3.0 TB")],
-)
-def test_bytes_are_readable(num_bytes: float, text: str) -> None:
-    assert readable_bytes(num_bytes) == text
 
 
 def test_the_report_has_a_line_for_each_check_and_one_for_all() -> None:

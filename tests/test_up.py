@@ -237,7 +237,7 @@ def test_reports_are_read_only_and_hold_nothing_but_reports(tmp_path: Path) -> N
         ]
         for name in [*hidden, *away]:
             assert get(f"{url}/{name}")[0] == 404, name
-        assert get(f"{url}/r/report.html", Host="evil.example")[0] == 404
+        assert get(f"{url}/r/report.html", Host="evil.example")[0] == 400
         assert get(f"{url}/r/report.html", Host=f"localhost:{port}")[0] == 200
         assert [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN] == [
             "127.0.0.1"

@@ -57,7 +57,7 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
 
 
 def _print_pruned(pruned: PruneResult, *, dry_run: bool, as_json: bool) -> None:
-    from tasks.checks.machine import readable_bytes
+    from humanize import naturalsize
 
     if as_json:
         verdicts = [dataclasses.asdict(verdict) | {"path": str(verdict.path)} for verdict in pruned.verdicts]
@@ -70,10 +70,10 @@ def _print_pruned(pruned: PruneResult, *, dry_run: bool, as_json: bool) -> None:
         say_json(facts)
         return
     for verdict in pruned.verdicts:
-        word, size = "delete" if verdict.goes else "keep", readable_bytes(verdict.num_bytes)
+        word, size = "delete" if verdict.goes else "keep", naturalsize(verdict.num_bytes)
         say(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
     for failure in pruned.failures:
         complain(f"failed: {failure}")
     num_deleted = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures)
     verb = "would delete" if dry_run else "deleted"
-    say(f"{verb} {num_deleted} of {len(pruned.verdicts)}, {readable_bytes(pruned.freed_bytes)}")
+    say(f"{verb} {num_deleted} of {len(pruned.verdicts)}, {naturalsize(pruned.freed_bytes)}")

@@ -66,12 +66,13 @@ def _print_table(table: ScoreTable) -> None:
 
 def _show_history(runs: Path, *, as_json: bool) -> None:
     from pipeline.reports.formatting import percent
+    from pipeline.store.folders import explain
     from pipeline.store.history import changed_test_data
     from pipeline.store.tables import read_history
 
     rows = read_history(runs)
     if not rows:
-        raise InputError(f"{runs}: neither a run folder nor a run store with finished runs in it")
+        raise InputError(f"cannot show {runs}: {explain(runs)}; expected a run, a publication, or a run store")
     changed = changed_test_data(rows)
     if as_json:
         facts = [

@@ -18,11 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from humanize import naturalsize
+
 from pipeline.errors import first_line
 from pipeline.machine import local_cpus, read_answers
 from tasks.checks import machine as checkup
 from tasks.checks.libraries import Answers, Libraries
-from tasks.checks.machine import Check, guarded, readable_bytes
+from tasks.checks.machine import Check, guarded
 from tasks.checks.servers import Deferred, check_address, check_hub, check_prefect, check_proxy, in_time
 from tasks.services.temporary import check_temporary
 
@@ -151,7 +153,7 @@ def check_gpu(answer: Mapping[str, Any], *, driver: str) -> Check:
     facts = answer.get("facts", {})
     if gpus := facts.get("gpus"):
         each = ", ".join(
-            f"{gpu['name']} ({readable_bytes(gpu['free'])} of {readable_bytes(gpu['total'])} free)" for gpu in gpus
+            f"{gpu['name']} ({naturalsize(gpu['free'])} of {naturalsize(gpu['total'])} free)" for gpu in gpus
         )
         return Check("ok", "GPU", f"{each}; torch for CUDA {facts['cuda']}, driver {driver or 'unknown'}")
     if not driver:

@@ -13,13 +13,13 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import first_line
+from humanize import naturalsize
+
 from pipeline.machine import LEAST_ROOM_BYTES, existing, free_bytes
 
 Status = Literal["ok", "warning", "fault"]
@@ -73,7 +73,7 @@ def check_checkpoints(runs: Path) -> Check:
         return Check("ok", "checkpoints", "none are left over")
     now = datetime.now(UTC)
     oldest = max(checkpoint.age_days(now) for checkpoint in unfinished)
-    size = readable_bytes(sum(checkpoint.num_bytes for checkpoint in unfinished))
+    size = naturalsize(sum(checkpoint.num_bytes for checkpoint in unfinished))
     facts = f"{len(unfinished)} of unfinished trainings, {size}, the oldest last written {oldest:.0f} days ago"
     if oldest <= ABANDONED_DAYS:
         return Check("ok", "checkpoints", f"{facts}; the same command resumes them")
@@ -120,12 +120,12 @@ def check_disk(runs: Path) -> Check:
         )
     if free < LEAST_ROOM_BYTES:
         return Check(
-            "fault", "disk", f"{readable_bytes(free)} free on the disk of the run store: no run can start", advice
+            "fault", "disk", f"{naturalsize(free)} free on the disk of the run store: no run can start", advice
         )
     return _at_least(
         free,
         LEAST_DISK_BYTES,
-        Check("warning", "disk", f"{readable_bytes(free)} free on the disk of the run store", advice),
+        Check("warning", "disk", f"{naturalsize(free)} free on the disk of the run store", advice),
     )
 
 
@@ -155,7 +155,7 @@ def check_shared_memory() -> Check:
     return _at_least(
         free,
         LEAST_SHARED_MEMORY_BYTES,
-        Check("warning", "shared memory", f"{readable_bytes(free)} free in {folder}", advice),
+        Check("warning", "shared memory", f"{naturalsize(free)} free in {folder}", advice),
     )
 
 
@@ -165,7 +165,7 @@ def check_memory() -> Check:
     if free is None:
         return Check("ok", "memory", "not known on this system")
     advice = "end other programs, or train fewer MTEB tasks at a time: --set compute.workers=1"
-    return _at_least(free, LEAST_MEMORY_BYTES, Check("warning", "memory", f"{readable_bytes(free)} available", advice))
+    return _at_least(free, LEAST_MEMORY_BYTES, Check("warning", "memory", f"{naturalsize(free)} available", advice))
 
 
 def check_open_files() -> Check:
@@ -186,24 +186,6 @@ def available_memory() -> int | None:
     limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
     in_group = [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []
     return min([1024 * int(machine[1]), *in_group]) if machine else None
-
-
-def readable_bytes(num_bytes: float) -> str:
-    """Format a number of bytes with a decimal unit, such as ``1.2 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
-
-
-def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """Run a check. An exception becomes a warning in the report."""
-    try:
-        return check()
-    except Exception as error:  # noqa: BLE001 - a report with a gap is better than none
-        found = f"not checked: {type(error).__name__}: {first_line(error)}"
-        return Check("warning", name, found, "fix what that names first")
 
 
 def _at_least(value: int, least: int, otherwise: Check) -> Check:

@@ -6,58 +6,50 @@ neither dot folders nor links that lead outside of the store.
 
 from __future__ import annotations
 
-import shutil
+import mimetypes
+import os
 import sys
-from functools import partial
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
-_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".json": "application/json",
-    ".md": "text/plain; charset=utf-8",
-    ".png": "image/png",
-    ".parquet": "application/vnd.apache.parquet",
-}
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+_TYPES = (".html", ".json", ".md", ".png", ".parquet")
 _FIRST_PAGE = "history.html"
-_LOOPBACK = {"127.0.0.1", "localhost"}
 
 
 def serve(folder: Path, port: int) -> None:
     """Serve the folder on loopback until the process ends."""
-    ThreadingHTTPServer(("127.0.0.1", port), partial(_Reports, folder=folder.resolve())).serve_forever()
+    mimetypes.add_type("text/plain", ".md")
+    mimetypes.add_type("application/vnd.apache.parquet", ".parquet")
+    # A page of another site can have its own name resolve to loopback, and asks under that name.
+    ourselves = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    app = Starlette(routes=[Mount("/", _Reports(directory=folder))], middleware=[ourselves])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-class _Reports(BaseHTTPRequestHandler):
-    def __init__(self, *arguments: object, folder: Path) -> None:
-        self._folder = folder
-        super().__init__(*arguments)  # type: ignore[arg-type]
+class _Reports(StaticFiles):
+    """Files of the listed types, outside of dot folders."""
 
-    def do_GET(self) -> None:
-        file = self._file()
-        # A foreign web page whose host name resolves to loopback sends that name as Host (DNS rebinding).
-        if file is None or (self.headers.get("Host") or "").partition(":")[0] not in _LOOPBACK:
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        with file.open("rb") as content:
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", _TYPES[file.suffix])
-            self.send_header("Content-Length", str(file.stat().st_size))
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            shutil.copyfileobj(content, self.wfile)
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        """Find a file; the second value is None if it does not exist or is not served."""
+        asked = _FIRST_PAGE if path == "." else path
+        name, status = super().lookup_path(asked)  # follows links, and finds nothing outside of the folder
+        parts = (*Path(asked).parts, *Path(os.path.relpath(name, os.path.realpath(str(self.directory)))).parts)
+        is_served = Path(name).suffix in _TYPES and not any(part.startswith(".") for part in parts)
+        return (name, status) if is_served else ("", None)
 
-    def _file(self) -> Path | None:
-        requested = unquote(urlsplit(self.path).path).strip("/") or _FIRST_PAGE
-        try:
-            file = (self._folder / requested).resolve()
-            inside = file.relative_to(self._folder)
-        except ValueError:  # outside, or a null byte
-            return None
-        hidden = any(part.startswith(".") for part in (*requested.split("/"), *inside.parts))
-        return file if not hidden and file.suffix in _TYPES and file.is_file() else None
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        """The file, whose type a browser must not guess."""
+        response = super().file_response(*arguments, **options)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
 
 
 if __name__ == "__main__":

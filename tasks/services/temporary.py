@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from humanize import naturalsize
+
 from pipeline.errors import InputError, LorafleetError
 from pipeline.machine import check_room, free_bytes
-from tasks.checks.machine import Check, readable_bytes
+from tasks.checks.machine import Check
 
 _PREFIX = "lorafleet-ray-"
 _OF_RAY = "session_2026-01-02_03-04-05_678901_4194304/sockets/plasma_store"
@@ -76,7 +78,7 @@ def check_temporary() -> Check:
     except LorafleetError as error:
         return Check("fault", "temporary files", str(error))
     free = free_bytes(folder)
-    found = f"in {folder}" + (f", {readable_bytes(free)} free" if free is not None else "")
+    found = f"in {folder}" + (f", {naturalsize(free)} free" if free is not None else "")
     if base == folder or "RAY_TMPDIR" in os.environ:
         return Check("ok", "temporary files", f"{found}; those of Ray in {base}")
     return Check("ok", "temporary files", f"{found}; those of Ray in {base}, as the other path is too long for sockets")
