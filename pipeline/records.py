@@ -17,6 +17,8 @@ Column = Literal["majority", "frozen_few_shot", "frozen_full_data", "adapted_few
 FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
 """A column that mteb's own few-shot protocol measures."""
 
+SIGNIFICANCE = 0.05
+"""A p-value below this is called significant, in verdicts and at the gate."""
 MainMetric = Literal["accuracy", "macro_f1"]
 """The score by which the head is judged against the full-data probe; the name of a field of ``ScoreRow``."""
 

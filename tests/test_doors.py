@@ -21,15 +21,22 @@ DOORS = {
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules
-        *("tasks/bulk.py", "tasks/cancelling.py", "tasks/log.py", "tasks/progress.py", "tasks/stages.py"),
+        *(
+            "tasks/bulk.py",
+            "tasks/cancelling.py",
+            "tasks/log.py",
+            "tasks/progress.py",
+            "tasks/publish_stage.py",
+            "tasks/stages.py",
+        ),
     },
-    "ray": {"tasks/bulk.py", "tasks/fleet.py", "tasks/fleet_worker.py"},
+    "ray": {"tasks/bulk.py", "tasks/fleet.py", "tasks/fleet_worker.py", "tasks/ray_start.py"},
     "deltalake": {"pipeline/bulk/table_formats.py"},
     "pyiceberg": {"pipeline/bulk/table_formats.py"},
 }
 # Where text leaves the process: each makes it printable, so nothing else may.
 WAYS_OUT = {
-    "terminal": {"flows/terminal.py", "tasks/board.py"},  # the board makes its lines printable itself
+    "terminal": {"flows/terminal.py", "tasks/live_table.py"},  # the table makes its lines printable itself
     "machine": {  # JSON, for the process that has started them
         "pipeline/bulk/footer_process.py",
         "pipeline/inference/reload.py",

@@ -18,9 +18,6 @@ from pipeline.evaluation.scores import (
 )
 from pipeline.records import Comparison, MainMetric
 
-SIGNIFICANCE = 0.05
-"""A p-value below this is called significant, in verdicts and at the gate."""
-
 
 def mcnemar(labels: Ints, first: Ints, second: Ints) -> Comparison:
     """Compare two predictions of the same texts by McNemar's exact test (McNemar 1947), two-sided.

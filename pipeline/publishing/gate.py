@@ -19,7 +19,7 @@ from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
 from pipeline.publishing.publication import Candidate, PublishedState
-from pipeline.records import Decision, GateDecision, TaskResult
+from pipeline.records import SIGNIFICANCE, Decision, GateDecision, TaskResult
 from pipeline.reports.formatting import label_changes, percent, points
 
 
@@ -140,7 +140,7 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
         f"on the same {measured.num_texts:,} texts, {points(gain)} points "
         f"({points(low)} to {points(high)}, p {measured.p_value:.3g})"
     )
-    significant = measured.p_value < significance.SIGNIFICANCE
+    significant = measured.p_value < SIGNIFICANCE
     if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
         return "promote", facts
     if gain < -config.max_regression and high < 0 and significant:
@@ -151,7 +151,7 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
 def beats_probe(result: TaskResult) -> bool:
     """Whether the head exceeds the full-data probe beyond noise, by the MTEB task's main metric."""
     comparison = result.comparison
-    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < significance.SIGNIFICANCE
+    return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANCE
 
 
 def measure(candidate: Candidate, task: str, published: str) -> GateMeasurement:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from pipeline.evaluation.significance import SIGNIFICANCE
 from pipeline.records import (
+    SIGNIFICANCE,
     ClassificationResults,
     Column,
     EncoderRef,

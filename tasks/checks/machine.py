@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Literal
 
 from humanize import naturalsize
 
+from pipeline.errors import first_line
 from pipeline.machine import LEAST_ROOM_BYTES, existing, free_bytes
 
 Status = Literal["ok", "warning", "fault"]
@@ -186,6 +188,15 @@ def available_memory() -> int | None:
     limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
     in_group = [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []
     return min([1024 * int(machine[1]), *in_group]) if machine else None
+
+
+def guarded(name: str, check: Callable[[], Check]) -> Check:
+    """Run a check. An exception becomes a warning in the report."""
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a report with a gap is better than none
+        found = f"not checked: {type(error).__name__}: {first_line(error)}"
+        return Check("warning", name, found, "fix what that names first")
 
 
 def _at_least(value: int, least: int, otherwise: Check) -> Check:
