@@ -65,8 +65,8 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
         with_ray: Whether to start Ray; without it each run starts its own, or joins that of ``RAY_ADDRESS``.
         say: Takes each line for the person who started it.
     Raises:
-        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; the environment is wrong;
-            or lorafleet was installed without ``deploy/``.
+        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; the environment is
+            wrong; or lorafleet was installed without ``deploy/``.
         LorafleetError: a program does not start, or supervisor itself has ended; or a disk is full.
     """
     config = deploy_file("supervisord.conf")
