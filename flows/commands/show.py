@@ -72,7 +72,7 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
 
     rows = read_history(runs)
     if not rows:
-        raise InputError(f"cannot show {runs}: {explain(runs)}; expected a run, a publication, or a run store")
+        raise InputError(f"cannot show it: {explain(runs)}; expected a run, a publication, or a run store")
     changed = changed_test_data(rows)
     if as_json:
         facts = [

@@ -105,7 +105,8 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
     """``y = x W' + bias``, cut into one part per update, to each of which ``(x A') B'`` is added; no gradient to ``W`` and its bias.
 
     Each ``A`` is (rank, in), each ``B`` (out of its part, rank); all ``A`` come first. Written out because autograd's own graph allocates
-    and adds the updates as tensors of their own, twice. Speed: tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
+    and adds the updates as tensors of their own, twice. Speed: tests/benchmarks/EXPERIMENTS.md,
+    "Training speed: what was tried".
     """
 
     @staticmethod

@@ -18,8 +18,8 @@ _ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, beca
 def keep_primitives(count: int, *, per_thread: int) -> None:
     """How many of its primitives oneDNN keeps, and each thread besides; it reads this when first used.
 
-    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each: tests/benchmarks/EXPERIMENTS.md,
-    "Bulk classification".
+    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each:
+    tests/benchmarks/EXPERIMENTS.md, "Bulk classification".
     """
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(count)
     os.environ["LRU_CACHE_CAPACITY"] = str(per_thread)

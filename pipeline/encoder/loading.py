@@ -126,7 +126,8 @@ def load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
         raise EncoderError(f"encoder {config.name}: its weights lack {', '.join(missing[:3])} ({len(missing)} in all)")
     model.requires_grad_(False)
     pack_linears(model, runtime)
-    # The frozen base runs without its own dropout, in training too: tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
+    # The frozen base runs without its own dropout, in training too:
+    # tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
     model.eval()
     return model.to(runtime.device)
 

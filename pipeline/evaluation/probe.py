@@ -16,7 +16,8 @@ from pipeline.evaluation.vectors import TextVectors
 _PROBE_ITERATIONS = 1000
 
 
-# A head as sure as the probe leaves the encoder nothing to learn from: tests/benchmarks/EXPERIMENTS.md, "What to train with".
+# A head as sure as the probe leaves the encoder nothing to learn from:
+# tests/benchmarks/EXPERIMENTS.md, "What to train with".
 _HEAD_START_CONFIDENCE = 0.25
 
 
