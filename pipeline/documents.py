@@ -1,4 +1,4 @@
-"""TOML and YAML files that a person writes: read with a bound on their size, their depth and the number of their values."""
+"""Reading of TOML and YAML files that people write, with limits on size, depth and number of values."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LARGEST_BYTES = 1024**2
 _DEEPEST = 32
 _MOST_VALUES = 100_000
 _LARGEST_INTEGER = 2**63 - 1
-# Texts over several lines and comments, so that nothing inside of them counts; then keys, of which those of too many parts are deep. What
-# is not closed reaches to the end of the line or of the file.
+# Matches multi-line strings and comments first, so that nothing inside them counts, and then dotted keys; "deep" are
+# keys with too many parts. An unclosed string reaches to the end of the line or the file.
 _PART = r"""(?:"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|[A-Za-z0-9_-]++)"""
 _DOT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
 _TOML_TOKEN = re.compile(
@@ -28,9 +28,9 @@ _TOML_TOKEN = re.compile(
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file, UTF-8 with or without a byte order mark.
+    """Read a regular file as UTF-8, with or without a byte order mark.
 
-    Raises: ConfigError: no such file, not a regular one, larger than 1 MiB, or not UTF-8.
+    Raises: ConfigError: the file does not exist, is not a regular file, is larger than 1 MiB, or is not UTF-8.
     """
     try:
         if not path.is_file():
@@ -40,9 +40,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > _LARGEST_BYTES:
-        raise ConfigError(
-            f"{path}: larger than {_LARGEST_BYTES // 1024**2} MiB; expected a file that a person has written"
-        )
+        raise ConfigError(f"{path}: larger than {_LARGEST_BYTES // 1024**2} MiB; expected a file written by hand")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,33 +48,39 @@ def read_text(path: Path) -> str:
 
 
 def parse_toml(text: str, *, origin: str) -> dict[str, Any]:
-    """Read TOML; ``check_values`` is left to the caller, who may add to it.
+    """Parse TOML. The caller may add values, and must then call ``check_values``.
 
-    Raises: ConfigError: not TOML, or what no TOML file needs; ``origin`` names it.
+    Args:
+        text: The document.
+        origin: Name of the document, for messages.
+    Raises: ConfigError: the text is not TOML, is nested too deeply, or holds too long a number.
     """
-    if any(found["deep"] for found in _TOML_TOKEN.finditer(text)):  # tomllib's time grows with the square of the parts
+    if any(token["deep"] for token in _TOML_TOKEN.finditer(text)):  # tomllib is quadratic in the parts of a key
         raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
-    except ValueError:  # Python reads no more than 4,300 digits
+    except ValueError:  # Python parses at most 4,300 digits
         raise ConfigError(f"{origin}: holds a number of more than 4,300 digits") from None
     except RecursionError:
         raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep") from None
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """Read YAML of plain values, with anchors and merges, and check the values.
+    """Parse YAML of plain values, including anchors and merges, and check the values.
 
-    Raises: ConfigError: not YAML, or a key is there twice, and what ``check_values`` raises.
+    Args:
+        text: The document.
+        origin: Name of the document, for messages.
+    Raises: ConfigError: the text is not YAML, a key occurs twice, or ``check_values`` refuses a value.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
         def get_single_node(self) -> Any:
             node = super().get_single_node()
-            _check_size(node, _inside_node, origin)  # before aliases and merges make many values of few
+            _check_size(node, _inside_node, origin)  # before aliases and merges multiply the values
             return node
 
     try:
@@ -85,25 +89,28 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep") from None
-    except (ValueError, OverflowError) as error:  # a 13th month, 4,301 digits
+    except (ValueError, OverflowError) as error:  # such as a 13th month or 4,301 digits
         raise ConfigError(
             f"{origin}: holds a value that cannot be read: {first_line(error).partition(':')[0]}"
         ) from None
-    except (LookupError, AttributeError, TypeError):  # PyYAML's, of !!bool perhaps and the like
-        raise ConfigError(f"{origin}: holds a value that does not fit its tag (!!…)") from None
+    except (LookupError, AttributeError, TypeError):  # raised by PyYAML for tags such as !!bool
+        raise ConfigError(f"{origin}: holds a value that does not match its tag (!!…)") from None
     check_values(values, origin=origin)
     return values
 
 
 def check_values(values: Any, *, origin: str) -> None:
-    """Refuse what no setting can be, before anything recurses into the values, prints or stores them.
+    """Refuse values that no setting can have, before anything recurses into them, prints or stores them.
 
-    Raises: ConfigError: nested too deep, too many values, an integer of more than 64 bits, a text with a null character or half a
-        character, or a URL with a password or a signature.
+    Args:
+        values: Parsed values.
+        origin: Name of the document, for messages.
+    Raises: ConfigError: values are nested too deeply or too many, an integer has more than 64 bits, a text holds a null
+        character or a lone surrogate, or a URL holds a password or a signature.
     """
     for value in _check_size(values, _inside_value, origin):
         if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-            raise ConfigError(f"{origin}: holds an integer of {value.bit_length()} bits; at most 64 are read")
+            raise ConfigError(f"{origin}: holds an integer of {value.bit_length()} bits; expected at most 64")
         if isinstance(value, str):
             if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
                 raise ConfigError(f"{origin}: {value!r} is not a text: it holds a null character, or half a character")
@@ -115,17 +122,17 @@ def check_values(values: Any, *, origin: str) -> None:
 
 
 def _check_size(root: Any, inside: Any, origin: str) -> list[Any]:
-    """All that is in it, what occurs twice twice; without recursion, because that is what is checked."""
-    found, waiting = [], [(root, 0)]
+    """List all values inside a value, repeated ones repeatedly. Not recursive, because it checks the depth."""
+    values, waiting = [], [(root, 0)]
     while waiting:
         value, depth = waiting.pop()
-        found.append(value)
+        values.append(value)
         if depth > _DEEPEST:
             raise ConfigError(f"{origin}: nested more than {_DEEPEST} deep")
-        if len(found) > _MOST_VALUES:
+        if len(values) > _MOST_VALUES:
             raise ConfigError(f"{origin}: holds more than {_MOST_VALUES:,} values")
         waiting.extend((part, depth + 1) for part in inside(value, origin))
-    return found
+    return values
 
 
 def _inside_value(value: Any, origin: str) -> Iterator[Any]:
@@ -137,13 +144,16 @@ def _inside_value(value: Any, origin: str) -> Iterator[Any]:
 
 
 def _inside_node(node: Any, origin: str) -> Iterator[Any]:
-    """Of a YAML node, whose ``value`` is a text, nodes, or pairs of them."""
+    """Yield the nodes inside a YAML node, whose ``value`` is a text, nodes, or pairs of nodes.
+
+    Raises: ConfigError: a mapping has a key twice.
+    """
     if node is None or isinstance(node.value, str):
         return
     keys = Counter(part[0].value for part in node.value if isinstance(part, tuple) and isinstance(part[0].value, str))
     if twice := sorted(key for key, count in keys.items() if count > 1):
         raise ConfigError(
-            f"{origin}: line {node.start_mark.line + 1}: {', '.join(twice)} is there twice, and only one would count"
+            f"{origin}: line {node.start_mark.line + 1}: {', '.join(twice)} occurs twice, and only one would count"
         )
     for part in node.value:
         yield from part if isinstance(part, tuple) else (part,)

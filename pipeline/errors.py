@@ -1,18 +1,18 @@
-"""Every error that is the user's or the world's, in one tree; a fault of ours is an ``assert``.
+"""The exceptions of lorafleet. They stand for causes outside the program; a bug is an ``assert``.
 
 ::
 
     LorafleetError                     exit 1: something failed while the job ran
     ├── InputError                     exit 2: the call or the input is wrong; one message, no traceback
-    │   ├── ConfigError                a key, a value, a preset
-    │   ├── DataError                  a data set: missing, empty, wrong type, labels that cannot be learnt
+    │   ├── ConfigError                an unknown or invalid key, value or preset
+    │   ├── DataError                  a data set that is missing, damaged, or cannot be learnt
     │   ├── EncoderError               an encoder that cannot be found, loaded or trusted
     │   ├── AdapterError               an adapter that does not fit, or is damaged
     │   └── LockedError                another run writes to the same place
-    ├── ResumeError                    a checkpoint that would not end in the same weights
-    └── VerificationError              what was saved is not what was trained
+    ├── ResumeError                    a checkpoint that would lead to other weights
+    └── VerificationError              a saved adapter differs from the trained one
 
-A message says which thing, what was expected, what was found, and what to do.
+A message names the object, the expectation, the finding and the remedy.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import sys
 
 from pipeline.printable import printable
 
-# What the machine says of a place that was named, and of its own state. A file that we did not make would be our own fault.
-_NOT_THERE = ("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "EXDEV", "ENODEV", "ENXIO")
-_NOT_NOW = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
+# Error codes for a path that cannot be used, and for a machine in trouble. Other codes, such as ENOENT, are bugs.
+_BAD_PATH = ("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "EXDEV", "ENODEV", "ENXIO")
+_MACHINE = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
 
 
 class LorafleetError(Exception):
-    """Root of the tree; its text is meant for the person who started the run.
+    """Root of the tree. Its message is meant for the user.
 
-    Each argument is one line of it, and made printable: names, labels and what other libraries say may hold anything.
+    Each argument is one line of the message, and is made printable: names, labels and messages of other libraries may
+    contain any character.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -45,42 +46,43 @@ class InputError(LorafleetError):
 
 
 class ConfigError(InputError):
-    """A misspelt key, a value out of range, an unknown preset or MTEB task name."""
+    """The configuration has an unknown key, an invalid value, or an unknown preset or task name."""
 
 
 class DataError(InputError):
-    """A data set that is missing, empty, of the wrong type, or whose labels cannot be learnt."""
+    """A data set is missing, empty or of the wrong type, or its labels cannot be learnt."""
 
 
 class EncoderError(InputError):
-    """An encoder that cannot be found, loaded or trusted."""
+    """An encoder cannot be found, loaded or trusted."""
 
 
 class AdapterError(InputError):
-    """An adapter that does not fit its encoder, or whose files are damaged."""
+    """An adapter does not fit its encoder, or its files are damaged."""
 
 
 class LockedError(InputError):
-    """Another run holds the place that this one wants to write."""
+    """Another run is writing to the same place."""
 
 
 class ResumeError(LorafleetError):
-    """A checkpoint made under other conditions: going on from it would not give the same weights."""
+    """A checkpoint was made under other conditions, so resuming from it would give other weights."""
 
 
 class VerificationError(LorafleetError):
-    """A saved adapter that, loaded again, is not the one that was trained."""
+    """A saved adapter differs from the trained one when it is loaded again."""
 
 
 def first_line(error: BaseException) -> str:
-    """The part of another library's message that ours quotes: printable, at most 300 characters."""
+    """Return the first line of an exception's message, printable and at most 300 characters long."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def refused_by_machine(error: OSError | UnicodeEncodeError) -> LorafleetError | None:
-    """The same as an error of ours, if it is not our fault.
+    """Translate an error of the operating system that is no bug; return None for any other.
 
-    Such are a name that is too long or not in the locale's encoding, no permission, a full disk, no memory.
+    Such errors are a name that is too long or not in the locale's encoding, a missing permission, a full disk, and a
+    lack of memory.
     """
     if isinstance(error, UnicodeEncodeError):
         if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
@@ -89,8 +91,8 @@ def refused_by_machine(error: OSError | UnicodeEncodeError) -> LorafleetError | 
         return InputError(f"{error.object!r}: no file can have this name in {encoding}; set LC_ALL=C.UTF-8")
     text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     match errno.errorcode.get(error.errno or 0):
-        case name if name in _NOT_THERE:
+        case name if name in _BAD_PATH:
             return InputError(text)
-        case name if name in _NOT_NOW:
+        case name if name in _MACHINE:
             return LorafleetError(text)
     return None

@@ -1,6 +1,7 @@
-"""What a fault of the Hub means to who asked it: the one place that decides between exit code 1 and 2.
+"""Translation of the Hub's faults into lorafleet's exceptions, which decide between exit codes 1 and 2.
 
-Out of reach, busy or broken is 1, because trying again may help. Not there, not allowed, and not in the cache while offline is 2.
+The code is 1 if a retry may help: the Hub is unreachable, busy or broken. It is 2 if an object is missing, access is
+denied, or a file is not in the local cache while offline.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _REACH = "; is the Hub in reach (network, HTTPS_PROXY, HF_ENDPOINT)? Nothing is 
 
 
 def hub_faults() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where it cannot give what it was asked for."""
-    from httpx2 import TransportError  # what it speaks HTTP with
+    """Return the exceptions that huggingface_hub raises for a failed request."""
+    from httpx2 import TransportError  # its HTTP client
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, TransportError
@@ -25,13 +26,13 @@ def hub_faults() -> tuple[type[Exception], ...]:
 def hub_error(
     error: BaseException, what: str, *, offline: bool = False, kind: type[InputError] = InputError
 ) -> LorafleetError:
-    """The error that a command ends with.
+    """Return the lorafleet exception for a fault of the Hub.
 
     Args:
-        error: One of ``hub_faults``, or one caused by it.
-        what: What was asked for, as the message names it.
-        offline: Whether the caller wanted the local cache alone to be asked.
-        kind: Of the errors that trying again cannot help.
+        error: One of ``hub_faults``, or an exception caused by one.
+        what: Name of the requested object, for the message.
+        offline: Whether only the local cache was to be read.
+        kind: Class of the exception if a retry cannot help.
     """
     from httpx2 import TransportError
     from huggingface_hub import constants
@@ -52,20 +53,20 @@ def hub_error(
 
 
 def hub_fault_behind(error: BaseException) -> BaseException | None:
-    """The fault of the Hub that made another library raise ``error``; None if there is none."""
+    """Return the fault of the Hub that caused an exception of another library; None if there is none."""
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(
-        behind, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(
+        cause, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError
     ):
-        behind = behind.__cause__ or behind.__context__
-    return behind
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def hub_status(error: BaseException) -> int | None:
-    """The status that the Hub answered with; none if it did not."""
+    """Return the HTTP status of the Hub's answer; None if it did not answer."""
     response: Any = getattr(error, "response", None)
     if response is None and isinstance(error.__cause__, Exception):
         response = getattr(error.__cause__, "response", None)
@@ -73,7 +74,7 @@ def hub_status(error: BaseException) -> int | None:
 
 
 def hub_said(error: BaseException) -> str:
-    """What an error says, in one line, without what is signed in an address."""
+    """Return the message of a fault as one line, without the queries of URLs, which may hold signatures."""
     lines = [
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")
     ]

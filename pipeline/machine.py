@@ -1,4 +1,4 @@
-"""What this machine gives to a process."""
+"""Resources of this machine: CPUs, disk space and standard streams."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from typing import IO, Any
 from pipeline.errors import LorafleetError
 
 LEAST_ROOM_BYTES = 50 * 10**6
-"""On a disk where a server is started: its database and logs. What a run writes comes on top."""
+"""Free space that starting a server requires, for its database and logs but not for runs."""
 
 
 def local_cpus() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or its nearest existing ancestor."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+    return next(candidate for candidate in (path, *path.parents) if os.path.lexists(candidate))
 
 
 def free_bytes(path: Path) -> int | None:
-    """Of the disk where the path lies, or will; None where its file system does not say, as that of /proc or of some mounted buckets."""
-    place = existing(path)
-    usage = shutil.disk_usage(
-        place if place.exists() else place.parent
-    )  # a link may lead nowhere; who writes there will be told
+    """Return the free space of the disk that holds the path, or would hold it.
+
+    None if its file system does not report it, like /proc and some mounted buckets.
+    """
+    ancestor = existing(path)
+    # The ancestor may be a broken link; a write to it will fail with its own message.
+    usage = shutil.disk_usage(ancestor if ancestor.exists() else ancestor.parent)
     return usage.free if usage.total else None
 
 
 def check_room(folder: Path, *, what: str) -> None:
-    """See that a server can be started with its files there.
+    """Check that the disk of a folder has room for the files of a server.
 
     Args:
-        folder: Need not be there yet.
-        what: To do instead of freeing space: the setting that names another.
-    Raises: LorafleetError: its disk is full.
+        folder: Folder for the files; it may not exist yet.
+        what: Alternative to freeing space, for the message: which setting names another folder.
+    Raises: LorafleetError: the disk is full.
     """
     free = free_bytes(folder)
     if free is not None and free < LEAST_ROOM_BYTES:
@@ -55,9 +57,12 @@ def check_room(folder: Path, *, what: str) -> None:
 
 
 def own_output() -> IO[str]:
-    """Standard output, for this process's answers alone: what a library prints goes to standard error from now on."""
+    """Return standard output, reserved for this process's answers.
+
+    From now on, anything else that is printed goes to standard error.
+    """
     answers = sys.stdout
-    with suppress(io.UnsupportedOperation):  # a stand-in without a descriptor
+    with suppress(io.UnsupportedOperation):  # a replacement of stdout without a descriptor
         answers = os.fdopen(os.dup(answers.fileno()), "w", encoding="utf-8")
         os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -65,7 +70,10 @@ def own_output() -> IO[str]:
 
 
 def read_answers(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The lines that are JSON objects. A ``sitecustomize`` may have printed others before ``own_output`` was called."""
+    """Parse the lines that are JSON objects, and skip others.
+
+    A ``sitecustomize`` may print before ``own_output`` is called.
+    """
     answers = []
     for line in lines:
         with suppress(ValueError):

@@ -188,7 +188,7 @@ def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
             {},
             "input s3://nowhere/in: cannot be read: The specified bucket does not exist",
         ),
-        (("s3://lake/in", "s3://lake/in/out"), {}, "lies inside the input"),
+        (("s3://lake/in", "s3://lake/in/out"), {}, "is inside the input"),
         (("s3://lake/in", "s3://nowhere/out"), {}, "s3://nowhere/out"),
         (
             ("s3://lake/in", "s3://lake/bad"),

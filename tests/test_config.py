@@ -121,11 +121,11 @@ def test_a_config_survives_its_own_json() -> None:
         (
             'evaluate.columns=["head", "head"]',
             "evaluate.columns",
-            "'head' is there more than once",
+            "'head' occurs more than once",
             "['head', 'head']",
         ),
-        ("evaluate.probe_c=[1.0, 1]", "evaluate.probe_c", "1.0 is there more than once", "[1.0, 1]"),
-        ('adapter.target=["a", "a"]', "adapter.target", "'a' is there more than once", "['a', 'a']"),
+        ("evaluate.probe_c=[1.0, 1]", "evaluate.probe_c", "1.0 occurs more than once", "[1.0, 1]"),
+        ('adapter.target=["a", "a"]', "adapter.target", "'a' occurs more than once", "['a', 'a']"),
         ("compute.cpus_per_worker=1.5", "compute.cpus_per_worker", "a whole number", "1.5"),
         ("compute.cpus_per_worker=0.00001", "compute.cpus_per_worker", "0.0001", "1e-05"),
         ("publish.to=hf:OWNER", "publish.to", "a folder, or hf:OWNER/NAME", "'hf:OWNER'"),
@@ -156,7 +156,7 @@ def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(
 def test_a_misspelt_key_is_named_with_the_keys_that_exist_there(override: str, key: str, neighbour: str) -> None:
     message = fault(override)
     assert f"unknown key {key!r}" in message
-    assert neighbour in message.partition("the keys there are ")[2].split(", ")
+    assert neighbour in message.partition("the keys of this section are ")[2].split(", ")
 
 
 def test_all_faults_are_in_one_message() -> None:
@@ -324,8 +324,8 @@ def test_a_name_given_twice_is_refused() -> None:
     [
         ({"test": "b"}, "test has an effect only with train"),
         ({"text_column": "body", "group_column": "who"}, "text_column and group_column have an effect only with train"),
-        ({"train": "a", "test": "b", "test_seed": 1}, "test_seed has no effect beside test"),
-        ({"train": "a", "test": "b", "test_fraction": 0.2}, "test_fraction has no effect beside test"),
+        ({"train": "a", "test": "b", "test_seed": 1}, "test_seed has no effect together with test"),
+        ({"train": "a", "test": "b", "test_fraction": 0.2}, "test_fraction has no effect together with test"),
         ({"train": "a", "test_fraction": 0.5}, "mteb_tasks.0.test_fraction: Input should be less than 0.5"),
         ({"train": ""}, "mteb_tasks.0.train: String should have at least 1 character"),
         ({"train": "a", "text_column": ""}, "mteb_tasks.0.text_column: String should have at least 1 character"),

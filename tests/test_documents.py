@@ -153,7 +153,7 @@ def test_yaml_keeps_its_anchors_and_merges() -> None:
         ("a: !!int ''", "does not fit its tag"),
         ("a: !!python/object/apply:os.getpid []", "not YAML"),
         ("? [a]\n: b", "not YAML"),
-        ("a: 1\nb: {c: 1, c: 2}", "line 2: c is there twice"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2: c occurs twice"),
         ('a: "\\ud800"', "half a character"),
         ('a: "x\\0y"', "a null character"),
         ("a: https://h/x?X-Amz-Signature=hunter2", r"Signature=\*\*\*"),

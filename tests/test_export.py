@@ -25,7 +25,7 @@ from pipeline.encoder.files import known_package
 from pipeline.errors import AdapterError, InputError, VerificationError
 from pipeline.evaluation.vectors import unit
 from pipeline.export import export
-from pipeline.export.export import Exported, Form, export_adapter
+from pipeline.export.export import ExportManifest, Form, export_adapter
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import PROBE_TEXTS
 from pipeline.store.files import read_record
@@ -59,7 +59,7 @@ def ours(adapter: FoundAdapter, encoder: str | Path, texts: list[str] = TEXTS) -
     return vectors, loaded.logits_of_vectors(vectors)
 
 
-def exported(adapter: FoundAdapter, target: Path, form: Form, encoder: str | Path) -> Exported:
+def exported(adapter: FoundAdapter, target: Path, form: Form, encoder: str | Path) -> ExportManifest:
     return export_adapter(adapter, target, form=form, encoder=str(encoder), offline=True)
 
 
@@ -254,7 +254,7 @@ def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(
     adapter = saved(folder.root, encoder)
     (tmp_path / "out").mkdir()
     result = exported(adapter, tmp_path / "out", form, encoder)
-    assert read_record(tmp_path / "out" / "export.json", Exported) == result
+    assert read_record(tmp_path / "out" / "export.json", ExportManifest) == result
     assert (result.form, result.adapter, result.adapter_sha256) == (form, "Topics", adapter.sha256)
     assert (result.encoder, result.encoder_revision) == ("encoder", adapter.encoder.revision)
     assert (result.label_names, result.max_tokens, result.temperature, result.num_texts) == (

@@ -261,7 +261,7 @@ def test_an_empty_value_is_refused_by_the_name_of_its_option(arguments: str, nam
         (f"classify in out --adapter a --rows-per-unit {10**30}", "--rows-per-unit: "),
         (f"classify in out --adapter a --limit {'9' * 5000}", "'--limit'"),
         ("classify in out --adapter a --columns a,,b", "--columns: "),
-        ("classify in out --adapter a --columns ' a , a '", "--columns: 'a' is there more than once"),
+        ("classify in out --adapter a --columns ' a , a '", "--columns: 'a' occurs more than once"),
         ("classify in out --adapter a --where process --concurrency 2", "--concurrency has no effect"),
         ("classify in out --adapter a --where process --gpus 2", "--gpus with --where process"),
         ("classify in out --adapter a --where process --cpus 0.5", "--cpus with --where process"),

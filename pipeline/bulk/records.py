@@ -180,5 +180,5 @@ class BulkRequest(Record):
     @model_validator(mode="after")
     def _offline_has_an_effect(self) -> BulkRequest:
         if self.offline and any(address.startswith("hf://") for address in (self.source, self.output)):
-            raise ValueError("--offline cannot be used with an INPUT or OUTPUT on the Hub; leave it out")
+            raise ValueError("--offline has no effect on INPUT and OUTPUT, and one of them is on the Hub; leave it out")
         return self

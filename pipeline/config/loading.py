@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reading a config: presets, TOML files, overrides and validation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a preset or a TOML file, apply ``KEY=VALUE`` overrides, and validate.
 
     Args:
-        source: The name of a file in ``pipeline/presets/`` without its ending, or a path.
-        overrides: Dotted keys, ``train.seed=7``; the value is TOML, or else taken as a string.
-    Raises: ConfigError: no such preset or file, not TOML, an unknown key, a value out of range.
+        source: Name of a preset, or path of a file. A preset is a file in ``pipeline/presets/`` without its ending.
+        overrides: Assignments to dotted keys, such as ``train.seed=7``. A value that is not TOML is a string.
+    Raises: ConfigError: the preset or file does not exist or is not TOML, a key is unknown or has no effect, or a value
+        is invalid.
     """
     text, origin = _read_source(source)
     values = parse_toml(text, origin=origin)
@@ -39,9 +40,12 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
-    """Check raw values; ``origin`` names them in a message.
+    """Validate raw values.
 
-    Raises: ConfigError: all faults in one message, one per line.
+    Args:
+        values: Parsed TOML.
+        origin: Name of the values, for messages.
+    Raises: ConfigError: the values are invalid. The message has one line per fault.
     """
     check_values(values, origin=origin)
     try:
@@ -52,7 +56,7 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with paths that hold in any working folder: a worker's is another one than the driver's."""
+    """Return the config with absolute paths, because a worker has another working folder than the driver."""
     values = config.model_dump(mode="json")
     files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
@@ -64,21 +68,25 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def absolute(location: str) -> str:
-    """The location with a path that holds in any working folder; URLs stay as they are."""
+    """Return a path as an absolute path; leave a URL unchanged."""
     path = location.removeprefix("file://")
     if path.startswith("~/"):
         path = f"{Path.home()}{path[1:]}"
-    return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on links that lead to each other
+    return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on a loop of links
 
 
 def select_tasks(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:
-    """The same run over some of its MTEB tasks only (none named: all), and without its publication.
+    """Return the config with some of its MTEB tasks only, and optionally without publication.
 
+    Args:
+        config: The whole config.
+        mteb_tasks: Names of the tasks to keep; None or empty for all.
+        publish: Whether to keep ``publish.to``.
     Raises: ConfigError: the config has no such MTEB task.
     """
-    there = {t.name: t for t in config.mteb_tasks}
-    if unknown := [name for name in mteb_tasks or () if name not in there]:
-        raise ConfigError(f"mteb_tasks: {', '.join(unknown)} is not in the config; it has {', '.join(there)}")
+    names = [t.name for t in config.mteb_tasks]
+    if unknown := [name for name in mteb_tasks or () if name not in names]:
+        raise ConfigError(f"mteb_tasks: {', '.join(unknown)} is not in the config; it has {', '.join(names)}")
     values = config.model_dump(mode="json")
     if mteb_tasks:
         values["mteb_tasks"] = [t for t in values["mteb_tasks"] if t["name"] in mteb_tasks]
@@ -88,9 +96,14 @@ def select_tasks(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish
 
 
 def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:
-    """What ``lorafleet publish`` does: what the run's config says, less what the command says otherwise.
+    """Return the publish section of a finished run's config, with the changes that ``lorafleet publish`` requests.
 
-    Raises: ConfigError: an unknown key, one outside ``publish``, a value out of range.
+    Args:
+        config: Config of the run.
+        to: Target.
+        private: Whether a new repository is private. False keeps the config's value.
+        overrides: ``KEY=VALUE`` assignments to keys of ``publish``.
+    Raises: ConfigError: a key is unknown, outside ``publish`` or without effect, or a value is invalid.
     """
     if re.fullmatch(TARGET, to) is None:
         raise ConfigError(f"--to: expected {TARGET_IN_WORDS}, found {to!r}")
@@ -101,18 +114,18 @@ def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tupl
         if not key.startswith("publish."):
             raise ConfigError(f"--set {override}: only keys of [publish] have an effect on a finished run")
         if key == "publish.to":
-            raise ConfigError(f"--set {override}: --to says already where to publish; leave this out")
+            raise ConfigError(f"--set {override}: --to already names the target; leave this out")
     apply_overrides(values, overrides)
-    found = validate_config(values, "lorafleet publish").publish
-    if found.private and not is_on_hub(to):
+    publish = validate_config(values, "lorafleet publish").publish
+    if publish.private and not is_on_hub(to):
         raise ConfigError(
             f"--private, or publish.private = true, has no effect on the folder {to}: only a repository is private"
         )
-    return found
+    return publish
 
 
 def preset_names() -> list[str]:
-    """The presets that come with lorafleet, sorted."""
+    """Return the names of lorafleet's presets, sorted."""
     folder = resources.files("pipeline") / "presets"
     return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
 
@@ -126,12 +139,12 @@ def _read_source(source: str) -> tuple[str, str]:
         return read_text(path), str(path)
     except ConfigError as error:
         raise ConfigError(
-            f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a file to be read: {error}"
+            f"config {source!r} is neither a preset ({', '.join(preset_names())}) nor a readable file: {error}"
         ) from None
 
 
 def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Keys that are given and count for nothing beside the others, and why."""
+    """Return the keys that are set but have no effect because of other keys, each with the reason."""
     train, gate, to = config.train, config.publish.gate, config.publish.to
     rules: list[tuple[str, bool, str]] = [
         (
@@ -153,13 +166,13 @@ def _without_effect(config: RunConfig, values: dict[str, Any], overrides: tuple[
             if key != "enabled"
         ),
     ]
-    found = [(key, why) for key, is_idle, why in rules if is_idle and _is_given(values, key)]
-    # In a file it may be the default for MTEB tasks to come.
+    idle = [(key, why) for key, is_idle, why in rules if is_idle and _is_given(values, key)]
+    # In a file, the key may be the default for tasks that are added later, so only --set is refused.
     if all(t.max_epochs for t in config.mteb_tasks) and any(
         o.partition("=")[0].strip() == "train.max_epochs" for o in overrides
     ):
-        found.append(("train.max_epochs", "every MTEB task names its own (mteb_tasks.NAME.max_epochs)"))
-    return found
+        idle.append(("train.max_epochs", "every MTEB task sets its own (mteb_tasks.NAME.max_epochs)"))
+    return idle
 
 
 def _is_given(values: dict[str, Any], key: str) -> bool:

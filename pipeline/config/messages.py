@@ -1,4 +1,4 @@
-"""TODO."""
+"""Messages about faults in a config, from pydantic's errors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from pipeline.records import Record
 
 
 def describe_faults(faults: Sequence[Any]) -> list[str]:
-    """One line per key: "a number, or auto" is one key, but pydantic finds a fault in each of the two."""
+    """Describe pydantic's errors, one line per key.
+
+    For a key with alternatives, such as "a number, or auto", pydantic reports an error for each of them.
+    """
     by_key: dict[str, list[Any]] = {}
     unknown = []
     for fault in faults:
         key, model = _locate(fault["loc"])
         if fault["type"] == "too_short" and fault["input"]:
-            continue  # it has items, and each of them a fault of its own
+            continue  # its items are faulty, and reported themselves
         if fault["type"] == "extra_forbidden":
             unknown.append(
-                f"unknown key {'.'.join(map(str, fault['loc']))!r}; the keys there are {', '.join(model.model_fields)}"
+                f"unknown key {'.'.join(map(str, fault['loc']))!r}; "
+                f"the keys of this section are {', '.join(model.model_fields)}"
             )
         else:
             by_key.setdefault(key, []).append(fault)
-    return [_describe_key(key, of_key) for key, of_key in by_key.items()] + unknown
+    return [_describe_key(key, key_faults) for key, key_faults in by_key.items()] + unknown
 
 
 def _describe_key(key: str, faults: Sequence[Any]) -> str:
@@ -35,7 +39,7 @@ def _describe_key(key: str, faults: Sequence[Any]) -> str:
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:
-    """The key that pydantic's location stands for, without the names of types that it puts behind, and the part it is in."""
+    """Return the key of pydantic's location, without the trailing names of types, and the section of the key."""
     model: type[Record] = RunConfig
     key: list[str] = []
     for part in location:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The configuration of one data set."""
 
 from __future__ import annotations
 
@@ -17,47 +17,51 @@ def _checked_location(location: str) -> str:
 
 
 _Name = Annotated[str, Field(min_length=1)]
-
-
 _Location = Annotated[_Name, AfterValidator(_checked_location)]
 
 
 class MtebTaskConfig(Section):
-    """One data set: a task that mteb knows, one of the quickstart's, or files of your own."""
+    """One data set: a task of mteb, a task of the quickstart, or your own files."""
 
     name: Annotated[str, like(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", NAME_IN_WORDS)]
-    """Also the name of a folder, of files and of columns, so it is short and plain."""
+    """Name of the task. It also names folders, files and columns, so it must be short and plain."""
     max_epochs: int | None = Field(default=None, ge=1, le=10_000)
     """Overrides ``train.max_epochs``."""
     subset: str | None = None
-    """Of a multilingual task; English where left out."""
+    """Subset of a multilingual task. Default: English."""
     train: _Location | None = None
-    """Your training texts: a CSV, TSV, JSON Lines or Parquet file (perhaps .gz), a folder or a glob of them, or a URL (``s3://…``)."""
+    """Your training texts: a CSV, TSV, JSON Lines or Parquet file, a folder or a glob of them, or a URL (``s3://…``).
+
+    Files may be compressed (.gz)."""
     test: _Location | None = None
-    """Your test texts, likewise. Default: ``test_fraction`` of the training texts."""
+    """Your test texts, in the same formats. Default: ``test_fraction`` of the training texts."""
     text_column: _Name | None = None
-    """Only for your own files. Default: ``text``."""
+    """Column of the texts. Only for your own files. Default: ``text``."""
     label_column: _Name | None = None
-    """Only for your own files. Default: ``label``. Strings, whole numbers or booleans, one for each text."""
+    """Column of the labels: strings, whole numbers or booleans. Only for your own files. Default: ``label``."""
     group_column: _Name | None = None
-    """Only for your own files. Texts with the same value here (a customer, a thread) stay on one side of every split."""
+    """Column of groups, such as customers or threads. Only for your own files.
+
+    Texts of one group stay on one side of every split."""
     test_fraction: float | None = Field(default=None, gt=0, lt=0.5)
-    """Share of each label that becomes test where ``test`` is not set. Default: 0.2. Near-equal texts stay on one side."""
+    """Share of each label to use as test if ``test`` is not set. Default: 0.2. Near-equal texts stay on one side."""
     test_seed: int | None = Field(default=None, ge=0, lt=2**32)
-    """Another one chooses other test texts. Default: 0. ``train.seed`` has no say in it, so that the scores of several can be compared."""
+    """Seed of the choice of test texts. Default: 0.
+
+    It is independent of ``train.seed``, so that runs with several seeds can be compared."""
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> MtebTaskConfig:
-        of_files = ("test", "text_column", "label_column", "group_column", "test_fraction", "test_seed")
-        given = [key for key in of_files if getattr(self, key) is not None]
+        file_keys = ("test", "text_column", "label_column", "group_column", "test_fraction", "test_seed")
+        given = [key for key in file_keys if getattr(self, key) is not None]
         if self.train is None and given:
             raise ValueError(
                 f"{' and '.join(given)} {_have(given)} an effect only with train, which names your own files"
             )
-        carving = [key for key in given if key.startswith("test_")]
-        if self.test is not None and carving:
+        split_keys = [key for key in given if key.startswith("test_")]
+        if self.test is not None and split_keys:
             raise ValueError(
-                f"{' and '.join(carving)} {_have(carving)} no effect beside test; leave out one or the other"
+                f"{' and '.join(split_keys)} {_have(split_keys)} no effect together with test; set one or the other"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Overrides of config values: ``--set KEY=VALUE``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipeline.errors import ConfigError
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set keys of a config in place, each given as ``KEY=VALUE``.
+    """Apply ``KEY=VALUE`` overrides to raw config values, in place.
 
-    Raises: ConfigError: a key is given twice or does not exist, or its value is not TOML.
+    Raises: ConfigError: an override is malformed, a key occurs twice, or a value has no such section.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -37,7 +37,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _first_part(node: Any, key: str) -> tuple[str, str]:
-    """The first part of a dotted key, and the rest. The name of an MTEB task may hold dots itself (`….v2`)."""
+    """Split a dotted key into its first part and the rest. The name of a task may contain dots (``….v2``)."""
     names = [str(item.get("name")) for item in node if isinstance(item, dict)] if isinstance(node, list) else []
     for name in sorted(names, key=len, reverse=True):
         if f"{key}.".startswith(f"{name}."):
@@ -57,15 +57,18 @@ def _index(node: list[Any], name: str, key: str) -> int:
     for index, item in enumerate(node):
         if (isinstance(item, dict) and item.get("name") == name) or name == str(index):
             return index
-    raise ConfigError(f"--set {key}: {name!r} names none of the {len(node)} entries")
+    raise ConfigError(f"--set {key}: none of the {len(node)} entries is named {name!r}")
 
 
 def _toml_value(raw: str) -> Any:
-    """One TOML value on one line; else the text as it is. What TOML would skip (a comment, a comma) makes it a text."""
+    """Parse one TOML value on one line; return anything else as a text.
+
+    A value with something that TOML would skip, such as a comment or a comma, is a text too.
+    """
     if "\n" in raw or "\r" in raw:
         return raw
     try:
         tomllib.loads(f"value = [{raw}]")
         return tomllib.loads(f"value = {raw}")["value"]
-    except (ValueError, RecursionError):  # also of a number with too many digits
+    except (ValueError, RecursionError):  # ValueError also for a number with too many digits
         return raw

@@ -20,9 +20,9 @@ def held_out(
     """Choose a share of the texts of each label, bool (texts,).
 
     Blocks of texts (see ``blocks_of``) are visited in the order of a hash of seed and block. A block is taken as a
-    whole if this brings the number of held-out texts per label closer to its share, and if every label keeps a text. If each
-    block is one text, each label gets its share, rounded. The choice does not depend on the order of the rows, and most
-    of it stays the same as the data grows.
+    whole if this brings the number of held-out texts per label closer to its share, and if every label keeps a text.
+    If each block is one text, each label gets its share, rounded. The choice does not depend on the order of the rows,
+    and most of it stays the same as the data grows.
 
     Args:
         texts: All texts.
@@ -77,8 +77,8 @@ def blocks_of(texts: Sequence[str], groups: Sequence[str] | None) -> NDArray[np.
 def text_key(text: str) -> bytes:
     """Return a key that is equal for near-equal texts, which have the same letters, marks and digits in order.
 
-    Case, white space, punctuation, symbols and the Unicode form (NFKC) are ignored. For a text of symbols only, the key
-    is the text without surrounding white space.
+    Case, white space, punctuation, symbols and the Unicode form (NFKC) are ignored. For a text of symbols only, the
+    key is the text without surrounding white space.
     """
     if text.isascii():  # an equal result, five times as fast
         return text.lower().encode().translate(None, _ASCII_SYMBOLS) or text.strip().encode()
@@ -89,7 +89,8 @@ def text_key(text: str) -> bytes:
 def label_key(label: str) -> str:
     """Return a key that is equal for labels that look alike, and empty for an invisible label.
 
-    Case, white space, invisible characters and the Unicode form (NFKC) are ignored. Punctuation counts (``C``, ``C++``).
+    Case, white space, invisible characters and the Unicode form (NFKC) are ignored. Punctuation is not: ``C`` and
+    ``C++`` differ.
     """
     folded = unicodedata.normalize("NFKC", label).casefold()
     return " ".join("".join(sign for sign in folded if unicodedata.category(sign) != "Cf").split())

@@ -1,1 +1,1 @@
-"""One adapter in the form that another tool loads, read back and compared before it appears."""
+"""Export of one adapter for other tools. Each export is read back and compared before it appears."""

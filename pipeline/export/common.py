@@ -1,4 +1,4 @@
-"""Parts that every exported form shares: the texts that are compared, the tokenizer, the head."""
+"""Parts that all export forms share: the compared texts, the tokenizer and the head."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Encoder
 from pipeline.inference.reload import PROBE_TEXTS
 
-COMPARED_TEXTS = (*PROBE_TEXTS, " ".join(PROBE_TEXTS))  # the last is longer than most encoders read
-
-
+COMPARED_TEXTS = (*PROBE_TEXTS, " ".join(PROBE_TEXTS))
+"""Texts on which an export is compared with its adapter. Most encoders cut the last one."""
 TEXTS_AT_ONCE = 8
+"""Batch size of the comparison."""
 
 
 def save_tokenizer(encoder: Encoder, folder: Path) -> None:
-    """In such a way that its files alone cut and pad as ``Encoder`` does."""
+    """Save the encoder's tokenizer so that its files alone truncate and pad as ``Encoder`` does."""
     tokenizer = deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.config.max_tokens
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if tokenizer.pad_token is None:  # any will do, because it is masked; but others do not pad without one
+    if tokenizer.pad_token is None:  # other tools need one to pad; any token will do, as it is masked
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.pad_id)
     tokenizer.backend_tokenizer.enable_truncation(max_length=encoder.config.max_tokens)
     tokenizer.backend_tokenizer.enable_padding(pad_id=encoder.pad_id, pad_token=tokenizer.pad_token)
@@ -30,13 +30,13 @@ def save_tokenizer(encoder: Encoder, folder: Path) -> None:
 
 
 def head_tensors(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Weight (classes, width) and bias (classes,)."""
+    """Return the head's weight (classes, width) and bias (classes,)."""
     state = adapter.classifier.linear.state_dict()
     return state["weight"], state["bias"]
 
 
 def text_batches() -> list[list[str]]:
-    """The compared texts, in batches."""
+    """Return ``COMPARED_TEXTS`` in batches."""
     return [
         list(COMPARED_TEXTS[start : start + TEXTS_AT_ONCE]) for start in range(0, len(COMPARED_TEXTS), TEXTS_AT_ONCE)
     ]

@@ -1,4 +1,4 @@
-"""One trained adapter as what other tools load, without pickle or foreign code. What was written is read back and compared."""
+"""Export of one trained adapter for other tools, without pickle or foreign code."""
 
 from __future__ import annotations
 
@@ -32,49 +32,54 @@ from pipeline.records import Record
 from pipeline.store.files import write_atomically
 
 Form = Literal["sentence-transformers", "classifier", "transformers", "onnx"]
-"""``sentence-transformers`` gives the adapted encoder's vectors, the other three the head's logits."""
+"""``sentence-transformers`` exports the adapted encoder's vectors, the other three forms export the head's logits."""
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit, or of a component of a vector, between an export and the adapter itself, both in float32."""
+"""Largest allowed difference of a logit or a vector component between an export and its adapter, both in float32."""
 _ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Exported(Record):
+class ExportManifest(Record):
     """The content of ``export.json``."""
 
     form: Form
     adapter: str
+    """Name of the adapter."""
     adapter_sha256: str
     encoder: str
     """Public name of the encoder that the adapter was trained on."""
     encoder_revision: str
     lorafleet_version: str
     label_names: tuple[str, ...]
-    """In the order of the logits; also in ``labels.json`` beside."""
+    """Label names in the order of the logits, as in ``labels.json``."""
     max_tokens: int
-    """Longer texts are cut, by the tokenizer that was exported."""
+    """Length to which the exported tokenizer truncates, in tokens."""
     temperature: float
-    """Calibrated probabilities are the softmax of logits / temperature; 1 where the adapter came without calibration."""
+    """Calibrated probabilities are the softmax of logits / temperature. 1 if the adapter has no calibration."""
     num_texts: int
-    """How many texts of our own the export was compared on."""
+    """Number of texts on which the export was compared with the adapter."""
     largest_difference: float
-    """Of a logit (``sentence-transformers``: of a component of a vector), between the export read back and the adapter itself."""
+    """Largest difference of a logit, or of a vector component, between the export read back and the adapter."""
 
 
-def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: str | None, offline: bool) -> Exported:
+def export_adapter(
+    adapter: FoundAdapter, target: Path, *, form: Form, encoder: str | None, offline: bool
+) -> ExportManifest:
     """Write one adapter, merged into its encoder in float32, as a folder that other tools load.
 
+    The folder is read back and compared with the adapter before it appears.
+
     Args:
-        adapter: What to export.
-        target: Folder to make; may exist if it is empty. It appears whole or not at all.
-        form: Tool that loads it; pipeline/export/README.md shows how.
-        encoder: Where the encoder lies, if not under the name that the adapter gives.
+        adapter: The adapter to export.
+        target: Folder to create, or an empty one. It appears whole or not at all.
+        form: Form of the export; ``pipeline/export/README.md`` shows how to load each.
+        encoder: Location of the encoder. None: the name that the adapter gives.
         offline: Never ask the Hub.
     Raises:
-        InputError: the target is taken, or a library that the form needs is not installed.
+        InputError: the target is not empty, or a library that the form needs is not installed.
         EncoderError: the encoder cannot be found.
-        AdapterError: damaged, trained on another encoder, or the form cannot express it.
-        VerificationError: what was written, read back, is not the adapter; nothing is left of it.
+        AdapterError: the adapter is damaged, was trained on another encoder, or cannot be expressed in this form.
+        VerificationError: the export, read back, differs from the adapter. It is deleted.
     """
     target = target.resolve()
     _check_target(target)
@@ -88,19 +93,15 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
     loaded = load_adapter(adapter.folder, Encoder(files, config, runtime), found=adapter)
     if form == "transformers":
         _check_own_head(adapter.name, loaded)
-    library = _LIBRARIES[form]
     expected = _expected(loaded, form)
     with _staged(target) as folder:
-        with loaded.merged():
-            library.write(loaded, folder)
-        found = library.read(folder)
-        difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
+        difference = _write_and_compare(loaded, folder, form, expected)
         if not difference <= TOLERANCE:
             raise VerificationError(
-                f"adapter {adapter.name}: what its {form} export says, read back, differs by {difference:.3g} from the adapter itself "
+                f"adapter {adapter.name}: its {form} export, read back, differs by {difference:.3g} from the adapter "
                 f"(allowed: {TOLERANCE:g}); nothing was exported"
             )
-        exported = Exported(
+        manifest = ExportManifest(
             form=form,
             adapter=adapter.name,
             adapter_sha256=adapter.sha256,
@@ -115,8 +116,17 @@ def export_adapter(adapter: FoundAdapter, target: Path, *, form: Form, encoder: 
         )
         if adapter.has_head:
             write_atomically(folder / "labels.json", json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
-        write_atomically(folder / "export.json", exported.model_dump_json(indent=1))
-    return exported
+        write_atomically(folder / "export.json", manifest.model_dump_json(indent=1))
+    return manifest
+
+
+def _write_and_compare(adapter: Adapter, folder: Path, form: Form, expected: FloatArray) -> float:
+    """Write an export and read it back; return its largest difference from the expected output."""
+    library = _LIBRARIES[form]
+    with adapter.merged():
+        library.write(adapter, folder)
+    actual = library.read(folder)
+    return float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")
 
 
 def _check_target(target: Path) -> None:
@@ -135,15 +145,21 @@ def _check_libraries() -> None:
 
 
 def _check_own_head(name: str, adapter: Adapter) -> None:
-    """Whether the architecture's own classification head can be given weights with which it is ours."""
+    """Check that the architecture's own classification head can express the adapter's linear head.
+
+    Raises: AdapterError: it cannot.
+    """
     encoder, num_classes = adapter.encoder, len(adapter.label_names)
     family, pooling = encoder.model.config.model_type, encoder.config.pooling
     if family != "eurobert":
-        why = f"a {family} model's own classification head is no linear layer, and only EuroBERT's is turned into one here"
+        why = f"a {family} model's own classification head is not linear, and only EuroBERT's can imitate a linear one"
     elif pooling not in EUROBERT_POOLING:
-        why = f"EuroBERT's classification head does not know {pooling} pooling; only {', '.join(EUROBERT_POOLING)}"
+        why = f"EuroBERT's classification head does not support {pooling} pooling, only {', '.join(EUROBERT_POOLING)}"
     elif 2 * num_classes > encoder.hidden_size:
-        why = f"EuroBERT's classification head, {encoder.hidden_size} wide, holds {encoder.hidden_size // 2} classes, not {num_classes}"
+        why = (
+            f"EuroBERT's classification head, {encoder.hidden_size} wide, holds {encoder.hidden_size // 2} classes, "
+            f"not {num_classes}"
+        )
     else:
         return
     raise AdapterError(
@@ -152,7 +168,7 @@ def _check_own_head(name: str, adapter: Adapter) -> None:
 
 
 def _expected(adapter: Adapter, form: Form) -> FloatArray:
-    """What the adapter itself says of our texts, before it is merged: (texts, width) or (texts, classes)."""
+    """Return the adapter's own output for the compared texts: (texts, width) or (texts, classes)."""
     vectors = adapter.encoder.embed(adapter.encoder.tokenise(COMPARED_TEXTS))
     if form != "sentence-transformers":
         return adapter.logits_of_vectors(vectors)
@@ -161,7 +177,7 @@ def _expected(adapter: Adapter, form: Form) -> FloatArray:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target, which takes its place at the end; after an error nothing is left."""
+    """Yield a folder beside the target, and rename it to the target at the end. After an error it is deleted."""
     staging = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         staging.mkdir(parents=True)
@@ -174,23 +190,16 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# sentence-transformers
-
-
-# transformers
-
-
-# ONNX
-
-
 @dataclass(frozen=True)
 class _Library:
-    """How an adapter gets there and back."""
+    """How an export form is written and read back."""
 
     write: Callable[[Adapter, Path], None]
-    """Of a merged adapter, into an empty folder."""
+    """Write a merged adapter into an empty folder."""
     read: Callable[[Path], FloatArray]
-    """What the library itself, from the folder's files alone, says of ``COMPARED_TEXTS``: (texts, width) or (texts, classes)."""
+    """Return the library's output for the compared texts, from the folder's files alone.
+
+    Shape (texts, width) or (texts, classes)."""
 
 
 _LIBRARIES: dict[Form, _Library] = {

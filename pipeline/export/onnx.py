@@ -1,4 +1,4 @@
-"""ONNX graphs from token ids to logits."""
+"""Export as an ONNX graph from token ids to logits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ class _Logits(nn.Module):
         self._adapter = adapter
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 (texts, tokens), twice -> float32 (texts, classes)."""
+        """Return logits, float32 (texts, classes), of ids and mask, each int64 (texts, tokens)."""
         return self._adapter.logits(Batch(input_ids, attention_mask))
 
 
 def write_onnx(adapter: Adapter, folder: Path) -> None:
-    """Write an ONNX graph from token ids to logits, with its tokenizer."""
+    """Write the ONNX graph of a merged adapter, with its tokenizer.
+
+    Raises: AdapterError: torch cannot export this architecture.
+    """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     encoder = adapter.encoder
     example = encoder.batch(encoder.tokenise(PROBE_TEXTS), np.arange(2))
     axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, and of deprecations inside torch
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision and deprecations in torch
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
@@ -49,19 +52,19 @@ def write_onnx(adapter: Adapter, folder: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # what torch raises depends on the layer that it cannot follow
+    except Exception as error:  # torch raises whatever the unsupported layer leads to
         family = encoder.model.config.model_type
         raise AdapterError(
             f"torch cannot export a {family} model to ONNX: {first_line(error)}; choose the form classifier"
         ) from error
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # each node names the source line that it came from, with its path
+    ClearMetadataAndDocStringPass()(program.model)  # the nodes name source files of this machine
     program.save(folder / "model.onnx")
     save_tokenizer(encoder, folder)
 
 
 def read_onnx(folder: Path) -> FloatArray:
-    """Logits of the compared texts by ONNX Runtime, float32 (texts, classes)."""
+    """Return ONNX Runtime's logits of the compared texts, float32 (texts, classes)."""
     import onnxruntime  # type: ignore[import-untyped]
     from tokenizers import Tokenizer
 

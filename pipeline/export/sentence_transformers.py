@@ -1,4 +1,4 @@
-"""Folders that sentence-transformers loads: an embedder, or a classifier with the head as its last module."""
+"""Export for sentence-transformers: an embedder, or a classifier with the head as its last module."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) ->
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     encoder = adapter.encoder
-    # Else whoever loads a BERT is warned of random weights, in a layer that nothing reads.
+    # Without this option, loading a BERT warns about random weights in its unused pooler.
     has_pooler = "add_pooling_layer" in inspect.signature(type(encoder.model).__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
     with tempfile.TemporaryDirectory(dir=folder) as merged:
@@ -53,7 +53,10 @@ def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) ->
 
 
 def read_sentence_transformers(folder: Path) -> FloatArray:
-    """Vectors of the compared texts by sentence-transformers, float32 (texts, width)."""
+    """Return sentence-transformers' vectors of the compared texts, float32 (texts, width).
+
+    For a classifier, the vectors are logits and the width is the number of classes.
+    """
     from sentence_transformers import SentenceTransformer
 
     model: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)

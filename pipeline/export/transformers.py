@@ -1,4 +1,4 @@
-"""Folders that ``AutoModelForSequenceClassification`` of transformers loads."""
+"""Export for ``AutoModelForSequenceClassification`` of transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import FloatArray
 from pipeline.export.common import head_tensors, save_tokenizer, text_batches
 
-# Our pooling -> the name that EuroBERT's classification head has for it.
 EUROBERT_POOLING = {"mean": "mean", "cls": "bos"}
+"""lorafleet's name of a pooling -> its name in EuroBERT's classification head."""
 
 
 def write_transformers(adapter: Adapter, folder: Path) -> None:
-    """Our head as EuroBERT's, which is classifier(GELU(dense(x))): ``z = GELU(z) - GELU(-z)``, so [W; -W] and [I, -I] give it exactly."""
+    """Write the merged encoder with the head as that of EuroBERT, ``classifier(GELU(dense(x)))``.
+
+    With ``dense = [W; -W]`` and ``classifier = [I, -I]``, it equals the linear head: ``z = GELU(z) - GELU(-z)``.
+    """
     from transformers import EuroBertForSequenceClassification
 
     encoder, (weight, bias) = adapter.encoder, head_tensors(adapter)
@@ -41,7 +44,7 @@ def write_transformers(adapter: Adapter, folder: Path) -> None:
 
 @torch.inference_mode()
 def read_transformers(folder: Path) -> FloatArray:
-    """Logits of the compared texts by transformers, float32 (texts, classes)."""
+    """Return transformers' logits of the compared texts, float32 (texts, classes)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
