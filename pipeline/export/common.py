@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Encoder
-from pipeline.inference.reload import PROBE_TEXTS
+from pipeline.inference.reload import REFERENCE_TEXTS
 
-COMPARED_TEXTS = (*PROBE_TEXTS, " ".join(PROBE_TEXTS))  # the last is longer than most encoders read
+COMPARED_TEXTS = (*REFERENCE_TEXTS, " ".join(REFERENCE_TEXTS))  # the last is longer than most encoders read
 
 
 TEXTS_AT_ONCE = 8
