@@ -28,7 +28,7 @@ from pipeline.records import (
     TaskResult,
 )
 from pipeline.reports.formatting import label_changes, percent
-from pipeline.reports.score_table import SCORE_HEADINGS, head_change, said_of_start, score_table
+from pipeline.reports.score_table import SCORE_HEADINGS, accuracy_change, score_table, warm_start_summary
 from pipeline.run.plan import Plan
 from pipeline.store.finished import find_finished, latest_results
 from pipeline.store.finished import find_unchanged as find_unchanged_run
@@ -176,7 +176,7 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
         result.best_epoch,
         result.busy_seconds,
     )
-    if summary := said_of_start(result):
+    if summary := warm_start_summary(result):
         run_logger().info("%s: %s", name, summary)
     return result
 
@@ -200,12 +200,12 @@ def collect(
     for line, result in zip(table.lines, corrected, strict=True):
         cells = {heading: cell.text for heading, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)}
         name, head = SCORE_HEADINGS[0], "LoRA, own head"
-        change = head_change(result, previous.get(result.mteb_task.name))
+        change = accuracy_change(result, previous.get(result.mteb_task.name))
         # The most important columns come first, because a narrow screen shows only those.
         rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)
     create_table_artifact(table=rows, key="score-table", description=f"Test accuracy in percent, run {run_id}")
     facts = [f"- run folder: {markdown(folder.root.name)}", *(f"- {markdown(note)}" for note in table.notes())]
-    starts = [(result.mteb_task.name, said_of_start(result)) for result in corrected]
+    starts = [(result.mteb_task.name, warm_start_summary(result)) for result in corrected]
     facts += [f"- {markdown(f'{name}: {start}')}" for name, start in starts if start]
     create_markdown_artifact(
         "\n".join(facts), key="score-notes", description=f"How to read the score table of run {run_id}"

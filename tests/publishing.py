@@ -33,7 +33,7 @@ from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.publishing.publish import PublishResult, publish
-from pipeline.records import AdapterRef, ClassificationResults, Probe, Publication, TaskResult
+from pipeline.records import AdapterRef, ClassificationResults, Publication, ReferenceOutputs, TaskResult
 from pipeline.reports.score_table import summarise
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
@@ -285,10 +285,11 @@ def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable
     change(adapter)
     meta = json.loads(place.meta.read_text(encoding="utf-8"))
     saved: AdapterRef = save_adapter(adapter, place, meta=meta)
-    probe = read_record(place.probe, Probe)
+    probe = read_record(place.probe, ReferenceOutputs)
     logits = adapter.logits_of_vectors(loaded.embed(loaded.tokenise(probe.texts)))
     place.probe.write_text(
-        Probe.model_validate(probe.model_dump() | {"logits": logits.tolist()}).model_dump_json(), encoding="utf-8"
+        ReferenceOutputs.model_validate(probe.model_dump() | {"logits": logits.tolist()}).model_dump_json(),
+        encoding="utf-8",
     )
     results = {path.parent.name: read_record(path, TaskResult) for path in folder.root.glob("*/result.json")}
     result = results[task]

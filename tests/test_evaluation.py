@@ -36,7 +36,7 @@ from pipeline.encoder.tokeniser import Tokens
 from pipeline.evaluation.classification import AdapterEvaluation, Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.evaluation.few_shot import few_shot
 from pipeline.evaluation.probe import _hold_out
-from pipeline.evaluation.vectors import TextVectors, unit
+from pipeline.evaluation.vectors import TextVectors, normalize
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.batches import LabelledTokens
@@ -76,7 +76,7 @@ class PlainEncoder:
 
     def encode(self, inputs: Any, **_: Any) -> FloatArray:
         vectors = self.encoder.embed(self.encoder.tokenise([text for batch in inputs for text in batch["text"]]))
-        return unit(vectors) if self.encoder.normalize else vectors
+        return normalize(vectors) if self.encoder.normalize else vectors
 
     def similarity(self, one: Any, other: Any) -> Any:
         raise NotImplementedError

@@ -23,11 +23,11 @@ from pipeline.config import AdapterConfig
 from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.files import known_package
 from pipeline.errors import AdapterError, InputError, VerificationError
-from pipeline.evaluation.vectors import unit
+from pipeline.evaluation.vectors import normalize
 from pipeline.export import export
 from pipeline.export.export import ExportManifest, Form, export_adapter
 from pipeline.inference.reference import find_adapters
-from pipeline.inference.reload import PROBE_TEXTS
+from pipeline.inference.reload import REFERENCE_TEXTS
 from pipeline.store.files import read_record
 from pipeline.store.run_folder import TaskFolder
 
@@ -92,7 +92,7 @@ def check_logits(found: FloatArray, expected: FloatArray) -> None:
 
 
 def cosine(found: FloatArray, expected: FloatArray) -> float:
-    return float((unit(found) * unit(expected)).sum(axis=1).min())
+    return float((normalize(found) * normalize(expected)).sum(axis=1).min())
 
 
 # What the tools say
@@ -129,7 +129,7 @@ def test_vectors_have_length_one_where_the_encoders_own_definition_says_so(
     exported(adapter, tmp_path / "out", "sentence-transformers", encoder)
     exported(adapter, tmp_path / "classifier", "classifier", encoder)
     vectors, logits = ours(adapter, encoder)
-    np.testing.assert_allclose(by_sentence_transformers(tmp_path / "out"), unit(vectors), atol=1e-5)
+    np.testing.assert_allclose(by_sentence_transformers(tmp_path / "out"), normalize(vectors), atol=1e-5)
     check_logits(by_sentence_transformers(tmp_path / "classifier"), logits)
 
 
@@ -261,7 +261,7 @@ def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(
         LABELS,
         24,
         1.4,
-        len(PROBE_TEXTS) + 1,
+        len(REFERENCE_TEXTS) + 1,
     )
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".onnx"}

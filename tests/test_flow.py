@@ -24,7 +24,7 @@ from pipeline.config import PublishConfig, load_config
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.publishing.publish import publish
-from pipeline.records import Calibration, ClassificationResults, Probe, TaskResult
+from pipeline.records import Calibration, ClassificationResults, ReferenceOutputs, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest, read_manifest
 from pipeline.store.run_folder import RunFolder, adapter_sha256
@@ -58,7 +58,7 @@ def scores_of(run_folder: Path) -> pd.DataFrame:
 
 def test_the_probe_says_what_the_adapter_says_in_float32(finished_run: FinishedRun) -> None:
     folder = RunFolder(finished_run.root).task("Topics")
-    probe = read_record(folder.probe, Probe)
+    probe = read_record(folder.probe, ReferenceOutputs)
     assert len(set(probe.texts)) == len(probe.logits) == 32
     config = manifest_of(finished_run.root).config.encoder
     encoder = Encoder(find_encoder(config, offline=True), config, CPU_FLOAT32)

@@ -43,11 +43,11 @@ from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.scores import Interval, score_predictions
 from pipeline.evaluation.significance import paired_difference
-from pipeline.inference.reload import PROBE_TEXTS, PROBE_TOLERANCE
+from pipeline.inference.reload import REFERENCE_TEXTS, REFERENCE_TOLERANCE
 from pipeline.publishing.gate import beats_probe, compare, decide, decide_without_scoring, evaluate_gate
 from pipeline.publishing.publication import PublishedState, read_candidate
 from pipeline.publishing.publish import PublishResult, _record, publish
-from pipeline.records import Comparison, EncoderRef, GateDecision, Probe, Publication, TaskResult
+from pipeline.records import Comparison, EncoderRef, GateDecision, Publication, ReferenceOutputs, TaskResult
 from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.schemas import GATE_SCHEMA
 from pipeline.store.tables import read_gate, write_gate
@@ -537,9 +537,11 @@ class Bench:
         adapter = attached(self.exact, labels or data.label_names)
         adapter.classifier.start_from(head)
         ref = save_adapter(adapter, made, meta={"task": task})
-        logits = adapter.logits_of_vectors(self.exact.embed(self.exact.tokenise(PROBE_TEXTS)))
+        logits = adapter.logits_of_vectors(self.exact.embed(self.exact.tokenise(REFERENCE_TEXTS)))
         adapter.detach()
-        probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, logits.tolist())), tolerance=PROBE_TOLERANCE)
+        probe = ReferenceOutputs(
+            texts=REFERENCE_TEXTS, logits=tuple(map(tuple, logits.tolist())), tolerance=REFERENCE_TOLERANCE
+        )
         made.probe.write_text(probe.model_dump_json(), encoding="utf-8")
         made.calibration.write_text(calibration().model_dump_json(), encoding="utf-8")
         result = task_result(

@@ -17,7 +17,7 @@ from pipeline.config import AdapterConfig, EncoderConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import VerificationError
-from pipeline.inference.reload import Reloaded, check_reload
+from pipeline.inference.reload import ReloadResult, check_reload
 from pipeline.store.run_folder import TaskFolder
 
 LABELS = ("sea", "kitchen", "garden")
@@ -80,7 +80,7 @@ def test_which_effects_pass(effect: float, is_trained: bool, passes: bool) -> No
     logits = np.zeros((1, 2), dtype=np.float32)
 
     def check_effect(value: float) -> None:
-        Reloaded(logits, value, ("a", "b")).check(
+        ReloadResult(logits, value, ("a", "b")).check(
             "A", outputs=logits, label_names=("a", "b"), tolerance=0, is_trained=is_trained
         )
 

@@ -10,7 +10,7 @@ from builders import ENCODER, RUN_ID, WHEN, task_result
 
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MainMetric, TaskResult, WarmStart
 from pipeline.reports.formatting import percent, points, without_local_paths
-from pipeline.reports.score_table import SCORE_HEADINGS, head_change, said_of_start, score_table, summarise
+from pipeline.reports.score_table import SCORE_HEADINGS, accuracy_change, score_table, summarise, warm_start_summary
 
 
 def summary_of(*results: TaskResult, failures: tuple[Failure, ...] = ()) -> ClassificationResults:
@@ -171,11 +171,11 @@ def scored_on(result: TaskResult, sha256: str) -> TaskResult:
 def test_the_change_from_run_to_run_is_now_less_then_where_the_same_texts_were_scored() -> None:
     before = task_result("Topics", accuracies={"majority": 0.2, "head": 0.5})
     now = task_result("Topics", accuracies={"majority": 0.2, "head": 0.75}).model_copy(update={"key": "e" * 32})
-    assert head_change(now, None) == "first run"
-    assert head_change(before, before) == "unchanged"
-    assert head_change(now, before) == f"+25.0 (run {RUN_ID})"
-    assert head_change(scored_on(now, "b"), scored_on(before, "b")) == f"+25.0 (run {RUN_ID})"
-    assert head_change(scored_on(now, "b"), scored_on(before, "c")) == f"test data changed (run {RUN_ID}: 50.0)"
+    assert accuracy_change(now, None) == "first run"
+    assert accuracy_change(before, before) == "unchanged"
+    assert accuracy_change(now, before) == f"+25.0 (run {RUN_ID})"
+    assert accuracy_change(scored_on(now, "b"), scored_on(before, "b")) == f"+25.0 (run {RUN_ID})"
+    assert accuracy_change(scored_on(now, "b"), scored_on(before, "c")) == f"test data changed (run {RUN_ID}: 50.0)"
 
 
 def started(start_accuracy: float | None, **changes: Any) -> TaskResult:
@@ -190,16 +190,16 @@ def started(start_accuracy: float | None, **changes: Any) -> TaskResult:
 def test_what_a_warm_start_gave_is_told_of_the_best_epoch() -> None:
     warm = {"warm_start": WarmStart(sha256="f" * 64)}
     fact = "started from published adapter ffffffffffff"
-    assert said_of_start(started(0.5, **warm)) == f"{fact}: validation 50.0 before, 80.0 after training (+30.0)"
-    assert said_of_start(started(None, **warm)) == fact
+    assert warm_start_summary(started(0.5, **warm)) == f"{fact}: validation 50.0 before, 80.0 after training (+30.0)"
+    assert warm_start_summary(started(None, **warm)) == fact
     kept = f"{fact}: validation 85.0 before, 80.0 after training (-5.0); the start was kept"
-    assert said_of_start(started(0.85, best_epoch=0, **warm)) == kept
+    assert warm_start_summary(started(0.85, best_epoch=0, **warm)) == kept
 
 
 def test_a_training_from_scratch_is_told_of_only_where_it_did_not_help() -> None:
-    assert said_of_start(started(0.5)) == ""
+    assert warm_start_summary(started(0.5)) == ""
     kept = "started from scratch: test 85.0 before, 80.0 after training (-5.0); the start was kept"
-    assert said_of_start(started(0.85, best_epoch=0, selected_on="test")) == kept
+    assert warm_start_summary(started(0.85, best_epoch=0, selected_on="test")) == kept
 
 
 def test_a_result_of_an_older_version_keeps_its_score_at_the_start() -> None:

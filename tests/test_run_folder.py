@@ -12,7 +12,15 @@ import pytest
 from builders import task_result
 
 from pipeline.errors import AdapterError, DataError
-from pipeline.records import AdapterMeta, ClassificationResults, FewShot, LabelNames, Probe, Publication, TaskResult
+from pipeline.records import (
+    AdapterMeta,
+    ClassificationResults,
+    FewShot,
+    LabelNames,
+    Publication,
+    ReferenceOutputs,
+    TaskResult,
+)
 from pipeline.store.files import (
     LARGEST_RECORD_BYTES,
     LARGEST_WEIGHTS_BYTES,
@@ -86,7 +94,7 @@ DEEP, HUGE, HALF = b"[" * 100_000 + b"]" * 100_000, b"9" * 6000, b'"\\ud800"'
 
 
 @pytest.mark.parametrize(
-    "record_type", [AdapterMeta, LabelNames, Probe, FewShot, TaskResult, ClassificationResults, Publication]
+    "record_type", [AdapterMeta, LabelNames, ReferenceOutputs, FewShot, TaskResult, ClassificationResults, Publication]
 )
 @pytest.mark.parametrize("value", [DEEP, HUGE, HALF, b"NaN", b'"' + b"x" * 1_000_000 + b'"'])
 def test_json_that_breaks_readers_is_one_line_that_names_the_file(

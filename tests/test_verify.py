@@ -24,13 +24,21 @@ from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, Publis
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.evaluation.scores import score_of_draws
-from pipeline.inference.reload import Ask, reload_elsewhere
+from pipeline.inference.reload import ReloadRequest, reload_elsewhere
 from pipeline.publishing.card_claims import check_card
 from pipeline.publishing.consistency import check_task
 from pipeline.publishing.publication import read_candidate
 from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
-from pipeline.records import ClassificationResults, EncoderRef, MtebTask, Probe, Publication, ScoreRow, TaskResult
+from pipeline.records import (
+    ClassificationResults,
+    EncoderRef,
+    MtebTask,
+    Publication,
+    ReferenceOutputs,
+    ScoreRow,
+    TaskResult,
+)
 from pipeline.reports.model_card import render_card
 from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_manifest
@@ -63,7 +71,7 @@ def trained(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -
     save_adapter(adapter, made, meta={"task": "A"})
     logits = adapter.logits_of_vectors(encoder.embed(encoder.tokenise(TEXTS)))
     made.probe.write_text(
-        Probe(texts=TEXTS, logits=logits.tolist(), tolerance=1e-3).model_dump_json(), encoding="utf-8"
+        ReferenceOutputs(texts=TEXTS, logits=logits.tolist(), tolerance=1e-3).model_dump_json(), encoding="utf-8"
     )
     config = RunConfig(
         encoder=EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24), mteb_tasks=(MtebTaskConfig(name="A"),)
@@ -707,7 +715,7 @@ def test_a_fault_of_our_own_in_the_fresh_process_is_no_fault_of_the_users(
     runtime = exact_runtime(threads=1, use_gpu=False)
     config = EncoderConfig(name=str(encoder_folder("bert")), max_tokens=24)
     with pytest.raises(VerificationError, match="cannot be loaded in a fresh process"):
-        reload_elsewhere([Ask(run.task("A"), runtime, [1])], config, offline=True)  # type: ignore[list-item]
+        reload_elsewhere([ReloadRequest(run.task("A"), runtime, [1])], config, offline=True)  # type: ignore[list-item]
 
 
 # Code that comes with an encoder

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.bulk.units import InputFile
 from pipeline.config import CpuShare, GpuShare, without_repeats
 from pipeline.printable import conceal
+from pipeline.records import Fraction as Share
 from pipeline.records import Record
-from pipeline.records import Unit as Share
 
 Address = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(conceal)]
 """A path or a URL. A record holds it without its secret."""

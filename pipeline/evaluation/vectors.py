@@ -32,10 +32,10 @@ class TextVectors:
     def features(self, texts: Sequence[str]) -> FloatArray:
         """What classifiers on top see: unit vectors where the encoder's own definition ends in them."""
         vectors = self(texts)
-        return unit(vectors) if self._encoder.normalize else vectors
+        return normalize(vectors) if self._encoder.normalize else vectors
 
 
-def unit(vectors: FloatArray) -> FloatArray:
+def normalize(vectors: FloatArray) -> FloatArray:
     """The vectors at length 1, float32 (texts, width)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)

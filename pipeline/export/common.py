@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Encoder
-from pipeline.inference.reload import PROBE_TEXTS
+from pipeline.inference.reload import REFERENCE_TEXTS
 
-COMPARED_TEXTS = (*PROBE_TEXTS, " ".join(PROBE_TEXTS))
+COMPARED_TEXTS = (*REFERENCE_TEXTS, " ".join(REFERENCE_TEXTS))
 """Texts on which an export is compared with its adapter. Most encoders cut the last one."""
 TEXTS_AT_ONCE = 8
 """Batch size of the comparison."""

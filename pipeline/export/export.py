@@ -22,7 +22,7 @@ from pipeline.adapter.files import load_adapter
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, InputError, VerificationError
-from pipeline.evaluation.vectors import unit
+from pipeline.evaluation.vectors import normalize
 from pipeline.export.common import COMPARED_TEXTS
 from pipeline.export.onnx import read_onnx, write_onnx
 from pipeline.export.sentence_transformers import read_sentence_transformers, write_classifier, write_embedder
@@ -172,7 +172,7 @@ def _expected(adapter: Adapter, form: Form) -> FloatArray:
     vectors = adapter.encoder.embed(adapter.encoder.tokenise(COMPARED_TEXTS))
     if form != "sentence-transformers":
         return adapter.logits_of_vectors(vectors)
-    return unit(vectors) if adapter.encoder.normalize else vectors
+    return normalize(vectors) if adapter.encoder.normalize else vectors
 
 
 @contextmanager

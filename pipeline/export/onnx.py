@@ -14,7 +14,7 @@ from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Batch, FloatArray
 from pipeline.errors import AdapterError, first_line
 from pipeline.export.common import save_tokenizer, text_batches
-from pipeline.inference.reload import PROBE_TEXTS
+from pipeline.inference.reload import REFERENCE_TEXTS
 
 
 class _Logits(nn.Module):
@@ -38,7 +38,7 @@ def write_onnx(adapter: Adapter, folder: Path) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     encoder = adapter.encoder
-    example = encoder.batch(encoder.tokenise(PROBE_TEXTS), np.arange(2))
+    example = encoder.batch(encoder.tokenise(REFERENCE_TEXTS), np.arange(2))
     axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision and deprecations in torch
     try:

@@ -25,18 +25,18 @@ from pipeline.encoder.files import find_encoder
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, LorafleetError, VerificationError
 from pipeline.machine import own_output, read_answers
-from pipeline.records import Probe, Runtime
+from pipeline.records import ReferenceOutputs, Runtime
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
 
 TOLERANCE = 1e-4
 """Largest difference between a logit before saving and after loading; the same machine gives 0."""
-PROBE_TOLERANCE = 1e-3
+REFERENCE_TOLERANCE = 1e-3
 """The same between two machines, both in float32."""
 
 
 @dataclass(frozen=True)
-class Reloaded:
+class ReloadResult:
     """What the fresh process saw."""
 
     outputs: FloatArray
@@ -68,7 +68,7 @@ class Reloaded:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ReloadRequest:
     """What a fresh process is asked: what an adapter says of some texts."""
 
     folder: TaskFolder
@@ -84,14 +84,14 @@ def check_reload(
     The probe is what later proves, on any machine, that a copy of these files is this adapter: its float32 logits for texts of our own.
 
     Args:
-        is_trained: As ``Reloaded.check`` takes it.
+        is_trained: As ``ReloadResult.check`` takes it.
     Raises: VerificationError: logits or label names differ, a trained adapter has no effect, or it cannot be loaded.
     """
     encoder = adapter.encoder
     expected = adapter.outputs(encoder.embed(encoder.tokenise(texts)))
     config = encoder.config.changed(revision=encoder.config.revision or _hub_commit(encoder))
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
-    asks = [Ask(folder, encoder.runtime, texts), Ask(folder, exact, PROBE_TEXTS)]
+    asks = [ReloadRequest(folder, encoder.runtime, texts), ReloadRequest(folder, exact, REFERENCE_TEXTS)]
     try:
         found, probed = reload_elsewhere(asks, config, offline=offline)
     except AdapterError as error:  # the files are not a user's but ours, of a moment ago
@@ -99,11 +99,13 @@ def check_reload(
     found.check(
         folder.root.name, outputs=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
     )
-    probe = Probe(texts=PROBE_TEXTS, logits=tuple(map(tuple, probed.outputs.tolist())), tolerance=PROBE_TOLERANCE)
+    probe = ReferenceOutputs(
+        texts=REFERENCE_TEXTS, logits=tuple(map(tuple, probed.outputs.tolist())), tolerance=REFERENCE_TOLERANCE
+    )
     write_atomically(folder.probe, probe.model_dump_json(indent=1))
 
 
-def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bool) -> list[Reloaded]:
+def reload_elsewhere(asks: Sequence[ReloadRequest], encoder: EncoderConfig, *, offline: bool) -> list[ReloadResult]:
     """What a fresh process says.
 
     Raises: LorafleetError: what kept it from loading an adapter, of the kind that it would be in this process.
@@ -137,7 +139,7 @@ def reload_elsewhere(asks: Sequence[Ask], encoder: EncoderConfig, *, offline: bo
         kind: type[LorafleetError] = getattr(errors, said["fault"])
         raise kind(f"{cannot}: {said['message']}")
     return [
-        Reloaded(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
+        ReloadResult(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
         for a in said["answers"]
     ]
 
@@ -177,7 +179,7 @@ def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str,
     outputs = adapter.outputs(adapted)
     adapter.detach()  # the next one finds the encoder as it was
     if encoder.runtime.dtype == "float32":  # as others load it
-        check_peft(adapter, found, tokens, outputs=outputs, tolerance=PROBE_TOLERANCE)
+        check_peft(adapter, found, tokens, outputs=outputs, tolerance=REFERENCE_TOLERANCE)
     return {
         "outputs": outputs.tolist(),
         "effect": float(np.abs(adapted - frozen).max()),
@@ -185,7 +187,7 @@ def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str,
     }
 
 
-PROBE_TEXTS = (
+REFERENCE_TEXTS = (
     "The card I ordered last week has still not arrived.",
     "Why was I charged twice for the same transfer?",
     "Set an alarm for half past six tomorrow morning, please.",

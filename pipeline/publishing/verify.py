@@ -17,12 +17,12 @@ from pipeline.errors import AdapterError, VerificationError
 from pipeline.hub_address import HUB_REF
 from pipeline.inference.encoder_of_adapter import encoder_config_of
 from pipeline.inference.reference import split_folder
-from pipeline.inference.reload import Ask, reload_elsewhere
+from pipeline.inference.reload import ReloadRequest, reload_elsewhere
 from pipeline.machine import local_cpus
 from pipeline.publishing.card_claims import check_card
 from pipeline.publishing.consistency import check_publication, check_run, check_summary, check_task
 from pipeline.publishing.publication import file_sha256
-from pipeline.records import Probe, Publication, TaskResult
+from pipeline.records import Publication, ReferenceOutputs, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.store.manifest import read_manifest
@@ -120,9 +120,11 @@ def _verify_logits(
     """Load the adapters in a new process, and compare the logits that they compute there with the stored ones."""
     adapters = [adapter for adapter, _ in checked]
     is_trained = [result.best_epoch > 0 for _, result in checked]
-    probes = [read_record(adapter.folder.probe, Probe) for adapter in adapters]
+    probes = [read_record(adapter.folder.probe, ReferenceOutputs) for adapter in adapters]
     runtime = exact_runtime(threads=local_cpus(), use_gpu=False)
-    asks = [Ask(adapter.folder, runtime, probe.texts) for adapter, probe in zip(adapters, probes, strict=True)]
+    asks = [
+        ReloadRequest(adapter.folder, runtime, probe.texts) for adapter, probe in zip(adapters, probes, strict=True)
+    ]
     config = encoder if isinstance(encoder, EncoderConfig) else encoder_config_of(adapters[0], encoder)
     verified = []
     answers = reload_elsewhere(asks, config, offline=offline)

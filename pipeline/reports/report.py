@@ -34,10 +34,10 @@ from pipeline.reports.score_table import (
     ScoreLine,
     ScoreTable,
     data_source,
-    said_of_start,
     score_row,
     score_table,
     task_heading,
+    warm_start_summary,
 )
 from pipeline.store.values import values_of
 
@@ -97,7 +97,7 @@ def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
         anchor=f"task-{number + 1}",
         panels=_panels(result),
         source=data_source(result.mteb_task),
-        notes=(*(without_local_paths(note) for note in result.data.notes), *filter(None, [said_of_start(result)])),
+        notes=(*(without_local_paths(note) for note in result.data.notes), *filter(None, [warm_start_summary(result)])),
         head_without_overlap=percent(None if head is None else head.accuracy_without_overlap),
         metrics=", ".join(parts),
     )

@@ -263,7 +263,7 @@ def measured(result: TaskResult, column: Column, metric: str = "accuracy") -> fl
     return None if row is None else row.value
 
 
-def head_change(result: TaskResult, before: TaskResult | None) -> str:
+def accuracy_change(result: TaskResult, before: TaskResult | None) -> str:
     """How far the own head's accuracy is from that of an earlier run, in points; in words where the two cannot be compared."""
     if before is None:
         return "first run"
@@ -278,7 +278,7 @@ def head_change(result: TaskResult, before: TaskResult | None) -> str:
     return f"{points(now.accuracy - then.accuracy)} (run {before.run_id})"
 
 
-def said_of_start(result: TaskResult) -> str:
+def warm_start_summary(result: TaskResult) -> str:
     """What training made of its start, if that was a published adapter or was kept; empty otherwise."""
     start, is_kept = result.warm_start, result.best_epoch == 0
     if start is None and not is_kept:

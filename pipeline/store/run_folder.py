@@ -59,7 +59,7 @@ class TaskFolder:
 
     @property
     def probe(self) -> Path:
-        """A ``Probe`` record: logits of the adapter for 32 texts."""
+        """A ``ReferenceOutputs`` record: logits of the adapter for 32 texts."""
         return self.root / "probe.json"
 
     @property

@@ -1,0 +1,115 @@
+"""Records of data sets: where they come from, and what was read."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.records.base import DataRevision, Fraction, Record, TaskName
+
+
+class CarvedTest(Record):
+    """The part of train that becomes test if the data have no test split."""
+
+    fraction: float = Field(gt=0, lt=0.5)
+    """Fraction of the texts of each label."""
+    seed: int = Field(ge=0)
+
+
+def _renamed_source(source: object) -> object:
+    return "files" if source == "parquet" else source  # the name in records of earlier versions
+
+
+class MtebTask(Record):
+    """A classification data set and its source, resolved from the config."""
+
+    name: TaskName
+    source: Annotated[Literal["hub", "mirror", "files", "package"], BeforeValidator(_renamed_source)]
+    location: str
+    """Hub data set, mirror folder, the user's training files, or package name."""
+    test_location: str | None = None
+    """The user's test files. None for other sources, and if ``test_split`` takes test from train."""
+    test_split: CarvedTest | None = None
+    revision: DataRevision
+    """A commit, a package version, or ``sha256:…`` of the files once they have been read."""
+    subset: str = "default"
+    text_column: str = "text"
+    label_column: str = "label"
+    group_column: str | None = None
+    """Texts with the same value in this column stay on one side of every split."""
+    max_epochs: int = Field(ge=1)
+    samples_per_label: int = Field(ge=1)
+    """Texts per label in each of mteb's few-shot draws."""
+
+
+class DataSummary(Record):
+    """Sizes and warnings of the data of one MTEB task, before training."""
+
+    num_train: int
+    num_validation: int
+    num_test: int
+    label_names: tuple[str, ...]
+    num_overlap: int
+    """Test texts that also occur in train."""
+    num_empty_train: int
+    num_empty_test: int
+    num_truncated_train: int
+    num_truncated_test: int
+    fingerprint: str
+    """SHA-256 over the texts and labels of all splits, in order."""
+    notes: tuple[str, ...]
+    """Warnings about thin data, such as classes too small for a validation slice or missing from test."""
+    label_counts: tuple[int, ...] = ()
+    """Training texts per label, in the order of ``label_names``. Empty in results of older versions."""
+    token_quantiles: tuple[int, ...] = ()
+    """10th, 50th and 90th percentile of tokens per training text, cut at ``max_tokens``. Each is the length of a text.
+
+    Empty in results of older versions."""
+    test_fingerprint: str | None = None
+    """Same hash as ``ScoreRow.test_sha256``. None in results of older versions."""
+
+
+class LabelShare(Record):
+    """Frequency of a label."""
+
+    label: str
+    share: Fraction
+    """Fraction of the training texts with this label."""
+
+
+class MtebTaskRow(Record):
+    """Data and cost of one MTEB task in one run: one row of ``mteb_tasks.parquet``."""
+
+    run_id: str
+    mteb_task: str
+    created_at: datetime
+    """Time at which the run collected it, even if its result was reused from an earlier run."""
+    num_train: int
+    """Training texts, without the validation slice."""
+    num_validation: int
+    num_test: int
+    num_classes: int
+    label_shares: tuple[LabelShare, ...]
+    """Label frequencies in train. Empty if an older version read the data."""
+    tokens_p10: int | None
+    """10th percentile of tokens per training text, cut at ``max_tokens``."""
+    tokens_p50: int | None
+    tokens_p90: int | None
+    num_truncated_train: int
+    """Texts of train and validation cut at ``max_tokens``."""
+    num_overlap: int
+    """Test texts that also occur in train."""
+    fingerprint: str
+    """SHA-256 over the texts and labels of all splits."""
+    test_sha256: str | None
+    """Same hash as ``ScoreRow.test_sha256``."""
+    worker_seconds: float
+    """Computing time of this run's worker. 0 if the result was reused from an earlier run."""
+    gpu_seconds: float
+    """``worker_seconds`` times the worker's fraction of a GPU."""
+    peak_memory_bytes: int
+    """Peak memory of the training, even if an earlier run did it."""
+    reused_from: str | None
+    """Run that computed the result, if not this one."""

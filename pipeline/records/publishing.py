@@ -1,0 +1,53 @@
+"""Records of publications and of the gate before them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pipeline.records.base import FilePath, Fraction, Record, RunId, Sha256, TaskName
+from pipeline.records.refs import EncoderRef
+
+Decision = Literal["promote", "keep", "block"]
+"""Fate of a newly trained adapter: it replaces the published one, or not, or not and a person should look into it."""
+
+
+class Publication(Record):
+    """The content of ``publication.json``: the parts of a published repository."""
+
+    run_id: RunId
+    """Run that was published last. Adapters that this run does not have stay published."""
+    lorafleet_version: str
+    encoder: EncoderRef
+    adapters: dict[TaskName, Sha256]
+    """SHA-256 of the adapter of each MTEB task."""
+    files: dict[FilePath, Sha256]
+    """SHA-256 of every published file except this one, by path."""
+
+
+class GateDecision(Record):
+    """Comparison of the published and the newly trained adapter of one MTEB task, on the test texts of the latter."""
+
+    run_id: str
+    mteb_task: str
+    to: str
+    """Folder or repository that the run is published to."""
+    decision: Decision
+    reason: str
+    published_accuracy: Fraction | None
+    """None if nothing was compared: nothing was published yet, or the labels differ."""
+    candidate_accuracy: Fraction | None
+    difference: float | None
+    """``candidate_accuracy`` minus ``published_accuracy``."""
+    low: float | None
+    """Lower end of the 95 % interval of the difference, from a paired bootstrap over the test texts."""
+    high: float | None
+    """Upper end of that interval."""
+    p_value: Fraction | None
+    """McNemar's exact test, two-sided."""
+    num_texts: int | None
+    published_sha256: str | None
+    candidate_sha256: str
+    published_revision: str | None
+    """Commit of the repository. None for a folder."""
+    created_at: datetime
