@@ -247,9 +247,9 @@ def test_of_prefects_lines_only_those_are_shown_that_say_something(logger: str, 
 @pytest.mark.parametrize(
     ("failures", "rows_per_second", "told"),
     [
-        (0, None, "nothing was left to do; 0 truncated"),
-        (3, None, "nothing was labelled; 0 truncated"),
-        (3, 20.0, "20 rows/s; 0 truncated"),
+        (0, None, "nothing was left to do; 0 cut"),
+        (3, None, "nothing was labelled; 0 cut"),
+        (3, 20.0, "20 rows/s; 0 cut"),
     ],
 )
 def test_a_job_that_failed_is_not_said_to_have_had_nothing_to_do(
