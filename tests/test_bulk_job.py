@@ -1,4 +1,4 @@
-"""A job's state beside its output: done once, continued by any process, never mixed with another, replaced only when complete."""
+"""Job state: units are done once, any process can resume, jobs never mix, and only a complete job replaces another."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def setting(adapter: Path, encoder_folder: Folders, tmp_path: Path) -> Setting:
 
 
 def counts(summary: BulkSummary) -> dict[str, Any]:
-    """All that does not depend on when it was done."""
+    """The part of a summary that does not depend on time."""
     return summary.model_dump(exclude={"units_done_before", "seconds", "rows_per_second"})
 
 
@@ -225,14 +225,14 @@ def test_with_a_limit_a_mended_file_would_move_the_others_out_and_is_another_job
 
 
 def write_twins(path: Path, *, letter: str) -> None:
-    """A file of three units; another letter changes one text and neither the footer nor the size."""
+    """Write a file of three units. Another letter changes one text, but neither the footer nor the size."""
     texts = [*TEXTS[:14], f"the {letter} file", *TEXTS[15:30]]
     table = {"id": range(30), "text": texts}
     write_table(path, table, row_group_size=10, write_statistics=False, compression="none", use_dictionary=False)
 
 
 def letters(setting: Setting) -> list[str]:
-    """Letters of the labelled texts of ``b.parquet``; none of a unit that is not there."""
+    """Return the letters of the labelled texts of ``b.parquet``; a unit without output has none."""
     found = [
         text
         for path in sorted(setting.output.glob("b-*.parquet"))

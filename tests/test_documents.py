@@ -1,4 +1,4 @@
-"""Files that a person writes: what is lawful is read, and what would exhaust or surprise a reader is one message."""
+"""TOML and YAML files: valid ones are read, and harmful or surprising ones give one message."""
 
 from __future__ import annotations
 
@@ -148,9 +148,9 @@ def test_yaml_keeps_its_anchors_and_merges() -> None:
         ("a: " + "9" * 6000, "cannot be read"),
         ("a: 0x" + "f" * 6000, "an integer of 24000 bits"),
         ("a: 2024-13-01", "month must be in 1..12"),
-        ("a: !!timestamp x", "does not fit its tag"),
-        ("a: !!bool x", "does not fit its tag"),
-        ("a: !!int ''", "does not fit its tag"),
+        ("a: !!timestamp x", "does not match its tag"),
+        ("a: !!bool x", "does not match its tag"),
+        ("a: !!int ''", "does not match its tag"),
         ("a: !!python/object/apply:os.getpid []", "not YAML"),
         ("? [a]\n: b", "not YAML"),
         ("a: 1\nb: {c: 1, c: 2}", "line 2: c occurs twice"),

@@ -1,4 +1,4 @@
-"""Exports: what each tool says of the files it was given is what the adapter says."""
+"""Exports: the output of each tool equals that of the adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipeline.store.run_folder import TaskFolder, read_record
 
 Folders = Callable[[str], Path]
 TEXTS = [*toy_texts(20)[0], "ship soup flower " * 20]
-"""The last is cut, at 24 tokens."""
+"""Texts to compare. The last is truncated at 24 tokens."""
 LABELS = ("the sea", "Küche", "garden")
 FORMS: tuple[Form, ...] = ("sentence-transformers", "classifier", "transformers", "onnx")
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "mteb" / "Banking77Classification" / "test.parquet"
@@ -40,7 +40,7 @@ MINILM = known_package("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c3
 
 
 def saved(folder: Path, encoder: str | Path, *, labels: tuple[str, ...] = LABELS, **options: Any) -> FoundAdapter:
-    """An adapter on disk that has an effect; over ``TEXTS`` no label is favoured."""
+    """Save an adapter that has an effect, and prefers no label over ``TEXTS``."""
     adapter = give_effect(Adapter(load_encoder(encoder, **options), AdapterConfig(), labels))
     logits = adapter.logits_of_vectors(adapter.encoder.embed(adapter.encoder.tokenise(TEXTS)))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def saved(folder: Path, encoder: str | Path, *, labels: tuple[str, ...] = LABELS
 
 
 def ours(adapter: FoundAdapter, encoder: str | Path, texts: list[str] = TEXTS) -> tuple[FloatArray, FloatArray]:
-    """Vectors and logits of the adapter as it was trained: not merged."""
+    """Return vectors and logits of the adapter as it was trained, not merged."""
     loaded = load_adapter(
         adapter.folder, load_encoder(encoder, pooling=adapter.encoder.pooling, max_tokens=adapter.encoder.max_tokens)
     )

@@ -1,4 +1,4 @@
-"""Footers: what is read of a file before a job begins, and files whose footer no reader survives."""
+"""Footers: facts that a plan reads, and files whose footer crashes every reader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
 
 
 class LocalKeys(pe.KmsClient):
-    """Keys that anybody can read."""
+    """Encryption keys in plain text."""
 
     def __init__(self, _config: pe.KmsConnectionConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LocalKeys(pe.KmsClient):
 
 
 def write_encrypted(path: Path, *, plaintext_footer: bool) -> Path:
-    """A file with one encrypted column; with a plain footer, pyarrow ends its process when it looks at that column."""
+    """Write a file with one encrypted column. With a plain footer, pyarrow crashes on that column."""
     table = pa.table({"text": ["a", "b"], "secret": [1, 2]})
     config = pe.EncryptionConfiguration(
         footer_key="footer", column_keys={"key": ["secret"]}, plaintext_footer=plaintext_footer

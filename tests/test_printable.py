@@ -1,4 +1,4 @@
-"""What leaves the program: one line, nothing that a terminal or a log obeys, and no secret of a URL."""
+"""Text that leaves the program: one line, without control characters and without secrets of URLs."""
 
 from __future__ import annotations
 

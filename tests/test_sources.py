@@ -32,7 +32,7 @@ def read(path: Path, **columns: str) -> list[tuple[Any, ...]]:
 
 
 def fault(path: Path, content: bytes | str, **columns: str) -> str:
-    """The message of a file that must be refused, without the folder."""
+    """Return the message about a file that must be refused, without the folder."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read(path, **columns)
@@ -190,7 +190,7 @@ def test_a_value_that_is_missing_from_json_is_null(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_with_fewer_values_than_its_footer_promises_is_refused(tmp_path: Path) -> None:
-    """Of all columns that are read, so that no other column shows it."""
+    """The nulls are in all columns that are read, so that no other column reveals them."""
     content = as_parquet(tmp_path, text=["x"] * 5, label=["y"] * 5)
     damaged = content.replace(
         b"\x16\x0a", b"\x16\x0e"

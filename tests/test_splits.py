@@ -123,7 +123,7 @@ def test_no_near_equal_text_and_no_group_is_on_both_sides_and_every_label_keeps_
 
 
 def test_large_groups_come_within_half_of_the_largest_of_the_share() -> None:
-    """Ten customers of 10 to 28 texts, who all write of both labels alike."""
+    """Ten customers with 10 to 28 texts each, and with both labels in equal parts."""
     groups = [str(customer) for customer in range(10) for _ in range(10 + 2 * customer)]
     labels = [i % 2 for i in range(len(groups))]
     texts = [f"text {i}" for i in range(len(groups))]

@@ -1,4 +1,4 @@
-"""Storage: files appear whole or not at all, and a listing shows what a job should read."""
+"""Storage: files appear whole or not at all, and a listing shows the files that a job should read."""
 
 from __future__ import annotations
 
@@ -356,7 +356,7 @@ def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(
 
 
 class Server(BaseHTTPRequestHandler):
-    """Lists a folder of one file, and tells the file's size only where its name says so."""
+    """List a folder of one file. Report the file's size only if its name says so."""
 
     protocol_version = "HTTP/1.1"
 
@@ -415,7 +415,7 @@ def test_the_root_of_a_bucket_may_be_a_table_too() -> None:
     }
 
     class Store:
-        """Names as S3 has them: the bucket is the first part, and nothing is before it."""
+        """Names as in S3: the bucket is the first part, without a leading slash."""
 
         protocol = "s3"
 

@@ -1,4 +1,4 @@
-"""Tables with a log of their files: the live ones are read, and what cannot be honoured is refused by name."""
+"""Tables with a log: only live files are read, and unsupported features are refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(pattern: Path | str) -> str:
 
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:
-    """A table of 3 rows in the live ones of its files, partitioned by day."""
+    """A Delta table, partitioned by day, with 3 rows in its live files."""
     root = tmp_path / "delta"
     write_deltalake(
         str(root),
@@ -50,7 +50,7 @@ def delta(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def iceberg(tmp_path: Path) -> Path:
-    """A table of 3 rows, one of which was deleted since."""
+    """A table of 3 rows, one of them deleted."""
     catalog = InMemoryCatalog("memory", warehouse=(tmp_path / "lake").as_uri())
     catalog.create_namespace("ns")
     table = catalog.create_table("ns.table", schema=pa.schema([("text", pa.string()), ("n", pa.int64())]))

@@ -1,4 +1,4 @@
-"""One unit: rows as they were, answers as the adapter gives them, and a receipt for whatever goes wrong."""
+"""One unit: unchanged rows, answers equal to the adapter's own, and a receipt for every failure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def adapter(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_bulk(adapter: Path, encoder: Path, tmp_path: Path) -> Callable[..., Bulk]:
-    """Table -> a job over it, in ``in/a.parquet`` and ``out``; without one, over the files that are in ``in``."""
+    """Return a function that plans a job over a table in ``in/a.parquet``, or over the files in ``in``."""
 
     def begin(
         table: pa.Table | dict[str, Any] | None = None,
@@ -73,7 +73,7 @@ def rows_of(bulk: Bulk) -> pa.Table:
 
 
 def read(bulk: Bulk, name: str) -> pa.Table:
-    """One file of the output, which is made if it is not there."""
+    """Read the single file of the output, after labelling if needed."""
     assert all(receipt.failure is None for receipt in bulk.label())
     return pq.read_table(Path(bulk.output.root) / name)
 
@@ -85,7 +85,7 @@ def labelled(bulk: Bulk) -> pa.Table:
 
 
 def probabilities(adapter: Path, encoder: Path, texts: list[str]) -> np.ndarray:
-    """Of the adapter as it was trained: float32, not merged, one text at a time."""
+    """Answers of the adapter as it was trained: float32, not merged, one text at a time."""
     loaded = load_encoder(encoder)
     kernel = load_adapter(TaskFolder(adapter), loaded)
     logits = [torch.from_numpy(kernel.logits_of_vectors(loaded.embed(loaded.tokenise([text])))) for text in texts]

@@ -1,4 +1,4 @@
-"""Planning: which files and columns are read, how they are cut into units, and what is refused before work starts."""
+"""Planning: choice of files and columns, division into units, and refusals before work starts."""
 
 from __future__ import annotations
 
