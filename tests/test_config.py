@@ -254,7 +254,7 @@ def test_a_refit_after_selection_on_test_is_refused() -> None:
     assert load_config("quickstart", overrides=("train.refit=true",)).train.refit
 
 
-def test_a_main_metric_without_the_probe_to_judge_against_is_refused() -> None:
+def test_a_main_metric_without_the_probe_is_refused() -> None:
     columns = 'evaluate.columns=["majority", "head"]'
     with pytest.raises(
         ConfigError, match='main_metric = "macro_f1" has no effect without the column "frozen_full_data"'
@@ -301,7 +301,7 @@ def test_settings_of_a_later_publication_need_no_target() -> None:
         ("x", False, ("train.seed=1",), r"only keys of \[publish\]"),
     ],
 )
-def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(
+def test_redundant_options_of_a_publication_are_refused(
     to: str, private: bool, overrides: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -348,9 +348,7 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(address: str) ->
     assert "secret" not in str(caught.value)
 
 
-def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_become_absolute_and_addresses_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for given, expected in {
         "a/*.csv": str(tmp_path / "a" / "*.csv"),
@@ -368,7 +366,7 @@ def test_the_head_column_cannot_be_switched_off() -> None:
     assert "head" in fault('evaluate.columns=["majority"]')
 
 
-def test_an_unknown_preset_lists_those_there_are() -> None:
+def test_an_unknown_preset_lists_the_existing_ones() -> None:
     message = fault(source="quickstrat")
     assert "'quickstrat'" in message
     assert "quickstart" in message
@@ -389,5 +387,5 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     assert load_config(str(path)).train.seed == 7
 
 
-def test_a_fault_in_the_config_is_the_callers_own() -> None:
+def test_a_fault_in_the_config_is_an_input_error() -> None:
     assert issubclass(ConfigError, InputError)
