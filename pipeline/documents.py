@@ -116,8 +116,8 @@ def check_values(values: Any, *, origin: str) -> None:
                 raise ConfigError(f"{origin}: {value!r} is not a text: it holds a null character, or half a character")
             if redacted(value) != value:
                 raise ConfigError(
-                    f"{origin}: {redacted(value)} holds a password or a signature, which would be stored with each run; "
-                    "keep it in the environment of what opens the URL"
+                    f"{origin}: {redacted(value)} holds a password or a signature, which each run would store; "
+                    "keep it in the environment of the program that opens the URL"
                 )
 
 

@@ -1,4 +1,4 @@
-"""A bulk job of the pipeline alone: no command line, no Prefect, no Ray."""
+"""Bulk jobs run directly by the pipeline, without command line, Prefect and Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save_bulk_adapter(
     calibrated: bool = True,
     **config: Any,
 ) -> Path:
-    """An adapter on disk that has an effect, named as its folder."""
+    """Save an adapter that has an effect, named like its folder."""
     adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(**config), labels), seed=seed)
     save_adapter(adapter, TaskFolder(folder), meta={"task": folder.name})
     if calibrated:
@@ -43,7 +43,7 @@ def save_bulk_adapter(
 
 
 def write_table(path: Path, columns: pa.Table | dict[str, Any], **options: Any) -> Path:
-    """A Parquet file; folders are made."""
+    """Write a Parquet file, and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path, **options)
     return path
@@ -51,7 +51,7 @@ def write_table(path: Path, columns: pa.Table | dict[str, Any], **options: Any) 
 
 @dataclass(frozen=True)
 class Bulk:
-    """A job that has begun."""
+    """A job that is ready to start."""
 
     output: Place
     source: BulkInput
@@ -60,7 +60,7 @@ class Bulk:
     spec: WorkerSpec
 
     def label(self, units: Sequence[Unit] | None = None) -> list[Receipt]:
-        """Label these units, or what is left to do."""
+        """Label these units, or all that are left to do."""
         worker = UnitWorker(self.spec)
         return [worker.label(unit) for unit in (self.state.todo if units is None else units)]
 
@@ -69,7 +69,7 @@ class Bulk:
         return finish(self.output, self.state, self.job, self.source, receipts, seconds=2.0, busy_seconds=1.0)
 
     def run(self) -> BulkSummary:
-        """All of it."""
+        """Label all units and write the summary."""
         return self.finish(self.label())[0]
 
 
@@ -82,7 +82,7 @@ def start(
     overwrite: bool = False,
     **options: Any,
 ) -> Bulk:
-    """What ``lorafleet classify`` does before the first unit."""
+    """Plan a job as ``lorafleet classify`` does before the first unit."""
     request = BulkRequest(
         source=str(source),
         output=str(output),
@@ -97,5 +97,5 @@ def start(
 
 
 def files_below(folder: Path) -> list[str]:
-    """All files, hidden ones too."""
+    """List all files, including hidden ones."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

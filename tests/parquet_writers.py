@@ -1,4 +1,4 @@
-"""Parquet files of many kinds, each made from code by one of five writers: pyarrow, pandas, Polars, DuckDB and fastparquet."""
+"""Parquet files of many kinds, each written by one of pyarrow, pandas, Polars, DuckDB and fastparquet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DAY = dt.datetime(2024, 2, 29, 12, 30, 15, 123456)
 
 
 def make_files(folder: Path) -> dict[str, Path]:
-    """Write every file; its name says what is in it."""
+    """Write all files. Each is named after its content."""
     files: dict[str, Path] = {}
     for writer, kinds in {
         "pyarrow": _pyarrow(),

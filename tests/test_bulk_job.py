@@ -1,4 +1,4 @@
-"""A job's state beside its output: done once, continued by any process, never mixed with another, replaced only when complete."""
+"""Job state: units are done once, any process can resume, jobs never mix, and only a complete job replaces another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_tabl
 from pydantic import ValidationError
 
 from pipeline.bulk.content import content_of
-from pipeline.bulk.output import ATTEMPTS, FAILURES, FOOTER_KEY, JOB, PLAN, SUCCESS
+from pipeline.bulk.output import ATTEMPTS, FAILURES, FOOTER_KEY, GRACE_SECONDS, JOB, PLAN, SUCCESS, forget_attempts
 from pipeline.bulk.plan import check_places, new_columns
 from pipeline.bulk.records import BulkOptions, BulkSummary
-from pipeline.bulk.state import GRACE_SECONDS, forget_attempts
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage.place import Place
 
@@ -67,7 +66,7 @@ def setting(adapter: Path, encoder_folder: Folders, tmp_path: Path) -> Setting:
 
 
 def counts(summary: BulkSummary) -> dict[str, Any]:
-    """All that does not depend on when it was done."""
+    """The part of a summary that does not depend on time."""
     return summary.model_dump(exclude={"units_done_before", "seconds", "rows_per_second"})
 
 
@@ -90,7 +89,7 @@ def test_a_job_ends_with_its_units_a_summary_and_success(setting: Setting) -> No
     assert (summary.rows_per_second, summary.seconds) == (60.0, 2.0)
 
 
-def test_done_units_are_skipped_and_the_counts_are_those_of_an_undisturbed_run(setting: Setting) -> None:
+def test_done_units_are_skipped_and_counts_equal_those_of_an_uninterrupted_run(setting: Setting) -> None:
     undisturbed = setting.start(setting.root / "undisturbed").run()
     stopped = setting.start()
     stopped.label(stopped.state.todo[:4])
@@ -115,7 +114,7 @@ def test_a_finished_job_has_nothing_left_to_do(setting: Setting) -> None:
     assert summary.rows_per_second is None
 
 
-def test_a_failed_unit_is_told_and_tried_again_alone(setting: Setting) -> None:
+def test_a_failed_unit_is_reported_and_retried_alone(setting: Setting) -> None:
     bulk = setting.start()
     for attempt in "xyz":
         bulk.output.write(f"{ATTEMPTS}/00002-{attempt}", b"")
@@ -142,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_a_failure_in_every_start(setting: Setting
         assert files_below(setting.output) == sorted([FAILURES, JOB, PLAN, *UNITS])
 
 
-def test_success_does_not_outlive_a_unit_that_was_taken_away_and_failed(setting: Setting) -> None:
+def test_success_is_removed_when_a_deleted_unit_fails_again(setting: Setting) -> None:
     setting.start().run()
     (setting.output / UNITS[1]).unlink()
     bulk = setting.start()
@@ -190,7 +189,7 @@ def test_an_input_that_changed_grew_or_shrank_is_another_job(setting: Setting) -
         setting.start()
 
 
-def test_a_file_that_is_mended_is_done_by_the_next_start_and_no_other_unit_is_done_again(setting: Setting) -> None:
+def test_a_repaired_file_is_labelled_by_the_next_start_and_no_other_unit_is(setting: Setting) -> None:
     path = setting.input / "0.parquet"
     content = write_table(path, {"id": [1], "text": ["x"]}).read_bytes()
     path.write_bytes(b"?" * 10)
@@ -209,7 +208,7 @@ def test_a_file_that_is_mended_is_done_by_the_next_start_and_no_other_unit_is_do
     assert setting.start().state.todo == ()
 
 
-def test_with_a_limit_a_mended_file_would_move_the_others_out_and_is_another_job(setting: Setting) -> None:
+def test_with_a_limit_a_repaired_file_would_displace_others_and_is_another_job(setting: Setting) -> None:
     path = setting.input / "0.parquet"
     content = write_table(path, {"id": [1], "text": ["x"]}).read_bytes()
     path.write_bytes(b"?" * len(content))
@@ -225,14 +224,14 @@ def test_with_a_limit_a_mended_file_would_move_the_others_out_and_is_another_job
 
 
 def write_twins(path: Path, *, letter: str) -> None:
-    """A file of three units; another letter changes one text and neither the footer nor the size."""
+    """Write a file of three units. Another letter changes one text, but neither the footer nor the size."""
     texts = [*TEXTS[:14], f"the {letter} file", *TEXTS[15:30]]
     table = {"id": range(30), "text": texts}
     write_table(path, table, row_group_size=10, write_statistics=False, compression="none", use_dictionary=False)
 
 
 def letters(setting: Setting) -> list[str]:
-    """Letters of the labelled texts of ``b.parquet``; none of a unit that is not there."""
+    """Return the letters of the labelled texts of ``b.parquet``; a unit without output has none."""
     found = [
         text
         for path in sorted(setting.output.glob("b-*.parquet"))
@@ -241,7 +240,7 @@ def letters(setting: Setting) -> list[str]:
     return [text.split()[1] for text in found if text and text.startswith("the ") and text.endswith(" file")]
 
 
-def test_twins_have_one_footer_and_one_size(tmp_path: Path) -> None:
+def test_versions_of_a_file_have_equal_footers_and_sizes(tmp_path: Path) -> None:
     for letter in "xy":
         write_twins(tmp_path / f"{letter}.parquet", letter=letter)
     one, two = (tmp_path / f"{letter}.parquet" for letter in "xy")
@@ -250,7 +249,7 @@ def test_twins_have_one_footer_and_one_size(tmp_path: Path) -> None:
     assert pq.read_metadata(one).equals(pq.read_metadata(two))
 
 
-def test_a_file_that_was_touched_or_restored_byte_for_byte_loses_no_finished_unit(setting: Setting) -> None:
+def test_touching_or_restoring_a_file_loses_no_finished_unit(setting: Setting) -> None:
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
     bulk = setting.start()
@@ -271,7 +270,7 @@ def test_a_file_that_was_touched_or_restored_byte_for_byte_loses_no_finished_uni
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_damaged_unit_of_a_touched_file_is_done_again(overwrite: bool, setting: Setting) -> None:
+def test_a_damaged_unit_of_a_touched_file_is_labelled_again(overwrite: bool, setting: Setting) -> None:
     if overwrite:
         setting.start(limit=20).run()  # another job, whose output is to be replaced
     bulk = setting.start(overwrite=overwrite)
@@ -284,7 +283,7 @@ def test_a_damaged_unit_of_a_touched_file_is_done_again(overwrite: bool, setting
     assert (again.run().rows_out, setting.ids()) == (60, list(range(60)))
 
 
-def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_footer_and_size_are_the_same(
+def test_replacing_a_file_between_starts_is_another_job_even_with_equal_footer_and_size(
     setting: Setting,
 ) -> None:
     path = setting.input / "b.parquet"
@@ -297,7 +296,7 @@ def test_a_file_that_was_replaced_between_two_starts_is_another_job_though_foote
         setting.start()
 
 
-def test_a_file_that_is_replaced_while_the_job_runs_leaves_no_half_old_output_and_the_next_start_ends_with_the_new_one(
+def test_replacing_a_file_during_the_job_drops_its_units_and_the_next_start_labels_the_new_file(
     setting: Setting,
 ) -> None:
     path = setting.input / "b.parquet"
@@ -317,7 +316,7 @@ def test_a_file_that_is_replaced_while_the_job_runs_leaves_no_half_old_output_an
     assert letters(setting) == ["y"]
 
 
-def test_a_file_that_is_touched_while_the_job_runs_changes_nothing(setting: Setting) -> None:
+def test_touching_a_file_during_the_job_changes_nothing(setting: Setting) -> None:
     bulk = setting.start()
     receipts = bulk.label(bulk.state.todo[:5])
     os.utime(setting.input / "b.parquet", (1, 1))
@@ -326,7 +325,7 @@ def test_a_file_that_is_touched_while_the_job_runs_changes_nothing(setting: Sett
     assert setting.start().state.todo == ()
 
 
-def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
+def test_replacing_a_file_while_a_unit_is_read_fails_that_unit(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = setting.input / "b.parquet"
@@ -343,7 +342,7 @@ def test_a_file_that_is_replaced_while_one_of_its_units_is_read_fails_that_unit(
     assert "changed while it was read" in (receipt.failure or "")
 
 
-def test_an_overwriting_job_makes_the_units_of_a_replaced_file_anew(setting: Setting) -> None:
+def test_an_overwriting_job_labels_the_units_of_a_replaced_file_again(setting: Setting) -> None:
     setting.start().run()
     path = setting.input / "b.parquet"
     write_twins(path, letter="x")
@@ -365,7 +364,7 @@ def test_a_finished_unit_with_fewer_rows_than_planned_is_an_error(setting: Setti
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\udcff"])
-def test_a_damaged_plan_is_told(content: str, setting: Setting) -> None:
+def test_a_damaged_plan_is_reported(content: str, setting: Setting) -> None:
     setting.start()
     (setting.output / PLAN).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=r"its _plan\.json is damaged, or of another version"):
@@ -380,7 +379,7 @@ def test_a_folder_with_other_files_is_refused(overwrite: bool, setting: Setting)
     assert files_below(setting.output) == ["mine.parquet"]
 
 
-def test_a_folder_that_cannot_be_made_is_told(setting: Setting) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(setting: Setting) -> None:
     (setting.root / "file").write_text("x")
     with pytest.raises(InputError, match=r"file/out: cannot be written to"):
         setting.start(setting.root / "file" / "out")
@@ -445,7 +444,7 @@ def test_the_old_output_stays_whole_until_the_new_one_is_complete(setting: Setti
     assert setting.start(top_k=2, rows_per_unit=20).state.todo == ()
 
 
-def test_the_same_job_is_done_anew_on_request(setting: Setting) -> None:
+def test_the_same_job_is_repeated_on_request(setting: Setting) -> None:
     first = setting.start().run()
     again = setting.start(overwrite=True)
     assert len(again.state.todo) == 6
@@ -453,7 +452,7 @@ def test_the_same_job_is_done_anew_on_request(setting: Setting) -> None:
     assert files_below(setting.output) == FINISHED
 
 
-def test_what_others_have_put_beside_the_output_stays(setting: Setting) -> None:
+def test_files_of_others_beside_the_output_stay(setting: Setting) -> None:
     setting.start().run()
     (setting.output / "notes.txt").write_text("ours")
     (setting.output / "report").mkdir()
@@ -464,9 +463,7 @@ def test_what_others_have_put_beside_the_output_stays(setting: Setting) -> None:
     assert setting.ids() == list(range(60))
 
 
-def test_parquet_of_others_stays_whatever_its_name_and_their_folders_are_refused(
-    setting: Setting, tmp_path: Path
-) -> None:
+def test_parquet_files_of_others_stay_and_folders_with_only_these_are_refused(setting: Setting, tmp_path: Path) -> None:
     setting.start().run()
     kept = ["raw/train-00000-of-00002.parquet", "sales-20240101.parquet"]
     for name in kept:
@@ -479,7 +476,7 @@ def test_parquet_of_others_stays_whatever_its_name_and_their_folders_are_refused
         setting.start(tmp_path / "spark", overwrite=True)
 
 
-def test_an_output_that_is_gone_or_damaged_at_the_end_is_told(setting: Setting) -> None:
+def test_a_missing_or_damaged_output_at_the_end_is_reported(setting: Setting) -> None:
     bulk = setting.start()
     receipts = bulk.label()
     (setting.output / UNITS[1]).unlink()
@@ -502,7 +499,7 @@ def test_another_calibration_is_another_job(setting: Setting, tmp_path: Path) ->
 
 # Six units, then plan, summary and success.
 @pytest.mark.parametrize(("moves", "overwrite"), [(0, False), (3, True), (6, False), (7, True), (7, False), (8, False)])
-def test_a_replacement_that_was_cut_short_is_ended_by_the_next_start(
+def test_an_interrupted_replacement_is_completed_by_the_next_start(
     moves: int, overwrite: bool, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting.start(rows_per_unit=30).run()
@@ -540,7 +537,7 @@ def unfinished(bulk: Bulk, name: str, *, mark: str, age_seconds: float) -> str:
     return path.name
 
 
-def test_stale_temporaries_go_at_the_beginning_and_all_of_them_at_the_end(setting: Setting) -> None:
+def test_stale_temporaries_are_deleted_at_the_start_and_all_at_the_end(setting: Setting) -> None:
     first = setting.start()
     for mark in (first.job.fingerprint, "file", "0123456789abcdef"):  # the last one is of a job that this one replaces
         unfinished(first, "old", mark=mark, age_seconds=GRACE_SECONDS + 5)
@@ -553,7 +550,7 @@ def test_stale_temporaries_go_at_the_beginning_and_all_of_them_at_the_end(settin
     assert files_below(setting.output) == FINISHED
 
 
-def test_a_start_that_was_killed_while_it_wrote_its_plan_is_no_hindrance(setting: Setting) -> None:
+def test_a_start_that_was_killed_while_writing_its_plan_does_not_block_the_next(setting: Setting) -> None:
     bulk = setting.start()
     (setting.output / PLAN).unlink()
     unfinished(bulk, PLAN, mark="file", age_seconds=1)
@@ -561,7 +558,7 @@ def test_a_start_that_was_killed_while_it_wrote_its_plan_is_no_hindrance(setting
     assert files_below(setting.output) == FINISHED
 
 
-def test_attempts_outlive_a_start_until_they_are_forgotten(setting: Setting) -> None:
+def test_attempts_survive_a_start_until_they_are_reset(setting: Setting) -> None:
     bulk = setting.start()
     for attempt in "xyz":
         bulk.output.write(f"{ATTEMPTS}/00000-{attempt}", b"")
@@ -582,7 +579,7 @@ def test_two_thresholds_at_once_are_refused() -> None:
         BulkOptions(min_score=0.5, target_accuracy=0.9)
 
 
-def test_the_accuracy_asked_for_sets_each_adapters_threshold(setting: Setting) -> None:
+def test_the_target_accuracy_sets_each_adapters_threshold(setting: Setting) -> None:
     bulk = setting.start(target_accuracy=0.93)
     assert [adapter.threshold for adapter in bulk.job.adapters] == [0.7]
     assert [adapter.threshold for adapter in setting.start(setting.root / "b", min_score=0.4).job.adapters] == [0.4]

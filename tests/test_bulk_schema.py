@@ -1,4 +1,4 @@
-"""One schema for many files: what is joined without a loss, what is refused, and what a footer says to pandas and Spark."""
+"""One schema for many files: lossless joins, refused differences, and footer entries for pandas and Spark."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ STRING, LARGE = pa.string(), pa.large_string()
         (pa.list_(pa.int32(), 2), pa.large_list(pa.int8()), pa.large_list(pa.int32())),
     ],
 )
-def test_two_types_are_joined_where_no_value_is_lost(
-    one: pa.DataType, two: pa.DataType, both: pa.DataType | None
-) -> None:
+def test_two_types_are_joined_if_no_value_is_lost(one: pa.DataType, two: pa.DataType, both: pa.DataType | None) -> None:
     assert wider(one, two) == both
     assert wider(two, one) == both
 
@@ -100,7 +98,7 @@ ADDED = [pa.field("T_label", STRING), pa.field("T_score", pa.float32()), pa.fiel
 TOP = pa.field("T_top_k", pa.list_(pa.struct([("label", STRING), ("score", pa.float32())])))
 
 
-def test_spark_is_told_of_the_new_columns_and_of_no_other() -> None:
+def test_the_entry_of_spark_lists_kept_and_new_columns_only() -> None:
     fields = [{"name": name, "type": "string", "nullable": True, "metadata": {}} for name in ("text", "left out")]
     key = b"org.apache.spark.sql.parquet.row.metadata"
     metadata = {
@@ -122,7 +120,7 @@ def test_spark_is_told_of_the_new_columns_and_of_no_other() -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"columns": 3}', b'{"fields": [{}]}', b"\xff", b"[" * 100_000])
-def test_what_pandas_and_spark_could_not_read_is_not_carried_on(content: bytes) -> None:
+def test_unreadable_entries_of_pandas_and_spark_are_dropped(content: bytes) -> None:
     metadata = {b"pandas": content, b"org.apache.spark.sql.parquet.row.metadata": content, b"owner": b"me"}
     assert output_metadata(metadata, kept=["text"], added=ADDED, leave_out=b"ours") == {b"owner": b"me"}
     assert keys_left_out(metadata, ["text"]) == ["pandas", "org.apache.spark.sql.parquet.row.metadata"]

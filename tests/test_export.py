@@ -1,4 +1,4 @@
-"""Exports: what each tool says of the files it was given is what the adapter says."""
+"""Exports: the output of each tool equals that of the adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.store.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]
 TEXTS = [*toy_texts(20)[0], "ship soup flower " * 20]
-"""The last is cut, at 24 tokens."""
+"""Texts to compare. The last is truncated at 24 tokens."""
 LABELS = ("the sea", "Küche", "garden")
 FORMS: tuple[Form, ...] = ("sentence-transformers", "classifier", "transformers", "onnx")
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "mteb" / "Banking77Classification" / "test.parquet"
@@ -41,7 +41,7 @@ MINILM = known_package("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c3
 
 
 def saved(folder: Path, encoder: str | Path, *, labels: tuple[str, ...] = LABELS, **options: Any) -> FoundAdapter:
-    """An adapter on disk that has an effect; over ``TEXTS`` no label is favoured."""
+    """Save an adapter that has an effect, and prefers no label over ``TEXTS``."""
     adapter = give_effect(Adapter(load_encoder(encoder, **options), AdapterConfig(), labels))
     logits = adapter.logits_of_vectors(adapter.encoder.embed(adapter.encoder.tokenise(TEXTS)))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def saved(folder: Path, encoder: str | Path, *, labels: tuple[str, ...] = LABELS
 
 
 def ours(adapter: FoundAdapter, encoder: str | Path, texts: list[str] = TEXTS) -> tuple[FloatArray, FloatArray]:
-    """Vectors and logits of the adapter as it was trained: not merged."""
+    """Return vectors and logits of the adapter as it was trained, not merged."""
     loaded = load_adapter(
         adapter.folder, load_encoder(encoder, pooling=adapter.encoder.pooling, max_tokens=adapter.encoder.max_tokens)
     )
@@ -118,9 +118,7 @@ def test_sentence_transformers_gives_our_vectors(
     assert result.largest_difference < 1e-4
 
 
-def test_vectors_have_length_one_where_the_encoders_own_definition_says_so(
-    encoder_folder: Folders, tmp_path: Path
-) -> None:
+def test_vectors_are_normalized_if_the_encoders_definition_says_so(encoder_folder: Folders, tmp_path: Path) -> None:
     encoder = shutil.copytree(encoder_folder("bert"), tmp_path / "unit")
     (encoder / "modules.json").write_text(
         '[{"idx": 0, "type": "sentence_transformers.models.Normalize"}]', encoding="utf-8"
@@ -144,9 +142,7 @@ def test_the_classifier_gives_our_logits(family: str, pooling: str, encoder_fold
     assert dense["activation_function"] == "torch.nn.modules.linear.Identity"
 
 
-def test_where_the_tokenizer_has_no_padding_token_the_export_pads_as_we_do(
-    encoder_folder: Folders, tmp_path: Path
-) -> None:
+def test_without_a_padding_token_the_export_pads_as_lorafleet_does(encoder_folder: Folders, tmp_path: Path) -> None:
     encoder = shutil.copytree(encoder_folder("bert"), tmp_path / "encoder")
     described = json.loads((encoder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del described["pad_token"]
@@ -234,7 +230,7 @@ def test_on_real_texts_every_export_of_minilm_gives_our_vectors_and_labels(tmp_p
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(
+def test_the_files_describe_the_export_without_local_paths_and_pickles(
     form: Form, encoder_folder: Folders, tmp_path: Path
 ) -> None:
     encoder = shutil.copytree(encoder_folder("eurobert"), tmp_path / "secret" / "encoder")
@@ -282,7 +278,7 @@ def test_the_files_name_what_they_are_and_no_local_path_and_hold_no_pickle(
         ("eurobert", {"labels": tuple("abcdefghijklmnopq")}, "32 wide, holds 16 classes, not 17"),
     ],
 )
-def test_a_head_that_the_architectures_own_cannot_be_is_refused_with_the_forms_that_can(
+def test_a_head_that_transformers_cannot_express_is_refused_with_the_other_forms(
     family: str, options: dict[str, Any], why: str, encoder_folder: Folders, tmp_path: Path
 ) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder(family), **options)
@@ -291,7 +287,7 @@ def test_a_head_that_the_architectures_own_cannot_be_is_refused_with_the_forms_t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_is_taken_is_refused_and_left_as_it_is(encoder_folder: Folders, tmp_path: Path) -> None:
+def test_an_existing_target_is_refused_and_unchanged(encoder_folder: Folders, tmp_path: Path) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder("bert"))
     before = sorted(path.name for path in adapter.folder.root.iterdir())
     with pytest.raises(InputError, match=r"Topics.*empty folder.*choose another"):
@@ -301,7 +297,7 @@ def test_a_target_that_is_taken_is_refused_and_left_as_it_is(encoder_folder: Fol
         exported(adapter, adapter.folder.head, "classifier", encoder_folder("bert"))
 
 
-def test_an_export_that_is_not_the_adapter_is_refused_and_nothing_is_left(
+def test_an_export_that_differs_from_the_adapter_is_refused_and_deleted(
     encoder_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = saved(tmp_path / "Topics", encoder_folder("bert"))

@@ -1,4 +1,4 @@
-"""Footers: what is read of a file before a job begins, and files whose footer no reader survives."""
+"""Footers: facts that a plan reads, and files whose footer crashes every reader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
 
 
 class LocalKeys(pe.KmsClient):
-    """Keys that anybody can read."""
+    """Encryption keys in plain text."""
 
     def __init__(self, _config: pe.KmsConnectionConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LocalKeys(pe.KmsClient):
 
 
 def write_encrypted(path: Path, *, plaintext_footer: bool) -> Path:
-    """A file with one encrypted column; with a plain footer, pyarrow ends its process when it looks at that column."""
+    """Write a file with one encrypted column. With a plain footer, pyarrow crashes on that column."""
     table = pa.table({"text": ["a", "b"], "secret": [1, 2]})
     config = pe.EncryptionConfiguration(
         footer_key="footer", column_keys={"key": ["secret"]}, plaintext_footer=plaintext_footer
@@ -48,7 +48,7 @@ def reasons(*paths: Path) -> list[str]:
     return [found for found in read_footers([str(path) for path in paths]) if isinstance(found, str)]
 
 
-def test_a_footer_that_ends_its_reader_costs_its_own_file(tmp_path: Path) -> None:
+def test_a_footer_that_crashes_its_reader_costs_one_file(tmp_path: Path) -> None:
     good = [str(write_table(tmp_path / f"{i}.parquet", {"text": ["a"] * i})) for i in range(1, 21)]
     bad = [str(write_encrypted(tmp_path / f"bad-{i}.parquet", plaintext_footer=True)) for i in range(2)]
     found = read_footers([*good[:10], bad[0], *good[10:], bad[1]])
@@ -59,7 +59,7 @@ def test_a_footer_that_ends_its_reader_costs_its_own_file(tmp_path: Path) -> Non
     assert "ends the process by SIGABRT: Cannot decrypt ColumnMetadata" in str(found[10])
 
 
-def test_a_codec_that_nobody_knows_ends_the_process_that_reads_footers_and_no_other(tmp_path: Path) -> None:
+def test_an_unknown_codec_crashes_only_the_process_that_reads_footers(tmp_path: Path) -> None:
     good = write_table(tmp_path / "good.parquet", {"text": ["a"]}, compression="SNAPPY")
     content = good.read_bytes()
     codec = b"\x04text\x15"  # the path of the column, and behind it the number of its codec, doubled
@@ -78,7 +78,7 @@ def test_a_key_nested_too_deep_costs_no_file(tmp_path: Path) -> None:
         assert footer.left_out == [key]
 
 
-def test_the_process_is_started_again_when_it_is_gone(tmp_path: Path) -> None:
+def test_the_process_is_started_again_after_it_exits(tmp_path: Path) -> None:
     path = str(write_table(tmp_path / "a.parquet", {"text": ["a"]}))
     for _ in range(2):
         assert isinstance(read_footers([path])[0], Footer)
@@ -100,7 +100,7 @@ def test_the_process_is_started_again_when_it_is_gone(tmp_path: Path) -> None:
     ],
     ids=["empty", "text", "cut", "gzip", "garbage", "footer larger than the file"],
 )
-def test_a_file_that_cannot_be_read_says_what_is_wrong_with_it(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_the_reason(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
     (found,) = reasons(tmp_path / "a.parquet")
     assert found.startswith(reason)
@@ -117,7 +117,7 @@ def test_a_whole_file_that_pyarrow_cannot_read_is_not_called_broken(tmp_path: Pa
     ]
 
 
-def test_a_footer_that_counts_its_rows_twice_and_differently_is_refused(tmp_path: Path) -> None:
+def test_a_footer_with_two_different_row_counts_is_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a"] * 8})
     content = bytearray(path.read_bytes())
     start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -151,7 +151,7 @@ def int96(path: Path, *values: dt.datetime | int | None) -> str:
     return str(path)
 
 
-def test_dates_outside_of_what_nanoseconds_hold_are_seen_wherever_they_are(tmp_path: Path) -> None:
+def test_dates_outside_the_range_of_nanoseconds_are_found_everywhere(tmp_path: Path) -> None:
     near = int96(tmp_path / "near.parquet", dt.datetime(1677, 9, 22), None, dt.datetime(2262, 4, 11))
     far = int96(tmp_path / "far.parquet", dt.datetime(2024, 1, 1), dt.datetime(9999, 12, 31))
     fine = tmp_path / "fine.parquet"

@@ -1,4 +1,4 @@
-"""Files of five Parquet writers: labelled, they have the same columns for three readers, or a word says which have changed."""
+"""Files of five Parquet writers: three readers see unchanged columns in the output, or the change is reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHANGED = {
     "pandas-day-columns": {"labels of the columns in pandas"},
     "pandas-multi-columns": {"labels of the columns in pandas"},
 }
-"""Files of which a word says that something becomes another thing: the columns that it names."""
+"""File -> its columns whose type the output cannot keep."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What leaves the program: one line, nothing that a terminal or a log obeys, and no secret of a URL."""
+"""Text that leaves the program: one line, without control characters and without secrets of URLs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ ORDINARY = ("réclamé", "Straße 5 %", "日本語", "עברית", "می‌خو�
         ("tag\U000e0041", r"tag\U000e0041"),
     ],
 )
-def test_what_a_terminal_would_obey_or_hide_is_written_out(text: str, shown: str) -> None:
+def test_characters_that_control_a_terminal_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(shown) == shown
 
 
-def test_every_control_format_and_surrogate_character_is_written_out_but_those_that_a_script_needs() -> None:
+def test_every_control_format_and_surrogate_character_is_escaped_except_joiners() -> None:
     unseen = {
         chr(number) for number in range(0x110000) if unicodedata.category(chr(number)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
     }
@@ -52,7 +52,7 @@ def test_ordinary_text_of_any_script_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-def test_a_line_has_an_end() -> None:
+def test_a_line_is_cut_at_its_largest_length() -> None:
     assert len(printable("x" * 10**6)) < 5000
 
 
@@ -82,7 +82,7 @@ def test_a_line_has_an_end() -> None:
         ("//u:p@h/x", "//***@h/x"),
     ],
 )
-def test_the_secret_of_a_url_is_not_shown_and_the_rest_is(url: str, shown: str) -> None:
+def test_the_secret_of_a_url_is_hidden_and_the_rest_is_shown(url: str, shown: str) -> None:
     assert redacted(url) == shown
     assert redacted(shown) == shown
     assert redacted(f"404 for '{url}' at noon") == f"404 for '{shown}' at noon"
@@ -116,7 +116,7 @@ def test_an_error_of_ours_shows_each_of_its_lines_printable_also_behind_a_proces
     assert str(LorafleetError()) == ""
 
 
-def test_what_is_quoted_of_another_librarys_error_is_printable() -> None:
+def test_quotes_from_other_libraries_errors_are_printable() -> None:
     assert first_line(ValueError("https://u:p@h/\x1b\nmore")) == "https://***@h/\\x1b"
 
 

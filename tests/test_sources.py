@@ -32,7 +32,7 @@ def read(path: Path, **columns: str) -> list[tuple[Any, ...]]:
 
 
 def fault(path: Path, content: bytes | str, **columns: str) -> str:
-    """The message of a file that must be refused, without the folder."""
+    """Return the message about a file that must be refused, without the folder."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read(path, **columns)
@@ -168,7 +168,7 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         ("a.parquet", b"PAR1\0 and no more", "its footer cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_message_that_says_what_and_where(
+def test_an_unreadable_file_gives_one_message_with_fault_and_line(
     name: str, content: bytes | str, words: str, tmp_path: Path
 ) -> None:
     message = fault(tmp_path / name, content)
@@ -190,7 +190,7 @@ def test_a_value_that_is_missing_from_json_is_null(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_with_fewer_values_than_its_footer_promises_is_refused(tmp_path: Path) -> None:
-    """Of all columns that are read, so that no other column shows it."""
+    """The nulls are in all columns that are read, so that no other column reveals them."""
     content = as_parquet(tmp_path, text=["x"] * 5, label=["y"] * 5)
     damaged = content.replace(
         b"\x16\x0a", b"\x16\x0e"
@@ -201,7 +201,7 @@ def test_a_parquet_file_with_fewer_values_than_its_footer_promises_is_refused(tm
         read(tmp_path / "a.parquet")
 
 
-def test_a_file_that_the_system_does_not_open_is_not_called_damaged(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").mkdir()
     with pytest.raises(DataError, match=r"a\.parquet cannot be read: .*Is a directory"):
         read_content(str(tmp_path / "a.parquet"))
@@ -217,7 +217,7 @@ def made(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_of_a_folder_the_files_with_a_known_ending_are_taken_and_the_others_named(tmp_path: Path) -> None:
+def test_files_with_a_known_ending_are_read_and_the_others_are_reported(tmp_path: Path) -> None:
     folder = made(
         tmp_path / "in",
         "b.csv",
@@ -241,7 +241,7 @@ def test_of_a_folder_the_files_with_a_known_ending_are_taken_and_the_others_name
     assert found.left_out == (".e.csv", "README.md", "_f.csv", "x.csv.tmp", "x.csv~")
 
 
-def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
+def test_a_glob_reads_its_matches(tmp_path: Path) -> None:
     folder = made(tmp_path, "2025/a.csv", "2026/b.csv", "2026/c.data", "2026/_d.csv")
     assert find_sources(f"{folder}/20*/*.csv").paths == (f"{folder}/2025/a.csv", f"{folder}/2026/b.csv")
     assert find_sources(f"{folder}/20*").paths == (f"{folder}/2025/a.csv", f"{folder}/2026/b.csv")
@@ -299,9 +299,7 @@ def test_a_folder_of_an_object_store_is_read_as_one_of_this_machine(
         (("in/data/a.parquet", "in/metadata/v1.metadata.json"), "in", "whose files also hold deleted rows"),
     ],
 )
-def test_a_place_whose_files_are_not_clear_is_one_message(
-    names: tuple[str, ...], location: str, words: str, tmp_path: Path
-) -> None:
+def test_ambiguous_files_give_one_message(names: tuple[str, ...], location: str, words: str, tmp_path: Path) -> None:
     made(tmp_path, *names)
     with pytest.raises(DataError) as caught:
         find_sources(str(tmp_path / location))
@@ -315,14 +313,14 @@ def test_files_called_trainers_or_tested_are_no_splits(tmp_path: Path) -> None:
     )
 
 
-def test_links_that_lead_to_each_other_are_one_message(tmp_path: Path) -> None:
+def test_a_loop_of_links_gives_one_message(tmp_path: Path) -> None:
     (tmp_path / "a.csv").symlink_to(tmp_path / "b.csv")
     (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
     with pytest.raises(DataError, match=r"a\.csv (cannot be read: |does not exist)"):
         find_sources(absolute(str(tmp_path / "a.csv")))
 
 
-def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(DataError, match="is neither a file nor a folder"):
         find_sources(str(tmp_path / "pipe.csv"))

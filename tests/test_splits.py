@@ -56,7 +56,7 @@ def test_texts_with_other_letters_marks_or_digits_have_other_keys(first: str, se
     assert text_key(first) != text_key(second)
 
 
-def test_text_keys_of_ascii_are_those_of_the_slower_way() -> None:
+def test_the_fast_path_for_ascii_gives_equal_text_keys() -> None:
     signs = [chr(sign) for sign in range(128)]
     with_letters = [f"a{sign}b" for sign in signs]
     assert [text_key(text) for text in with_letters] == [
@@ -83,7 +83,7 @@ def test_blocks_join_near_equal_texts_and_groups_in_turn() -> None:
 # --- what is held out ---
 
 
-def test_each_label_gives_its_share_rounded() -> None:
+def test_each_label_gives_its_rounded_share() -> None:
     labels = [0] * 100 + [1] * 7 + [2] * 3 + [3] * 2 + [4]
     texts = [f"text {i}" for i in range(len(labels))]
     chosen = choose(texts, labels)
@@ -96,7 +96,7 @@ def test_the_choice_depends_on_texts_and_seed_and_not_on_the_order_of_the_rows()
     assert chosen_texts(texts, labels) != chosen_texts(texts, labels, seed=1)
 
 
-def test_most_of_the_choice_stays_while_the_data_grow() -> None:
+def test_most_of_the_choice_stays_as_the_data_grows() -> None:
     texts, labels = [f"text {i}" for i in range(1100)], [i % 4 for i in range(1100)]
     before, after = chosen_texts(texts[:1000], labels[:1000]), chosen_texts(texts, labels)
     assert len(before) == 200
@@ -123,7 +123,7 @@ def test_no_near_equal_text_and_no_group_is_on_both_sides_and_every_label_keeps_
 
 
 def test_large_groups_come_within_half_of_the_largest_of_the_share() -> None:
-    """Ten customers of 10 to 28 texts, who all write of both labels alike."""
+    """Ten customers with 10 to 28 texts each, and with both labels in equal parts."""
     groups = [str(customer) for customer in range(10) for _ in range(10 + 2 * customer)]
     labels = [i % 2 for i in range(len(groups))]
     texts = [f"text {i}" for i in range(len(groups))]
@@ -140,6 +140,6 @@ def test_a_label_that_only_one_group_has_stays_in_train() -> None:
         assert not choose(texts, labels, groups=groups, fraction=0.49, seed=seed)[:5].any()
 
 
-def test_two_groups_of_half_the_texts_cannot_be_parted() -> None:
+def test_two_groups_of_half_the_texts_cannot_be_split() -> None:
     labels = [i % 2 for i in range(40)]
     assert not choose([f"text {i}" for i in range(40)], labels, groups=[str(i // 2 % 2) for i in range(40)]).any()

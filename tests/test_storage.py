@@ -1,4 +1,4 @@
-"""Storage: files appear whole or not at all, and a listing shows what a job should read."""
+"""Storage: files appear whole or not at all, and a listing shows the files that a job should read."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_a_swept_temporary_of_a_file_that_nobody_else_wrote_is_an_error(tmp_path
         pass
 
 
-def test_an_input_that_vanishes_is_an_error_though_the_output_is_there(tmp_path: Path) -> None:
+def test_a_vanished_input_is_an_error_even_if_the_output_exists(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     place.write("a.bin", b"old")
     with pytest.raises(FileNotFoundError, match=r"gone\.parquet"), place.replaced("a.bin", mark="m"):
         (tmp_path / "gone.parquet").read_bytes()
 
 
-def test_a_file_that_is_gone_is_removed_already(tmp_path: Path) -> None:
+def test_removing_a_missing_file_succeeds(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     place.remove("never there")
     place.write("a", b"1")
@@ -87,7 +87,7 @@ def test_a_file_that_is_gone_is_removed_already(tmp_path: Path) -> None:
     assert place.names() == []
 
 
-def test_a_file_moves_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_a_file_moves_into_a_new_folder(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     place.write("a", b"1")
     place.move("a", "x/y/b")
@@ -110,7 +110,7 @@ def test_an_object_store_gets_one_object_or_none() -> None:
     assert place.names() == ["c.bin"]
 
 
-def test_a_place_holds_itself_and_what_lies_inside_it(tmp_path: Path) -> None:
+def test_a_place_holds_itself_and_its_content(tmp_path: Path) -> None:
     data = Place(str(tmp_path / "data"))
     assert data.holds(data)
     assert data.holds(Place(str(tmp_path / "data" / "in")))
@@ -132,7 +132,7 @@ def test_a_folder_gives_its_parquet_files_at_any_depth_in_order(tmp_path: Path) 
     assert below(tmp_path) == ["a.parquet", "b.parquet", "day=1/c.parquet", "day=2/c.pq"]
 
 
-def test_names_that_begin_with_an_underscore_or_a_dot_are_left_out_by_folder_and_by_glob(tmp_path: Path) -> None:
+def test_names_that_begin_with_an_underscore_or_a_dot_are_skipped_in_folders_and_globs(tmp_path: Path) -> None:
     touch(tmp_path, "a.parquet", "_b.parquet", ".c.parquet", "_delta_log/d.parquet", "x/.e/f.parquet", "x/g.parquet")
     assert below(tmp_path) == ["a.parquet", "x/g.parquet"]
     assert below(tmp_path / "**/*.parquet") == ["a.parquet", "x/g.parquet"]
@@ -175,7 +175,7 @@ def test_files_are_known_by_suffix_in_any_case_or_by_their_magic_bytes(tmp_path:
     assert "2 files without a suffix and not Parquet" in in_words(found.skipped)
 
 
-def test_what_is_neither_file_nor_folder_is_counted_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+def test_special_files_are_counted_and_broken_links_are_named(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet")
     os.mkfifo(tmp_path / "b.parquet")
     found = find_files(str(tmp_path))
@@ -225,7 +225,7 @@ def test_a_glob_says_which_suffix_is_meant_and_one_that_ends_in_a_wildcard_does_
     assert below(tmp_path / "*") == ["b.parquet"]
 
 
-def test_where_only_other_formats_are_there_the_message_says_what_to_do(tmp_path: Path) -> None:
+def test_an_input_of_other_formats_only_is_refused_with_a_remedy(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv", "b.csv")
     with pytest.raises(InputError, match=r"skipped: 2 files with the suffix \.csv.*Convert other formats first"):
         find_files(str(tmp_path))
@@ -249,7 +249,7 @@ def test_a_file_is_itself_even_if_its_name_looks_like_a_glob(tmp_path: Path) -> 
     assert (file.path, file.below, file.size) == (str(tmp_path / "a[1].parquet"), "a[1].parquet", len(b"content"))
 
 
-def test_links_lead_to_what_they_name(tmp_path: Path) -> None:
+def test_links_are_followed(tmp_path: Path) -> None:
     touch(tmp_path, "blobs/1", "other/day=2/c.parquet")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.parquet").symlink_to(tmp_path / "blobs" / "1")
@@ -286,7 +286,7 @@ def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
     assert after.version != before.version
 
 
-def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_path: Path) -> None:
+def test_an_empty_and_a_missing_folder_have_different_messages(tmp_path: Path) -> None:
     touch(tmp_path, "in/notes.txt", "in/_x.parquet")
     with pytest.raises(
         InputError,
@@ -320,7 +320,7 @@ def test_a_folder_without_parquet_and_one_that_is_not_there_are_told_apart(tmp_p
         ("gs://a:hunter2@bucket/a", "GOOGLE_APPLICATION_CREDENTIALS"),
     ],
 )
-def test_what_is_no_store_that_lasts_is_refused(address: str, words: str) -> None:
+def test_addresses_of_no_persistent_store_are_refused(address: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         check_address(address)
     assert "hunter2" not in str(caught.value)
@@ -330,20 +330,20 @@ def test_what_is_no_store_that_lasts_is_refused(address: str, words: str) -> Non
     "address",
     ["out", ".", "a b/c", "file:///a", "s3://b/a", "https://u:p@h/a?sig=x", "hf://datasets/o/n@r/a", "abfs://c@a/x"],
 )
-def test_a_path_and_a_store_are_not(address: str) -> None:
+def test_paths_and_stores_are_accepted(address: str) -> None:
     check_address(address)
 
 
 @pytest.mark.parametrize(
     "address", ["zip://", "nothing://a", "tar://", "dir://", "reference://", "github://", "libarchive://x", "cached://"]
 )
-def test_what_fsspec_cannot_open_is_one_message(address: str) -> None:
+def test_an_address_that_fsspec_cannot_open_gives_one_message(address: str) -> None:
     with pytest.raises(InputError, match=f"^{address}: ") as caught:
         Place(address)
     assert "\n" not in str(caught.value)
 
 
-def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(
+def test_a_store_without_its_package_is_refused_with_the_extra_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry = import_module("fsspec.registry")
@@ -356,7 +356,7 @@ def test_a_store_whose_package_is_missing_is_told_with_the_extra_that_brings_it(
 
 
 class Server(BaseHTTPRequestHandler):
-    """Lists a folder of one file, and tells the file's size only where its name says so."""
+    """List a folder of one file. Report the file's size only if its name says so."""
 
     protocol_version = "HTTP/1.1"
 
@@ -394,7 +394,7 @@ def server() -> Iterator[str]:
         serving.shutdown()
 
 
-def test_over_http_a_size_that_no_listing_has_is_asked_for_and_one_that_no_server_tells_is_named(server: str) -> None:
+def test_over_http_sizes_are_requested_and_an_unknown_size_is_refused(server: str) -> None:
     (file,) = find_files(f"{server}/d/*.parquet").files
     assert (file.path, file.size) == (f"{server}/d/sized.parquet", 9)
     with pytest.raises(InputError, match=r"/d/a\.parquet: its server does not report the size"):
@@ -415,7 +415,7 @@ def test_the_root_of_a_bucket_may_be_a_table_too() -> None:
     }
 
     class Store:
-        """Names as S3 has them: the bucket is the first part, and nothing is before it."""
+        """Names as in S3: the bucket is the first part, without a leading slash."""
 
         protocol = "s3"
 

@@ -1,4 +1,4 @@
-"""Tables with a log of their files: the live ones are read, and what cannot be honoured is refused by name."""
+"""Tables with a log: only live files are read, and unsupported features are refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(pattern: Path | str) -> str:
 
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:
-    """A table of 3 rows in the live ones of its files, partitioned by day."""
+    """A Delta table, partitioned by day, with 3 rows in its live files."""
     root = tmp_path / "delta"
     write_deltalake(
         str(root),
@@ -50,7 +50,7 @@ def delta(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def iceberg(tmp_path: Path) -> Path:
-    """A table of 3 rows, one of which was deleted since."""
+    """A table of 3 rows, one of them deleted."""
     catalog = InMemoryCatalog("memory", warehouse=(tmp_path / "lake").as_uri())
     catalog.create_namespace("ns")
     table = catalog.create_table("ns.table", schema=pa.schema([("text", pa.string()), ("n", pa.int64())]))
@@ -93,7 +93,7 @@ LOGS = ("_delta_log/0.json", ".hoodie/hoodie.properties", "_spark_metadata/0", "
 
 @pytest.mark.parametrize("log", LOGS)
 @pytest.mark.parametrize("pattern", ["", "t", "t/k=1", "t/k=1/*.parquet", "*/*/*.parquet", "**/*", "t/k=1/a.parquet"])
-def test_nothing_is_learnt_from_a_table_whose_log_is_not_read(log: str, pattern: str, tmp_path: Path) -> None:
+def test_training_on_the_files_of_a_table_is_refused(log: str, pattern: str, tmp_path: Path) -> None:
     write_table(tmp_path / "t" / "k=1" / "a.parquet", {"text": ["x"], "label": ["y"]})
     (tmp_path / "t" / log).parent.mkdir()
     (tmp_path / "t" / log).write_text("{}")
@@ -118,12 +118,12 @@ def test_a_table_of_another_format_is_refused_by_name(log: str, kind: str, tmp_p
     assert f"is a {kind} table" in refused(tmp_path / "t")
 
 
-def test_a_moved_iceberg_table_is_refused_with_the_place_that_it_names(iceberg: Path, tmp_path: Path) -> None:
+def test_a_moved_iceberg_table_is_refused_with_its_recorded_location(iceberg: Path, tmp_path: Path) -> None:
     shutil.copytree(iceberg, tmp_path / "copy")
     assert f"its metadata gives its location as {iceberg.as_uri()}" in refused(tmp_path / "copy")
 
 
-def test_a_damaged_log_and_one_of_a_later_version_are_told(delta: Path, iceberg: Path) -> None:
+def test_damaged_logs_and_later_versions_are_reported(delta: Path, iceberg: Path) -> None:
     newest = max((delta / "_delta_log").glob("*.json"))
     newest.write_text(json.dumps({"protocol": {"minReaderVersion": 99, "minWriterVersion": 99}}))
     assert "its Delta log cannot be read: " in refused(delta)
@@ -131,7 +131,7 @@ def test_a_damaged_log_and_one_of_a_later_version_are_told(delta: Path, iceberg:
     assert "its Iceberg log cannot be read: " in refused(iceberg)
 
 
-def test_a_live_file_that_is_gone_is_named(delta: Path) -> None:
+def test_a_missing_live_file_is_named(delta: Path) -> None:
     gone = next((delta / "day=wed").glob("*.parquet"))
     gone.unlink()
     assert f"{gone} belongs to the Delta table and is missing" in refused(delta)

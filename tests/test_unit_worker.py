@@ -1,4 +1,4 @@
-"""One unit: rows as they were, answers as the adapter gives them, and a receipt for whatever goes wrong."""
+"""One unit: unchanged rows, answers equal to the adapter's own, and a receipt for every failure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def adapter(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_bulk(adapter: Path, encoder: Path, tmp_path: Path) -> Callable[..., Bulk]:
-    """Table -> a job over it, in ``in/a.parquet`` and ``out``; without one, over the files that are in ``in``."""
+    """Return a function that plans a job over a table in ``in/a.parquet``, or over the files in ``in``."""
 
     def begin(
         table: pa.Table | dict[str, Any] | None = None,
@@ -73,7 +73,7 @@ def rows_of(bulk: Bulk) -> pa.Table:
 
 
 def read(bulk: Bulk, name: str) -> pa.Table:
-    """One file of the output, which is made if it is not there."""
+    """Read the single file of the output, after labelling if needed."""
     assert all(receipt.failure is None for receipt in bulk.label())
     return pq.read_table(Path(bulk.output.root) / name)
 
@@ -85,7 +85,7 @@ def labelled(bulk: Bulk) -> pa.Table:
 
 
 def probabilities(adapter: Path, encoder: Path, texts: list[str]) -> np.ndarray:
-    """Of the adapter as it was trained: float32, not merged, one text at a time."""
+    """Answers of the adapter as it was trained: float32, not merged, one text at a time."""
     loaded = load_encoder(encoder)
     kernel = load_adapter(TaskFolder(adapter), loaded)
     logits = [torch.from_numpy(kernel.logits_of_vectors(loaded.embed(loaded.tokenise([text])))) for text in texts]
@@ -134,7 +134,7 @@ def test_null_and_empty_texts_have_no_label_and_no_score_and_the_reason(start_bu
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_a_unit_of_nulls_alone_is_labelled_null(top_k: int, start_bulk: Callable[..., Bulk]) -> None:
+def test_a_unit_of_only_nulls_is_labelled_null(top_k: int, start_bulk: Callable[..., Bulk]) -> None:
     bulk = start_bulk({"text": pa.array([None] * 5, pa.string()), "id": range(5)}, top_k=top_k)
     (receipt,) = bulk.label()
     assert (receipt.failure, receipt.rows, receipt.null_labels, receipt.labels) == (None, 5, {"T": 5}, {"T": {}})
@@ -158,7 +158,7 @@ def test_equal_texts_are_computed_once_and_answered_alike(
     assert len(answers) == 5
 
 
-def test_texts_that_are_merely_alike_are_not_taken_for_equal(
+def test_similar_texts_are_not_treated_as_equal(
     start_bulk: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["ship", "Ship", "ship ", " ship", *(f"ship {number}" for number in range(3000))]
@@ -224,7 +224,7 @@ def test_rows_that_grow_wide_after_narrow_ones_are_read_a_few_at_a_time(tmp_path
 
 
 @pytest.mark.parametrize("options", [{}, {"min_score": 0.0}, {"min_score": 0.9}, {"top_k": 3}])
-def test_a_score_that_is_no_number_gives_no_label(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_score_that_is_nan_gives_no_label(options: dict[str, Any], tmp_path: Path) -> None:
     encoder = save_overflowing_encoder(tmp_path / "encoder", "storm")
     adapter = save_bulk_adapter(tmp_path / "T", encoder)
     texts = ["a storm near the harbour", "soup with pepper", None, "storm", ""]
@@ -243,7 +243,7 @@ def test_a_score_that_is_no_number_gives_no_label(options: dict[str, Any], tmp_p
         assert [top is None for top in table["T_top_k"]] == [True, False, True, True, True]
 
 
-def test_a_score_that_is_the_threshold_keeps_its_label(start_bulk: Callable[..., Bulk]) -> None:
+def test_a_score_equal_to_the_threshold_keeps_its_label(start_bulk: Callable[..., Bulk]) -> None:
     free = labelled(start_bulk({"text": TEXTS}, out="free"))
     score = float(np.sort(free.column("T_score").to_numpy())[30])
     labels = labelled(start_bulk({"text": TEXTS}, min_score=score)).column("T_label")
@@ -282,7 +282,7 @@ def test_texts_cut_at_the_encoders_length_are_marked(start_bulk: Callable[..., B
     assert receipt.truncated == 1
 
 
-def test_a_text_of_ten_megabytes_costs_no_more_than_its_beginning(start_bulk: Callable[..., Bulk]) -> None:
+def test_a_text_of_ten_megabytes_costs_as_much_as_its_beginning(start_bulk: Callable[..., Bulk]) -> None:
     bulk = start_bulk({"text": ["sea ship " * 1_200_000, "sea ship " * 20]})
     started = time.monotonic()
     labels = labelled(bulk)
@@ -291,7 +291,7 @@ def test_a_text_of_ten_megabytes_costs_no_more_than_its_beginning(start_bulk: Ca
     assert labels.column("truncated").to_pylist() == [True, True]
 
 
-def test_two_adapters_in_one_pass_say_what_each_says_alone(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+def test_two_adapters_in_one_pass_answer_like_each_alone(adapter: Path, encoder: Path, tmp_path: Path) -> None:
     other = save_bulk_adapter(tmp_path / "Other", encoder, labels=("yes", "no"), seed=7, calibrated=False)
     path = write_table(tmp_path / "a.parquet", {"text": [*TEXTS, None]})
     both = labelled(start(path, tmp_path / "both", [adapter, other], encoder))
@@ -428,7 +428,7 @@ def test_dates_beyond_nanoseconds_are_kept_in_every_file_of_the_job_and_the_chan
     assert bulk.source.changes == ("day: int96 becomes Timestamp(isAdjustedToUTC=false, timeUnit=microseconds)",)
 
 
-def test_where_both_do_not_fit_microseconds_are_kept_and_the_cut_is_named(
+def test_if_both_do_not_fit_microseconds_are_kept_and_the_loss_is_named(
     start_bulk: Callable[..., Bulk], tmp_path: Path
 ) -> None:
     for name, unit, value in (("fine", "ns", 1_704_067_200_000_000_001), ("far", "s", 253_402_300_799)):
@@ -476,12 +476,12 @@ def test_a_text_column_of_json_or_of_bytes_is_read_and_stays_what_it_is(start_bu
         assert table.column("text").type == texts.type
 
 
-def test_bytes_that_are_no_text_are_refused_before_work_starts(start_bulk: Callable[..., Bulk]) -> None:
+def test_bytes_that_are_not_text_are_refused_before_work_starts(start_bulk: Callable[..., Bulk]) -> None:
     with pytest.raises(DataError, match="column 'text' is binary, and its first values are not UTF-8 text"):
         start_bulk({"text": [b"\x89PNG\xff", None, b"\xff\xfe"]})
 
 
-def test_a_sample_of_views_is_that_of_plain_columns(start_bulk: Callable[..., Bulk]) -> None:
+def test_a_sample_of_views_equals_that_of_plain_columns(start_bulk: Callable[..., Bulk]) -> None:
     texts, ids = pa.array((TEXTS * 20)[:1000]), pa.array([[str(i)] for i in range(1000)])
     plain = labelled(start_bulk(pa.table({"text": texts, "id": ids}), out="plain", sample=0.3))
     views = pa.table({"text": texts.cast(pa.string_view()), "id": ids.cast(pa.list_(pa.string_view()))})
@@ -502,7 +502,7 @@ def test_a_time_that_is_adjusted_to_utc_stays_so_and_among_others_the_change_is_
     assert adjusted.source.changes == ()
 
 
-def test_a_geometry_stays_one(start_bulk: Callable[..., Bulk]) -> None:
+def test_a_geometry_stays_a_geometry(start_bulk: Callable[..., Bulk]) -> None:
     places = pa.ExtensionArray.from_storage(_Wkb(b'{"crs": "srid:5070"}'), pa.array([b"\x01", None]))
     bulk = start_bulk(pa.table({"text": TEXTS[:2], "place": places}))
     assert labelled(bulk).column("place").to_pylist() == [b"\x01", None]
@@ -557,7 +557,7 @@ def facts(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_footer_says_what_made_the_file_and_of_what(
+def test_the_footer_names_the_job_and_the_input_of_the_file(
     start_bulk: Callable[..., Bulk], adapter: Path, tmp_path: Path
 ) -> None:
     bulk = start_bulk({"text": TEXTS[:4]}, rows_per_unit=3, min_score=0.25)
@@ -596,14 +596,14 @@ def test_the_output_of_one_job_can_be_the_input_of_another(
     assert facts(path)["adapters"][0]["name"] == "Other"
 
 
-def test_the_same_unit_labelled_twice_is_the_same_bytes(adapter: Path, encoder: Path, tmp_path: Path) -> None:
+def test_labelling_a_unit_twice_gives_equal_bytes(adapter: Path, encoder: Path, tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": [*TEXTS, None, "", *TEXTS[:5]]})
     for out in ("one", "two"):
         labelled(start(path, tmp_path / out, [adapter], encoder, top_k=2, min_score=0.5))
     assert (tmp_path / "one" / "a-00000.parquet").read_bytes() == (tmp_path / "two" / "a-00000.parquet").read_bytes()
 
 
-def test_a_unit_that_is_there_is_not_labelled_again(start_bulk: Callable[..., Bulk], tmp_path: Path) -> None:
+def test_an_existing_unit_is_not_labelled_again(start_bulk: Callable[..., Bulk], tmp_path: Path) -> None:
     bulk = start_bulk({"text": TEXTS[:4]})
     (first,) = bulk.label()
     written = (tmp_path / "out" / "a-00000.parquet").stat().st_mtime_ns
@@ -712,7 +712,7 @@ def test_a_unit_that_killed_three_workers_is_left_alone(start_bulk: Callable[...
     ]
 
 
-def test_an_adapter_that_was_trained_anew_since_planning_is_refused(
+def test_an_adapter_that_was_retrained_since_planning_is_refused(
     start_bulk: Callable[..., Bulk], encoder: Path, tmp_path: Path
 ) -> None:
     folder = save_bulk_adapter(tmp_path / "Mine", encoder)
@@ -789,7 +789,7 @@ def test_dates_and_times_are_kept_whatever_their_columns_are_called(
     }
 
 
-def test_a_file_with_the_longest_name_there_can_be_is_labelled(start_bulk: Callable[..., Bulk], tmp_path: Path) -> None:
+def test_a_file_with_the_longest_possible_name_is_labelled(start_bulk: Callable[..., Bulk], tmp_path: Path) -> None:
     names = [f"{'é' * 123}x.parquet", f"{'é' * 123}y.parquet", f"{'ü' * 123}x.parquet"]
     for name in names:
         write_table(tmp_path / "in" / name, {"text": TEXTS[:2]})
@@ -798,14 +798,14 @@ def test_a_file_with_the_longest_name_there_can_be_is_labelled(start_bulk: Calla
     assert len({unit.output for unit in bulk.source.units}) == 3
 
 
-def test_a_footer_key_that_nobody_understands_is_named_and_left_out(start_bulk: Callable[..., Bulk]) -> None:
+def test_an_unparsable_footer_key_is_reported_and_dropped(start_bulk: Callable[..., Bulk]) -> None:
     bulk = start_bulk(pa.table({"text": TEXTS[:2]}).replace_schema_metadata({"pandas": "[" * 100_000, "owner": "me"}))
     assert labelled(bulk).schema.metadata[b"owner"] == b"me"
     assert bulk.source.changes == ("footer key pandas: cannot be parsed, and is dropped",)
 
 
 @pytest.mark.parametrize("name", ["lr=0.1", "run#1", "a:b", "x@y"])
-def test_an_adapter_whose_name_no_worker_can_be_told_has_to_be_named(
+def test_an_adapter_whose_name_cannot_be_passed_on_must_be_named(
     name: str, adapter: Path, encoder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(adapter, tmp_path / name)

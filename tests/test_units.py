@@ -1,4 +1,4 @@
-"""Planning: which files and columns are read, how they are cut into units, and what is refused before work starts."""
+"""Planning: choice of files and columns, division into units, and refusals before work starts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_file_is_one_unit_with_all_its_columns(tmp_path: Path) -> None:
     assert planned.num_rows == 7
 
 
-def test_output_names_depend_on_the_file_alone_and_equal_ones_do_not_meet(tmp_path: Path) -> None:
+def test_output_names_depend_on_the_file_alone_and_never_collide(tmp_path: Path) -> None:
     for name in ("x/p.parquet", "y/p.parquet", "b.parquet"):
         write_table(tmp_path / name, texts(4), row_group_size=2)
     planned = plan(tmp_path, rows_per_unit=2)
@@ -88,7 +88,7 @@ def test_partition_folders_are_kept_and_others_are_not(tmp_path: Path) -> None:
     assert outputs(plan(tmp_path / "in" / "year=2023")) == ["month=1/a-00000.parquet"]
 
 
-def test_folders_above_the_input_are_no_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_above_the_input_are_not_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path / "user=anna" / "in" / "a.parquet", texts(2))
     monkeypatch.chdir(tmp_path / "user=anna")
     for pattern in ("in", "in/a.parquet", "in/*.parquet", tmp_path / "user=anna" / "in"):
@@ -161,7 +161,7 @@ def test_a_limit_cuts_inside_a_unit_and_leaves_later_files_alone(tmp_path: Path)
 # Columns
 
 
-def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path) -> None:
     path = write_table(tmp_path / "in.parquet", texts(2))
     with pytest.raises(DataError, match=r"in\.parquet: no column 'body'; its columns are id, text; see --text-column"):
         plan(path, text_column="body")
@@ -193,7 +193,7 @@ def test_chosen_columns_keep_the_order_of_the_input(tmp_path: Path) -> None:
     assert plan(path, columns=[]).schema.names == []
 
 
-def test_a_column_that_the_output_adds_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
+def test_a_column_that_the_output_adds_is_refused_unless_it_is_dropped(tmp_path: Path) -> None:
     path = write_table(tmp_path / "in.parquet", texts(2, a_label=["x", "y"], truncated=[True, False]))
     with pytest.raises(DataError, match=r"it has a_label, truncated already.*NAME=REF.*--columns"):
         plan(path)
@@ -286,7 +286,7 @@ def test_files_that_cannot_be_read_are_failures_and_the_others_are_planned(tmp_p
     assert [file.num_rows for file in planned.files] == [None, None, None, 50]
 
 
-def test_a_file_that_its_store_does_not_give_is_a_failure(tmp_path: Path) -> None:
+def test_a_file_that_its_store_refuses_is_a_failure(tmp_path: Path) -> None:
     write_table(tmp_path / "a.parquet", texts(2))
     (tmp_path / "b.parquet").symlink_to("/proc/self/mem")  # it opens, and cannot be read
     planned = plan(tmp_path)

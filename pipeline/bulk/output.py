@@ -1,10 +1,11 @@
-"""The files of a bulk job's output folder: their names, the receipts in their footers, and their replacement."""
+"""The files of a bulk job's output folder: names, receipts in footers, replacement, and cleaning up."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,16 @@ from pipeline.bulk.content import content_now
 from pipeline.bulk.records import BulkJob, Receipt
 from pipeline.bulk.units import BulkInput, Unit
 from pipeline.errors import LorafleetError, first_line
-from pipeline.storage.place import Place, open_file
+from pipeline.storage.place import FILE_MARK, Place, open_file
 
 PLAN, JOB, SUCCESS, FAILURES, ATTEMPTS = "_plan.json", "_job.json", "_SUCCESS", "_failures.parquet", "_attempts"
 NEXT = "_next-"
 """Prefix of the folder in which an overwriting job works until it is finished."""
 FOOTER_KEY = b"lorafleet"
 """Key of lorafleet's own entry in the footer of an output file."""
+GRACE_SECONDS = 60.0
+"""Age below which a temporary file may still be in use: an actor outlives its killed driver by seconds."""
+_ANY_FINGERPRINT = "[0-9a-f]" * 16
 _UNIT_NAME = re.compile(r"(.*/)?.+-\d{5,}\.parquet")
 
 
@@ -100,3 +104,30 @@ def replace_output(output: Place, new: Place, units: Sequence[Unit]) -> None:
             output.move(f"{folder}/{name}", name)
     if output.local:
         shutil.rmtree(new.root)
+
+
+def sweep(folder: Place, job: BulkJob, *, older_than: float) -> None:
+    """Delete unfinished output that no process writes to.
+
+    Args:
+        folder: Folder of the units.
+        job: The job, whose own temporaries may be younger than those of other jobs.
+        older_than: Least age of this job's temporaries, in seconds. Those of others must be ``GRACE_SECONDS`` old.
+    """
+    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
+        for name, written in folder.temporaries(mark=mark):
+            if time.time() - written >= age:
+                folder.remove(name)
+
+
+def forget_attempts(folder: Place) -> None:
+    """Reset the count of attempts of every unit.
+
+    Attempts survive a crash of the process that runs the whole job, so a unit that keeps crashing it is quarantined on
+    the fourth start.
+    """
+    if folder.local:
+        shutil.rmtree(folder.path(ATTEMPTS), ignore_errors=True)
+        return
+    for name in folder.names(under=ATTEMPTS):
+        folder.remove(name)

@@ -131,7 +131,7 @@ class BulkSummary(Record):
 
 
 class BulkCompute(Record):
-    """Where a bulk job runs, and on how much of the machine."""
+    """The machine resources of a bulk job."""
 
     where: Literal["auto", "process", "ray"] = "auto"
     """``auto``: in this process up to ``SMALL_ROWS`` rows, on Ray above."""

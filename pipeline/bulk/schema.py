@@ -88,7 +88,7 @@ def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSche
 
 @dataclass(frozen=True)
 class WrittenAs:
-    """How pyarrow writes a table so that it keeps every Parquet type that it can express."""
+    """Settings of pyarrow's writer that keep every Parquet type that it can express."""
 
     schema: pa.Schema
     """Types to cast the table to."""

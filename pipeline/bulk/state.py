@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +13,29 @@ from pydantic import ValidationError
 
 from pipeline.bulk.content import is_version
 from pipeline.bulk.differences import check_same_job
-from pipeline.bulk.output import ATTEMPTS, FAILURES, JOB, NEXT, PLAN, SUCCESS, is_current, read_receipt, replace_output
+from pipeline.bulk.output import (
+    FAILURES,
+    GRACE_SECONDS,
+    JOB,
+    NEXT,
+    PLAN,
+    SUCCESS,
+    forget_attempts,
+    is_current,
+    read_receipt,
+    replace_output,
+    sweep,
+)
 from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
 from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage.listing import look_again
-from pipeline.storage.place import FILE_MARK, TEMPORARY, Place, store_errors
-
-_ANY_FINGERPRINT = "[0-9a-f]" * 16
-GRACE_SECONDS = 60.0
-"""Age below which a temporary file may still be in use: an actor outlives its killed driver by seconds."""
+from pipeline.storage.place import TEMPORARY, Place, store_errors
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What is left to do of a job whose output folder is ready."""
+    """The remaining work of a job whose output folder is ready."""
 
     folder: Place
     """Folder for the units: the output folder, or a folder inside it that will replace its content."""
@@ -71,33 +77,6 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
             raise InputError(f"output {output}: cannot be written to: {error}") from None
     sweep(folder, job, older_than=GRACE_SECONDS)
     return JobState(folder, tuple(unit for unit in units if unit.output not in done), len(done))
-
-
-def sweep(folder: Place, job: BulkJob, *, older_than: float) -> None:
-    """Delete unfinished output that no process writes to.
-
-    Args:
-        folder: Folder of the units.
-        job: The job, whose own temporaries may be younger than those of other jobs.
-        older_than: Least age of this job's temporaries, in seconds. Those of others must be ``GRACE_SECONDS`` old.
-    """
-    for mark, age in ((job.fingerprint, older_than), (FILE_MARK, older_than), (_ANY_FINGERPRINT, GRACE_SECONDS)):
-        for name, written in folder.temporaries(mark=mark):
-            if time.time() - written >= age:
-                folder.remove(name)
-
-
-def forget_attempts(folder: Place) -> None:
-    """Reset the count of attempts of every unit.
-
-    Attempts survive a crash of the process that runs the whole job, so a unit that keeps crashing it is quarantined on
-    the fourth start.
-    """
-    if folder.local:
-        shutil.rmtree(folder.path(ATTEMPTS), ignore_errors=True)
-        return
-    for name in folder.names(under=ATTEMPTS):
-        folder.remove(name)
 
 
 def finish(

@@ -18,7 +18,7 @@ from pipeline.bulk.table_formats import check_columns, live_files
 from pipeline.errors import DataError
 from pipeline.printable import counted
 from pipeline.records import Record
-from pipeline.storage.listing import StoredFile, find_files
+from pipeline.storage.listing import FoundFiles, StoredFile, find_files
 
 _MOST_UNITS = 1_000_000
 _LONGEST_STEM_BYTES = 180  # of the 255 of a file name; the rest of the temporary's name needs some
@@ -108,22 +108,12 @@ def plan_input(
     """
     found = live_files(pattern, find_files(pattern))
     stored = found.files
-    footers = dict(zip((file.path for file in stored), read_footers([file.path for file in stored]), strict=True))
-    good = {path: footer for path, footer in footers.items() if isinstance(footer, Footer)}
-    for path, footer in good.items():
-        check_columns(found, path, footer.schema.names)
-    kept, dates = tuple[str, ...](), dict[str, Dates | str]()
-    if good:
-        kept = check_kept_columns(good, text_column=text_column, columns=columns, of_table=found.columns)
-        dates = _read_dates(good, kept)
-    faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
-    good = {path: footer for path, footer in good.items() if path not in faults}
+    good, kept, dates, faults = _read_files(found, text_column=text_column, columns=columns)
     if not good:
         raise DataError(
             f"input {pattern}: none of its {counted(len(stored), 'file')} can be read; {_first_fault(faults)}"
         )
-    readable_dates = [found for found in dates.values() if isinstance(found, Dates)]
-    time_unit: Literal["ns", "us"] = "us" if any(found.are_far for found in readable_dates) else "ns"
+    time_unit: Literal["ns", "us"] = "us" if any(ranges.are_far for ranges in dates) else "ns"
     in_microseconds = time_unit == "us"
     schemas = [FileSchema(path, f.in_microseconds if in_microseconds else f.schema) for path, f in good.items()]
     schema = join_schemas(schemas, kept)
@@ -141,10 +131,31 @@ def plan_input(
         int96_unit=time_unit,
         changes=(
             *_changes(schema, good.values()),
-            *_date_changes(readable_dates if in_microseconds else []),
+            *_date_changes(dates if in_microseconds else []),
         ),
         skipped=found.skipped,
     )
+
+
+def _read_files(
+    found: FoundFiles, *, text_column: str, columns: Sequence[str] | None
+) -> tuple[dict[str, Footer], tuple[str, ...], list[Dates], dict[str, str]]:
+    """Read footers and INT96 columns: the readable footers, the columns to keep, the dates, and the faults by path.
+
+    Raises: DataError: as ``check_kept_columns``, or for a file that does not fit its table.
+    """
+    paths = [file.path for file in found.files]
+    footers = dict(zip(paths, read_footers(paths), strict=True))
+    good = {path: footer for path, footer in footers.items() if isinstance(footer, Footer)}
+    for path, footer in good.items():
+        check_columns(found, path, footer.schema.names)
+    kept, dates = tuple[str, ...](), dict[str, Dates | str]()
+    if good:
+        kept = check_kept_columns(good, text_column=text_column, columns=columns, of_table=found.columns)
+        dates = _read_dates(good, kept)
+    faults = {path: fault for path, fault in (footers | dates).items() if isinstance(fault, str)}
+    good = {path: footer for path, footer in good.items() if path not in faults}
+    return good, kept, [ranges for ranges in dates.values() if isinstance(ranges, Dates)], faults
 
 
 def _date_changes(dates: Sequence[Dates]) -> list[str]:

@@ -30,7 +30,7 @@ class TaskData:
     task: MtebTask
     """The task, with the revision of the data that was read."""
     mteb_task: Any
-    """The same data as an ``mteb`` task, without the validation slice and the label names."""
+    """An ``mteb`` task with the same data, but without the validation slice and the label names."""
     label_names: tuple[str, ...]
     """Name of each class, at least two, in the sorted order of the labels in the data."""
     train_texts: list[str]

@@ -101,23 +101,31 @@ def export_adapter(
                 f"adapter {adapter.name}: its {form} export, read back, differs by {difference:.3g} from the adapter "
                 f"(allowed: {TOLERANCE:g}); nothing was exported"
             )
-        manifest = ExportManifest(
-            form=form,
-            adapter=adapter.name,
-            adapter_sha256=adapter.sha256,
-            encoder=adapter.encoder.name,
-            encoder_revision=files.ref.revision,
-            lorafleet_version=version("lorafleet"),
-            label_names=adapter.label_names,
-            max_tokens=config.max_tokens,
-            temperature=adapter.calibration.temperature if adapter.calibration else 1.0,
-            num_texts=len(COMPARED_TEXTS),
-            largest_difference=difference,
+        manifest = _manifest(
+            adapter, form, encoder_revision=files.ref.revision, max_tokens=config.max_tokens, difference=difference
         )
         if adapter.has_head:
             write_atomically(folder / "labels.json", json.dumps(adapter.label_names, ensure_ascii=False, indent=1))
         write_atomically(folder / "export.json", manifest.model_dump_json(indent=1))
     return manifest
+
+
+def _manifest(
+    adapter: FoundAdapter, form: Form, *, encoder_revision: str, max_tokens: int, difference: float
+) -> ExportManifest:
+    return ExportManifest(
+        form=form,
+        adapter=adapter.name,
+        adapter_sha256=adapter.sha256,
+        encoder=adapter.encoder.name,
+        encoder_revision=encoder_revision,
+        lorafleet_version=version("lorafleet"),
+        label_names=adapter.label_names,
+        max_tokens=max_tokens,
+        temperature=adapter.calibration.temperature if adapter.calibration else 1.0,
+        num_texts=len(COMPARED_TEXTS),
+        largest_difference=difference,
+    )
 
 
 def _write_and_compare(adapter: Adapter, folder: Path, form: Form, expected: FloatArray) -> float:
@@ -192,7 +200,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Library:
-    """How an export form is written and read back."""
+    """The functions that write an export form and read it back."""
 
     write: Callable[[Adapter, Path], None]
     """Write a merged adapter into an empty folder."""

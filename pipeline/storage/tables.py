@@ -1,4 +1,4 @@
-"""Which folders are tables with a log, so that not every file in them is live."""
+"""Detection of tables: folders with a log that says which of their files are live."""
 
 from __future__ import annotations
 
