@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk.metadata import keys_left_out, output_metadata, pandas_labels
-from pipeline.bulk.schema import FileSchema, join_schemas, kinds_by_column
-from pipeline.bulk.widening import wider
 from pipeline.errors import DataError
+from pipeline.parquet.metadata import keys_left_out, output_metadata, pandas_labels
+from pipeline.parquet.schema import FileSchema, join_schemas, kinds_by_column
+from pipeline.parquet.widening import wider
 
 STRING, LARGE = pa.string(), pa.large_string()
 

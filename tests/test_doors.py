@@ -31,14 +31,14 @@ DOORS = {
         ),
     },
     "ray": {"tasks/bulk.py", "tasks/fleet.py", "tasks/fleet_worker.py", "tasks/ray_start.py"},
-    "deltalake": {"pipeline/bulk/table_formats.py"},
-    "pyiceberg": {"pipeline/bulk/table_formats.py"},
+    "deltalake": {"pipeline/parquet/table_formats.py"},
+    "pyiceberg": {"pipeline/parquet/table_formats.py"},
 }
 # Where text leaves the process: each makes it printable, so nothing else may.
 WAYS_OUT = {
     "terminal": {"flows/terminal.py", "tasks/live_table.py"},  # the table makes its lines printable itself
     "machine": {  # JSON, for the process that has started them
-        "pipeline/bulk/footer_process.py",
+        "pipeline/parquet/footer_process.py",
         "pipeline/inference/reload.py",
         "tasks/early_check.py",
         "tasks/checks/trial.py",

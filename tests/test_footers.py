@@ -15,8 +15,8 @@ import pyarrow.parquet.encryption as pe
 import pytest
 from bulk import write_table
 
-from pipeline.bulk import footers
-from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
+from pipeline.parquet import footers
+from pipeline.parquet.footers import Dates, Footer, read_dates, read_footers
 
 
 class LocalKeys(pe.KmsClient):

@@ -15,10 +15,10 @@ from bulk import write_table
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.memory import InMemoryCatalog
 
-from pipeline.bulk.table_formats import live_files
 from pipeline.bulk.units import plan_input
 from pipeline.data.sources import find_sources
 from pipeline.errors import DataError, InputError
+from pipeline.parquet.table_formats import live_files
 from pipeline.storage.listing import find_files
 
 

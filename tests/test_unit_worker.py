@@ -29,11 +29,11 @@ from pipeline.adapter.files import load_adapter
 from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk.parquet import block_rows
 from pipeline.bulk.records import Receipt
-from pipeline.bulk.schema import _Wkb
 from pipeline.bulk.units import Unit
 from pipeline.bulk.worker import UnitWorker
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
+from pipeline.parquet.schema import _Wkb
 from pipeline.store.run_folder import TaskFolder
 
 Folders = Callable[[str], Path]

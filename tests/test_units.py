@@ -14,8 +14,8 @@ import pytest
 from bulk import write_table
 
 from pipeline.bulk.units import BulkInput, plan_input
-from pipeline.bulk.widening import text_type
 from pipeline.errors import DataError, InputError
+from pipeline.parquet.widening import text_type
 
 
 def texts(num_rows: int, **more: Any) -> dict[str, Any]:

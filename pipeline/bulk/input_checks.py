@@ -9,10 +9,10 @@ from contextlib import closing
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.footers import Footer
-from pipeline.bulk.metadata import is_utf8
-from pipeline.bulk.widening import binary_type, text_type
 from pipeline.errors import DataError
+from pipeline.parquet.footers import Footer
+from pipeline.parquet.metadata import is_utf8
+from pipeline.parquet.widening import binary_type, text_type
 from pipeline.storage.listing import StoredFile
 from pipeline.storage.place import open_file, store_errors
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.content import chunks_of
-from pipeline.bulk.schema import WrittenAs
 from pipeline.bulk.units import Unit
+from pipeline.parquet.schema import WrittenAs
 
 _BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # up to four blocks are in memory
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 32 * 1024**2

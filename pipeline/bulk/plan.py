@@ -11,7 +11,6 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from pipeline.adapter.description import FoundAdapter
-from pipeline.bulk.footers import start_ahead
 from pipeline.bulk.records import SMALL_ROWS, BulkAdapter, BulkJob, BulkOptions, BulkRequest
 from pipeline.bulk.state import JobState, begin
 from pipeline.bulk.units import BulkInput, plan_input
@@ -20,6 +19,7 @@ from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.hub_address import is_on_hub
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.inference.reference import NAME, find_adapters, threshold_for
+from pipeline.parquet.footers import start_ahead
 from pipeline.printable import concealed
 from pipeline.storage.listing import written_folder
 from pipeline.storage.place import Place, check_address, store_errors

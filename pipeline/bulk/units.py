@@ -11,11 +11,11 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipeline.bulk.footers import Dates, Footer, read_dates, read_footers
 from pipeline.bulk.input_checks import check_kept_columns, check_new_names
-from pipeline.bulk.schema import FileSchema, changed_types, join_schemas
-from pipeline.bulk.table_formats import check_columns, live_files
 from pipeline.errors import DataError
+from pipeline.parquet.footers import Dates, Footer, read_dates, read_footers
+from pipeline.parquet.schema import FileSchema, changed_types, join_schemas
+from pipeline.parquet.table_formats import check_columns, live_files
 from pipeline.printable import counted
 from pipeline.records import Record
 from pipeline.storage.listing import FoundFiles, StoredFile, find_files

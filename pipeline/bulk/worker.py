@@ -21,17 +21,17 @@ from pydantic import Field, SecretStr
 
 from pipeline.bulk.columns import AdapterColumns, Tally
 from pipeline.bulk.content import content_of, file_now
-from pipeline.bulk.metadata import ARROW_SCHEMA, output_metadata
 from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, footer, read_receipt
 from pipeline.bulk.parquet import READ_BUFFER_BYTES, UnitFile, block_rows, chosen_rows, input_codecs
 from pipeline.bulk.records import BulkJob, Receipt
-from pipeline.bulk.schema import WrittenAs, kinds_by_column, written_as
 from pipeline.bulk.texts import LabelledTexts, read_ahead
 from pipeline.bulk.units import Unit
 from pipeline.encoder.tokeniser import Tokens
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
 from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
+from pipeline.parquet.metadata import ARROW_SCHEMA, output_metadata
+from pipeline.parquet.schema import WrittenAs, kinds_by_column, written_as
 from pipeline.printable import remember
 from pipeline.records import Record
 from pipeline.storage.place import Place, open_file, store_errors

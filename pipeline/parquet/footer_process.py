@@ -1,6 +1,6 @@
 """The process that reads footers: one request per line of standard input, answers in lines of JSON.
 
-It is started as ``python -m pipeline.bulk.footer_process``.
+It is started as ``python -m pipeline.parquet.footer_process``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.metadata import keys_left_out, pandas_labels
-from pipeline.bulk.schema import kinds_by_column, types_lost_in_reading
 from pipeline.errors import first_line
 from pipeline.machine import own_output
+from pipeline.parquet.metadata import keys_left_out, pandas_labels
+from pipeline.parquet.schema import kinds_by_column, types_lost_in_reading
 from pipeline.storage.place import open_file, store_errors
 
 _AT_ONCE = 16

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.metadata import ARROW_SCHEMA
-from pipeline.bulk.widening import plain_type, wider
 from pipeline.errors import DataError
+from pipeline.parquet.metadata import ARROW_SCHEMA
+from pipeline.parquet.widening import plain_type, wider
 
 Kinds = Mapping[str, Sequence[str]]
 """Top-level column -> the type of each of its leaves: the logical type, or else the physical one."""

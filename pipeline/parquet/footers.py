@@ -1,6 +1,6 @@
 """Footers of Parquet files, read in a separate process, so that a footer that crashes its reader costs one file only.
 
-``pipeline.bulk.footer_process`` is that process.
+``pipeline.parquet.footer_process`` is that process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.bulk.schema import Kinds
 from pipeline.errors import LorafleetError
 from pipeline.machine import read_answers
+from pipeline.parquet.schema import Kinds
 from pipeline.printable import reveal
 
 _MOST_STARTS = 3
@@ -105,7 +105,7 @@ class _Reader:
     def start(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._errors.truncate(0)
-            command = [sys.executable, "-P", "-m", "pipeline.bulk.footer_process"]
+            command = [sys.executable, "-P", "-m", "pipeline.parquet.footer_process"]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
             )
