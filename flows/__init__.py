@@ -1,1 +1,1 @@
-"""Order, fan-out, and what happens when one task fails. One file per job, plus the command line."""
+"""Flows and command line: order of the stages, fan-out, handling of failed tasks. One file per flow."""

@@ -1,4 +1,4 @@
-"""Bulk offline classification: Parquet in, Parquet out."""
+"""Flow of the bulk classification: Parquet in, Parquet out."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 
 @dataclass(frozen=True)
 class BulkOutcome:
-    """What a bulk job came to."""
+    """Outcome of a bulk job."""
 
     summary: BulkSummary | None
-    """None where it did not get to its end."""
+    """Summary; None if the job stopped early."""
     aside: str | None
-    """Where its output is, if not where it was asked for: an overwriting job with failures leaves the old output in place."""
+    """Location of the new output if failures kept the job from replacing the old one; else None."""
     failures: tuple[UnitFailure, ...]
     error: LorafleetError | None
+    """Reason why the job stopped early, if it did."""
 
 
 @flow(name="classify-datasets")
 def classify_datasets(request: BulkRequest) -> State[Any]:
-    """Label Parquet with trained adapters; ends failed if a unit failed, with all others done.
+    """Label Parquet with trained adapters. A failed unit fails the run, after all other units are done.
 
     Args:
-        request: Input, output, adapters and how.
+        request: Input, output, adapters and options.
     """
     try:
         with interrupted_if_cancelled():

@@ -1,6 +1,6 @@
-"""The command line: registers the commands, and turns errors into one message and an exit code.
+"""Command line: registers the commands, and turns errors into one message and an exit code.
 
-Each command imports what it needs when it runs, so ``--help`` and ``--dry-run`` start nothing.
+Each command imports what it needs when it runs, so that ``--help`` and ``--dry-run`` stay fast.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ for _command in (train, classify, publish, verify, rollback, export, show, docto
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; turns errors into one message and an exit code.
+    """Entry point of the console script. Errors become one message and an exit code.
 
     Args:
-        arguments: Those of the process where left out; then its standard streams and its signals are the command's, too.
+        arguments: Arguments of the command line. Defaults to those of the process, whose standard streams and signals
+            the command then takes over as well.
     """
     if arguments is None:
         secure_streams()
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain_of_usage(error)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        complain("interrupted; what was finished is kept, and the same command goes on from there")
+        complain("interrupted; finished work is kept, run the same command to resume")
         sys.exit(_INTERRUPTED)
     except LorafleetError as error:
         complain(*f"error: {error}".split("\n"))
@@ -66,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _invoke(arguments: Sequence[str]) -> None:
-    """Run the command. What the machine refuses is an error of ours; what else goes wrong is a fault of ours, with its traceback."""
+    """Run a command. What the machine refuses, such as a full disk, becomes an error without a traceback."""
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise InputError(
-                f"{argument}: not a text in this terminal's encoding; rename the file, or write the name in UTF-8"
+                f"{argument}: not valid in this terminal's encoding; rename the file, or write the name in UTF-8"
             )
     try:
         lorafleet.main(args=list(arguments), standalone_mode=False)

@@ -1,4 +1,4 @@
-"""Register the schedules of ``deploy/prefect.yaml`` with a Prefect server; starts no run."""
+"""Registration of the schedules in ``deploy/prefect.yaml`` with a Prefect server. Starts no run."""
 
 from __future__ import annotations
 
@@ -41,20 +41,21 @@ from tasks.services.passwords import login_for, running_ups
 
 FILE = Path(__file__).parents[1] / "deploy" / "prefect.yaml"
 TAG = "lorafleet"
-_USUAL = "http://127.0.0.1:4200/api"
+_DEFAULT_API = "http://127.0.0.1:4200/api"
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A deployment as it is registered now."""
+    """A registered deployment."""
 
     name: str
     """``flow/deployment``."""
     schedules: tuple[str, ...]
+    """Schedules in words."""
     next_run: datetime | None
-    """In the schedule's time zone; none where no schedule is active."""
+    """Next scheduled start, in the schedule's time zone; None if no schedule is active."""
     url: str
-    """Of its page in the Prefect UI."""
+    """Address of its page in the Prefect UI."""
 
     def __str__(self) -> str:
         when = "; ".join(self.schedules) or "no schedule"
@@ -65,22 +66,22 @@ class Deployment:
 def deploy(
     file: Path = FILE, *, names: Sequence[str] = (), schedule: ScheduleEntry | None = None, notify: str | None = None
 ) -> list[Deployment]:
-    """Register deployments, each in place of what had its name; its runs start in the folder where this is called.
+    """Register deployments. Existing deployments of the same names are replaced. Runs start in the working folder.
 
     Args:
-        file: In the format of Prefect's ``prefect.yaml``.
-        names: ``deployment`` or ``flow/deployment``; all of the file where empty.
-        schedule: Instead of those of the file; for one deployment.
-        notify: ``TYPE/NAME`` of a notification block that is told of failed runs.
+        file: Deployments in the format of Prefect's ``prefect.yaml``.
+        names: Deployments to register, as ``deployment`` or ``flow/deployment``. Defaults to all in the file.
+        schedule: Replacement of the file's schedules. Allowed for a single deployment only.
+        notify: ``TYPE/NAME`` of a notification block that reports failed runs.
+    Returns:
+        The registered deployments.
     Raises:
         InputError: no server answers, or the file, a name, a parameter or the block is wrong.
         LorafleetError: the server fails.
     """
     chosen = _chosen([(entry, _load_flow(file, entry)) for entry in read_deployments(file)], file, names)
     if schedule is not None and len(chosen) > 1:
-        raise InputError(
-            f"--interval, --cron: {file} has {len(chosen)} deployments; say with --name which one is meant"
-        )
+        raise InputError(f"--interval, --cron: {file} has {len(chosen)} deployments; choose one with --name")
     for entry, flow in chosen:
         _check_parameters(file, entry, flow)
         _check_schedules(file, entry, entry.schedules if schedule is None else (schedule,))
@@ -94,47 +95,48 @@ def deploy(
 
 
 def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
-    """By ourselves: Prefect would look into the working folder first, which may hold a tasks.py of its own."""
+    """Import the flow of a deployment. Prefect itself would search the working folder first, and import its tasks.py."""
     module, _, name = entry.entrypoint.rpartition(".")
-    where = f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}"
+    context = f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}"
     try:
         flow = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # whatever a module of the user's raises
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         if module.partition(".")[0] == "flows" and not isinstance(error, ImportError):
             raise
         raise InputError(
-            f"{where}: cannot be imported: {type(error).__name__}: {first_line(error)}; expected module.flow"
+            f"{context}: cannot be imported: {type(error).__name__}: {first_line(error)}; expected module.flow"
         ) from None
     if not isinstance(flow, Flow):
-        raise InputError(f"{where}: {name} is not a flow of {module}; expected module.flow")
+        raise InputError(f"{context}: {name} is not a flow of {module}; expected module.flow")
     return flow
 
 
 def _chosen(
     entries: list[tuple[DeploymentEntry, Flow[..., Any]]], file: Path, names: Sequence[str]
 ) -> list[tuple[DeploymentEntry, Flow[..., Any]]]:
-    there = {f"{flow.name}/{entry.name}": entry.name for entry, flow in entries}
-    if len(there) < len(entries):
+    existing = {f"{flow.name}/{entry.name}": entry.name for entry, flow in entries}
+    if len(existing) < len(entries):
         every = [f"{flow.name}/{entry.name}" for entry, flow in entries]
-        twice = sorted({name for name in every if every.count(name) > 1})
+        duplicates = sorted({name for name in every if every.count(name) > 1})
         raise InputError(
-            f"{file}: {', '.join(twice)} is there more than once, and the last one would replace the others; rename them"
+            f"{file}: {', '.join(duplicates)} is in it more than once, and the last one would replace the others; "
+            "rename them"
         )
-    if unknown := [name for name in names if name not in (*there, *there.values())]:
-        raise InputError(f"--name {', '.join(unknown)}: not in {file}; it has {', '.join(there)}")
+    if unknown := [name for name in names if name not in (*existing, *existing.values())]:
+        raise InputError(f"--name {', '.join(unknown)}: not in {file}; it has {', '.join(existing)}")
     return [
         (entry, flow) for entry, flow in entries if not names or {entry.name, f"{flow.name}/{entry.name}"} & set(names)
     ]
 
 
 def _check_parameters(file: Path, entry: DeploymentEntry, flow: Flow[..., Any]) -> None:
-    """The server would only look at them when a run is due."""
+    """Check the parameters now. The server would check them only when a run is due."""
     schema = flow.parameters.model_dump(exclude_unset=True)
     for parameters in (entry.parameters, *(entry.parameters | schedule.parameters for schedule in entry.schedules)):
         if unknown := set(parameters) - set(schema["properties"]):
-            known = ", ".join(schema["properties"])
+            names = ", ".join(schema["properties"])
             raise InputError(
-                f"{file}: deployment {entry.name!r}: no parameter {', '.join(sorted(unknown))}; there are {known}"
+                f"{file}: deployment {entry.name!r}: no parameter {', '.join(sorted(unknown))}; parameters are {names}"
             )
         try:
             validate(parameters, schema, raise_on_error=True, ignore_required=True)
@@ -146,7 +148,7 @@ def _check_schedules(file: Path, entry: DeploymentEntry, schedules: Sequence[Sch
     for schedule in schedules:
         try:
             _next_run(schedule)
-        except ValueError as error:  # the 31st of February
+        except ValueError as error:  # such as the 31st of February
             raise InputError(
                 f"{file}: deployment {entry.name!r}: {schedule}: no run would ever be due: {first_line(error)}"
             ) from None
@@ -154,7 +156,12 @@ def _check_schedules(file: Path, entry: DeploymentEntry, schedules: Sequence[Sch
 
 @contextmanager
 def _server() -> Iterator[SyncPrefectClient]:
-    """The server of ``PREFECT_API_URL``, or that of `lorafleet up`, whose password is found where none is set."""
+    """Open a client of the server of ``PREFECT_API_URL``, or else of `lorafleet up`, whose password is found.
+
+    Raises:
+        InputError: no server answers, or it refuses the password.
+        LorafleetError: the server fails, or stopped responding.
+    """
     url = os.environ.get("PREFECT_API_URL") or _server_of_up()
     prepare_http()
     login = login_for(url)
@@ -164,7 +171,8 @@ def _server() -> Iterator[SyncPrefectClient]:
         if fault is not None:
             why = str(fault).splitlines()[0]
             raise InputError(
-                f"no Prefect server answers at {url} ({why}); start one with `lorafleet up`, or set PREFECT_API_URL to yours"
+                f"no Prefect server answers at {url} ({why}); "
+                "start one with `lorafleet up`, or set PREFECT_API_URL to yours"
             )
         try:
             with get_client(sync_client=True) as client:
@@ -172,31 +180,32 @@ def _server() -> Iterator[SyncPrefectClient]:
         except PrefectHTTPStatusError as error:
             if error.response.status_code in (401, 403):
                 raise InputError(
-                    f"the Prefect server at {url} asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+                    f"the Prefect server at {url} requires a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
                 ) from None
             raise LorafleetError(
                 f"the Prefect server at {url} fails: {error.response.status_code} {error.response.text[:300]}"
             ) from None
         except HTTPError as error:
             raise LorafleetError(
-                f"the Prefect server at {url} does not answer any more: {error}; give the same command again"
+                f"the Prefect server at {url} stopped responding: {error}; run the command again"
             ) from None
 
 
 def _server_of_up() -> str:
-    """The API of this user's `lorafleet up`, of the one whose run store is in the working folder where there are several.
+    """API of this user's `lorafleet up`. If several are running, the one with its run store in the working folder.
 
-    Raises: InputError: it cannot be said which one is meant.
+    Raises:
+        InputError: several are running, and none or more than one has its run store there.
     """
     ups = running_ups()
     match [up for up in ups if up.runs.is_relative_to(Path.cwd())] or ups:
         case []:
-            return _USUAL
+            return _DEFAULT_API
         case [up]:
             return up.api
         case several:
-            there = ", ".join(f"{up.api} (run store {up.runs})" for up in several)
-            raise InputError(f"several `lorafleet up` are running: {there}; set PREFECT_API_URL to that of one")
+            candidates = ", ".join(f"{up.api} (run store {up.runs})" for up in several)
+            raise InputError(f"several `lorafleet up` are running: {candidates}; set PREFECT_API_URL to one of them")
 
 
 def _register(
@@ -260,8 +269,12 @@ def _make_pool(client: SyncPrefectClient, name: str) -> None:
 
 
 def _next_run(schedule: ScheduleEntry) -> datetime | None:
-    """When the server will have it run: by the server's own code."""
-    there = schedule.prefect()
-    kind = getattr(server_schedules, type(there).__name__)
-    dates: list[datetime] = asyncio.run(kind(**there.model_dump()).get_dates(1))
+    """Next start of a schedule, computed by the server's own code.
+
+    Raises:
+        ValueError: no run would ever be due.
+    """
+    client_schedule = schedule.prefect()
+    server_type = getattr(server_schedules, type(client_schedule).__name__)
+    dates: list[datetime] = asyncio.run(server_type(**client_schedule.model_dump()).get_dates(1))
     return dates[0].astimezone(ZoneInfo(schedule.timezone)) if dates else None

@@ -1,4 +1,4 @@
-"""The file that holds the schedules, in the part of Prefect's ``prefect.yaml`` format that lorafleet registers. Reads and checks only."""
+"""The file of deployments, in a subset of Prefect's ``prefect.yaml`` format. Reads and validates only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from pipeline.documents import check_values, parse_yaml, read_text
 from pipeline.errors import ConfigError, InputError
 from pipeline.records import Record
 
-_ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)  # fixed, so that registering again does not move an interval's next run
+_ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)  # fixed, so that a second registration does not move the runs
 _TOP_LEVEL = {"prefect-version", "name", "definitions", "pull", "deployments"}
 _LONGEST_INTERVAL_SECONDS = 10 * 366 * 86_400
-_Name = Annotated[str, like(r"[^/%&><]{1,200}", "1 to 200 characters without / % & < >")]  # what Prefect's server takes
+_Name = Annotated[str, like(r"[^/%&><]{1,200}", "1 to 200 characters without / % & < >")]  # as Prefect's server
 
 
 def read_deployments(file: Path) -> list[DeploymentEntry]:
-    """The deployments of a file, with ``{{ $NAME }}`` filled from the environment and ``{{ $PWD }}`` with the working folder.
+    """Read the deployments of a file.
 
-    Raises: InputError: the file cannot be read, or says what lorafleet does not register.
+    ``{{ $NAME }}`` is replaced by the environment variable NAME, and ``{{ $PWD }}`` by the working folder.
+
+    Raises:
+        InputError: the file cannot be read, or contains something that lorafleet does not register.
     """
     try:
         text = read_text(file)
@@ -38,19 +41,20 @@ def read_deployments(file: Path) -> list[DeploymentEntry]:
     if (unknown := set(values) - _TOP_LEVEL) or values.get("pull"):
         what = ", ".join(sorted(unknown)) or "pull"
         raise InputError(
-            f"{file}: {what}: lorafleet registers deployments only, without build, push or pull; use `prefect deploy` for this file"
+            f"{file}: {what}: lorafleet registers deployments only, without build, push or pull; "
+            "use `prefect deploy` for this file"
         )
-    os.environ["PWD"] = str(Path.cwd())  # the shell's may be that of a parent process
+    os.environ["PWD"] = str(Path.cwd())  # the shell's value may be that of a parent process
     try:
         filled: Any = apply_values(values["deployments"], {}, remove_notset=False)
     except ValueError as error:
         raise InputError(f"{file}: {error}; put dates in quotes") from None
-    check_values(filled, origin=str(file))  # the environment may have put a password in
+    check_values(filled, origin=str(file))  # the environment may have inserted a password
     try:
         json.dumps(filled, allow_nan=False)
     except ValueError:
         raise InputError(
-            f"{file}: holds .nan or .inf, which Prefect's server cannot be sent; write another value"
+            f"{file}: contains .nan or .inf, which cannot be sent to Prefect's server; use another value"
         ) from None
     return [_entry(file, entry) for entry in filled]
 
@@ -60,13 +64,13 @@ class ScheduleEntry(Record):
 
     cron: str | None = Field(default=None, max_length=200)
     interval: float | None = Field(default=None, gt=0, le=_LONGEST_INTERVAL_SECONDS)
-    """Seconds, at least one, counted from the anchor date."""
+    """Interval in seconds, at least 1, counted from the anchor date."""
     timezone: str = Field(default="UTC", min_length=1)
     anchor_date: datetime = Field(
         default=_ANCHOR, ge=datetime(1970, 1, 2, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC)
     )
     day_or: bool = True
-    """Whether a cron expression's day of the month and day of the week are alternatives."""
+    """Whether day of month and day of week of a cron expression are combined with OR. AND otherwise."""
     active: bool = True
     parameters: dict[str, Any] = Field(default_factory=dict)
     slug: str | None = Field(default=None, min_length=1, max_length=200)
@@ -76,14 +80,15 @@ class ScheduleEntry(Record):
         if (self.cron is None) == (self.interval is None):
             raise ValueError("expected either cron or interval")
         if self.interval is not None and self.interval < 1:
-            raise ValueError(f"an interval of {self.interval:g} s would start runs without end; expected at least 1")
+            raise ValueError(f"an interval of {self.interval:g} s would start runs continuously; expected at least 1")
         self.prefect()
         return self
 
     def prefect(self) -> CronSchedule | IntervalSchedule:
-        """The same for Prefect.
+        """Convert to Prefect's type.
 
-        Raises: ValueError: no such time zone, or not a cron expression.
+        Raises:
+            ValueError: unknown time zone, or invalid cron expression.
         """
         if self.cron is not None:
             return CronSchedule(cron=self.cron, timezone=self.timezone, day_or=self.day_or)
@@ -100,7 +105,7 @@ class ScheduleEntry(Record):
 
 
 class LimitEntry(Record):
-    """How many runs of one deployment at a time, and what becomes of another."""
+    """Limit on concurrent runs of one deployment, and what happens to further runs."""
 
     limit: int = Field(ge=1, le=10_000)
     collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] = "ENQUEUE"
@@ -108,7 +113,7 @@ class LimitEntry(Record):
 
 
 class PoolEntry(Record):
-    """Where the runs of a deployment are started."""
+    """Work pool and queue that start the runs of a deployment."""
 
     name: _Name
     work_queue_name: _Name | None = None
@@ -116,13 +121,13 @@ class PoolEntry(Record):
 
 
 class DeploymentEntry(Record):
-    """One deployment of the file; the part of Prefect's format that lorafleet registers."""
+    """One deployment of the file, with the keys that lorafleet supports."""
 
     name: _Name
     entrypoint: str
-    """``module.flow``. A path would put its folder first on ``sys.path``."""
+    """``module.flow``. Paths are refused, because Prefect would put their folder first on ``sys.path``."""
     description: str | None = None
-    """The flow's own where left out."""
+    """Defaults to the description of the flow."""
     tags: tuple[str, ...] = ()
     parameters: dict[str, Any] = Field(default_factory=dict)
     schedules: tuple[ScheduleEntry, ...] = ()
@@ -132,22 +137,27 @@ class DeploymentEntry(Record):
 
 
 def schedule_of(*, interval: float | None, cron: str | None, timezone: str | None) -> ScheduleEntry | None:
-    """The schedule that the command line asks for, if any.
+    """Schedule given by command-line options, if any.
 
-    Raises: InputError: two schedules, none but a time zone, or one that cannot be.
+    Args:
+        interval: Interval in seconds.
+        cron: Cron expression.
+        timezone: Time zone of either. Defaults to UTC.
+    Raises:
+        InputError: both kinds, a time zone alone, or an invalid value.
     """
     if interval is None and cron is None:
         if timezone is not None:
             raise InputError(
-                f"--timezone {timezone}: belongs to --cron or --interval; without them the file's schedules hold"
+                f"--timezone {timezone}: has no effect without --cron or --interval; the file's schedules apply"
             )
         return None
     given = {"--interval": interval, "--cron": cron, "--timezone": timezone}
     try:
         return ScheduleEntry(cron=cron, interval=interval, timezone=timezone or "UTC")
     except ValidationError as error:
-        said = " ".join(f"{option} {value!r}" for option, value in given.items() if value is not None)
-        raise InputError(f"{said}: {_fault(error)}") from None
+        options = " ".join(f"{option} {value!r}" for option, value in given.items() if value is not None)
+        raise InputError(f"{options}: {_fault(error)}") from None
 
 
 def _entry(file: Path, values: Any) -> DeploymentEntry:
@@ -156,10 +166,11 @@ def _entry(file: Path, values: Any) -> DeploymentEntry:
         entry = DeploymentEntry.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{file}: deployment {name!r}: {_fault(error)}") from None
-    # Those of the job variables are filled when a run starts.
+    # Prefect fills those of the job variables when a run starts.
     if "{{" in json.dumps(entry.model_dump(mode="json", exclude={"work_pool"})):
         raise InputError(
-            f"{file}: deployment {name!r}: a {{{{ … }}}} that is not a set variable of the environment; write out its value"
+            f"{file}: deployment {name!r}: a {{{{ … }}}} does not name a set environment variable; "
+            "write its value instead"
         )
     is_path = ":" in entry.entrypoint or "/" in entry.entrypoint
     if is_path or not all(part.isidentifier() for part in entry.entrypoint.split(".")):

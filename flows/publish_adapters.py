@@ -1,4 +1,4 @@
-"""Publish a finished run: what `lorafleet publish` does, as a flow of its own."""
+"""Flow that publishes a finished run, as `lorafleet publish` does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tasks import stages
 def publish_adapters(
     run: str, to: str, private: bool = False, overrides: list[str] | None = None, trust_remote_code: bool = False
 ) -> State[Any]:
-    """Publish what the promotion gate lets through of a finished run; ends failed if it blocks an adapter.
+    """Publish the adapters of a finished run that pass the promotion gate. A blocked adapter fails the flow run.
 
     Args:
-        run: The run folder.
+        run: Run folder.
         to: A folder, or hf:OWNER/NAME.
-        private: Make the repository private, if it has to be made.
+        private: Make the repository private if it does not exist yet.
         overrides: Keys of the run's [publish] to override, each as KEY=VALUE, such as publish.gate.min_gain=0.002.
-        trust_remote_code: Run the Python code that comes with the run's encoder, where it needs some.
+        trust_remote_code: Run the Python code that the run's encoder needs.
     """
     try:
         candidate = read_candidate(Path(run))

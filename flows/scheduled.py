@@ -1,6 +1,7 @@
-"""What a Prefect worker runs for a deployment: ``python -P -m flows.scheduled``, which is Prefect's engine with our flows imported.
+"""Program that a Prefect worker runs for a deployment: ``python -P -m flows.scheduled``.
 
-Prefect imports a flow with the working folder first on ``sys.path``; there a ``tasks.py`` of the user's would be taken for ours.
+It is Prefect's engine with our flows already imported. Prefect itself would import them with the working folder first
+on ``sys.path``, where a user's ``tasks.py`` could take the place of ours.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import flows.publish_adapters
 import flows.train_adapters  # noqa: F401
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Of every failed run Prefect logs the traceback of its own exception; what failed is in the run's log and state already."""
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Whether a log record adds information. The engine's traceback of a failed run only repeats the run's log."""
     return not record.getMessage().startswith("Engine execution exited with")
 
 
 if __name__ == "__main__":
-    logging.getLogger("prefect.flow_runs").addFilter(_is_news)
+    logging.getLogger("prefect.flow_runs").addFilter(_is_worth_logging)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

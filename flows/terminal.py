@@ -1,6 +1,6 @@
-"""Where text leaves the command line: the only module that writes to standard output and standard error.
+"""Output of the command line. No other module writes to standard output or standard error.
 
-Every line is made printable first, so nothing in a name, a label or a path can forge a line or take over the terminal.
+Every line is made printable first, so that no name, label or path can forge a line or send terminal escapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ONE_STOP_SECONDS = 1.0
 
 
 class OutputError(InputError):
-    """Standard output takes no more: a full disk. A reader that has gone away is no error."""
+    """Standard output cannot be written, because of a full disk. A closed pipe is not an error."""
 
 
 def say(*lines: str) -> None:
@@ -38,12 +38,12 @@ def complain(*lines: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print one JSON object, in ASCII: the same object for every reader, and no control character for a terminal."""
+    """Print one JSON object in ASCII, so that no character depends on the encoding or controls the terminal."""
     _write(sys.stdout, json.dumps(value, indent=1))
 
 
 def say_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, as wide as the terminal, or as wide as it needs in a log."""
+    """Print a table as wide as the terminal, or up to 180 columns wide outside of one."""
     from rich.console import Console
     from rich.table import Table
 
@@ -54,15 +54,15 @@ def say_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def secure_streams() -> None:
-    """Make the process's standard streams such that no text and no reader of theirs can break the command.
+    """Replace the process's standard streams, so that no text and no reader can break the command.
 
-    A stream that is closed leads nowhere. A character that the encoding lacks is written as an escape. A reader that goes away is not
-    missed. Only a full disk is an error, once, and only on standard output.
+    Closed streams are connected to the null device. Characters that the encoding lacks are written as escapes. Closed
+    pipes are ignored. A full disk is an error only on standard output, and only once.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # or the next file that is opened would be taken for it
+        except OSError:  # else the next file to be opened would get this descriptor
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = _stream(1, getattr(sys.stdout, "encoding", None), is_error=False)
@@ -70,15 +70,15 @@ def secure_streams() -> None:
 
 
 def stop_on_signals() -> None:
-    """Have SIGTERM and SIGHUP interrupt the command as Ctrl-C does. A second signal while it stops ends it at once.
+    """Have SIGTERM and SIGHUP interrupt the command as Ctrl-C does. A second signal ends it at once.
 
-    One that is ignored already (`nohup`) stays ignored.
+    Signals that are already ignored, as under `nohup`, stay ignored.
     """
     _handle_signals(_Stop())
 
 
 def leave_on_signals() -> None:
-    """The same once the command has said how it ended: the first signal ends what is still being stopped."""
+    """Have the next signal end the process at once, after the command has reported its result."""
     _handle_signals(_leave)
 
 
@@ -107,7 +107,7 @@ class _Standard(io.FileIO):
         self._is_lost = False
 
     def write(self, content: Any) -> int:
-        """Write, or pretend to where nobody would see it."""
+        """Write the content, or discard it if the stream is lost."""
         if not self._is_lost:
             try:
                 return super().write(content)
@@ -115,13 +115,13 @@ class _Standard(io.FileIO):
                 self._is_lost = True
                 if not (self._is_error or isinstance(error, BrokenPipeError)):
                     raise OutputError(
-                        f"standard output cannot be written: {error.strerror}; what was finished is kept"
+                        f"standard output cannot be written: {error.strerror}; finished work is kept"
                     ) from None
         return len(memoryview(content).cast("B"))
 
 
 class _Stop:
-    """The handler of the signals that end a command."""
+    """Handler of the signals that end a command."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -131,9 +131,9 @@ class _Stop:
         if self._first is None:
             self._first = now
             raise KeyboardInterrupt
-        if now - self._first > _ONE_STOP_SECONDS:  # not the same key press, which a parent may have passed on as well
+        if now - self._first > _ONE_STOP_SECONDS:  # else it may be the same key press, passed on by a parent
             with suppress(OSError):
-                os.write(2, b"stopped at once; what was finished is kept\n")
+                os.write(2, b"stopped at once; finished work is kept\n")
             _leave(number, frame)
 
 

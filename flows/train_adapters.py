@@ -1,4 +1,4 @@
-"""The main job: train, evaluate and collect one adapter per MTEB task."""
+"""Main flow: train, evaluate, collect and publish one adapter per MTEB task."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from tasks.log import run_logger
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run of the flow came to."""
+    """Outcome of a run of the flow."""
 
     run_id: str
     folder: RunFolder | None
-    """None where the input was wrong and nothing was written."""
+    """Run folder; None if the run was refused before anything was written."""
     results: tuple[TaskResult, ...]
     failures: tuple[Failure, ...]
 
 
 _LOOK_UP_SECONDS = 0.5
-_THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=256)  # they wait, the workers work
+_THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=256)  # threads only wait for the workers
 
 
 @flow(name="train-adapters", task_runner=_THREADS)  # type: ignore[arg-type]
@@ -58,15 +58,16 @@ def train_adapters(
     force: bool = False,
     publish: bool = True,
 ) -> State[Any]:
-    """Train, evaluate, collect and publish; ends failed, with the table, if an MTEB task failed.
+    """Train, evaluate, collect and publish. A failed MTEB task fails the flow run, after the others have finished.
 
     Args:
-        config: A preset (quickstart, minilm6, mteb8) or a TOML file on the machine that runs the flow; read anew by each run.
+        config: A preset (quickstart, minilm6, mteb8), or a TOML file on the machine that runs the flow. Each run reads
+            it again.
         overrides: Keys of the config to override, each as KEY=VALUE, such as train.seed=7.
-        mteb_tasks: Only these of the config's MTEB tasks; all of them where left empty.
-        runs: The run store, a folder.
-        force: Train again what an earlier run has finished for the same inputs.
-        publish: Publish what the gate promotes, where the config says to which place (publish.to).
+        mteb_tasks: MTEB tasks of the config to train. Leave empty for all.
+        runs: Run store, a folder.
+        force: Train again even if an earlier run has finished with the same inputs.
+        publish: Publish the adapters that the gate promotes, if the config has a target (publish.to).
     """
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     try:
@@ -83,15 +84,16 @@ def train_adapters(
 def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
     started = time.monotonic()
     check = None if force else check_of_run(config, store)
-    if check is not None and (found := stages.find_unchanged_early(check, config.publish, store)) is not None:
-        return _not_begun(run_id, found) if isinstance(found, LorafleetError) else _unchanged(found, config)
+    unchanged = None if check is None else stages.find_unchanged_early(check, config.publish, store)
+    if unchanged is not None:
+        return _not_begun(run_id, unchanged) if isinstance(unchanged, LorafleetError) else _unchanged(unchanged, config)
     with fleet_of_run(config) as fleet:
         first = fleet.worker()
         plan = _check(config, first, store)
         if isinstance(plan, LorafleetError):
             return _not_begun(run_id, plan)
-        if not force and (unchanged := stages.find_unchanged(plan, store)) is not None:
-            return _unchanged(unchanged, plan.config)
+        if not force and (newest := stages.find_unchanged(plan, store)) is not None:
+            return _unchanged(newest, plan.config)
         folder = RunFolder(store / run_id)
         write_config(plan.config, folder)
         reused = [] if force else stages.reuse_finished(plan, store, run_id)
@@ -116,7 +118,18 @@ def _check(config: RunConfig, worker: FleetWorker, store: Path) -> Plan | Lorafl
 def _fan_out(
     plan: Plan, reused: Sequence[TaskResult], fleet: Fleet, first: FleetWorker, *, store: Path, run_id: str
 ) -> tuple[list[TaskResult], list[Failure]]:
-    """One worker per MTEB task that is not there yet, ``first`` for one of them; a failing one leaves the others alone."""
+    """Run the stages of each MTEB task that is not reused, on one worker per task.
+
+    Args:
+        plan: Plan of the run.
+        reused: Results taken over from an earlier run.
+        fleet: Source of further workers.
+        first: Worker that has checked the inputs, used for the first task.
+        store: Run store.
+        run_id: Id of the run.
+    Returns:
+        New results, and failures. A failed task does not affect the others.
+    """
     done = {result.mteb_task.name for result in reused}
     todo = [planned for planned in plan.tasks if planned.mteb_task.name not in done]
     workers = [first, *(fleet.worker() for _ in todo[1:])]
@@ -129,7 +142,7 @@ def _fan_out(
 
 
 def _publish(folder: RunFolder, config: RunConfig) -> list[Failure]:
-    """Publish; where that fails the run is finished all the same, and `lorafleet publish` can be tried again."""
+    """Publish a finished run. A failure leaves the run finished, so that `lorafleet publish` can retry."""
     published = stages.publish(folder, config.publish, trust_remote_code=config.encoder.trust_remote_code)
     if isinstance(published, LorafleetError):
         return [
@@ -141,7 +154,7 @@ def _publish(folder: RunFolder, config: RunConfig) -> list[Failure]:
 
 
 class _Chain:
-    """The stages of one MTEB task, each a Prefect task run that waits for the one before."""
+    """Stages of one MTEB task. Each is a Prefect task run that waits for the previous one."""
 
     def __init__(self, planned: PlannedTask, plan: Plan, worker: FleetWorker, *, store: Path, run_id: str) -> None:
         self.name = planned.mteb_task.name
@@ -149,18 +162,18 @@ class _Chain:
         self.worker = worker
         worker.begin(job_spec(plan, planned, run_id=run_id, runs=store))
         self.futures: dict[str, PrefectFuture[Any]] = {}
-        before: list[PrefectFuture[Any]] = []
+        previous: list[PrefectFuture[Any]] = []
         for stage in (stages.load_data, stages.evaluate_frozen, stages.train_adapter, stages.evaluate_adapter):
             future = stages.with_policy(stage, compute).submit(
-                self.name, self.worker, compute.timeout_seconds, wait_for=before
+                self.name, self.worker, compute.timeout_seconds, wait_for=previous
             )
             self.futures[stage.name] = future
-            before = [future]
-        # The last stage ends with whichever fails before it. Its place is given on at once, not when the flow comes to look.
-        before[-1].add_done_callback(lambda _: self.worker.release())
+            previous = [future]
+        # The last stage ends as soon as an earlier one fails. Its slot is free at once, not when the flow next looks.
+        previous[-1].add_done_callback(lambda _: self.worker.release())
 
     def outcome(self) -> TaskResult | Failure:
-        """Wait for the last stage, and say what came of it."""
+        """Wait for all stages, and return the result or the failure."""
         result: Any = None
         for stage, future in self.futures.items():
             result = _wait(future)
@@ -173,7 +186,10 @@ class _Chain:
 
 
 def _wait(future: PrefectFuture[Any]) -> Any:
-    """The future's result, or its error. Looks up now and then: some libraries' signal handlers keep Ctrl-C from ending a wait."""
+    """Wait for a future, and return its result or error.
+
+    Polls, because some libraries' signal handlers keep Ctrl-C from interrupting a wait without a timeout.
+    """
     while True:
         with suppress(TimeoutError):
             return future.result(timeout=_LOOK_UP_SECONDS, raise_on_failure=False)
@@ -190,11 +206,11 @@ def _in_config_order(plan: Plan, results: Sequence[TaskResult]) -> list[TaskResu
 
 
 def _unchanged(folder: RunFolder, config: RunConfig) -> State[Any]:
-    """Nothing to train; a publication that did not come to its end is tried again."""
+    """End a run that has nothing to train. An interrupted publish is repeated."""
     run_id = folder.root.name
     to = config.publish.to
-    settled = folder.gate.is_file() and any(decision.to == to for decision in read_gate(folder.gate))
-    failures = _publish(folder, config) if to is not None and not settled else []
+    is_published = folder.gate.is_file() and any(decision.to == to for decision in read_gate(folder.gate))
+    failures = _publish(folder, config) if to is not None and not is_published else []
     message = f"nothing to do: data and config are those of run {run_id}"
     run_logger().info("%s", message)
     return _ended(RunOutcome(run_id, folder, (), tuple(failures)), message)

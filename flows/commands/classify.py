@@ -40,7 +40,7 @@ _LABELS_SHOWN = 10
 @click.option("--columns", metavar="A,B,...", help="Input columns to keep. [default: all]")
 @click.option("--min-score", type=float, metavar="P", help="Leave the label null below this probability.")
 @click.option(
-    "--target-accuracy", type=float, metavar="A", help="Take that probability from the coverage table of each adapter."
+    "--target-accuracy", type=float, metavar="A", help="Choose --min-score from each adapter's coverage table."
 )
 @click.option(
     "--top-k", type=int, default=1, show_default=True, metavar="K", help="Also list the K most probable labels."
@@ -88,10 +88,10 @@ def classify(as_json: bool, **given: Any) -> None:
     else:
         _print_summary(outcome.summary)
     for failure in outcome.failures:
-        where = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
-        complain(f"failed: {where}: {failure.reason}")
+        location = failure.path if failure.unit is None else f"{failure.path}, rows from {failure.first_row}"
+        complain(f"failed: {location}: {failure.reason}")
     if outcome.aside is not None:
-        complain(f"the old output in {given['output']} is left as it was, because of the failures")
+        complain(f"the old output in {given['output']} is unchanged, because of the failures")
     if not as_json:
         say(f"output: {outcome.aside or given['output']}")
     sys.exit(1 if outcome.failures else 0)
@@ -127,12 +127,12 @@ def _bulk_request(given: dict[str, Any]) -> BulkRequest:
 
 
 def _classify(request: BulkRequest) -> BulkOutcome:
-    """Run the flow with what it needs around it; its Prefect history is kept only by a server of your own."""
+    """Run the flow. The embedded Prefect server, used if no other is configured, is deleted afterwards."""
     from tasks.services.prefect_server import PrefectServer
     from tasks.services.temporary import temporary_folder
 
     home = tempfile.mkdtemp(prefix="lorafleet-", dir=temporary_folder())
-    atexit.register(shutil.rmtree, home, ignore_errors=True)  # before the server's own, so run after it
+    atexit.register(shutil.rmtree, home, ignore_errors=True)  # registered before the server's own, so run after it
     server = PrefectServer(Path(home))
     server.start()
     threading.Thread(target=_import_kernel, name="import-ahead", daemon=True).start()
@@ -170,5 +170,6 @@ def _print_summary(summary: BulkSummary) -> None:
     rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {counted(summary.rows_in, 'row')} in {summary.seconds:.0f} s, {rate}"
     say(
-        f"{facts}; {summary.truncated:,} cut, {counted(summary.duplicates, 'duplicate')}, {counted(summary.failures, 'failure')}"
+        f"{facts}; {summary.truncated:,} truncated, {counted(summary.duplicates, 'duplicate')}, "
+        f"{counted(summary.failures, 'failure')}"
     )

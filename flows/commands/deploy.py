@@ -41,7 +41,8 @@ def deploy(
 ) -> None:
     """Register schedules with a Prefect server.
 
-    The server is that of PREFECT_API_URL, or that of `lorafleet up` if it is not set. Scheduled runs start in the current folder.
+    The server is that of PREFECT_API_URL or, if unset, that of `lorafleet up`. Scheduled runs start in the current
+    folder.
 
     Example: lorafleet deploy --name weekly --cron "0 6 * * 1" --timezone Europe/Berlin --notify slack-webhook/team
     """
@@ -51,5 +52,5 @@ def deploy(
     from flows.deployment_file import schedule_of
 
     schedule = schedule_of(interval=interval, cron=cron, timezone=timezone)
-    for deployed in register(file or FILE, names=names, schedule=schedule, notify=notify):
-        say(str(deployed))
+    for deployment in register(file or FILE, names=names, schedule=schedule, notify=notify):
+        say(str(deployment))

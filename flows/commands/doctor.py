@@ -20,8 +20,8 @@ from pipeline.errors import InputError
 def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -> None:
     """Check this machine, and say what to fix.
 
-    Checks what a run needs, and the servers that it uses. Exit code 0 if runs will work, with or without warnings; 1 if something is
-    broken.
+    Checks what a run needs, and the servers that it uses. The exit code is 0 if runs will work, with or without
+    warnings, and 1 if something is broken.
 
     Example: lorafleet doctor --runs runs
     """
@@ -29,7 +29,9 @@ def doctor(runs: str, ray_address: str | None, start_ray: bool, as_json: bool) -
     from tasks.checks.doctor import examine, report
 
     if start_ray and ray_address is not None:
-        raise InputError("--start has no effect with --ray-address, which names a cluster that is there; leave one out")
+        raise InputError(
+            "--start has no effect with --ray-address, which names an existing cluster; give only one of them"
+        )
     checks = examine(store_folder(runs), ray_address=ray_address, start_ray=start_ray)
     if as_json:
         say_json(json.loads(report(checks, as_json=True)))

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     "--form",
     required=True,
     type=click.Choice(["sentence-transformers", "classifier", "transformers", "onnx"]),
-    help="Write the encoder, or encoder and head, for sentence-transformers; or a model for transformers (EuroBERT) or ONNX Runtime.",
+    help=(
+        "Encoder, or encoder and head, for sentence-transformers; or a model for transformers (EuroBERT) "
+        "or ONNX Runtime."
+    ),
 )
 @click.option("--encoder", metavar="NAME", help=ENCODER)
 @click.option("--offline", is_flag=True, help=OFFLINE)
 def export(ref: str, target: Path, form: Form, encoder: str | None, offline: bool) -> None:
     """Export an adapter for other tools.
 
-    The adapter is merged into its encoder. What was written is read back and compared.
+    The adapter is merged into its encoder. The exported model is then loaded and compared with the original.
 
     Example: lorafleet export hf:me/support-classifiers#Tickets tickets-onnx --form onnx
     """

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Delete old runs and abandoned checkpoints.
 
-    Published runs and the last good run of each MTEB task are kept. The history over runs keeps every score. Its page is written again,
+    Published runs and the last good run of each MTEB task are kept. The history keeps every score. Its page is updated,
     without links to deleted runs.
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
@@ -74,8 +74,6 @@ def _print_pruned(pruned: PruneResult, *, dry_run: bool, as_json: bool) -> None:
         say(f"{word:8}{verdict.what:16}{verdict.path}  {size:>8}  {verdict.reason}")
     for failure in pruned.failures:
         complain(f"failed: {failure}")
-    gone, size = (
-        sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures),
-        readable_bytes(pruned.freed_bytes),
-    )
-    say(f"{f'would delete {gone}' if dry_run else f'deleted {gone}'} of {len(pruned.verdicts)}, {size}")
+    num_deleted = sum(verdict.goes for verdict in pruned.verdicts) - len(pruned.failures)
+    verb = "would delete" if dry_run else "deleted"
+    say(f"{verb} {num_deleted} of {len(pruned.verdicts)}, {readable_bytes(pruned.freed_bytes)}")

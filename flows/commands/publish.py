@@ -37,7 +37,7 @@ def publish(
 ) -> None:
     """Publish what passes the gate, in one commit.
 
-    RUN is a finished run folder. What it would publish is verified before the target changes.
+    RUN is a finished run folder. The files to publish are verified before the target changes.
 
     Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
     """
@@ -48,7 +48,7 @@ def publish(
 
     prepare_http()
     if any(override.startswith("publish.token_block") for override in overrides):
-        raise InputError("--set publish.token_block has no effect here, only where a flow publishes; set HF_TOKEN")
+        raise InputError("--set publish.token_block has no effect here, only in a flow; set HF_TOKEN")
     config = publish_config(read_candidate(run).manifest.config, to=to, private=private, overrides=overrides)
     published = publish_run(run, config, trust_remote_code=trust_remote_code)
     _print_published(published, as_json=as_json)
@@ -70,10 +70,9 @@ def _print_published(published: PublishResult, *, as_json: bool) -> None:
             say(f"{decision.decision:8}{decision.mteb_task}: {decision.reason}")
         for adapter in published.verified:
             say(verified_line(adapter))
-        where = published.to if published.revision is None else f"{published.to}@{published.revision}"
-        promoted = len(published.verified)
-        say(
-            f"published {promoted} of {counted(len(published.decisions), 'adapter')}, {counted(published.num_files, 'file')}: {where}"
-            if promoted
-            else f"nothing to publish; {where} stays as it is"
-        )
+        target = published.to if published.revision is None else f"{published.to}@{published.revision}"
+        if promoted := len(published.verified):
+            adapters, files = counted(len(published.decisions), "adapter"), counted(published.num_files, "file")
+            say(f"published {promoted} of {adapters}, {files}: {target}")
+        else:
+            say(f"nothing to publish; {target} is unchanged")

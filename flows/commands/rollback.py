@@ -19,11 +19,11 @@ from flows.terminal import say
     help="State to restore. That of a run is tagged run-<run>.",
 )
 @click.option("--encoder", metavar="NAME", help=ENCODER)
-@click.option("--offline", is_flag=True, help="Never ask the Hub for an encoder.")
+@click.option("--offline", is_flag=True, help="Never ask the Hub for the encoder.")
 def rollback(repository: str, revision: str, encoder: str | None, offline: bool) -> None:
     """Restore an older state of a repository.
 
-    That state is verified first, and becomes the newest commit.
+    The older state is verified, and then becomes the newest commit.
 
     Example: lorafleet rollback hf:me/support-classifiers --to run-20261113-181500-9c8d
     """
@@ -33,4 +33,4 @@ def rollback(repository: str, revision: str, encoder: str | None, offline: bool)
     prepare_http()
     landed, verified = roll_back(repository, revision, encoder=encoder, offline=offline)
     print_verified(verified, as_json=False)
-    say(f"{repository} is at {landed} now, with the files of {revision}")
+    say(f"{repository} is now at {landed}, with the files of {revision}")

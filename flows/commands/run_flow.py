@@ -1,4 +1,4 @@
-"""A Prefect flow run by a command: its server, its live table, and what is printed of its log."""
+"""Running a Prefect flow from a command: its server, live table and log."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
-    """Run a flow once its server answers, with the live table, and return what the flow returned."""
+    """Wait for the server, run the flow with the live table, and return the flow's result.
+
+    Raises:
+        KeyboardInterrupt: the run was cancelled.
+        BaseException: the exception that the flow ended with.
+    """
     import httpx
 
     from tasks.live_table import LIVE_TABLE
 
     server.ready()
-    logging.getLogger("prefect.events.clients").setLevel(
-        logging.ERROR
-    )  # it warns of each event that a server which is away does not take
+    # Else Prefect would warn of each event that an unreachable server does not accept.
+    logging.getLogger("prefect.events.clients").setLevel(logging.ERROR)
     for runs in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(runs).addFilter(is_worth_logging)
     try:
@@ -40,22 +44,23 @@ def run_flow(server: PrefectServer, flow: Callable[[], Any]) -> Any:
 
 
 def _leave_without_server(server: PrefectServer, error: Exception) -> NoReturn:
-    """Exit at once: Prefect would wait for seven seconds with each event that the server did not take, and there may be hundreds."""
-    where = f"the Prefect server at {os.environ['PREFECT_API_URL']}"
-    # On a line of its own: Prefect's last one, on logs that were not taken, has no end.
-    complain("", f"error: {where} does not answer: {error}; finished work is kept, start again when it does")
+    """Exit at once. Prefect would wait seven seconds for each of the pending events, of which there may be hundreds."""
+    address = f"the Prefect server at {os.environ['PREFECT_API_URL']}"
+    # Starts with a new line, because Prefect's last message has no line end.
+    complain("", f"error: {address} does not answer: {error}; finished work is kept, start again when it does")
     server.stop()
     sys.stdout.flush()
     os._exit(1)
 
 
 def is_worth_logging(record: logging.LogRecord) -> bool:
-    """Prefect ends every run with a line of its own; what came of a stage is said by the stage, and of the flow by the command.
+    """Whether a Prefect log record adds information. Used as a log filter.
 
-    Stages that never began, because the one before failed, and those that an interrupt stopped have nothing to say.
+    Prefect logs the final state of every run, but stages and commands report their results themselves. Stages that were
+    skipped or interrupted have no result.
     """
     if record.exc_info and type(record.exc_info[1]).__module__.startswith("httpx"):
-        return False  # the flow's end that could not be reported, as a traceback
+        return False  # the traceback of a final state that could not be reported
     stopped = "Failed('Task run encountered an exception StoppedError"
     ends = ("",) if record.name == "prefect.flow_runs" else ("Completed", "NotReady", stopped)
     interrupted = "Crash detected! Execution was aborted by an interrupt"

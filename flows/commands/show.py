@@ -46,7 +46,7 @@ def show_run(run: Path, *, as_json: bool) -> None:
         say_json(summary.model_dump(mode="json"))
         return
     files = [folder.task(entry.task).result for entry in summary.tasks]
-    results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a published folder has none
+    results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a publication may lack them
     _print_table(score_table(summary, results))
     for failure in summary.failures:
         complain(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}")
@@ -86,7 +86,7 @@ def _show_history(runs: Path, *, as_json: bool) -> None:
     lines = []
     for (mteb_task, run_id), scores in sorted(
         by_run.items(), key=lambda line: line[0][0]
-    ):  # the runs of each, oldest first, as read
-        note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the line above
+    ):  # stable: the runs of each MTEB task stay oldest first
+        note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the previous line
         lines.append((mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note))
     say_table(("MTEB task", "run", *columns, ""), lines)

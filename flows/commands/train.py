@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, force: bool, as_json: bool) -> None:
     """Train and evaluate one adapter per task.
 
-    Everything that a run makes is collected in one run folder. After a crash, run the same command to resume.
+    All results of a run are in one run folder. After a crash, run the same command to resume.
 
     Example: lorafleet train --config mteb8 --set data.mirror=data/mteb --set train.seed=7
     """
@@ -60,13 +60,13 @@ def train(source: str, overrides: tuple[str, ...], runs: str, dry_run: bool, for
 
 
 def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, *, force: bool) -> RunOutcome:
-    """Run the flow with what it needs around it: the configured Prefect server, or an embedded one."""
+    """Run the flow with the configured Prefect server, or an embedded one."""
     from pipeline.store.lock import hold_store
     from tasks.services.prefect_server import PrefectServer
 
     store = Path(runs)
     with hold_store(store, "being checked"):
-        pass  # who cannot have the store must not start a server on its database; the flow takes it for good
+        pass  # a locked store is refused before a server opens its database; the flow locks it again
     server = PrefectServer(store / ".prefect")
     from tasks.ahead import ahead_of_run
     from tasks.early_check import refuse_wrong_files
@@ -76,7 +76,7 @@ def _run(config: RunConfig, source: str, overrides: tuple[str, ...], runs: str, 
         refuse_wrong_files(config)
         from flows.train_adapters import train_adapters
 
-        server.start()  # not before: on few cores it would keep the workers waiting
+        server.start()  # not earlier: on few cores it would delay the workers
 
         def run() -> Any:
             try:
@@ -104,9 +104,8 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
-    unpublished = [
-        failure for failure in outcome.failures if failure.stage in ("gate", "publish")
-    ]  # known after all files were written
+    # The run's files do not list failures of publishing, because they are written before.
+    unpublished = [failure for failure in outcome.failures if failure.stage in ("gate", "publish")]
     for failure in unpublished:
         complain(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}")
     if as_json:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
     """Check published adapters in a new process.
 
-    Each adapter of REF is loaded as anybody would load it, and compared with what was trained.
+    Each adapter of REF is loaded as a user would load it, and compared with the trained one.
 
     Example: lorafleet verify hf:me/support-classifiers@run-20261120-181500-1a2b
     """
@@ -35,7 +35,7 @@ def verify(ref: str, encoder: str | None, offline: bool, as_json: bool) -> None:
 
 
 def print_verified(verified: Sequence[Verification], *, as_json: bool) -> None:
-    """Print what was verified of each adapter."""
+    """Print the verification of each adapter."""
     if as_json:
         say_json([dataclasses.asdict(adapter) for adapter in verified])
         return
@@ -44,7 +44,7 @@ def print_verified(verified: Sequence[Verification], *, as_json: bool) -> None:
 
 
 def verified_line(adapter: Verification) -> str:
-    """One line on a verified adapter."""
+    """Describe a verification in one line."""
     return (
         f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
         f"effect on the embedding {adapter.effect:.2g}"
