@@ -95,7 +95,7 @@ def deploy(
 
 
 def _load_flow(file: Path, entry: DeploymentEntry) -> Flow[..., Any]:
-    """Import the flow of a deployment. Prefect itself would search the working folder first, and import its tasks.py."""
+    """Import the flow of a deployment. Prefect itself would prefer a tasks.py in the working folder over ours."""
     module, _, name = entry.entrypoint.rpartition(".")
     context = f"{file}: deployment {entry.name!r}: entrypoint {entry.entrypoint!r}"
     try:

@@ -13,7 +13,7 @@ from pipeline.config import publish_config
 from pipeline.errors import LorafleetError
 from pipeline.printable import counted, printable
 from pipeline.publishing.publication import read_candidate
-from tasks import stages
+from tasks import publish_stage
 
 
 @flow(name="publish-adapters")
@@ -34,7 +34,7 @@ def publish_adapters(
         config = publish_config(candidate.manifest.config, to=to, private=private, overrides=tuple(overrides or ()))
     except LorafleetError as error:
         return Failed(message=f"not published: {error}")
-    published = stages.publish(candidate.folder, config, trust_remote_code=trust_remote_code)
+    published = publish_stage.publish(candidate.folder, config, trust_remote_code=trust_remote_code)
     if isinstance(published, LorafleetError):
         return Failed(message=f"not published: {published}")
     blocked = ", ".join(f"{decision.mteb_task} (gate: {decision.reason})" for decision in published.blocked)

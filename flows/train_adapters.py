@@ -26,7 +26,7 @@ from pipeline.store.lock import hold_store, store_folder
 from pipeline.store.manifest import write_config
 from pipeline.store.run_folder import RunFolder
 from pipeline.store.tables import read_gate
-from tasks import stages
+from tasks import publish_stage, stages
 from tasks.ahead import check_of_run, fleet_of_run
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled
 from tasks.fleet import Fleet
@@ -143,7 +143,7 @@ def _fan_out(
 
 def _publish(folder: RunFolder, config: RunConfig) -> list[Failure]:
     """Publish a finished run. A failure leaves the run finished, so that `lorafleet publish` can retry."""
-    published = stages.publish(folder, config.publish, trust_remote_code=config.encoder.trust_remote_code)
+    published = publish_stage.publish(folder, config.publish, trust_remote_code=config.encoder.trust_remote_code)
     if isinstance(published, LorafleetError):
         return [
             Failure(mteb_task="", stage="publish", reason=str(published), user_fault=isinstance(published, InputError))

@@ -1,1 +1,1 @@
-"""Prefect tasks and Ray: retries, timeouts, resources, actors. Policy around one call into the pipeline below."""
+"""Prefect tasks and Ray actors: retries, timeouts, resources. Each is policy around one call into the pipeline."""

@@ -1,4 +1,4 @@
-"""The Prefect tasks of a bulk job, and the two places where its units run: this process, or Ray Data's pool of actors."""
+"""Prefect tasks of a bulk job. Units run in this process, or in Ray Data's pool of actors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ _CHANGES_SHOWN = 12
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 def plan_job(request: BulkRequest) -> BulkPlan | InputError:
-    """Check input, adapters, encoder and output before anything starts; returns what is wrong, as ``check_inputs`` does."""
+    """Check input, adapters, encoder and output before anything starts.
+
+    Returns:
+        The plan, or the error: Prefect would log a raised error with a traceback.
+    """
     from pipeline.bulk.plan import plan_bulk
 
     try:
@@ -45,20 +49,24 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
     except InputError as error:
         return error
     logger = run_logger()
-    logger.info("input: %s (%d done before)", _extent(plan.source), plan.begun.num_done)
+    logger.info("input: %s (%d already done)", _extent(plan.source), plan.begun.num_done)
     if plan.source.skipped:
         logger.info("%s", in_words(plan.source.skipped))
     if changes := plan.source.changes:
         more = f" and {len(changes) - _CHANGES_SHOWN} more, see _job.json" if len(changes) > _CHANGES_SHOWN else ""
         logger.warning("types that the output cannot keep: %s%s", "; ".join(changes[:_CHANGES_SHOWN]), more)
     for failure in plan.source.failures:
-        logger.warning("left out: %s: %s", failure.path, failure.reason)
+        logger.warning("skipped: %s: %s", failure.path, failure.reason)
     return plan
 
 
 @task(name="label units", task_run_name="label units", cache_policy=NO_CACHE)
 def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
-    """Label what is missing; returns the receipts and the seconds of labelling, or why the job cannot go on."""
+    """Label the remaining units.
+
+    Returns:
+        Receipts and the seconds of labelling, or the error that stopped the job.
+    """
     receipts: list[Receipt] = []
     if not plan.begun.todo:
         run_logger().info("nothing left to do")
@@ -70,7 +78,7 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
             progress.show(receipts)
             if receipt.fatal:
                 return LorafleetError(
-                    f"stopped: {receipt.failure}; start again when that is mended, {_units(plan, receipts)} are kept"
+                    f"stopped: {receipt.failure}; fix that and run the command again, {_units(plan, receipts)} are kept"
                 )
     except LorafleetError as error:
         return error
@@ -81,7 +89,16 @@ def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
 def finish_job(
     plan: BulkPlan, receipts: Sequence[Receipt], *, seconds: float, busy_seconds: float
 ) -> tuple[BulkSummary, tuple[UnitFailure, ...]] | LorafleetError:
-    """Write the summary beside the output, and show it in the UI; returns why it cannot be written."""
+    """Write the summary next to the output, and show it in the UI.
+
+    Args:
+        plan: Plan of the job.
+        receipts: Receipts of the units labelled by this start.
+        seconds: Wall time of the job.
+        busy_seconds: Wall time of the labelling.
+    Returns:
+        Summary and failed units, or the error if the output cannot be finished.
+    """
     try:
         summary, failures = finish(
             plan.output, plan.begun, plan.job, plan.source, receipts, seconds=seconds, busy_seconds=busy_seconds
@@ -90,7 +107,7 @@ def finish_job(
         return error
     except store_errors() as error:
         return LorafleetError(
-            f"output {plan.output}: cannot be finished: {error}; start again, {_units(plan, receipts)} are kept"
+            f"output {plan.output}: cannot be finished: {error}; run the command again, {_units(plan, receipts)} are kept"
         )
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
     lines = [
@@ -119,14 +136,12 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
     compute = plan.request.compute
     try:
-        forget_attempts(plan.begun.place)  # a start of Ray makes its three attempts itself, whatever ended the last one
+        forget_attempts(plan.begun.place)  # each start of Ray makes its own three attempts
     except store_errors() as error:
         raise LorafleetError(f"output {plan.output}: {first_line(error)}") from error
     shares = ComputeConfig(cpus_per_worker=compute.cpus, gpus_per_worker=compute.gpus, ray_address=compute.ray_address)
     fleet = Fleet(shares, num_tasks=len(plan.begun.todo))
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # else Ray Data has the core complain of how it makes its own actors
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's core complains of Ray Data's own actors
     with fleet:
         fleet.ready()
         import ray.data
@@ -135,9 +150,7 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.target_max_block_size = (
-            _BLOCK_BYTES  # only receipts travel, so none needs the space that Ray would set aside for it
-        )
+        context.target_max_block_size = _BLOCK_BYTES  # blocks hold receipts only; Ray would reserve far more space
         most = min(len(plan.begun.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
         run_logger().info(
@@ -159,14 +172,14 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
             for row in receipts.iter_rows():
                 yield Receipt.model_validate_json(row["receipt"])
         except RayTaskError:
-            raise  # a fault of ours
+            raise  # a bug of ours
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise LorafleetError(f"Ray stopped: {reason}; start again, what was finished is kept") from error
+            raise LorafleetError(f"Ray stopped: {reason}; run the command again, finished work is kept") from error
 
 
 class UnitActor:
-    """What Ray Data's pool is made of: one kernel, one unit at a time."""
+    """Actor of Ray Data's pool. It has one classifier, and labels one unit at a time."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         from pipeline.bulk.worker import UnitWorker
@@ -174,14 +187,14 @@ class UnitActor:
         self._worker = UnitWorker(spec)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """One unit in, its receipt out, both as JSON."""
+        """Label a batch of units, given and returned as JSON."""
         return {
             "receipt": [self._worker.label(Unit.model_validate_json(text)).model_dump_json() for text in batch["unit"]]
         }
 
 
 class _Progress:
-    """Rows done, rows/s and time left: to the log, the board and a progress artifact."""
+    """Rows done, rows/s and remaining time, reported to the log, the live table and a progress artifact."""
 
     def __init__(self, plan: BulkPlan) -> None:
         self._plan = plan
@@ -192,20 +205,20 @@ class _Progress:
         self._logger: Any = run_logger()
 
     def begin(self) -> None:
-        """From here on it counts: workers are about to label."""
+        """Start the clock, when the workers are about to label."""
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Of labelling, so far."""
+        """Seconds of labelling so far."""
         return time.monotonic() - self._started
 
     def show(self, receipts: Sequence[Receipt]) -> None:
-        """After each unit."""
+        """Report the progress after a unit."""
         done, total = sum(self._rows[receipt.unit] for receipt in receipts), self._plan.rows_todo
         rate = done / max(self.seconds, 1e-9)
-        left = (total - done) / rate
-        facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(left)} left"
+        remaining = (total - done) / rate
+        facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {_duration(remaining)} left"
         LIVE_TABLE.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
         if receipts[-1].failure:
             self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
@@ -217,7 +230,8 @@ class _Progress:
 
 
 def _extent(source: BulkInput) -> str:
-    return f"{counted(source.num_rows, 'row')} in {counted(len(source.files), 'file')}, {counted(len(source.units), 'unit')}"
+    rows, files = counted(source.num_rows, "row"), counted(len(source.files), "file")
+    return f"{rows} in {files}, {counted(len(source.units), 'unit')}"
 
 
 def _units(plan: BulkPlan, receipts: Sequence[Receipt]) -> str:

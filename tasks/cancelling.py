@@ -1,4 +1,4 @@
-"""A flow that was started directly stops as by Ctrl-C: on SIGTERM, and on its cancellation in the Prefect UI."""
+"""Cancellation of flows that were not started by a Prefect worker: SIGTERM, and the Prefect UI, act like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ _LOOK_UP_SECONDS = 2.0
 
 
 class RunCancelledError(LorafleetError):
-    """The run was cancelled in the Prefect UI; what was finished is kept."""
+    """The run was cancelled in the Prefect UI. Finished work is kept."""
 
 
 @contextmanager
 def interrupted_if_cancelled() -> Iterator[None]:
-    """While open, a flow run is interrupted as by Ctrl-C by SIGTERM, and when it is set to Cancelling. Must be opened in the main thread.
+    """While open, interrupt the flow run on SIGTERM, or when its state becomes Cancelling, as Ctrl-C does.
 
-    A Prefect worker stops the flow runs that it has started by itself, with SIGTERM: Prefect's engine knows what that means there. Here
-    it would take it for a crash.
+    Must be opened in the main thread. It has no effect on runs started by a Prefect worker, which stops them with
+    SIGTERM itself. Without a worker, Prefect's engine would take SIGTERM for a crash.
 
-    Raises: RunCancelledError: instead of the KeyboardInterrupt of a cancellation.
+    Raises:
+        RunCancelledError: the run was cancelled. Raised instead of the KeyboardInterrupt.
     """
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
         yield
         return
-    of_ctrl_c = signal.getsignal(signal.SIGINT)
-    # A shell ignores Ctrl-C for what it starts in the background.
-    before = signal.signal(signal.SIGTERM, of_ctrl_c if callable(of_ctrl_c) else signal.default_int_handler)
+    interrupt = signal.getsignal(signal.SIGINT)
+    # A shell has background processes ignore SIGINT.
+    previous = signal.signal(signal.SIGTERM, interrupt if callable(interrupt) else signal.default_int_handler)
     ended, cancelled = threading.Event(), threading.Event()
     watch = threading.Thread(
         target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True
@@ -46,18 +47,18 @@ def interrupted_if_cancelled() -> Iterator[None]:
     except KeyboardInterrupt:
         if cancelled.is_set():
             raise RunCancelledError(
-                "cancelled in the Prefect UI; what was finished is kept, and the same call goes on from there"
+                "cancelled in the Prefect UI; finished work is kept, run the same command to resume"
             ) from None
         raise
     finally:
         ended.set()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> None:
     with get_client(sync_client=True) as client:
         while not ended.wait(_LOOK_UP_SECONDS):
-            with suppress(Exception):  # a server that is away for a moment cancels nothing
+            with suppress(Exception):  # a server that is briefly unreachable cancels nothing
                 state = client.read_flow_run(run_id).state
                 if state is not None and state.is_cancelling() and not ended.is_set():
                     cancelled.set()

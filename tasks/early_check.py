@@ -1,7 +1,7 @@
-"""Whether a run has anything to do, found out without Ray: a process of its own checks the inputs as a worker would.
+"""Early check of a run's inputs without Ray, to find out whether the run has anything to do.
 
-``python -m tasks.early_check`` reads the run's config from standard input and prints the key of each MTEB task, or what is wrong, as JSON.
-It dies with the process that started it.
+``python -m tasks.early_check`` reads a config from standard input, checks the inputs as a worker would, and prints the
+key of each MTEB task, or an error, as JSON. The process ends with its parent.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tasks.children import die_with_parent
 
 
 class EarlyCheck:
-    """The check of a run's inputs, under way."""
+    """A running check of a run's inputs."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Begin."""
+        """Start the process."""
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tasks.early_check"],  # -P: the working folder may hold a tasks.py of its own
+            [sys.executable, "-P", "-m", "tasks.early_check"],  # -P: ignore a tasks.py in the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -38,13 +38,16 @@ class EarlyCheck:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as config_in:
             config_in.write(anchored(config).model_dump_json().encode())
-        self._process.stdin = None  # or communicate() would want to close it
+        self._process.stdin = None  # else communicate() would close it again
         self._timeout_seconds = config.compute.timeout_seconds
 
     def keys(self) -> Mapping[str, str] | None:
-        """MTEB task -> ``task_key``; None if the process ended without an answer, or took longer than a stage may.
+        """Wait for the result.
 
-        Raises: InputError, LorafleetError: as ``preflight``.
+        Returns:
+            MTEB task -> ``task_key``; None if the process died, or exceeded ``compute.timeout_seconds``.
+        Raises:
+            InputError, LorafleetError: as ``preflight``.
         """
         try:
             out, _ = self._process.communicate(timeout=self._timeout_seconds)
@@ -58,9 +61,10 @@ class EarlyCheck:
 
 
 def refuse_wrong_files(config: RunConfig) -> None:
-    """Check the inputs of a run at once where a file looks wrong, so that nobody waits for Prefect to be told.
+    """Check the inputs before Prefect is started, if a data file looks wrong.
 
-    Raises: InputError, LorafleetError: as ``preflight``.
+    Raises:
+        InputError, LorafleetError: as ``preflight``.
     """
     from pipeline.data.catalogue import files_look_wrong
 
@@ -69,12 +73,15 @@ def refuse_wrong_files(config: RunConfig) -> None:
 
 
 def early_check(config: RunConfig, runs: Path) -> EarlyCheck | None:
-    """The check that was started ahead, or a new one; None where it is not worth it.
+    """Start an early check, if it may save the start of Ray.
 
-    It is where the newest run had the same config, code and libraries, so that only the data may have changed. On a cluster the data are
-    checked where they are read.
+    That is the case if the newest run had the same config, code and libraries, so that only the data can differ. On a
+    cluster the workers check the data, because they read it.
+
+    Returns:
+        The running check, or None if it is not worthwhile.
     """
-    if _is_on_cluster(config) or not _same_as_before(config, runs):
+    if _is_on_cluster(config) or not _is_like_newest_run(config, runs):
         return None
     return EarlyCheck(config)
 
@@ -83,14 +90,14 @@ def _is_on_cluster(config: RunConfig) -> bool:
     return bool(config.compute.ray_address or os.environ.get("RAY_ADDRESS"))
 
 
-def _same_as_before(config: RunConfig, runs: Path) -> bool:
+def _is_like_newest_run(config: RunConfig, runs: Path) -> bool:
     manifest = next((manifest for _, manifest in finished_runs(runs)), None)
     if manifest is None or (manifest.sources_sha256, manifest.versions) != (sources_sha256(), library_versions()):
         return False
-    before, now = (c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, anchored(config)))
-    if now["encoder"]["revision"] is None:  # then it is resolved by each run
-        before["encoder"]["revision"] = None
-    return before == now
+    previous, current = (c.model_dump(exclude={"compute", "publish"}) for c in (manifest.config, anchored(config)))
+    if current["encoder"]["revision"] is None:  # each run resolves it anew
+        previous["encoder"]["revision"] = None
+    return previous == current
 
 
 def _answer(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The driver's handle on a worker of the fleet."""
+"""The driver's handle of a worker, and the errors of a fleet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _POLL_SECONDS = 0.5
 
 
 class WorkerDiedError(LorafleetError):
-    """The worker's process is gone: killed, out of memory, or its node is lost. A new one can go on."""
+    """The worker's process was killed, ran out of memory, or lost its node. A new process can resume the work."""
 
 
 class FleetLostError(LorafleetError):
-    """No node of the fleet is left, so a new worker has nowhere to run."""
+    """No node of the fleet is left to run a worker on."""
 
 
 class StoppedError(LorafleetError):
@@ -29,7 +29,7 @@ class StoppedError(LorafleetError):
 
 
 class FleetWorker:
-    """The driver's handle on a worker; makes a new process where the old one died."""
+    """Handle of a worker. If the worker's process has died, the next call starts a new one."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -38,7 +38,7 @@ class FleetWorker:
         self._has_slot = False
 
     def begin(self, spec: JobSpec) -> None:
-        """Give it the MTEB task whose stages are called next."""
+        """Assign the MTEB task whose stages are called next."""
         self._spec = spec
         if self._actor is not None:
             self._actor.begin.remote(spec)
@@ -46,12 +46,17 @@ class FleetWorker:
     def call(
         self, stage: str, *arguments: Any, on_event: Callable[[Any], None] = lambda event: None, timeout_seconds: float
     ) -> Any:
-        """Run one stage of its MTEB task, or the check before there is one, and wait for the result, passing on what it reports.
+        """Run a method of the worker, and wait for its result.
 
+        Args:
+            stage: Name of the method: a stage of the MTEB task, or ``check``.
+            arguments: Its arguments.
+            on_event: Called with each event that the worker reports meanwhile.
+            timeout_seconds: Longest time that it may take.
         Raises:
-            WorkerDiedError: the process is gone; the next call starts a new one.
+            WorkerDiedError: the process has died or took too long; the next call starts a new one.
             ConfigError: as ``Fleet.ready``.
-            LorafleetError: whatever the stage raised.
+            LorafleetError: any error that the stage raised.
             FleetLostError, StoppedError: as ``Fleet.check``.
         """
         actor = self._ready()
@@ -65,23 +70,23 @@ class FleetWorker:
                 self._pass_on(actor, on_event)
                 self._check_clock(stage, deadline, timeout_seconds)
             result = ray.get(answer)
-            with suppress(RayError):  # who dies now has done its work
+            with suppress(RayError):  # a worker that dies now has finished its work
                 self._pass_on(actor, on_event)
             return result
         except RayTaskError as error:
             raise error.cause from None
-        except RayError as error:  # died, out of memory, its node is gone, no place for it any more
+        except RayError as error:  # died, out of memory, lost its node, or no resources left
             self._actor = None
-            if getattr(error, "actor_init_failed", False):  # as the next one would
+            if getattr(error, "actor_init_failed", False):  # a new process would fail in the same way
                 why = str(error).strip().splitlines()[-1][:300]
                 raise LorafleetError(
-                    f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what it lacks"
+                    f"{self._name}a worker cannot start: {why}; `lorafleet doctor` says what is missing"
                 ) from error
             self._fleet.check()
             raise WorkerDiedError(f"{self._name}its worker died while it ran {stage!r}") from None
 
     def release(self) -> None:
-        """Give the process and its place back."""
+        """Kill the process, and free its slot."""
         self.stop()
         if self._has_slot:
             self._has_slot = False
@@ -119,7 +124,7 @@ class FleetWorker:
             for event in ray.get(actor.events.remote(), timeout=30):
                 on_event(event)
         except GetTimeoutError:
-            return  # busy, or not started yet
+            return  # the worker is busy, or not started yet
 
     def _check_clock(self, stage: str, deadline: float, timeout_seconds: float) -> None:
         self._fleet.check()

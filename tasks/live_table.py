@@ -1,4 +1,4 @@
-"""What every MTEB task, or the bulk job, is doing right now: a live table on a terminal, nothing in a log (the lines are there)."""
+"""Live table of what each MTEB task, or the bulk job, is doing. Shown on a terminal only; logs have lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BAR_WIDTH = 20
 
 
 class LiveTable:
-    """One line per MTEB task, written by the threads that wait for the workers; a bulk job has one line."""
+    """Table with one line per MTEB task, or one line for a bulk job. May be updated from any thread."""
 
     def __init__(self) -> None:
         self._lines: dict[str, tuple[str, float | None, str]] = {}
@@ -27,7 +27,14 @@ class LiveTable:
         self._started = time.monotonic()
 
     def show(self, name: str, stage: str, detail: str = "", *, percent: float | None = None) -> None:
-        """Replace the line of that name; with a percentage it has a bar."""
+        """Replace one line.
+
+        Args:
+            name: Name of the MTEB task, or of the job.
+            stage: What it is doing.
+            detail: Further facts.
+            percent: Progress from 0 to 100, shown as a bar; None for no bar.
+        """
         with self._lock:
             self._lines[printable(name)] = (stage, percent, printable(detail))
 
@@ -42,7 +49,7 @@ class LiveTable:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While open, the board is drawn on standard error, if that is a terminal."""
+        """While open, draw the table on standard error, if that is a terminal."""
         if not sys.stderr.isatty():
             yield
             return
@@ -52,4 +59,4 @@ class LiveTable:
 
 
 LIVE_TABLE = LiveTable()
-"""Of this process."""
+"""The live table of this process."""

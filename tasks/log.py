@@ -1,4 +1,4 @@
-"""The log of a flow or task run. What a line quotes (names, labels, paths, other libraries) cannot forge another line."""
+"""Logger of a flow or task run. Quoted names, labels, paths and messages cannot forge another line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipeline.printable import printable
 
 
 def run_logger() -> logging.LoggerAdapter[Any]:
-    """Prefect's logger of this run, for ``log(format, *values)``: each value becomes one printable line."""
+    """Logger of the current Prefect run, for ``log(format, *values)``. Each value is made one printable line."""
     return _Printable(get_run_logger(), {})
 
 
 class _Printable(logging.LoggerAdapter[Any]):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a line; the other methods call this one."""
+        """Log a line. The other methods call this one."""
         if self.isEnabledFor(level):
             self.logger.log(level, msg, *map(_shown, args), **kwargs)
 
 
 def _shown(value: object) -> object:
-    """Numbers as they are, for the format; an error of ours is printable, of one line or more."""
+    """Make a value printable. Numbers stay numbers for the format, and our own errors are printable already."""
     return value if isinstance(value, int | float | LorafleetError) else printable(str(value))

@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a run besides its states: a progress bar, tables, texts and links. A run never fails for them."""
+"""Prefect artifacts of a run: progress bar, tables, texts and links. A run never fails because of them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,32 @@ _gone = threading.Event()
 
 
 class ProgressArtifact:
-    """Made when first shown, then updated, at most every two seconds. A server that is away for a moment costs no job."""
+    """A progress bar in the Prefect UI, updated at most every two seconds. Errors of the server are only logged."""
 
     def __init__(self, key: str) -> None:
-        """Args: key: lower-case letters, digits and dashes."""
+        """Create nothing yet.
+
+        Args:
+            key: Key of the artifact: lower-case letters, digits and dashes.
+        """
         self._key = key
         self._artifact: UUID | None = None
         self._shown = 0.0
         self._answers = True
 
     def show(self, percent: float, facts: str) -> None:
-        """Replace the bar and the line below it; the end is always shown."""
+        """Update the bar. An update within two seconds of the last one is skipped, unless it completes the bar.
+
+        Args:
+            percent: Progress from 0 to 100.
+            facts: Line below the bar.
+        """
         now = time.monotonic()
         if now - self._shown < _SECONDS and percent < 100:
             return
         self._shown = now
         try:
-            with _impatient():  # the next bar is two seconds away, and who waits here hears nothing of the worker
+            with _impatient():  # a retry would block the events of the worker, and the next update is near
                 self._send(percent, facts)
             self._answers = True
         except Exception as error:  # noqa: BLE001 - whatever the client raises
@@ -47,9 +56,9 @@ class ProgressArtifact:
 
     def _send(self, percent: float, facts: str) -> None:
         if self._artifact is None:
-            made = artifacts.create_progress_artifact(progress=percent, key=self._key, description=printable(facts))
-            assert isinstance(made, UUID)
-            self._artifact = made
+            artifact = artifacts.create_progress_artifact(progress=percent, key=self._key, description=printable(facts))
+            assert isinstance(artifact, UUID)
+            self._artifact = artifact
         else:
             artifacts.update_progress_artifact(
                 artifact_id=self._artifact, progress=percent, description=printable(facts)
@@ -57,9 +66,9 @@ class ProgressArtifact:
 
 
 def _harmless(create: Callable[..., Any]) -> Callable[..., None]:
-    """The same with printable content, where a failure is a warning.
+    """Wrap a function that creates an artifact: content is made printable, and a failure becomes a warning.
 
-    Prefect's client tries for a minute; who is gone then is not waited for a second time.
+    Prefect's client retries for a minute. After one failure, later calls do not retry until a call succeeds.
     """
 
     @wraps(create)
@@ -76,7 +85,7 @@ def _harmless(create: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _shown(content: Any) -> Any:
-    """A text with its lines, each printable; or a table. What puts a value into a text makes it one line first (``markdown``)."""
+    """Make the lines of a text, or the cells of a table, printable. Values in a text are already single lines."""
     return "\n".join(map(printable, content.split("\n"))) if isinstance(content, str) else _cells(content)
 
 

@@ -1,4 +1,4 @@
-"""The Ray actor that owns one MTEB task. Knows nothing of Prefect; imports torch only in the worker's own process."""
+"""Ray actor that runs the stages of one MTEB task. Does not use Prefect, and imports torch only in its own process."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _LONGEST_LINE = 300
 
 
 class Worker:
-    """One MTEB task's job in a process of its own; ``events`` answers while a stage runs.
+    """Process with the job of one MTEB task. ``events`` can be called while a stage runs.
 
-    It may be started before it is known which task will be its own: what takes long to import is there when ``begin`` says so.
+    A worker may be started before its task is known, so that slow imports are done when ``begin`` assigns the task.
     """
 
     def __init__(self, *, threads: int, use_gpu: bool) -> None:
-        """Import what every stage needs.
+        """Import the modules that every stage needs.
 
         Args:
-            threads: CPU threads of its share.
-            use_gpu: Whether a GPU is in its share.
+            threads: Number of CPU threads to use.
+            use_gpu: Whether the worker may use a GPU.
         """
         self._threads, self._use_gpu = threads, use_gpu
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -41,7 +41,7 @@ class Worker:
         self._begun = threading.Event()
         self._events: list[EpochRow | Progress | LogLine] = []
         self._lock = threading.Lock()
-        logger = logging.getLogger("pipeline")  # ours alone: other libraries may quote a user's text
+        logger = logging.getLogger("pipeline")  # not the root logger: other libraries may quote a user's texts
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
         import pipeline.run.job  # noqa: F401
@@ -50,19 +50,23 @@ class Worker:
         import_ahead()
 
     def check(self, config: RunConfig) -> Plan:
-        """Check the inputs of a whole run, where they will be used, and choose how its workers compute; see ``preflight``."""
+        """Check the inputs of a whole run on a worker, where they are used, and choose the runtime of all workers.
+
+        Raises:
+            InputError, LorafleetError: as ``preflight``.
+        """
         from pipeline.encoder.runtime import choose_runtime
         from pipeline.run.preflight import preflight
 
         return preflight(config, choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu))
 
     def begin(self, spec: JobSpec) -> None:
-        """Take on an MTEB task; stages called meanwhile wait for it, as Ray may start them in any order."""
+        """Assign an MTEB task. Stages wait for this call, because Ray may start calls in any order."""
         self._spec = spec
         self._begun.set()
 
     def load(self) -> DataSummary:
-        """Read the data, load the encoder."""
+        """Read the data and load the encoder."""
         return self._ready().load()
 
     def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
@@ -70,21 +74,21 @@ class Worker:
         return self._ready().evaluate_frozen()
 
     def train(self) -> AdapterRef:
-        """Train the adapter, from the last checkpoint on."""
+        """Train the adapter, resuming from the last checkpoint if there is one."""
         return self._ready().train(self._report, self._report)
 
     def finish(self) -> TaskResult:
-        """Evaluate, pass the reload gate, write the result."""
+        """Evaluate the adapter, verify it in a new process, and write the result."""
         return self._ready().finish()
 
     def events(self) -> list[EpochRow | Progress | LogLine]:
-        """What was reported since the last call: every epoch and line of the log, and the latest progress."""
+        """Events since the last call: every epoch and log line, and the latest progress."""
         with self._lock:
             events, self._events = self._events, []
         return events
 
     def process_id(self) -> int:
-        """Of this worker, for those who watch it."""
+        """Process id of this worker, for tests and monitoring."""
         return os.getpid()
 
     def _report(self, event: Any) -> None:
@@ -101,22 +105,22 @@ class Worker:
         self._begun.wait()
         if self._job is None:
             self._job = TaskJob(self._spec)
-        # Ray sets OMP_NUM_THREADS by its own rule, and torch keeps the number per thread: say it in each stage.
+        # Set in each stage, because Ray sets OMP_NUM_THREADS by its own rule and torch's setting is per thread.
         torch.set_num_threads(self._job.runtime.threads)
         return self._job
 
 
 class _Lines(logging.Handler):
-    """Hands the log on, a bounded number of bounded lines."""
+    """Log handler that reports a bounded number of lines of bounded length."""
 
     def __init__(self, report: Callable[[LogLine], None]) -> None:
         super().__init__()
-        self._hand_on = report
+        self._report = report
         self._count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self._count += 1
         if self._count <= _MOST_LINES:
-            self._hand_on(LogLine(level=record.levelno, text=record.getMessage()[:_LONGEST_LINE]))
+            self._report(LogLine(level=record.levelno, text=record.getMessage()[:_LONGEST_LINE]))
         elif self._count == _MOST_LINES + 1:
-            self._hand_on(LogLine(level=logging.WARNING, text=f"more than {_MOST_LINES} lines; the rest is left out"))
+            self._report(LogLine(level=logging.WARNING, text=f"more than {_MOST_LINES} lines; the rest is omitted"))

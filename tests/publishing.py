@@ -522,7 +522,7 @@ def _damage(name: str, path: str, change: Callable[[bytes], bytes] | None) -> Fa
     def mend(place: Place, world: World) -> None:
         place.hub.tamper(REPO, path, world.new[path])
 
-    says = f"^hf:{REPO} is left as it was: .*{path}"
+    says = f"^hf:{REPO} is unchanged: .*{path}"
     return Fault(name, plant, met, VerificationError, says, "old", mend=mend)
 
 

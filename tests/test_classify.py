@@ -233,7 +233,7 @@ def test_a_corrupt_file_is_a_failure_and_when_it_is_mended_it_alone_is_done(plac
     before = times_written(out)
     ended = place.classify("mixed", "mixed-out", "--top-k", "2", "--overwrite")
     assert ended.code == 1
-    assert "the old output in mixed-out is left as it was, because of the failures" in ended.err
+    assert "the old output in mixed-out is unchanged, because of the failures" in ended.err
     (aside,) = out.glob("_next-*")
     assert ended.out.splitlines()[-1] == f"output: {aside}"
     assert times_written(out) == before

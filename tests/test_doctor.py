@@ -27,10 +27,18 @@ from hub_server import USER, go_online, serve_hub
 from packaging.requirements import Requirement
 
 from pipeline.store.lock import hold_store
-from tasks.checks import doctor
+from tasks.checks import doctor, libraries
 from tasks.checks import machine as checkup
 from tasks.checks.doctor import check_gpu, report, try_out
-from tasks.checks.machine import Check, check_checkpoints, check_disk, check_open_files, check_store, readable_bytes
+from tasks.checks.machine import (
+    Check,
+    check_checkpoints,
+    check_disk,
+    check_open_files,
+    check_store,
+    guarded,
+    readable_bytes,
+)
 from tasks.checks.servers import Deferred, check_address, check_hub, check_prefect, in_time
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -195,15 +203,15 @@ def test_a_module_that_hangs_costs_only_itself(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_library_that_is_not_installed_is_a_fault() -> None:
-    check = doctor._check_library(Requirement("no-such-thing[extra]>=1.2"), {"error": "ModuleNotFoundError"})
+    check = libraries._check_library(Requirement("no-such-thing[extra]>=1.2"), {"error": "ModuleNotFoundError"})
     assert (check.status, check.found) == ("fault", "not installed, expected >=1.2")
     assert check.advice.endswith("'no-such-thing[extra]>=1.2'")
 
 
 def test_requirements_that_cannot_be_read_are_one_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text("[project", encoding="utf-8")
-    monkeypatch.setattr(doctor, "_CHECKOUT", tmp_path)
-    (check,) = doctor._Libraries().checks({})
+    monkeypatch.setattr(libraries, "_CHECKOUT", tmp_path)
+    (check,) = libraries.Libraries().checks({})
     assert check.status == "fault"
     assert "make setup" in check.advice
 
@@ -211,8 +219,8 @@ def test_requirements_that_cannot_be_read_are_one_fault(tmp_path: Path, monkeypa
 def test_without_its_checkout_the_requirements_are_those_that_it_was_installed_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_CHECKOUT", tmp_path)
-    modules = doctor._Libraries().modules(over_torch=True)
+    monkeypatch.setattr(libraries, "_CHECKOUT", tmp_path)
+    modules = libraries.Libraries().modules(over_torch=True)
     assert {"torch", "sklearn", "sentence_transformers"} <= set(modules)
 
 
@@ -427,7 +435,7 @@ def test_what_does_not_answer_in_time_is_a_warning_and_what_fails_is_one_too(mon
     def fail() -> Check:
         raise LookupError("no such thing\nat all")
 
-    assert doctor._guarded("Hub", fail).found == "not looked at: LookupError: no such thing"
+    assert guarded("Hub", fail).found == "not checked: LookupError: no such thing"
 
 
 # --- this machine ---

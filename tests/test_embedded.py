@@ -84,7 +84,7 @@ def test_a_server_of_the_users_that_refuses_the_password_is_one_message(
     out, err = wrong.communicate()
     assert out == ""
     assert (
-        "InputError: the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+        "InputError: the Prefect server of PREFECT_API_URL requires a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
         in err
     )
     assert not (tmp_path / "home").exists()

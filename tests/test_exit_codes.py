@@ -134,7 +134,7 @@ def stopped(number: signal.Signals, *, program: Sequence[str] = SCRIPT) -> Calla
         job.process.send_signal(number)
         ended = job.wait(seconds=60)
         assert "Crash detected" not in ended.err
-        assert ended.err.count("interrupted; what was finished is kept") == 1
+        assert ended.err.count("interrupted; finished work is kept") == 1
         assert job.left(seconds=10) == []
         done = {path.name: path.stat().st_mtime_ns for path in (place.cwd / "out").glob("part-0-*.parquet")}
         assert 1 <= len(done) < 4

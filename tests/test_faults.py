@@ -141,7 +141,7 @@ def test_an_interrupt_leaves_no_process_and_keeps_what_was_finished(store: Store
     command.process.send_signal(signal.SIGINT)
     ended = command.wait(seconds=30)
     assert ended.code == 130
-    assert "interrupted; what was finished is kept" in ended.err
+    assert "interrupted; finished work is kept" in ended.err
     assert command.left(seconds=10) == []
     assert len(list(store.runs.glob("*/Quick/result.json"))) == 1
     assert store.epochs_done() >= 1

@@ -708,9 +708,7 @@ def test_a_changed_test_file_is_one_message(small: Bench, tmp_path: Path) -> Non
     published, candidate = moved.run("one", moved.start), moved.run("two", moved.noisy(0.1))
     assert judged(candidate, published).num_texts == 200
     write_task(tmp_path / "data", "Topics", num_test=199)
-    with pytest.raises(
-        DataError, match="Topics: its data are not those of run two any more; train again before publishing"
-    ):
+    with pytest.raises(DataError, match="Topics: the data set has changed since run two; retrain before publishing"):
         judged(candidate, published)
 
 
@@ -795,7 +793,7 @@ def test_a_planted_regression_of_two_points_is_blocked(banking: Bench, promoted:
     assert ended.code == 1
     assert ended.out.splitlines() == [
         f"block   {BANKING77}: {found.reason}",
-        f"nothing to publish; {promoted.folder} stays as it is",
+        f"nothing to publish; {promoted.folder} is unchanged",
     ]
     assert contents(promoted.folder) == before
     assert found.decision == "block"
@@ -816,7 +814,7 @@ def test_a_tie_keeps_the_published_adapter_and_is_no_error(banking: Bench, promo
     code, out = publish_by_command(candidate, promoted.folder)
     found = gate_of(candidate)
     assert (code, found.decision) == (0, "keep")
-    assert out[-1] == f"nothing to publish; {promoted.folder} stays as it is"
+    assert out[-1] == f"nothing to publish; {promoted.folder} is unchanged"
     assert found.reason.startswith("within noise: ")
     assert found.p_value is not None and found.p_value > 0.05
     assert contents(promoted.folder) == before

@@ -291,7 +291,7 @@ def test_an_encoder_that_moved_is_noticed(one: Place, world: World, tmp_path: Pa
     )
     with pytest.raises(AdapterError, match=r"Pairs.* fresh process: .*sha256:") as caught:
         one.publish(moved.root)
-    assert str(caught.value).startswith(f"hf:{REPO} is left as it was")
+    assert str(caught.value).startswith(f"hf:{REPO} is unchanged")
     assert one.files() == world.old
     shutil.copyfile(world.encoder / "model.safetensors", encoder / "model.safetensors")
     one.publish(moved.root)
@@ -423,7 +423,7 @@ def test_a_damaged_state_does_not_come_back(one: Place, world: World) -> None:
     old = one.hub.head(REPO)
     head = one.hub.commit(REPO, dict(world.new))
     one.hub.tamper(REPO, "Topics/labels.json", b'["sea"]')
-    with pytest.raises(VerificationError, match=r"is left as it was: Topics/labels\.json"):
+    with pytest.raises(VerificationError, match=r"is unchanged: Topics/labels\.json"):
         rollback(TO, old, encoder=str(world.encoder))
     assert one.hub.branches(REPO) == {"main": head}
 

@@ -44,7 +44,7 @@ def test_a_run_is_published_verified_and_rolled_back(
     )
     assert published.code == 0, published.err
     again = run("publish", own, "--to", to, cwd=tmp_path, **environment)
-    assert (again.code, "stays as it is" in again.out) == (0, True), again.err
+    assert (again.code, "is unchanged" in again.out) == (0, True), again.err
     tag = f"run-{finished_run.root.name}"
     for ref in (to, f"{to}@{tag}#Topics"):
         verified = run("verify", ref, *encoder, cwd=tmp_path, **environment)

@@ -90,12 +90,12 @@ def test_a_run_that_is_cancelled_in_the_ui_stops_within_ten_seconds_and_the_same
     eventually(is_gone(command, "ray::Worker"), seconds=10, what="the workers are gone")
     ended = command.wait(seconds=30)
     assert ended.code == 130, ended.err
-    assert "interrupted; what was finished is kept" in ended.err
+    assert "interrupted; finished work is kept" in ended.err
     assert command.left(seconds=10) == []
     assert "Ray cluster" not in ended.err  # nobody asked for another one, once this one had been stopped
     state = api.state(flow_run)
     assert (state["type"], state["name"]) == ("CANCELLED", "Cancelled")
-    assert "what was finished is kept" in state["message"]
+    assert "finished work is kept" in state["message"]
 
     again = store.start()
     again.wait_until(lambda: epochs_told(again.log(), "Long"))
@@ -114,7 +114,7 @@ def test_a_signal_that_ends_a_program_stops_a_run_as_ctrl_c_does(number: signal.
     command.process.send_signal(number)
     ended = command.wait(seconds=60)
     assert ended.code == 130, ended.err
-    assert "interrupted; what was finished is kept" in ended.err
+    assert "interrupted; finished work is kept" in ended.err
     assert "Crash detected" not in ended.err
     assert "Traceback" not in ended.err
     assert command.left(seconds=10) == []

@@ -98,9 +98,7 @@ def test_pythonpath_is_left_alone_where_nothing_is_hidden(tmp_path: Path) -> Non
 def test_a_full_disk_behind_standard_output_is_one_message(command: str, tmp_path: Path) -> None:
     ended = shell(f"lorafleet {command} > /dev/full", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert (
-        ended.stderr == "error: standard output cannot be written: No space left on device; what was finished is kept\n"
-    )
+    assert ended.stderr == "error: standard output cannot be written: No space left on device; finished work is kept\n"
 
 
 @pytest.mark.parametrize("command", ["--help", "train --dry-run", "train --dry-run --json"])
@@ -297,7 +295,7 @@ def test_a_value_out_of_bounds_is_one_message_that_names_its_option(arguments: s
 def test_a_value_that_a_second_one_replaces_is_said(tmp_path: Path) -> None:
     ended = shell("lorafleet train --dry-run --runs a --runs b", tmp_path)
     assert ended.returncode == 0
-    assert ended.stderr == "warning: --runs is given 2 times; the last one counts\n"
+    assert ended.stderr == "warning: --runs is given 2 times; only the last one counts\n"
 
 
 # --- signals ---
@@ -334,7 +332,7 @@ def test_each_signal_that_ends_a_program_stops_a_command_as_ctrl_c_does(number: 
     command.process.send_signal(number)
     ended = command.wait(seconds=20)
     assert (ended.code, ended.out.splitlines()) == (130, ["begun", "stopping"])
-    assert ended.err.lstrip() == "interrupted; what was finished is kept, and the same command goes on from there\n"
+    assert ended.err.lstrip() == "interrupted; finished work is kept, run the same command to resume\n"
 
 
 @pytest.mark.parametrize("gap", [0.05, 0.6, 1.2])
@@ -348,7 +346,7 @@ def test_three_ctrl_c_leave_no_traceback(gap: float, stopping: float, leaving: f
     ended = command.wait(seconds=20)
     assert ended.code == 130
     assert "Traceback" not in ended.err
-    assert "what was finished is kept" in ended.err
+    assert "finished work is kept" in ended.err
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:

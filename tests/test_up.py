@@ -154,7 +154,7 @@ def check_that_its_own_commands_find_it(up: Up, tmp_path: Path) -> None:
     assert run("deploy", cwd=elsewhere, PREFECT_API_URL=up.api.url).code == 0
     wrong = run("deploy", cwd=elsewhere, PREFECT_API_URL=up.api.url, PREFECT_API_AUTH_STRING="me:wrong")
     assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1), wrong.err
-    assert "asks for a password; set PREFECT_API_AUTH_STRING" in wrong.err
+    assert "requires a password; set PREFECT_API_AUTH_STRING" in wrong.err
     examined = run("doctor", "--json", cwd=elsewhere, PREFECT_API_URL=up.api.url)
     (check,) = [check for check in json.loads(examined.out)["checks"] if check["name"] == "Prefect API"]
     assert check["status"] == "ok", check

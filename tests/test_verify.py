@@ -688,7 +688,7 @@ def test_an_encoder_that_is_not_there_is_exit_code_2_through_a_fresh_process_too
     manifest = read_manifest(run)
     config = manifest.config.model_dump() | {"encoder": {"name": encoder, "max_tokens": 24}, "data": {"offline": True}}
     write_manifest(type(manifest).model_validate(manifest.model_dump() | {"config": config}), run)
-    with pytest.raises(kind, match=r"out is left as it was: .*encoder"):
+    with pytest.raises(kind, match=r"out is unchanged: .*encoder"):
         publish(run.root, PublishConfig(to=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -39,7 +39,7 @@ def publish(
 
     RUN is a finished run folder. The files to publish are verified before the target changes.
 
-    Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.002
+    Example: lorafleet publish runs/20261120-181500-1a2b --to hf:me/support-classifiers --set publish.gate.min_gain=0.01
     """
     from pipeline.config import publish_config
     from pipeline.publishing.publication import read_candidate

@@ -1,1 +1,1 @@
-"""Checks of `lorafleet doctor`: this machine, its libraries and its servers."""
+"""Checks of `lorafleet doctor`: this machine, its libraries, and the servers that it uses."""

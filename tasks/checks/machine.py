@@ -1,6 +1,6 @@
-"""What ``lorafleet doctor`` looks at on this machine, without Prefect, Ray or torch: the run store, its disk, memory.
+"""Checks of this machine for ``lorafleet doctor``: run store, disk, memory and the like.
 
-Imports the standard library only, so that it works where another library is missing or broken.
+Imports only the standard library at first, so that it works even if another library is missing or broken.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from pipeline.errors import first_line
 from pipeline.machine import LEAST_ROOM_BYTES, existing, free_bytes
 
 Status = Literal["ok", "warning", "fault"]
-"""``fault``: no run will work. ``warning``: some will not, or not as well as they could."""
+"""``fault``: no run will work. ``warning``: some runs will fail, or work worse than they could."""
 
 LEAST_DISK_BYTES = 5 * 10**9
-LEAST_SHARED_MEMORY_BYTES = 256 * 1024**2  # the object store of a local Ray, and some
+LEAST_SHARED_MEMORY_BYTES = 256 * 1024**2  # the object store of a local Ray, with some reserve
 LEAST_MEMORY_BYTES = 2 * 1024**3  # a worker with torch, an encoder and its data
 LEAST_OPEN_FILES = 8192  # what Ray recommends
 
@@ -37,22 +39,22 @@ class Check:
     name: str
     found: str
     advice: str = ""
-    """What to do; empty where there is nothing to do."""
+    """What the user can do; empty if nothing."""
 
 
 def check_store(runs: Path) -> Check:
-    """Whether a run could write there, and whether one does."""
-    place = existing(runs)
-    if not place.is_dir():
-        return Check("fault", "run store", f"{runs}: {place} is not a folder", "choose another store with --runs")
+    """Check that the run store can be written and locked, and whether it is in use."""
+    parent = existing(runs)
+    if not parent.is_dir():
+        return Check("fault", "run store", f"{runs}: {parent} is not a folder", "choose another store with --runs")
     elsewhere = "give this user the right to write there, or choose another store with --runs"
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=parent) as file:
             file.write(b"a run store needs to be written")
     except OSError as error:
-        return Check("fault", "run store", f"{runs}: {place} cannot be written: {error.strerror}", elsewhere)
-    if place != runs.absolute():
-        return Check("ok", "run store", f"{runs}: not there yet, and can be made")
+        return Check("fault", "run store", f"{runs}: {parent} cannot be written: {error.strerror}", elsewhere)
+    if parent != runs.absolute():
+        return Check("ok", "run store", f"{runs}: does not exist yet, and can be created")
     try:
         holder = _holder(runs / ".lock")
     except OSError as error:
@@ -63,26 +65,24 @@ def check_store(runs: Path) -> Check:
 
 
 def check_checkpoints(runs: Path) -> Check:
-    """What lies there of trainings that were begun and not finished."""
+    """Check for checkpoints of unfinished trainings."""
     from pipeline.store.verdicts import ABANDONED_DAYS, checkpoints
 
-    found = checkpoints(runs)
-    if not found:
+    unfinished = checkpoints(runs)
+    if not unfinished:
         return Check("ok", "checkpoints", "none are left over")
     now = datetime.now(UTC)
-    oldest = max(checkpoint.age_days(now) for checkpoint in found)
-    size = readable_bytes(sum(checkpoint.num_bytes for checkpoint in found))
-    facts = f"{len(found)} of trainings that were not finished, {size}, the oldest last written {oldest:.0f} days ago"
+    oldest = max(checkpoint.age_days(now) for checkpoint in unfinished)
+    size = readable_bytes(sum(checkpoint.num_bytes for checkpoint in unfinished))
+    facts = f"{len(unfinished)} of unfinished trainings, {size}, the oldest last written {oldest:.0f} days ago"
     if oldest <= ABANDONED_DAYS:
-        return Check("ok", "checkpoints", f"{facts}; the same command goes on from them")
+        return Check("ok", "checkpoints", f"{facts}; the same command resumes them")
     prune = f"lorafleet prune {runs} --older-than {ABANDONED_DAYS} --dry-run"
-    return Check(
-        "warning", "checkpoints", facts, f"the same command goes on from them; `{prune}` says what can be deleted"
-    )
+    return Check("warning", "checkpoints", facts, f"the same command resumes them; `{prune}` lists what can be deleted")
 
 
 def check_bytecode(library: str = "torch") -> Check:
-    """Whether the libraries lie there compiled, or will after their first import; else every process compiles them anew."""
+    """Check that the libraries' bytecode is cached, or will be. Otherwise every process compiles them again."""
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
         return Check("ok", "bytecode", f"{library} is not installed")
@@ -95,7 +95,10 @@ def check_bytecode(library: str = "torch") -> Check:
         why, advice = f"{existing(cache)} cannot be written", "set PYTHONPYCACHEPREFIX to a folder that can"
     else:
         return Check("ok", "bytecode", "the libraries are compiled when they are first imported")
-    found = f"the libraries are not compiled, and {why}: each process of a run compiles them anew, for some ten seconds"
+    found = (
+        f"the libraries are not compiled, and {why}: "
+        "each process of a run compiles them again, which takes about ten seconds"
+    )
     return Check(
         "warning",
         "bytecode",
@@ -105,29 +108,29 @@ def check_bytecode(library: str = "torch") -> Check:
 
 
 def check_disk(runs: Path) -> Check:
-    """Where the run store lies, or will."""
-    free, advice = (
-        free_bytes(runs),
-        "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs",
-    )
+    """Check the free space on the disk of the run store."""
+    free = free_bytes(runs)
+    advice = "free some space (`lorafleet prune` deletes old runs), or choose another disk with --runs"
     if free is None:
         return Check(
             "warning",
             "disk",
-            f"the file system of {existing(runs)} does not say how much is free",
-            "see that a run has room there",
+            f"the file system of {existing(runs)} does not report its free space",
+            "make sure that a run has enough space there",
         )
     if free < LEAST_ROOM_BYTES:
-        return Check("fault", "disk", f"{readable_bytes(free)} free where the run store lies: no run can start", advice)
+        return Check(
+            "fault", "disk", f"{readable_bytes(free)} free on the disk of the run store: no run can start", advice
+        )
     return _at_least(
         free,
         LEAST_DISK_BYTES,
-        Check("warning", "disk", f"{readable_bytes(free)} free where the run store lies", advice),
+        Check("warning", "disk", f"{readable_bytes(free)} free on the disk of the run store", advice),
     )
 
 
 def check_home() -> Check:
-    """Where libraries keep what they download and remember; a user of a container may have none."""
+    """Check that the home folder, where libraries keep their caches, exists and can be written."""
     try:
         home = Path.home()
         with tempfile.TemporaryFile(dir=existing(home / ".cache")):
@@ -138,26 +141,26 @@ def check_home() -> Check:
             "warning",
             "home",
             found,
-            "set HOME to a folder that can: libraries keep their caches there, and some do not start without",
+            "set HOME to a folder that can: libraries keep their caches there, and some do not start without one",
         )
 
 
 def check_shared_memory() -> Check:
-    """Where Ray keeps what its processes share."""
-    place = Path("/dev/shm")
-    if not place.is_dir():
-        return Check("ok", "shared memory", "this system has no /dev/shm; Ray uses files in its place")
-    free = shutil.disk_usage(place).free
-    advice = "Ray would use a disk in its place, which is slower; give a container more, with --shm-size=1g"
+    """Check the free shared memory, where Ray keeps the objects of its processes."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("ok", "shared memory", "this system has no /dev/shm; Ray uses files instead")
+    free = shutil.disk_usage(folder).free
+    advice = "Ray would use a disk instead, which is slower; give a container more with --shm-size=1g"
     return _at_least(
         free,
         LEAST_SHARED_MEMORY_BYTES,
-        Check("warning", "shared memory", f"{readable_bytes(free)} free in {place}", advice),
+        Check("warning", "shared memory", f"{readable_bytes(free)} free in {folder}", advice),
     )
 
 
 def check_memory() -> Check:
-    """What processes may still take."""
+    """Check the available memory."""
     free = available_memory()
     if free is None:
         return Check("ok", "memory", "not known on this system")
@@ -166,24 +169,27 @@ def check_memory() -> Check:
 
 
 def check_open_files() -> Check:
-    """Files and sockets that a process may have open; Ray raises the limit to what it may be raised to."""
+    """Check the hard limit on open files and sockets per process, up to which Ray raises the soft limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    advice = f"Ray recommends {LEAST_OPEN_FILES:,}: raise it with `ulimit -Hn`, or --ulimit nofile={LEAST_OPEN_FILES} of a container"
+    advice = (
+        f"Ray recommends {LEAST_OPEN_FILES:,}: raise it with `ulimit -Hn`, "
+        f"or for a container with --ulimit nofile={LEAST_OPEN_FILES}"
+    )
     if limit == resource.RLIM_INFINITY:
         return Check("ok", "open files", "no limit")
     return _at_least(limit, LEAST_OPEN_FILES, Check("warning", "open files", f"at most {limit:,} per process", advice))
 
 
 def available_memory() -> int | None:
-    """Bytes that this process and its children may still take: of the machine, or of their control group if that is less."""
+    """Available memory in bytes: that of the machine, or of the control group if it is smaller. None if unknown."""
     machine = re.search(r"^MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
     limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
-    of_group = [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []
-    return min([1024 * int(machine[1]), *of_group]) if machine else None
+    in_group = [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []
+    return min([1024 * int(machine[1]), *in_group]) if machine else None
 
 
 def readable_bytes(num_bytes: float) -> str:
-    """``1.2 GB``; decimal, as disks are sold."""
+    """Format a number of bytes with a decimal unit, such as ``1.2 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
@@ -191,17 +197,26 @@ def readable_bytes(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} TB"
 
 
-def _at_least(there: int, least: int, otherwise: Check) -> Check:
-    return otherwise if there < least else Check("ok", otherwise.name, otherwise.found)
+def guarded(name: str, check: Callable[[], Check]) -> Check:
+    """Run a check. An exception becomes a warning in the report."""
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a report with a gap is better than none
+        found = f"not checked: {type(error).__name__}: {first_line(error)}"
+        return Check("warning", name, found, "fix what that names first")
+
+
+def _at_least(value: int, least: int, otherwise: Check) -> Check:
+    return otherwise if value < least else Check("ok", otherwise.name, otherwise.found)
 
 
 def _holder(lock: Path) -> str:
-    """Who holds a store; empty if nobody does."""
+    """Description of the process that has locked a store; empty if it is not locked."""
     if not lock.exists():
         return ""
     with lock.open("a+", encoding="utf-8") as file:
         try:
-            # Shared and for an instant only, so that doctors do not disturb each other.
+            # A shared lock, held for an instant, so that two doctors do not disturb each other.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)

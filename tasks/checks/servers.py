@@ -1,7 +1,7 @@
-"""Whether the servers answer that a run may need: a Prefect API, the Hub, a Ray cluster. Changes nothing there.
+"""Checks of the servers that a run may need: a Prefect API, the Hub, a Ray cluster. Read only.
 
-For ``lorafleet doctor``: speaks to Prefect by its HTTP API only, and imports huggingface_hub where it is needed, for either library may be
-what is broken.
+Prefect is accessed by its HTTP API, and huggingface_hub is imported late, because either library may be broken when
+``lorafleet doctor`` runs.
 """
 
 from __future__ import annotations
@@ -27,79 +27,91 @@ from tasks.services.passwords import login_for
 T = TypeVar("T")
 
 NETWORK_SECONDS = 5.0
-"""For everything that is asked of a network, together."""
+"""Time limit of each check, and of each connection."""
 
 _PREFECT_ADVICE = "start that server (`prefect server start`), or unset PREFECT_API_URL: then a run starts its own"
+_PREFECT_LOGIN = (
+    "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to the login of that server; "
+    "that of `lorafleet up` is in .up of its run store"
+)
 _PREFECT_REFUSES = {
-    401: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for; that of `lorafleet up` is in .up of its run store",
-    403: "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what that server asks for; that of `lorafleet up` is in .up of its run store",
+    401: _PREFECT_LOGIN,
+    403: _PREFECT_LOGIN,
     404: "set PREFECT_API_URL to that server's API, whose address ends in /api",
 }
-_HUB_ADVICE = "look after network and proxy; without the Hub, train on data.mirror or files of your own, with an encoder from a folder"
+_HUB_ADVICE = (
+    "check network and proxy; without the Hub, train on data.mirror or files of your own, with an encoder from a folder"
+)
 
 
 class Deferred(Generic[T]):
-    """A call in a thread of its own that nobody has to wait for: a name server may let it hang for minutes."""
+    """A call in a background thread, whose result may be abandoned: a name server may make it hang for minutes."""
 
     def __init__(self, call: Callable[[], T]) -> None:
-        """Begin."""
-        self._begun = time.monotonic()
-        self._found: list[T] = []
+        """Start the call."""
+        self._started = time.monotonic()
+        self._results: list[T] = []
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self._thread.start()
 
     def result(self, *, seconds: float | None = None) -> T:
-        """What it returns or raises.
+        """Wait for the call, and return its result or raise its error.
 
-        Raises: TimeoutError: neither has come so many seconds after it began.
+        Args:
+            seconds: Time limit, counted from the start of the call; None for no limit.
+        Raises:
+            TimeoutError: the time is up.
         """
-        self._thread.join(None if seconds is None else max(0.0, self._begun + seconds - time.monotonic()))
+        self._thread.join(None if seconds is None else max(0.0, self._started + seconds - time.monotonic()))
         if self._error is not None:
             raise self._error
-        if not self._found:
+        if not self._results:
             raise TimeoutError(f"no answer in {seconds:g} s")
-        return self._found[0]
+        return self._results[0]
 
     def _run(self, call: Callable[[], T]) -> None:
         try:
-            self._found.append(call())
+            self._results.append(call())
         except Exception as error:  # noqa: BLE001 - raised again by result(), in the thread that waits
             self._error = error
 
 
 def check_prefect() -> Check:
-    """The Prefect server that is configured, if one is."""
+    """Check the configured Prefect server, if any."""
     url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
     if not url:
         return Check(
             "ok",
             "Prefect API",
-            "PREFECT_API_URL is not set: a run starts a server of its own, on loopback, and stops it",
+            "PREFECT_API_URL is not set: a run starts its own server on loopback, and stops it",
         )
     if not url.startswith(("http://", "https://")):
         return Check(
-            "warning", "Prefect API", "PREFECT_API_URL is no address; expected http://HOST:PORT/api", _PREFECT_ADVICE
+            "warning",
+            "Prefect API",
+            "PREFECT_API_URL is not an address; expected http://HOST:PORT/api",
+            _PREFECT_ADVICE,
         )
-    place = _place(url)
+    host = _host(url)
     try:
         _get(f"{url}/health")
-        # Prefect Cloud has no version: it goes with every client.
-        server = "" if place == "api.prefect.cloud" else str(json.loads(_get(f"{url}/admin/version")))
+        # Prefect Cloud has no version, and works with every client.
+        server = "" if host == "api.prefect.cloud" else str(json.loads(_get(f"{url}/admin/version")))
     except urllib.error.HTTPError as error:
         return Check(
-            "warning", "Prefect API", f"{place} answers {error.code}", _PREFECT_REFUSES.get(error.code, _PREFECT_ADVICE)
+            "warning", "Prefect API", f"{host} answers {error.code}", _PREFECT_REFUSES.get(error.code, _PREFECT_ADVICE)
         )
     except (ValueError, http.client.HTTPException):
-        return Check("warning", "Prefect API", f"what answers at {place} is not a Prefect API", _PREFECT_REFUSES[404])
+        return Check("warning", "Prefect API", f"what answers at {host} is not a Prefect API", _PREFECT_REFUSES[404])
     except OSError as error:
         reason = getattr(error, "reason", error)
-        return Check("warning", "Prefect API", f"no server answers at {place}: {reason}", _PREFECT_ADVICE)
-    return _compare_versions(place, server)
+        return Check("warning", "Prefect API", f"no server answers at {host}: {reason}", _PREFECT_ADVICE)
+    return _compare_versions(host, server)
 
 
 def refuses_login(url: str) -> bool:
-    """Whether a Prefect API refuses the password that the environment has for it. What else may be wrong there is left to its client."""
+    """Whether a Prefect API refuses the configured login. Other errors are left to Prefect's client."""
     try:
         _get(f"{url.rstrip('/')}/admin/version")
     except urllib.error.HTTPError as error:
@@ -110,7 +122,7 @@ def refuses_login(url: str) -> bool:
 
 
 def check_proxy() -> Check:
-    """The proxies and certificates that the environment names for all that asks a network."""
+    """Check the proxies and certificates in the environment."""
     try:
         prepare_http()
     except InputError as error:
@@ -119,26 +131,26 @@ def check_proxy() -> Check:
 
 
 def check_hub() -> Check:
-    """The Hugging Face Hub, and whose token this is.
+    """Check the Hugging Face Hub, and the owner of the token.
 
-    What the HTTP library says of a failure is not quoted: the token is in the request's header.
+    Messages of the HTTP library are not quoted, because they may contain the token.
     """
     from huggingface_hub import HfApi, constants, get_session, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    place, token = _place(constants.ENDPOINT), get_token()
+    host, token = _host(constants.ENDPOINT), get_token()
     if constants.HF_HUB_OFFLINE:
         return Check(
             "warning",
             "Hub",
-            "HF_HUB_OFFLINE is set: not asked",
+            "HF_HUB_OFFLINE is set: not checked",
             "unset it to download encoders and data sets, and to publish",
         )
     try:
         if token is None:
             get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS)
-            advice = "to publish, or to read what is private: set HF_TOKEN, or `hf auth login`"
-            return Check("ok", "Hub", f"{place} answers; there is no token", advice)
+            advice = "to publish, or to read private data: set HF_TOKEN, or run `hf auth login`"
+            return Check("ok", "Hub", f"{host} answers; there is no token", advice)
         user: dict[str, Any] = HfApi().whoami(token)
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -146,20 +158,26 @@ def check_hub() -> Check:
             return Check(
                 "warning",
                 "Hub",
-                f"{place} refuses the token ({status})",
-                "set HF_TOKEN to one that is valid, or `hf auth login`",
+                f"{host} refuses the token ({status})",
+                "set HF_TOKEN to a valid one, or run `hf auth login`",
             )
-        return Check("warning", "Hub", f"{place} answers {status}", "try again later")
+        return Check("warning", "Hub", f"{host} answers {status}", "try again later")
     except Exception as error:  # noqa: BLE001 - the HTTP library's own, and whatever a malformed token leads to
-        return Check("warning", "Hub", f"{place} could not be asked: {type(error).__name__}", _HUB_ADVICE)
+        return Check("warning", "Hub", f"{host} could not be reached: {type(error).__name__}", _HUB_ADVICE)
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     return Check(
-        "ok", "Hub", f"{place} answers; the token is {user.get('name')}'s" + (f", its role {role}" if role else "")
+        "ok", "Hub", f"{host} answers; the token is {user.get('name')}'s" + (f", its role {role}" if role else "")
     )
 
 
 def check_address(address: str) -> Check | None:
-    """None if something listens at a Ray cluster's ``HOST:PORT`` or ``ray://HOST:PORT``, or it names none (``auto``)."""
+    """Check that something listens at the address of a Ray cluster.
+
+    Args:
+        address: ``HOST:PORT`` or ``ray://HOST:PORT``. Others, such as ``auto``, are not checked.
+    Returns:
+        A warning, or None.
+    """
     try:
         check_listening(address, timeout_seconds=NETWORK_SECONDS)
     except (OSError, ValueError) as error:
@@ -168,21 +186,21 @@ def check_address(address: str) -> Check | None:
     return None
 
 
-def in_time(name: str, later: Deferred[Check], advice: str = "look after network, proxy and name server") -> Check:
-    """The check, if it comes in time."""
+def in_time(name: str, deferred: Deferred[Check], advice: str = "check network, proxy and name server") -> Check:
+    """Result of a check, or a warning if it takes longer than ``NETWORK_SECONDS``."""
     try:
-        return later.result(seconds=NETWORK_SECONDS)
+        return deferred.result(seconds=NETWORK_SECONDS)
     except TimeoutError as error:
         return Check("warning", name, str(error), advice)
 
 
 def _get(url: str) -> bytes:
     parts = urlsplit(url)
-    request = urllib.request.Request(parts._replace(netloc=_place(url)).geturl())
+    request = urllib.request.Request(parts._replace(netloc=_host(url)).geturl())
     key, login = os.environ.get("PREFECT_API_KEY"), login_for(url)
     if parts.username and not login:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    # Unredirected: not for wherever the server sends us.
+    # Not sent along a redirect.
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     elif login:
@@ -192,22 +210,22 @@ def _get(url: str) -> bytes:
     return content
 
 
-def _compare_versions(place: str, server: str) -> Check:
-    """By Prefect's own rule, which it does not apply to runs that lorafleet starts."""
+def _compare_versions(host: str, server: str) -> Check:
+    """Compare versions by Prefect's own rule, which Prefect does not apply to runs that lorafleet starts."""
     from packaging.version import Version
 
     client = importlib.metadata.version("prefect")
     if server and Version(server).major != Version(client).major:
-        found = f"{place} is Prefect {server}, but Prefect {client} is installed here"
+        found = f"{host} is Prefect {server}, but Prefect {client} is installed here"
         return Check(
             "warning", "Prefect API", found, "use a server of the same major version; flows cannot run with this one"
         )
     if server and Version(server) < Version(client):
-        found = f"{place} is Prefect {server}, older than {client} here"
+        found = f"{host} is Prefect {server}, older than {client} here"
         return Check("warning", "Prefect API", found, f"upgrade that server to {client} or newer")
-    return Check("ok", "Prefect API", f"{place} answers" + (f", Prefect {server}" if server else ""))
+    return Check("ok", "Prefect API", f"{host} answers" + (f", Prefect {server}" if server else ""))
 
 
-def _place(url: str) -> str:
-    """Host and port, without the name and password that an address may hold."""
+def _host(url: str) -> str:
+    """Host and port of an address, without name and password."""
     return urlsplit(url).netloc.rpartition("@")[2]

@@ -1,7 +1,7 @@
-"""Trials of ``lorafleet doctor`` in a process of their own: a broken library may end the process that imports it.
+"""Trials of ``lorafleet doctor`` in a separate process, because a broken library may end the process that imports it.
 
-``python -m tasks.checks.trial STEP...`` takes one step after the other and prints the outcome of each as one line of
-JSON. A step is the name of a library's module, ``@compute``, ``@gpu`` or ``@ray=ADDRESS``. Without an address, a local
+``python -m tasks.checks.trial STEP...`` performs the steps in order, and prints the outcome of each as one line of
+JSON. A step is the name of a module to import, ``@compute``, ``@gpu`` or ``@ray=ADDRESS``. Without an address, a local
 Ray is started and stopped.
 """
 
@@ -21,7 +21,12 @@ from pipeline.machine import own_output
 
 
 def try_out(steps: Sequence[str], answers: IO[str]) -> None:
-    """Do the steps; each answer has ``facts``, or the ``error``."""
+    """Perform the steps.
+
+    Args:
+        steps: Steps, as in the module's docstring.
+        answers: Receives one JSON object per step, with its ``facts`` or its ``error``.
+    """
     for step in steps:
         answer: dict[str, Any] = {"step": step}
         try:
@@ -46,7 +51,7 @@ def _do(step: str) -> dict[str, Any]:
 
 
 def _compute() -> dict[str, Any]:
-    """How training computes on this machine, if nothing is said about it."""
+    """Runtime that training chooses on this machine by default."""
     from pipeline.config import TrainConfig
     from pipeline.encoder.runtime import choose_runtime
 
@@ -54,16 +59,16 @@ def _compute() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPUs that torch sees, each used once; where it sees none, why not."""
+    """GPUs that torch sees, after using each once; or the reason why it sees none."""
     import torch
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     facts: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
     if not available:
         return facts | {
-            "said": "; ".join(first_line(warning.message) for warning in said if isinstance(warning.message, Warning))
+            "said": "; ".join(first_line(warning.message) for warning in caught if isinstance(warning.message, Warning))
         }
     for index in range(torch.cuda.device_count()):
         torch.zeros(1, device=f"cuda:{index}").add_(1).item()  # a build without code for this GPU fails only now
@@ -73,7 +78,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _ray(address: str) -> dict[str, Any]:
-    """Join a cluster, or start a local Ray, exactly as a run does."""
+    """Join a cluster or start a local Ray, exactly as a run does, and report its capacity."""
     from pipeline.config import ComputeConfig
     from tasks.fleet import Fleet
 
@@ -87,7 +92,7 @@ def _ray(address: str) -> dict[str, Any]:
 
 
 def _origin(step: str) -> str:
-    """Where a library was found: another one of that name may lie before it on the path."""
+    """Location of a module for messages, because another module of that name may be first on the path."""
     if step.startswith("@"):
         return ""
     with suppress(ImportError, ValueError):

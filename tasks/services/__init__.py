@@ -1,1 +1,1 @@
-"""Servers on this machine's loopback: Prefect, Ray's folder, the reports, and what keeps them closed to others."""
+"""Servers on loopback (Prefect, reports), the folders that they use, and their protection from other users."""

@@ -1,4 +1,4 @@
-"""HTTP on a machine that reaches the rest of the world through a proxy, and loopback, which no proxy knows."""
+"""HTTP settings: the environment's proxies for other machines, and direct connections to loopback."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from base64 import b64encode
 
 from pipeline.errors import InputError, first_line
 
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # each may be written in small letters, too
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # in upper or lower case
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def prepare_http() -> None:
-    """Have this process, and those that it starts, use the environment's proxies for all but this machine. Sends nothing.
+    """Exclude this machine from the environment's proxies, for this process and its children. Sends nothing.
 
-    Raises: InputError: no client can be made with these proxies and certificates; an address, which may hold a password, is not quoted.
+    Raises:
+        InputError: the proxies or certificates cannot be used. The message quotes no address, because it may contain a
+            password.
     """
     proxies, certificates = _set(_PROXIES), _set(_CERTIFICATES)
     os.environ.update(dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy()))
@@ -27,30 +29,31 @@ def prepare_http() -> None:
     import httpx
 
     try:
-        httpx.Client().close()  # every client fails in the same way, even one for loopback
+        httpx.Client().close()  # a wrong setting breaks every client, even for loopback
     except ImportError:
         raise InputError(f"{proxies}: a SOCKS proxy needs a package: pip install 'httpx[socks]'") from None
     except (ValueError, httpx.InvalidURL):
         expected = "expected http://HOST:PORT, https://HOST:PORT or socks5://HOST:PORT, and in NO_PROXY names of hosts"
-        raise InputError(f"{proxies}: not an address that can be used; {expected}") from None
-    except OSError as error:  # an error of ssl is one
+        raise InputError(f"{proxies}: not a valid address; {expected}") from None
+    except OSError as error:  # includes errors of ssl
         fault = "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror or first_line(error)
-        raise InputError(f"{certificates}: cannot be used: {fault}; mend or unset it") from None
+        raise InputError(f"{certificates}: cannot be used: {fault}; fix or unset it") from None
 
 
 def proxies_set() -> str:
-    """The names of those variables that name proxies here; empty if none does."""
+    """Names of the set proxy variables, separated by commas; empty if there are none."""
     return _set(_PROXIES[:3])
 
 
 def ask(url: str, *, login: str | None = None, content: bytes | None = None) -> bytes:
-    """The answer of a server on this machine, which is not asked through a proxy.
+    """Request a URL on loopback without a proxy, and return the body of the answer.
 
     Args:
-        url: On loopback.
+        url: URL on loopback.
         login: ``NAME:PASSWORD``.
-        content: JSON, to be sent with POST.
-    Raises: OSError: no answer within five seconds, or one that is an error.
+        content: JSON to send by POST; None for GET.
+    Raises:
+        OSError: no answer within five seconds, or an HTTP error.
     """
     request = urllib.request.Request(url, data=content, headers={"Content-Type": "application/json"})
     if login is not None:
@@ -61,14 +64,15 @@ def ask(url: str, *, login: str | None = None, content: bytes | None = None) -> 
 
 
 def basic(login: str) -> str:
-    """The header ``Authorization`` of a ``NAME:PASSWORD``."""
+    """Value of the header ``Authorization`` for a ``NAME:PASSWORD``."""
     return "Basic " + b64encode(login.encode()).decode()
 
 
 def _no_proxy() -> str:
-    """The hosts that need no proxy, with this machine's loopback, in a form that all libraries can read.
+    """Value of NO_PROXY that includes loopback and that all libraries can parse.
 
-    httpx fails at an IPv6 address in brackets, and at a network of IPv6 addresses, which it could not heed anyway.
+    httpx cannot parse IPv6 addresses in brackets, so brackets are removed. It cannot parse IPv6 networks either, and
+    would not respect them, so they are dropped.
     """
     given = [entry.strip() for name in ("NO_PROXY", "no_proxy") for entry in os.environ.get(name, "").split(",")]
     if "*" in given:

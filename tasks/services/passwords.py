@@ -1,4 +1,4 @@
-"""Who may use a Prefect server on this machine: every web page can reach loopback, and so can every user of the machine."""
+"""Logins of local Prefect servers. They need one, because every web page and every user can reach loopback."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ import psutil
 from pipeline.errors import InputError
 
 SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
-"""Prefect's variables for what a server asks, and for what a client answers: ``NAME:PASSWORD``."""
+"""Prefect's variables with the ``NAME:PASSWORD`` of a server and of a client."""
 _ORIGINS = {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"}
-_HERE = {"127.0.0.1", "localhost"}
+_LOOPBACK = {"127.0.0.1", "localhost"}
 
 
 def new_login() -> str:
-    """A ``NAME:PASSWORD`` that nobody can guess."""
+    """Generate a random ``NAME:PASSWORD``."""
     return f"lorafleet:{secrets.token_urlsafe(24)}"
 
 
 def given_login() -> str | None:
-    """What the user wants a server on this machine to ask for, if the environment says so.
+    """Login that the user has set for a local server in the environment, if any.
 
-    Raises: InputError: it has characters that Prefect's server cannot compare.
+    Raises:
+        InputError: it contains characters that Prefect's server cannot compare.
     """
     name = next((name for name in (SERVER, CLIENT) if os.environ.get(name)), None)
     if name is None:
         return None
     if not os.environ[name].isascii():
-        raise InputError(f"{name}: expected NAME:PASSWORD in ASCII, which is all that Prefect's server can compare")
+        raise InputError(f"{name}: expected NAME:PASSWORD in ASCII, because Prefect's server compares nothing else")
     return os.environ[name]
 
 
 def server_settings(ui: str, login: str) -> dict[str, str]:
-    """Variables under which a Prefect server asks for this login, and lets only its own UI's pages read its answers.
+    """Environment variables that make a Prefect server require a login and accept only pages of its own UI.
 
-    Prefect leaves open what holds nothing: the UI's static pages, ``/api/health`` and ``/api/ready``.
+    The UI's static pages, ``/api/health`` and ``/api/ready`` stay open. They contain no data.
 
     Args:
-        ui: Its address, ``http://127.0.0.1:PORT``.
+        ui: Address of the server, ``http://127.0.0.1:PORT``.
         login: ``NAME:PASSWORD``.
     """
     origins = (
@@ -57,16 +58,20 @@ def server_settings(ui: str, login: str) -> dict[str, str]:
 
 
 def private_folder(folder: Path) -> None:
-    """Make a folder that only this user can enter, or close one of this user's that is there."""
+    """Create a folder that only this user can enter, or restrict an existing folder of this user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid == os.getuid():
         folder.chmod(0o700)
 
 
 def kept_secret(file: Path, new: str) -> str:
-    """The secret in a file that only its owner can read. Where there is none, or others could read it, ``new`` is written there.
+    """Read the secret in a file that only this user can read.
 
-    Raises: InputError: the file cannot be read or written.
+    Args:
+        file: The file.
+        new: Secret to write if the file does not exist, is empty, or may be read by others.
+    Raises:
+        InputError: the file cannot be read or written.
     """
     try:
         if (
@@ -86,44 +91,52 @@ def kept_secret(file: Path, new: str) -> str:
 
 
 def login_for(url: str) -> str | None:
-    """``NAME:PASSWORD`` for a Prefect API: what the environment says, or else what this user's `lorafleet up` asks for, if it is its."""
+    """Login for a Prefect API: that of the environment, or else that of this user's `lorafleet up` at the address.
+
+    Args:
+        url: Address of the API.
+    Returns:
+        ``NAME:PASSWORD``, or None.
+    """
     if os.environ.get(CLIENT) or os.environ.get("PREFECT_API_KEY"):
         return os.environ.get(CLIENT) or None
-    with suppress(ValueError):  # not an address; who asks there will say so
+    with suppress(ValueError):  # not an address, which the client will report
         parts = urlsplit(url)
-        if parts.hostname in _HERE:
+        if parts.hostname in _LOOPBACK:
             return next((up.login for up in running_ups() if urlsplit(up.api).port == parts.port), None)
     return None
 
 
 @dataclass(frozen=True)
 class RunningUp:
-    """A `lorafleet up` of this user."""
+    """A running `lorafleet up` of this user."""
 
     api: str
-    """What ``PREFECT_API_URL`` is for it."""
+    """Value of ``PREFECT_API_URL``."""
     runs: Path
-    """Its run store."""
+    """Run store."""
     login: str
+    """``NAME:PASSWORD``."""
 
 
 def running_ups() -> list[RunningUp]:
-    """Every `lorafleet up` of this user on this machine, from the environment of its supervisor, which only its user can read.
+    """Find every `lorafleet up` of this user on this machine.
 
-    A file would still be there when another program, perhaps of somebody else's, has the port.
+    They are found by the environment of their supervisor process, which only this user can read. A file could outlive
+    the process, and name a port that another user's program has taken since.
     """
-    found = []
+    ups = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError, KeyError):  # gone meanwhile, or of an older lorafleet
+        with suppress(psutil.Error, OSError, KeyError):  # ended meanwhile, or started by an older lorafleet
             if process.uids().real == os.getuid() and "supervisor.supervisord" in process.cmdline():
                 environment = process.environ()
-                found.append(
+                ups.append(
                     RunningUp(
                         environment["PREFECT_API_URL"], Path(environment["LORAFLEET_UP_RUNS"]), environment[CLIENT]
                     )
                 )
-    return found
+    return ups
 
 
-def _is_private(there: os.stat_result) -> bool:
-    return there.st_uid == os.getuid() and not stat.S_IMODE(there.st_mode) & 0o077
+def _is_private(status: os.stat_result) -> bool:
+    return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077

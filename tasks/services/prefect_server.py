@@ -1,7 +1,7 @@
-"""A Prefect server on loopback, started and stopped with the run that needs it.
+"""Embedded Prefect server on loopback, started and stopped with the run that needs it.
 
 ``python -m tasks.services.prefect_server PORT [FD]`` is that server. FD is a socket of the parent process, bound to the
-port. The server dies with the process that started it, even if that one was killed.
+port. The server ends with its parent, even if the parent is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _START_SECONDS = 120.0
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "WARNING",
-    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # at ERROR it prints each event that a server which is away does not take
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # at ERROR it prints every event that an unreachable server misses
     "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s | %(message)s",
@@ -41,23 +41,25 @@ _QUIET = {
 
 
 class PrefectServer:
-    """A Prefect server for one run, if no other is configured."""
+    """Prefect server for one run. Does nothing if the user has configured a server."""
 
     def __init__(self, home: Path) -> None:
-        """Set the environment for it, with its SQLite database under ``home``; Prefect reads that when it is imported.
+        """Set the environment variables of Prefect, which reads them when it is imported.
 
+        Args:
+            home: Folder of the SQLite database and the log.
         Raises:
             InputError: the environment names proxies or certificates that cannot be used.
-            LorafleetError: the disk of its files is full.
+            LorafleetError: the disk of ``home`` or of temporary files is full.
         """
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        if sys.stderr.isatty():  # there a live table shows what the lines would say
+        if sys.stderr.isatty():  # the live table replaces the log lines
             os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
         prepare_http()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        # Registered before Prefect is imported, so run after it: Prefect sends its last logs when the interpreter ends.
+        # Registered before Prefect is imported, so that it runs after Prefect has sent its last logs at exit.
         atexit.register(self.stop)
         if url := os.environ.get("PREFECT_API_URL"):
             if login := login_for(url):
@@ -66,21 +68,21 @@ class PrefectServer:
         check_room(home, what="choose another disk")
         temporary_folder()
         private_folder(home)
-        self._socket = socket.socket()  # held until the server has it: what is free now may be Ray's in a second
+        self._socket = socket.socket()  # kept open for the server: a free port may be taken by Ray in a second
         self._socket.bind(("127.0.0.1", 0))
-        self._login = given_login() or new_login()  # every web page and every user of this machine can reach loopback
+        self._login = given_login() or new_login()  # every web page and every local user can reach loopback
         os.environ["PREFECT_HOME"] = str(home.resolve())
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self._socket.getsockname()[1]}/api"
         os.environ[CLIENT] = self._login
         self._log = home / "server.log"
 
     def start(self) -> None:
-        """Begin to start it; must be called from the main thread."""
+        """Start the server process. Must be called from the main thread, because it ends with its parent thread."""
         if self._socket is None:
             return
         ours = server_settings(os.environ["PREFECT_API_URL"].removesuffix("/api"), self._login)
         with self._socket as bound, self._log.open("wb") as log:
-            # -P: the working folder may hold a tasks.py of its own
+            # -P: ignore a tasks.py in the working folder
             command = [
                 sys.executable,
                 "-P",
@@ -98,13 +100,14 @@ class PrefectServer:
         """Wait until the server answers.
 
         Raises:
-            InputError: it is one that the user has configured, and refuses the password.
-            LorafleetError: it ended, or did not answer in two minutes.
+            InputError: a configured server refuses the password.
+            LorafleetError: the embedded server ended, or did not answer within two minutes.
         """
         if self._process is None:
             if refuses_login(os.environ["PREFECT_API_URL"]):
                 raise InputError(
-                    "the Prefect server of PREFECT_API_URL asks for a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
+                    "the Prefect server of PREFECT_API_URL requires a password; "
+                    "set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
                 )
             return
         deadline = time.monotonic() + _START_SECONDS
@@ -118,13 +121,14 @@ class PrefectServer:
         why = last_fault(self._log) or (
             f"exit code {self._process.returncode}" if ended else f"no answer in {_START_SECONDS:.0f} s"
         )
+        retry = "" if ended else "run the command again when the machine is less busy, "
         raise LorafleetError(
             f"the embedded Prefect server did not start: {why}; see {self._log}, "
-            f"{'or' if ended else 'give the same command again when the machine is less busy, or'} set PREFECT_API_URL to a running one"
+            f"{retry}or set PREFECT_API_URL to a running one"
         )
 
     def stop(self) -> None:
-        """Stop the server; one that the user configured is left alone."""
+        """Stop the embedded server. A server that the user has configured keeps running."""
         if self._process is None:
             return
         self._process.terminate()

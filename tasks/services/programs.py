@@ -1,4 +1,4 @@
-"""What `lorafleet up` keeps running: supervisor, which starts the programs of its config, and whatever those start."""
+"""Processes of `lorafleet up`: supervisor, the programs in its config, and their children."""
 
 from __future__ import annotations
 
@@ -31,10 +31,16 @@ _LOOK_UP_SECONDS = 0.5
 
 
 class Programs:
-    """Supervisor and what it started. Must be made in the main thread: they end with the thread that made them."""
+    """Supervisor and its descendants. Must be created in the main thread, because they end with that thread."""
 
     def __init__(self, config: Path, state: Path, environment: Mapping[str, str]) -> None:
-        """Start all that supervisor's ``config`` names; their logs are ``state/<program>.log``, its own ``state/supervisord.log``."""
+        """Start supervisor and its programs.
+
+        Args:
+            config: Config of supervisor.
+            state: Folder of the logs: ``<program>.log`` and ``supervisord.log``.
+            environment: Environment variables of all programs.
+        """
         self._state, self._mark = state, secrets.token_hex(16)
         self._log = state / "supervisord.log"
         self._log_before = self._log.stat().st_size if self._log.exists() else 0
@@ -46,15 +52,21 @@ class Programs:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C is for us
-                # Supervisor stops its programs, too, where `up` is killed with a signal that it cannot hear.
+                start_new_session=True,  # only this process handles Ctrl-C
+                # Has supervisor stop its programs even if `up` is killed by SIGKILL.
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
 
     def wait_until(self, answers: Callable[[], bool], stop: threading.Event) -> bool:
-        """Whether all programs answer, or a signal came first.
+        """Wait until all programs answer.
 
-        Raises: LorafleetError: one does not start.
+        Args:
+            answers: Whether all programs answer now.
+            stop: Ends the wait.
+        Returns:
+            Whether all programs answer; False if ``stop`` was set first.
+        Raises:
+            LorafleetError: a program does not start.
         """
         deadline = time.monotonic() + _START_SECONDS
         while not answers():
@@ -65,24 +77,26 @@ class Programs:
             for name, count in Counter(re.findall(r"exited: (\S+) ", log)).items():
                 if count >= _STARTS_THAT_ARE_ENOUGH:
                     raise LorafleetError(
-                        f"{name} does not start: {last_fault(self._state / f'{name}.log')}; see {self._state}/{name}.log"
+                        f"{name} does not start: {last_fault(self._state / f'{name}.log')}; "
+                        f"see {self._state}/{name}.log"
                     )
             if time.monotonic() > deadline:
                 raise LorafleetError(
-                    f"not everything answers after {_START_SECONDS:.0f} s; see the logs in {self._state}"
+                    f"some programs do not answer after {_START_SECONDS:.0f} s; see the logs in {self._state}"
                 )
         return True
 
     def watch(self, stop: threading.Event) -> None:
-        """Wait for a signal.
+        """Wait until ``stop`` is set.
 
-        Raises: LorafleetError: supervisor itself has ended.
+        Raises:
+            LorafleetError: supervisor itself has ended.
         """
         while not stop.wait(_LOOK_UP_SECONDS):
             self._check_supervisor()
 
     def stop(self) -> None:
-        """End the flow runs, have supervisor stop its programs in their order, and kill what is left of them."""
+        """End the flow runs, have supervisor stop its programs in order, and kill the remaining processes."""
         self._end_runs()
         family = self._family()
         self._process.terminate()
@@ -94,7 +108,7 @@ class Programs:
         self._process.wait()
 
     def _end_runs(self) -> None:
-        """Tell the flow runs' processes to end: the worker would kill them when it stops, and they would stay Running in the UI."""
+        """Terminate the flow runs. When stopped, the worker would kill them, and they would stay Running in the UI."""
         with suppress(psutil.Error):
             programs = psutil.Process(self._process.pid).children()
             runs = [run for program in programs if "worker" in program.cmdline() for run in program.children()]
@@ -103,7 +117,10 @@ class Programs:
             psutil.wait_procs(runs, timeout=_RUN_ENDS_SECONDS)
 
     def _family(self) -> set[psutil.Process]:
-        """What descends from supervisor, and what has its mark: a child whose parent has died, a process that hides its environment."""
+        """Find all processes of this `up`: descendants of supervisor, and processes with its mark in their environment.
+
+        The mark identifies orphans. Descent identifies processes whose environment cannot be read.
+        """
         family = set()
         with suppress(psutil.Error):
             family.update(psutil.Process(self._process.pid).children(recursive=True))

@@ -1,6 +1,7 @@
-"""The run store's reports on loopback, so that the Prefect UI can link them: ``python -m tasks.services.reports FOLDER PORT``.
+"""HTTP server of the run store's reports on loopback, so that the Prefect UI can link them.
 
-Read only. Dot folders, other kinds of files, and what a link leads to outside of the store are not there.
+Started by ``python -m tasks.services.reports FOLDER PORT``. It is read only. It serves a few types of files, and
+neither dot folders nor links that lead outside of the store.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TYPES = {
     ".parquet": "application/vnd.apache.parquet",
 }
 _FIRST_PAGE = "history.html"
-_OURSELVES = {"127.0.0.1", "localhost"}
+_LOOPBACK = {"127.0.0.1", "localhost"}
 
 
 def serve(folder: Path, port: int) -> None:
@@ -36,8 +37,8 @@ class _Reports(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         file = self._file()
-        # A page elsewhere that has its own name resolve to loopback asks under that name.
-        if file is None or (self.headers.get("Host") or "").partition(":")[0] not in _OURSELVES:
+        # A foreign web page whose host name resolves to loopback sends that name as Host (DNS rebinding).
+        if file is None or (self.headers.get("Host") or "").partition(":")[0] not in _LOOPBACK:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         with file.open("rb") as content:
@@ -49,13 +50,13 @@ class _Reports(BaseHTTPRequestHandler):
             shutil.copyfileobj(content, self.wfile)
 
     def _file(self) -> Path | None:
-        asked = unquote(urlsplit(self.path).path).strip("/") or _FIRST_PAGE
+        requested = unquote(urlsplit(self.path).path).strip("/") or _FIRST_PAGE
         try:
-            file = (self._folder / asked).resolve()
+            file = (self._folder / requested).resolve()
             inside = file.relative_to(self._folder)
         except ValueError:  # outside, or a null byte
             return None
-        hidden = any(part.startswith(".") for part in (*asked.split("/"), *inside.parts))
+        hidden = any(part.startswith(".") for part in (*requested.split("/"), *inside.parts))
         return file if not hidden and file.suffix in _TYPES and file.is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Where this machine's servers keep what is gone when they end."""
+"""Temporary folders of lorafleet and of a local Ray."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from tasks.checks.machine import Check, readable_bytes
 _PREFIX = "lorafleet-ray-"
 _OF_RAY = "session_2026-01-02_03-04-05_678901_4194304/sockets/plasma_store"
 LONGEST_BASE = 107 - len(f"/{_PREFIX}12345678/r/{_OF_RAY}")
-"""Bytes in the path of the folder that holds Ray's: Linux has room for 107 in the path of a socket."""
+"""Longest path in bytes of the parent of Ray's folder. On Linux, the path of a socket may have 107 bytes."""
 _SHORT = ("/tmp", "/dev/shm")
 
 
 def temporary_folder() -> Path:
-    """The folder for temporary files: that of ``TMPDIR``, or else the system's.
+    """Folder for temporary files: ``TMPDIR``, or else the system's.
 
-    Raises: LorafleetError: none can be written, or its disk is full.
+    Raises:
+        LorafleetError: no such folder can be written, or its disk is full.
     """
     try:
         folder = Path(tempfile.gettempdir())
@@ -34,26 +35,26 @@ def temporary_folder() -> Path:
             "no folder for temporary files can be written; free some space, or set TMPDIR to one"
         ) from None
     named = Path(os.environ.get("TMPDIR") or folder)
-    if _is_open(named):  # where it is full Python passes it over; other libraries do not
+    if _is_open(named):  # Python skips it if its disk is full, but other libraries do not
         folder = named
     check_room(folder, what="set TMPDIR to another folder")
     return folder
 
 
 def ray_base() -> Path:
-    """Where Ray's folder is made: ``RAY_TMPDIR``, or the folder for temporary files, or the system's if that has too long a path.
+    """Parent of Ray's folder: ``RAY_TMPDIR``, or the folder for temporary files, or a system folder with a short path.
 
     Raises:
-        InputError: ``RAY_TMPDIR`` has too long a path, or cannot be written.
-        LorafleetError: as ``temporary_folder``; or none with a short path can be written.
+        InputError: ``RAY_TMPDIR`` is too long a path, or cannot be written.
+        LorafleetError: as ``temporary_folder``, or no folder with a short path can be written.
     """
     if given := os.environ.get("RAY_TMPDIR"):
         if not (_is_open(Path(given)) and Path(given).is_absolute()):
-            raise InputError(f"RAY_TMPDIR {given}: not a folder that can be written; expected the whole path of one")
+            raise InputError(f"RAY_TMPDIR {given}: not a folder that can be written; expected an absolute path")
         if not _is_short(Path(given)):
             raise InputError(
-                f"RAY_TMPDIR {given}: {len(os.fsencode(given))} bytes, but the sockets that Ray makes there leave room for "
-                f"{LONGEST_BASE}; set it to a folder with a shorter path"
+                f"RAY_TMPDIR {given}: {len(os.fsencode(given))} bytes, but the sockets that Ray creates there allow at "
+                f"most {LONGEST_BASE}; set it to a folder with a shorter path"
             )
         check_room(Path(given), what="set RAY_TMPDIR to another folder")
         return Path(given)
@@ -63,13 +64,13 @@ def ray_base() -> Path:
             check_room(base, what="set RAY_TMPDIR to another folder")
         return base
     raise LorafleetError(
-        f"{folder}: too long a path for the sockets that Ray makes there, and {', '.join(_SHORT)} cannot be written; "
+        f"{folder}: too long a path for the sockets that Ray creates there, and {', '.join(_SHORT)} cannot be written; "
         f"set RAY_TMPDIR to a folder with a path of at most {LONGEST_BASE} bytes"
     )
 
 
 def check_temporary() -> Check:
-    """The folders of ``temporary_folder`` and ``ray_base``, for `lorafleet doctor`."""
+    """Check ``temporary_folder`` and ``ray_base`` for `lorafleet doctor`."""
     try:
         folder, base = temporary_folder(), ray_base()
     except LorafleetError as error:
@@ -83,16 +84,18 @@ def check_temporary() -> Check:
 
 @contextmanager
 def ray_folder() -> Iterator[Path]:
-    """A temporary folder for one Ray, inside of one that only this user can enter: Ray opens its own to everybody.
+    """Create a temporary folder for one Ray, and delete it at the end.
 
-    A process that is killed leaves its folder behind; the next one that asks for a folder deletes it.
+    It is inside of a folder that only this user can enter, because Ray makes its own folder accessible to all users. A
+    killed process leaves its folder behind, and the next call deletes it.
 
-    Raises: InputError, LorafleetError: as ``ray_base``.
+    Raises:
+        InputError, LorafleetError: as ``ray_base``.
     """
     base = ray_base()
-    for left in base.glob(f"{_PREFIX}*"):
-        _delete_if_left(left)
-    folder, lock = _make(base)
+    for candidate in base.glob(f"{_PREFIX}*"):
+        _delete_if_abandoned(candidate)
+    folder, lock = _create(base)
     try:
         yield folder / "r"
     finally:
@@ -100,25 +103,25 @@ def ray_folder() -> Iterator[Path]:
         os.close(lock)
 
 
-def _make(base: Path) -> tuple[Path, int]:
-    """A new folder, and its lock, which is gone with this process."""
+def _create(base: Path) -> tuple[Path, int]:
+    """Create a folder, and a lock that ends with this process."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # of mode 0700
         lock = _lock(folder)
-        if lock is not None and folder.exists():  # or another process took it for left behind just now
+        if lock is not None and folder.exists():  # else another process has just deleted it as abandoned
             return folder, lock
 
 
-def _delete_if_left(folder: Path) -> None:
+def _delete_if_abandoned(folder: Path) -> None:
     with suppress(OSError):
-        there = folder.lstat()
-        if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid() and (lock := _lock(folder)) is not None:
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and (lock := _lock(folder)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None if another process does."""
+    """Lock a folder. Returns its descriptor, or None if another process holds the lock or the folder is gone."""
     with suppress(FileNotFoundError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -128,7 +131,7 @@ def _lock(folder: Path) -> int | None:
             if isinstance(error, BlockingIOError):
                 return None
             raise LorafleetError(
-                f"{folder} cannot be locked: {error.strerror}; set TMPDIR to a folder of a local disk"
+                f"{folder} cannot be locked: {error.strerror}; set TMPDIR to a folder on a local disk"
             ) from None
         else:
             return descriptor

@@ -1,4 +1,4 @@
-"""One machine, all on loopback: Prefect's server and worker, Ray, and the reports; supervisor keeps them running until `up` is stopped."""
+"""``lorafleet up``: Prefect's server and worker, Ray and the reports on loopback, kept running by supervisor."""
 
 from __future__ import annotations
 
@@ -31,51 +31,51 @@ _PASSWORD, _RAY_TOKEN = "prefect-password", "ray-token"
 
 @dataclass(frozen=True)
 class Addresses:
-    """Four ports in a row, on loopback: Prefect, the reports, Ray, and Ray's client server."""
+    """Addresses on loopback, with four consecutive ports: Prefect, reports, Ray, Ray's client server."""
 
     port: int
     with_ray: bool
 
     @property
     def ui(self) -> str:
-        """Of the Prefect UI."""
+        """Address of the Prefect UI."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def api(self) -> str:
-        """What ``PREFECT_API_URL`` is."""
+        """Value of ``PREFECT_API_URL``."""
         return f"{self.ui}/api"
 
     @property
     def reports(self) -> str:
-        """Of the run store's reports."""
+        """Address of the run store's reports."""
         return f"http://127.0.0.1:{self.port + 1}"
 
     @property
     def ray(self) -> str:
-        """What ``RAY_ADDRESS`` is."""
+        """Value of ``RAY_ADDRESS``."""
         return f"127.0.0.1:{self.port + 2}"
 
 
 def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> None:
-    """Start everything, say where it is once all of it answers, and keep it running until SIGINT, SIGTERM or SIGHUP comes.
+    """Start all programs, print their addresses, and keep them running until SIGINT, SIGTERM or SIGHUP.
 
     Args:
-        runs: The run store; what is kept from one start to the next, and all logs, are in its folder ``.up``.
-        port: Of the Prefect server; the reports have the next one, Ray the two after it.
-        with_ray: Whether to start Ray; without it each run starts its own, or joins that of ``RAY_ADDRESS``.
-        say: Takes each line for the person who started it.
+        runs: Run store. Its folder ``.up`` has the logs, and the state that is kept between starts.
+        port: Port of the Prefect server. The reports use the next port, and Ray the two after it.
+        with_ray: Whether to start Ray. Otherwise each run starts its own Ray, or joins that of ``RAY_ADDRESS``.
+        say: Prints a line.
     Raises:
-        InputError: a port is taken, the run store cannot be written, or it has an ``up`` already; or the environment is wrong.
-        LorafleetError: a program does not start, or supervisor itself has ended; or a disk is full.
+        InputError: a port is taken, the run store cannot be written or has a running `up`, or the environment is wrong.
+        LorafleetError: a program does not start, supervisor itself has ended, or a disk is full.
     """
     prepare_http()
     check_room(runs, what="choose another disk with --runs")
     temporary_folder()
     addresses, stop = Addresses(port, with_ray), threading.Event()
-    state, refusal = (runs / ".up").resolve(), "`lorafleet up` is there already ({}); stop it"
+    state, refusal = (runs / ".up").resolve(), "`lorafleet up` is already running ({}); stop it"
     lock = hold(state / "lock", runs, holder=f"process {os.getpid()}", refusal=refusal)
-    with lock, ray_folder() if with_ray else nullcontext() as folder_of_ray, _told_to_stop(stop):
+    with lock, ray_folder() if with_ray else nullcontext() as folder_of_ray, _stop_on_signals(stop):
         _check_ports(addresses)
         private_folder(state)
         login = given_login() or kept_secret(state / _PASSWORD, new_login())
@@ -91,14 +91,14 @@ def up(runs: Path, *, port: int, with_ray: bool, say: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _told_to_stop(stop: threading.Event) -> Iterator[None]:
-    """While open, the signals that end a program set the event instead."""
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """While open, have SIGINT, SIGTERM and SIGHUP set an event instead of ending the process."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    previous = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
         yield
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)
 
 
@@ -106,19 +106,19 @@ def _check_ports(addresses: Addresses) -> None:
     uses = ["the Prefect server", "the reports", "Ray", "Ray's client server"][: 4 if addresses.with_ray else 2]
     for port, use in enumerate(uses, start=addresses.port):
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been closed is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise InputError(
-                    f"port {port}, for {use}, cannot be had: {error.strerror}; choose others with --port"
+                    f"port {port}, for {use}, cannot be used: {error.strerror}; choose others with --port"
                 ) from None
 
 
 def _environment(
     runs: Path, state: Path, addresses: Addresses, login: str, folder_of_ray: Path | None
 ) -> dict[str, str]:
-    """What all programs, and the flow runs that the worker starts, find in their environment."""
+    """Environment variables of all programs, and of the flow runs that the worker starts."""
     ours = {
         "LORAFLEET_UP_PYTHON": sys.executable,
         "LORAFLEET_UP_STATE": str(state),
@@ -133,7 +133,7 @@ def _environment(
         "LORAFLEET_REPORTS_URL": addresses.reports,
         "PREFECT_HOME": str(state / "prefect"),
         "PREFECT_API_URL": addresses.api,
-        # Deployments say `python`, and mean the one that lorafleet is installed for.
+        # Deployments run `python`, which has to be the one that lorafleet is installed for.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     if addresses.with_ray:
@@ -151,7 +151,7 @@ def _all_answer(addresses: Addresses, login: str, started: datetime) -> bool:
             check_listening(f"127.0.0.1:{port}", timeout_seconds=5)
     except OSError:
         return False
-    # One of that name may be there from an earlier start.
+    # A worker of that name may be registered from an earlier start.
     return any(
         worker["name"] == _WORKER and datetime.fromisoformat(worker["last_heartbeat_time"]) >= started
         for worker in workers
