@@ -107,7 +107,8 @@ def finish_job(
         return error
     except store_errors() as error:
         return LorafleetError(
-            f"output {plan.output}: cannot be finished: {error}; run the command again, {_units(plan, receipts)} are kept"
+            f"output {plan.output}: cannot be finished: {error}; "
+            f"run the command again, {_units(plan, receipts)} are kept"
         )
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
     lines = [

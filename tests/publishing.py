@@ -500,7 +500,7 @@ def _race(times: int) -> Fault:
 
     ends = None if times == 1 else LorafleetError
     name = f"somebody else's commit first, {'once' if times == 1 else 'twice'}"
-    return Fault(name, plant, met, ends, "was changed twice by others", "new" if times == 1 else "old", ("theirs.md",))
+    return Fault(name, plant, met, ends, "was changed by others twice", "new" if times == 1 else "old", ("theirs.md",))
 
 
 def _damage(name: str, path: str, change: Callable[[bytes], bytes] | None) -> Fault:

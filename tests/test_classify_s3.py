@@ -174,7 +174,7 @@ def test_an_s3_that_is_lost_stops_the_job_with_what_was_finished(
     assert ended.code == 1, ended.err
     assert "Traceback" not in ended.err
     assert re.search(
-        r"error: stopped: output s3://lake/out: .*; start again when that is mended, \d+ of 12 units are kept",
+        r"error: stopped: output s3://lake/out: .*; fix that and run the command again, \d+ of 12 units are kept",
         ended.err,
     )
     assert SECRET not in ended.out + ended.err

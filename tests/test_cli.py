@@ -206,7 +206,7 @@ def test_workers_that_do_not_fit_are_one_message(config: Path, prefect_api: str,
     ended = run(
         "train", "--config", config, "--set", "compute.gpus_per_worker=64", cwd=tmp_path, PREFECT_API_URL=prefect_api
     )
-    refused(ended, tmp_path, "a worker asks for 1 CPUs and 64 GPUs")
+    refused(ended, tmp_path, "a worker needs 1 CPUs and 64 GPUs")
 
 
 # --- what a finished run prints ---

@@ -142,7 +142,7 @@ def test_what_keeps_a_run_from_starting_on_this_machine_is_told_with_its_remedy(
     assert (ended.code, ended.err) == (1, "")
     found = lines(ended)
     assert set(with_status(ended, "fault")) == {"proxy", "temporary files"}
-    assert found["proxy"][1].startswith("ALL_PROXY: not an address that can be used; expected http://HOST:PORT")
+    assert found["proxy"][1].startswith("ALL_PROXY: not a valid address; expected http://HOST:PORT")
     assert f"RAY_TMPDIR {tmp_path}: " in found["temporary files"][1]
     assert "set it to a folder with a shorter path" in found["temporary files"][1]
     assert f"a local Ray cannot be used: RAY_TMPDIR {tmp_path}: " in found["Ray"][1]
@@ -401,13 +401,13 @@ def test_a_hub_that_is_out_of_reach_is_a_warning_and_no_token_is_quoted(
     for endpoint in (f"http://{DEAD}", "http://nowhere.invalid"):
         check = online(endpoint, token)
         assert check.status == "warning"
-        assert "could not be asked" in check.found
+        assert "could not be reached" in check.found
         assert SECRET not in f"{check.found}{check.advice}"
 
 
 def test_a_hub_that_is_not_to_be_asked_is_a_warning() -> None:
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "conftest.py sets it"
-    assert check_hub().found == "HF_HUB_OFFLINE is set: not asked"
+    assert check_hub().found == "HF_HUB_OFFLINE is set: not checked"
 
 
 def test_what_listens_at_an_address_and_what_names_none_is_left_to_ray() -> None:
@@ -443,7 +443,7 @@ def test_what_does_not_answer_in_time_is_a_warning_and_what_fails_is_one_too(mon
 
 def test_a_store_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
     assert check_store(tmp_path / "a" / "b") == Check(
-        "ok", "run store", f"{tmp_path / 'a' / 'b'}: not there yet, and can be made"
+        "ok", "run store", f"{tmp_path / 'a' / 'b'}: does not exist yet, and can be created"
     )
     assert check_store(tmp_path) == Check("ok", "run store", f"{tmp_path}: can be written, not in use")
     assert list(tmp_path.iterdir()) == []
@@ -501,7 +501,7 @@ def test_checkpoints_that_nobody_went_on_with_are_a_warning_that_names_prune(tmp
             os.utime(path, (when, when))
     young = check_checkpoints(tmp_path)
     assert young.status == "ok"
-    assert young.found.startswith("2 of trainings that were not finished, 1.0 MB, the oldest last written 2 days ago")
+    assert young.found.startswith("2 of unfinished trainings, 1.0 MB, the oldest last written 2 days ago")
     for path in tmp_path.rglob("*"):
         os.utime(path, (0, 0))
     old = check_checkpoints(tmp_path)
@@ -532,10 +532,10 @@ def test_a_disk_without_room_for_a_start_is_a_fault_and_one_that_does_not_say_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unsaid = check_disk(Path("/proc/x"))
-    assert (unsaid.status, unsaid.found) == ("warning", "the file system of /proc does not say how much is free")
+    assert (unsaid.status, unsaid.found) == ("warning", "the file system of /proc does not report its free space")
     monkeypatch.setattr(checkup, "LEAST_ROOM_BYTES", 2**62)
     assert check_disk(Path()).status == "fault"
-    assert check_disk(Path()).found.endswith("free where the run store lies: no run can start")
+    assert check_disk(Path()).found.endswith("free on the disk of the run store: no run can start")
 
 
 def test_a_home_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ KINDS: list[tuple[Callable[[Path], Path], str, str]] = [
     (store, "run store", f"is a run store; name one of its runs, such as .*{NAME}"),
     (begun_store, "run store", "is a run store, and none of its runs is finished"),
     (lambda root: finished_run(root, [task_result("A")]).root, "run", "is a run folder, in the run store"),
-    (unfinished, "unfinished run", r"is not finished: manifest\.json is missing"),
+    (unfinished, "unfinished run", r"is not finished: it has no manifest\.json"),
     (publication, "publication", "is a publication"),
     (adapter, "adapter", "is the folder of a single adapter"),
     (file, "file", "is a file"),

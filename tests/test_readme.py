@@ -143,7 +143,7 @@ PRINTED = {
     "onnxruntime": r"\['(negative|positive)', '(?:negative|positive)'\]\n",
     "transformers": rf"\[\{{'label': '({'|'.join(TICKETS)})', 'score': {_SCORE}\}}\]\n",
     "verify": _VERIFIED,
-    "rollback": rf"{_VERIFIED}hf:{OWNER}/{FLEET} is at [0-9a-f]{{40}} now, with the files of run-\S+\n",
+    "rollback": rf"{_VERIFIED}hf:{OWNER}/{FLEET} is now at [0-9a-f]{{40}}, with the files of run-\S+\n",
 }
 
 

@@ -155,7 +155,7 @@ def test_a_run_from_a_clock_that_was_ahead_is_not_the_last_good_one(tmp_path: Pa
     ahead = run_of(tmp_path, -27_000)
     verdicts = judge(tmp_path, Policy(keep=1), now=NOW)
     assert of(verdicts, good).reason == "the last good run of Topics"
-    assert of(verdicts, ahead).reason == "finished at a time that has not come yet, so its age is not known"
+    assert of(verdicts, ahead).reason == "finished at a time in the future, so its age is unknown"
 
 
 def test_the_last_good_run_of_an_mteb_task_stays_though_a_newer_one_failed_or_lost_it(tmp_path: Path) -> None:

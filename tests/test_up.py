@@ -105,7 +105,7 @@ def test_all_of_it_answers_comes_back_when_killed_and_is_gone_when_stopped(
 
     again = run("up", "--no-ray", "--port", str(free_ports()), cwd=tmp_path)
     assert (again.code, again.out, again.err.count("\n")) == (2, "", 1), again.err
-    assert "`lorafleet up` is there already" in again.err
+    assert "`lorafleet up` is already running" in again.err
     elsewhere = run("up", "--no-ray", "--runs", "others", "--port", str(up.port), cwd=tmp_path)
     assert (elsewhere.code, elsewhere.out, elsewhere.err.count("\n")) == (2, "", 1), elsewhere.err
     assert f"port {up.port}" in elsewhere.err

@@ -258,7 +258,7 @@ HARMS: dict[str, tuple[Callable[[TaskFolder], None], str]] = {
     "few_shot.json of another subset": (_scored(hf_subset="fr"), "adapted_few_shot: hf_subset is 'fr'"),
     "few_shot.json that mteb cannot load": (_scored(languages="English"), "adapted_few_shot: mteb cannot load it"),
     "few_shot.json with the other column's scores": (_swapped, "few_shot: accuracy is 0.861"),
-    "few_shot.json with two subsets": (_twice, "has scores of 2 subsets"),
+    "few_shot.json with two subsets": (_twice, "has scores for 2 subsets"),
     "few_shot.json of another task": (_few_shot(lambda one: one | {"task_name": "B"}), "task_name is 'B'"),
     "few_shot.json of nothing": (
         lambda task: task.few_shot.write_text("{}", encoding="utf-8"),
@@ -336,9 +336,9 @@ def _front(run: RunFolder, make: Callable[[bytes], bytes]) -> None:
     run.readme.write_bytes(make(front.encode()))
 
 
-TOO_MUCH = r"README\.md: its metadata claim a score of 0\.993"
+TOO_MUCH = r"README\.md: its metadata claims a score of 0\.993"
 ALIASES = "a: &a [{value: 0.893}]\nmodel-index: [{results: [{metrics: *a}]}]"
-DAMAGED = r"README\.md: its metadata are damaged"
+DAMAGED = r"README\.md: its metadata is damaged"
 AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "the summary claims more": (lambda run: _claim(run, head_accuracy=0.99), r"results\.json: head_accuracy is 0\.99"),
     "the summary names another adapter": (
@@ -355,15 +355,15 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     ),
     "the summary lists a task more": (
         lambda run: _tasks(run, lambda entry: [entry, entry | {"task": "B"}]),
-        r"results\.json: is of A, B, but the adapters are A|B: .*is missing",
+        r"results\.json: covers A, B, but the adapters are A|B: .*is missing",
     ),
     "the summary lists a task twice": (
         lambda run: _tasks(run, lambda entry: [entry | {"head_accuracy": 0.999}, entry]),
-        r"results\.json: is of A, A, but the adapters are A",
+        r"results\.json: covers A, A, but the adapters are A",
     ),
     "the summary lists nothing": (
         lambda run: _tasks(run, lambda entry: []),
-        r"results\.json: is of nothing, but the adapters are A|so there is nothing to publish",
+        r"results\.json: covers nothing, but the adapters are A|so there is nothing to publish",
     ),
     "the summary is of another run": (lambda run: change(run.results, run_id="two"), r"results\.json: run_id is two"),
     "the summary cut short": (
@@ -384,7 +384,7 @@ AROUND: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     ),
     "the card claims more": (
         lambda run: _card(run, "0.893", "0.993"),
-        r"README\.md: its metadata claim a score of 0\.993",
+        r"README\.md: its metadata claims a score of 0\.993",
     ),
     "the card claims another column's score": (lambda run: _card(run, "0.861", "0.893"), "a score of 0.893 .*few-shot"),
     "the card claims another metric's score": (
@@ -575,7 +575,10 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
         r"results\.json: head_accuracy is 0\.999",
     ),
     "the table of scores": (lambda p: _forge_scores(p, accuracy=1.0), r"scores\.parquet, head: accuracy is 1\.0"),
-    "the table of scores with a task more": (lambda p: _forge_scores(p, mteb_task="B"), r"scores\.parquet: is of A, B"),
+    "the table of scores with a task more": (
+        lambda p: _forge_scores(p, mteb_task="B"),
+        r"scores\.parquet: covers A, B",
+    ),
     "the table of epochs": (_forge_epochs, r"epochs\.parquet: epochs is"),
     "mteb's results": (
         lambda p: forge(p, few_shot_file(p), few_shot_claiming(p, accuracy=1.0)),
@@ -591,11 +594,11 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "mteb's results of another model": (
         lambda p: forge(p, "mteb_results/results/me__best/main/A.json", (p / few_shot_file(p)).read_bytes()),
-        r"me__best/main/A\.json: is of a model that was not measured",
+        r"me__best/main/A\.json: belongs to a model that was not measured",
     ),
     "mteb's results of another task": (
         lambda p: forge(p, few_shot_file(p).replace("A.json", "B.json"), (p / few_shot_file(p)).read_bytes()),
-        r"B\.json: is not of an adapter",
+        r"B\.json: does not belong to a published adapter",
     ),
     "mteb's results without a hash": (
         lambda p: (p / few_shot_file(p)).with_name("B.json").write_bytes((p / few_shot_file(p)).read_bytes()),
