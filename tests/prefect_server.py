@@ -1,4 +1,4 @@
-"""Prefect's API as its UI uses it, and a server and a worker of a test's own, to be killed and started again."""
+"""Prefect's API as its UI uses it, and a server and a worker that tests can kill and restart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Api:
     def __init__(self, url: str) -> None:
         self.url = url
         self.login: str | None = None
-        """``NAME:PASSWORD``, where it asks for one."""
+        """``NAME:PASSWORD``, if the server requires one."""
 
     def get(self, path: str) -> Any:
         """The answer as JSON."""
@@ -73,7 +73,7 @@ class Api:
         return {artifact["key"]: artifact["data"] for artifact in found}
 
     def deploy(self, entrypoint: str, cwd: Path, **values: Any) -> str:
-        """Register a flow by its module, to be started in a folder by a worker of the pool; returns the deployment's id."""
+        """Register a flow by its module, to be started by a worker in a folder; returns the deployment's id."""
         flow = self.post("/flows/", name=entrypoint.rpartition(".")[2].replace("_", "-"))
         steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(cwd)}}]
         where = {"flow_id": flow["id"], "entrypoint": entrypoint, "pull_steps": steps, "work_pool_name": POOL}
@@ -102,9 +102,9 @@ class Api:
 
 
 def answers_to_strangers(url: str, *, login: str) -> list[str]:
-    """What a Prefect server answers to a page of another site, or another user of the machine, who does not know its login.
+    """Answers of a Prefect server to a page of another site, or to another user without its login.
 
-    Each is one of the ways by which a deployment was started on a server without a password, and every websocket that Prefect has.
+    The requests are ways to start a deployment on a server without a password, and all websockets of Prefect.
 
     Args:
         url: Of the API, on loopback.

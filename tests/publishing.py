@@ -1,4 +1,4 @@
-"""Publishing to the tests' Hub: from this process or from a child that may be killed, and what a repository then has to hold."""
+"""Publishing to the tests' Hub, from this process or a child that may be killed, and expected contents."""
 
 from __future__ import annotations
 
@@ -61,31 +61,31 @@ _WARM.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Place:
-    """A Hub, and what this process is told of it."""
+    """A Hub, and the state of this process as its client."""
 
     hub: HubServer
     home: Path
-    """Of the client's cache."""
+    """Folder of the client's cache."""
     waits: list[float]
-    """Seconds that were to be waited before trying again; nobody waits them."""
+    """Seconds of each wait before a retry. The waits are skipped."""
 
     def publish(self, run: Path, config: PublishConfig | None = None, *, to: str = TO) -> PublishResult:
-        """From this process."""
+        """Publish from this process."""
         return publish(run, (config or PublishConfig()).model_copy(update={"to": to}))
 
     def publish_elsewhere(self, run: Path, name: str = "child", config: PublishConfig | None = None) -> Child:
-        """From a process of its own, under way when this returns."""
+        """Start a process that publishes, and return at once."""
         return Child(self, run, self.home / f"{name}.json", config or PublishConfig())
 
     def lay_down(self, files: dict[str, bytes]) -> None:
-        """A repository with these files, as if they had been published before."""
+        """Create a repository with these files."""
         huggingface_hub.HfApi().create_repo(REPO)
         if files:
             self.hub.commit(REPO, dict(files))
         self.hub.requests.clear()
 
     def files(self) -> dict[str, bytes]:
-        """What main holds; nothing if there is no repository."""
+        """Files on main; empty if there is no repository."""
         try:
             return published_part(self.hub.files(REPO))
         except KeyError:
@@ -93,7 +93,7 @@ class Place:
 
 
 class Child:
-    """A process that publishes; what came of it, once it has ended."""
+    """A process that publishes, and its outcome."""
 
     def __init__(self, place: Place, run: Path, answer: Path, config: PublishConfig) -> None:
         self._answer = answer
@@ -142,7 +142,7 @@ class Trap(list[tuple[str, str, int]]):
 
 @contextlib.contextmanager
 def hub_of_our_own(home: Path, *, large: bool = False, token: str = "hf_test") -> Iterator[Place]:
-    """A Hub that this process publishes to. No wait is waited, and what verifies is a fresh process of a warm server: 0.2 s, not 4."""
+    """A Hub that this process publishes to. Waits are skipped, and a warm server verifies in 0.2 s instead of 4 s."""
     with (
         serve_hub(token=token, lfs_from_bytes=LARGE if large else None) as hub,
         pytest.MonkeyPatch.context() as monkeypatch,
@@ -252,7 +252,7 @@ def check_settled(hub: HubServer, tasks: set[str], run: Path, *, others: Sequenc
 
 
 def copy_run(run: Path, root: Path, *, tasks: Sequence[str] = ("Topics", "Pairs"), **config: Any) -> RunFolder:
-    """A finished run with only these MTEB tasks, under the name of its new folder; ``config`` replaces sections of its configuration."""
+    """A finished run with only these MTEB tasks, named as its new folder; ``config`` replaces config sections."""
     shutil.copytree(run, root, ignore=lambda _, names: {"Topics", "Pairs"} - set(tasks) & set(names))
     folder = RunFolder(root)
     folder.gate.unlink(missing_ok=True)
@@ -279,7 +279,7 @@ def _rewrite(folder: RunFolder, results: Sequence[TaskResult], **config: Any) ->
 
 
 def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable[[Any], None]) -> None:
-    """Change a run's adapter as if it had been trained so: all its files, its probe and its sha256 fit each other afterwards."""
+    """Change a run's adapter consistently: afterwards its files, its probe and its sha256 agree."""
     place, loaded = folder.task(task), load_encoder(encoder)
     adapter = load_adapter(place, loaded)
     change(adapter)
@@ -326,7 +326,7 @@ class World:
     """Runs to publish, and what the Hub holds before and after."""
 
     base: Path
-    """Of Topics alone, the run that is published already."""
+    """Run of Topics alone, which is already published."""
     both: Path
     pairs: Path
     encoder: Path

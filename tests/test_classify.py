@@ -1,4 +1,4 @@
-"""``lorafleet classify`` as people run it: the same files from this process and from Ray, and one message for each bad input."""
+"""``lorafleet classify`` as users run it: the same files in process and on Ray, and one message per bad input."""
 
 from __future__ import annotations
 

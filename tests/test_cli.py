@@ -1,4 +1,4 @@
-"""The command line's contract: exit codes, the last line, one message and no traceback for what the caller got wrong."""
+"""Contract of the command line: exit codes, the last line, and one message without traceback for wrong input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from flows.cli import main
 try: main(sys.argv[1:])
 except SystemExit as end: code = end.code
 else: code = 0
-print(json.dumps({"code": code, "modules": list(sys.modules), "opened": opened, "connected": connected}), file=sys.stderr)
+facts = {"code": code, "modules": list(sys.modules), "opened": opened, "connected": connected}
+print(json.dumps(facts), file=sys.stderr)
 """
 
 

@@ -1,4 +1,4 @@
-"""A Ray of somebody else's, of two nodes: workers spread over it, and what a lost node, a lost head and a submitted job come to."""
+"""Runs on an existing Ray cluster of two nodes: spread of workers, lost nodes, a lost head, submitted jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor on this very environment, and on environments that are broken in one way each."""
+"""The doctor on this environment, and on environments that are each broken in one way."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def with_status(ended: Ended, status: str) -> list[str]:
 
 
 def test_a_whole_environment_without_its_servers_has_no_fault_and_each_missing_server_is_told(tmp_path: Path) -> None:
-    """No GPU, no Hub and no server are warnings; a token that is refused is never printed, nor is a password in an address."""
+    """A missing GPU, Hub or server is a warning. A refused token or a password in an address is never printed."""
     with serve_hub(token="another") as hub:
         environment = hub.environment | {"HF_TOKEN": SECRET, "HF_HOME": str(tmp_path / "hf")}
         environment |= {"PREFECT_API_URL": f"http://me:{SECRET}@{DEAD}/api", "RAY_ADDRESS": DEAD}
@@ -86,7 +86,7 @@ def test_a_whole_environment_without_its_servers_has_no_fault_and_each_missing_s
 
 
 def test_a_broken_library_and_one_of_another_version_are_faults_with_advice(tmp_path: Path) -> None:
-    """Torch does not import, and ends its process when it is tried; all that builds on it is told too, and nothing is a traceback."""
+    """Torch ends the process that imports it. Libraries on top of torch are reported too, without a traceback."""
     planted = tmp_path / "planted"
     for name, text in {
         "torch": "import os; os.abort()",
@@ -137,7 +137,7 @@ def test_a_local_ray_is_really_started_and_nothing_is_left_of_it(tmp_path: Path)
 
 @pytest.mark.faults
 def test_what_keeps_a_run_from_starting_on_this_machine_is_told_with_its_remedy(tmp_path: Path) -> None:
-    """A proxy that no client can use, and a folder for Ray whose path is too long; a local Ray then fails for that reason, and says so."""
+    """An unusable proxy, and a path too long for Ray. A local Ray then fails with that reason."""
     ended = run("doctor", "--start", "--json", cwd=tmp_path, ALL_PROXY="ftp://127.0.0.1:9", RAY_TMPDIR=str(tmp_path))
     assert (ended.code, ended.err) == (1, "")
     found = lines(ended)

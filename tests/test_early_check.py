@@ -1,4 +1,4 @@
-"""Whether a run has anything to do, found out without Ray."""
+"""The early check, which finds out without Ray whether a run has anything to do."""
 
 from __future__ import annotations
 

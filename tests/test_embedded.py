@@ -1,4 +1,4 @@
-"""The Prefect server of one run, on this machine: who may use it, and what is told where it cannot start."""
+"""The embedded Prefect server: access by other users, and messages if it cannot start."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_server_of_the_users_that_refuses_the_password_is_one_message(
     out, err = wrong.communicate()
     assert out == ""
     assert (
-        "InputError: the Prefect server of PREFECT_API_URL requires a password; set PREFECT_API_AUTH_STRING=NAME:PASSWORD"
-        in err
+        "InputError: the Prefect server of PREFECT_API_URL requires a password; "
+        "set PREFECT_API_AUTH_STRING=NAME:PASSWORD" in err
     )
     assert not (tmp_path / "home").exists()
 
@@ -113,7 +113,10 @@ def test_a_full_disk_is_one_message_before_anything_is_started(command: str, wha
         "classify": ["classify", data["train"], runs, "--adapter", tmp_path],
         "up": ["up", "--no-ray", "--runs", runs],
     }
-    fill = f"mount -t tmpfs -o size=1m tmpfs {disk} && mkdir {disk}/runs && head --quiet -c 2M /dev/zero > {disk}/fill 2> /dev/null; "
+    fill = (
+        f"mount -t tmpfs -o size=1m tmpfs {disk} && mkdir {disk}/runs && "
+        f"head --quiet -c 2M /dev/zero > {disk}/fill 2> /dev/null; "
+    )
     program = ("unshare", "-m", "bash", "-c", f'{fill} exec "$@"', "bash", *LORAFLEET)
     environment = {"TMPDIR": str(disk)} if what == "TMPDIR" else {}
     ended = Command(*arguments[command], program=program, cwd=tmp_path, **environment).wait(seconds=60)

@@ -1,4 +1,4 @@
-"""Workers on a Ray: placed by CPU and GPU shares, replaced when they die, on a cluster of others too."""
+"""Workers on Ray: placement by CPU and GPU shares, replacement after a crash, and shared clusters."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tasks.fleet_worker import FleetWorker, StoppedError, WorkerDiedError
 Folders = Callable[[str], Path]
 CLUSTER = """
 import sys, ray
-ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20, _node_ip_address="127.0.0.1",
-         logging_level="ERROR", log_to_driver=False)
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20,
+         _node_ip_address="127.0.0.1", logging_level="ERROR", log_to_driver=False)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
@@ -47,7 +47,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With token authentication, as Ray has it by default; who names an address must say so and reads the token from the user's home."""
+    """With token authentication, Ray's default. A client reads the token from the user's home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -222,7 +222,7 @@ def answer_of(command: Command) -> dict[str, Any]:
 
 
 def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path: Path) -> None:
-    """As where a run's input is refused as soon as Ray is up; Ray's own core writes to standard error past every logger of ours."""
+    """As when a run's input is refused as soon as Ray is up. Ray's core bypasses our loggers on standard error."""
     program = "from pipeline.config import ComputeConfig\nfrom tasks.fleet import Fleet\n"
     program += (
         "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
@@ -289,7 +289,7 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
-    """In a store of its own, so trained anew, in other processes, two at a time on half a GPU each; beside modules called as ours."""
+    """In a new store, so trained again, two at a time on half a GPU each, next to modules with our names."""
     for name in ("flows", "tasks", "pipeline"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}

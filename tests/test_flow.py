@@ -1,4 +1,4 @@
-"""A whole run: what lies in its folder, what the next run takes over from it, and what is left when one MTEB task fails."""
+"""Whole runs: files of the run folder, reuse by the next run, and the result when one MTEB task fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder is, and what every command says that was given another one."""
+"""Kinds of folders, and the message of each command that is given the wrong kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The promotion gate: what takes a published adapter's place, what leaves it there, and what somebody has to look at first."""
+"""Promotion gate: which adapters are promoted, kept or blocked."""
 
 from __future__ import annotations
 

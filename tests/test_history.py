@@ -1,4 +1,4 @@
-"""The history over runs: which scores may be compared, what moved, what it cost, and the page that shows it."""
+"""History over runs: comparable scores, drift, cost, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def finish(runs: Path, week: int, *, failures: Sequence[Failure] = ()) -> None:
 def season(runs: Path) -> StoreHistory:
     """Twelve weekly runs of three MTEB tasks, written as a run writes them.
 
-    Reviews get another test file, Tickets a new label, lose one and fail once, Spam never changes; one run's folder was pruned.
+    Reviews gets another test file. Tickets gains a label, loses one, and fails once. Spam never changes. The folder of
+    one run was pruned.
     """
     wobble = (0, 4, -3, 2, 6, 5, -2, 3, 1, 7, 4, 8)
     for week in range(12):

@@ -1,4 +1,4 @@
-"""What somebody is told when the Hub does not answer."""
+"""Messages about a Hub that does not answer."""
 
 from __future__ import annotations
 

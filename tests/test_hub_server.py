@@ -1,4 +1,4 @@
-"""The tests' Hub, by the full cycle of huggingface_hub's own client."""
+"""The tests' own Hub, through the full cycle of huggingface_hub's client."""
 
 from __future__ import annotations
 

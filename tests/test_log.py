@@ -1,4 +1,4 @@
-"""The log of a run, its artifacts and its table: values of others stay values."""
+"""Log, artifacts and live table of a run: quoted values cannot forge other lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a key depends on, and what counts as finished."""
+"""Inputs of a key, and what counts as finished."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ def test_where_things_lie_and_how_the_work_is_spread_does_not(changes: dict[str,
 
 
 def test_all_that_python_loads_for_the_workers_job_counts() -> None:
-    program = "import sys, pipeline.run.job\nprint(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'pipeline'))"
+    program = (
+        "import sys, pipeline.run.job\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'pipeline'))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=PIPELINE.parent, capture_output=True, text=True, check=True
     )

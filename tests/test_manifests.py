@@ -1,4 +1,4 @@
-"""What lies in deploy/: valid by its own schemas, no secret in it, nothing beyond loopback, and every command in it is one that exists."""
+"""Files in deploy/: valid by their schemas, without secrets, on loopback only, with existing commands."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_lea
 
 # Kubernetes
 
-# The fields of KubeRay's custom resources that are used here, and their types, after its API reference (v1.6 and v1.7). No package
-# of a registry has the schema itself; what lies below `template` is checked by Kubernetes' own.
+# The fields of KubeRay's custom resources that deploy/ uses, with their types, from its API reference (v1.6 and v1.7). No
+# registry has a package with the schema itself. Everything below `template` is checked by Kubernetes' own schemas.
 _REQUIRED = {"headGroupSpec", "rayStartParams", "template", "groupName", "minReplicas", "maxReplicas"}
 _WORKER_GROUP = {
     "groupName": str,

@@ -1,4 +1,4 @@
-"""The metrics data sets: what is written comes back, and a reader never meets a half-written file."""
+"""Metrics tables: round trips, and readers that never see a half-written file."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Who may use this machine's Prefect servers: passwords that only their owner can read, and that are found where they are needed."""
+"""Passwords of local Prefect servers: readable by their owner only, and found where they are needed."""
 
 from __future__ import annotations
 

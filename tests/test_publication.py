@@ -1,4 +1,4 @@
-"""What a publication consists of, and a folder that holds one: all of it or what it held before, and nothing of somebody else's is lost."""
+"""Contents of a publication, and published folders: replaced as a whole, and no foreign file is lost."""
 
 from __future__ import annotations
 
@@ -139,9 +139,14 @@ def test_adapters_of_two_encoders_are_not_mixed(run: RunFolder, tmp_path: Path) 
 
 def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> None:
     own = MtebTask(
-        name="A", source="files", location="/srv/a/train.parquet", test_location="/srv/a/test.parquet", revision="r", max_epochs=1,
+        name="A",
+        source="files",
+        location="/srv/a/train.parquet",
+        test_location="/srv/a/test.parquet",
+        revision="r",
+        max_epochs=1,
         samples_per_label=8,
-    )  # fmt: skip
+    )
     encoder = EncoderRef(name="/srv/models/minilm", public_name="minilm", revision="sha256:" + "c" * 64)
     run = finished_run(
         tmp_path / "run", [task_result("A", source=own, encoder=encoder, notes=["/srv/a/train.parquet is short"])]

@@ -1,4 +1,4 @@
-"""Publishing to the Hub: all of a run or nothing of it, once, by one commit that was verified first."""
+"""Publishing to the Hub: all of a run or nothing, once, by one verified commit."""
 
 from __future__ import annotations
 

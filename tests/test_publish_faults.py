@@ -1,4 +1,4 @@
-"""Every fault that publishing to the Hub is to survive: ``main`` is the old state or the new one, and the next start ends it."""
+"""Faults during publishing to the Hub: ``main`` is in the old or the new state, and the next call completes it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_fault_of_the_run(
 
 
 def points(requests: list[tuple[str, str, int]]) -> list[int]:
-    """Numbers of the requests to die at: every one that changes something, and the first, middle and last of those there are many of."""
+    """Requests to die at: each that changes something, and the first, middle and last of each frequent kind."""
     many: dict[str, list[int]] = {}
     for number, (method, path, _) in enumerate(requests, 1):
         if method in ("GET", "HEAD", "PUT"):
@@ -176,7 +176,10 @@ def test_a_token_of_a_prefect_block_is_nowhere(
     finished_run: FinishedRun, prefect_api: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     shutil.copytree(finished_run.runs, tmp_path / "cwd" / "runs", ignore=shutil.ignore_patterns(".prefect"))
-    save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.stdin.read()).save('hub-token', overwrite=True)"
+    save = (
+        "import sys; from prefect.blocks.system import Secret; "
+        "Secret(value=sys.stdin.read()).save('hub-token', overwrite=True)"
+    )
     environment = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "prefect")}
     subprocess.run([sys.executable, "-c", save], input=SECRET, text=True, check=True, env=os.environ | environment)
     with hub_of_our_own(tmp_path, large=True, token=SECRET) as place:

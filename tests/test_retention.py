@@ -1,4 +1,4 @@
-"""What pruning deletes and what it never does, on real run folders; killed at each of its steps, it goes on the next time."""
+"""Pruning of real run folders: what is deleted, what is kept, and recovery from a kill at each step."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_the_last_good_run_of_an_mteb_task_stays_though_a_newer_one_failed_or_lo
     ],
 )
 def test_a_run_stays_that_was_published(decision: str, published: str | None, stays: bool, tmp_path: Path) -> None:
-    """Also where it was published a second time: then its own adapter is kept as the published one, which hides the promotion."""
+    """Also if it was published twice: the gate then keeps its own adapter, which hides the promotion."""
     folder = run_of(tmp_path, 400)
     run_of(tmp_path, 300)
     gate_of(folder, "Topics", decision, published)

@@ -1,4 +1,4 @@
-"""Reading the files of a folder that may be a stranger's: what is no file, or no record, is one message and never a wait."""
+"""Reading files of an untrusted folder: anything but a valid regular file is one message, and never blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passwords and signatures in an address: the file is read with them, and nothing that a job writes, prints or sends holds them."""
+"""Passwords and signatures in addresses: used to read files, but never written, printed or sent elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console script at its edges: what is on PYTHONPATH, where its streams lead, which signals come, and how it ends."""
+"""Edge cases of the console script: PYTHONPATH, standard streams, signals, and how it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.config import load_config
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The outcome of a line for bash, in which ``lorafleet`` is the console script and ``$?`` is that of its first command."""
+    """Run a line in bash, in which ``lorafleet`` is the console script, and ``$?`` that of the first command."""
     line = f'set -o pipefail; lorafleet() {{ {shlex.join(SCRIPT)} "$@"; }}; {command}'
     return subprocess.run(
         ["bash", "-c", line], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120

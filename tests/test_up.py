@@ -1,4 +1,4 @@
-"""`lorafleet up`: all of it answers, what is killed comes back, and stopping it stops exactly that."""
+"""`lorafleet up`: all programs answer, killed programs are restarted, and stopping it stops exactly its own."""
 
 from __future__ import annotations
 
@@ -318,7 +318,9 @@ deployments:
     parameters: {{config: config.toml, runs: runs}}
     schedules: [{{interval: 20}}]
     concurrency_limit: {{limit: 1, collision_strategy: CANCEL_NEW}}
-    work_pool: {{name: lorafleet, job_variables: {{command: python -P -m flows.scheduled, working_dir: "{{{{ $PWD }}}}"}}}}
+    work_pool:
+      name: lorafleet
+      job_variables: {{command: python -P -m flows.scheduled, working_dir: "{{{{ $PWD }}}}"}}
 """
 
 

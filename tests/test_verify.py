@@ -1,4 +1,4 @@
-"""Verified means every file that anybody loads: one that was changed is found by ``verify``, and before ``publish`` changes anything."""
+"""Verification: ``verify`` detects every changed file, and so does ``publish`` before it changes anything."""
 
 from __future__ import annotations
 
