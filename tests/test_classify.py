@@ -148,7 +148,7 @@ def test_rows_keep_their_order_and_null_and_empty_texts_say_why_they_have_no_lab
 
 
 def test_the_last_estimate_and_the_summary_are_printed(labelled: Labelled) -> None:
-    assert "input: 240 rows in 3 files, 6 units (0 done before)" in labelled.here.err
+    assert "input: 240 rows in 3 files, 6 units (0 already done)" in labelled.here.err
     assert "first estimate: 40 of 240 rows" in labelled.here.err
     lines = labelled.here.out.splitlines()
     assert lines[0].split() == ["adapter", "label", "rows", "share"]

@@ -311,7 +311,7 @@ def test_the_same_weights_with_their_labels_in_another_order_are_another_adapter
 def test_a_renamed_label_blocks_and_is_named(tmp_path: Path, same: bool) -> None:
     found, reason = look(tmp_path, LABELS, ("card arrival", "card lost", "top up"), same=same)
     assert found == "block"
-    assert "without lost card and with new card lost; allow it with publish.gate.allow_label_change" in reason
+    assert "without lost card and with new card lost; to allow it, set publish.gate.allow_label_change" in reason
 
 
 def test_a_lost_and_a_new_label_block_and_are_named(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_tasks_that_failed_are_listed_and_the_others_published(tmp_path: Path) -
 
 def test_a_run_without_manifest_is_not_finished(run: RunFolder, tmp_path: Path) -> None:
     run.manifest.unlink()
-    with pytest.raises(InputError, match=r"is not finished: manifest\.json is missing"):
+    with pytest.raises(InputError, match=r"is not finished: it has no manifest\.json"):
         publish_to_folder(run.root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -365,7 +365,7 @@ def test_another_run_folder_is_not_a_target(run: RunFolder, tmp_path: Path) -> N
 
 def test_run_and_target_must_lie_apart(run: RunFolder, tmp_path: Path) -> None:
     for target in (run.root, run.root / "inside", run.root.parent, tmp_path):
-        with pytest.raises(InputError, match="one lies inside the other"):
+        with pytest.raises(InputError, match="one is inside the other"):
             publish_to_folder(run.root, target)
 
 

@@ -84,7 +84,7 @@ def test_a_folder_that_is_named_for_ray_is_taken_or_refused_with_the_limit(
     assert ray_base() == named
     monkeypatch.setenv("RAY_TMPDIR", str(long(base)))
     with pytest.raises(
-        InputError, match=rf"RAY_TMPDIR .*leave room for {LONGEST_BASE}; set it to a folder with a shorter path"
+        InputError, match=rf"RAY_TMPDIR .*allow at most {LONGEST_BASE}; set it to a folder with a shorter path"
     ):
         ray_base()
     assert check_temporary().status == "fault"
