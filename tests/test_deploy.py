@@ -331,7 +331,7 @@ def test_two_deployments_of_one_name_are_told_before_anything_is_registered(
     file = write_file(project)
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
     file.write_text(yaml.safe_dump({"deployments": [*entries, *entries]}), encoding="utf-8")
-    with pytest.raises(InputError, match=rf"train-adapters/{project.name} is there more than once"):
+    with pytest.raises(InputError, match=rf"train-adapters/{project.name} is in it more than once"):
         deploy(file)
 
 

@@ -170,6 +170,6 @@ def _print_summary(summary: BulkSummary) -> None:
     rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {counted(summary.rows_in, 'row')} in {summary.seconds:.0f} s, {rate}"
     say(
-        f"{facts}; {summary.truncated:,} truncated, {counted(summary.duplicates, 'duplicate')}, "
+        f"{facts}; {summary.truncated:,} cut, {counted(summary.duplicates, 'duplicate')}, "
         f"{counted(summary.failures, 'failure')}"
     )
