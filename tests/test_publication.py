@@ -127,7 +127,8 @@ def test_adapters_of_two_encoders_are_not_mixed(run: RunFolder, tmp_path: Path) 
     encoder = EncoderRef(name="me/other", public_name="me/other", revision="e" * 40)
     one = finished_run(tmp_path / "runs" / "two", [task_result("A", encoder=encoder)], run_id="two")
     with pytest.raises(
-        InputError, match=r"B stays, and was trained on sentence-transformers/all-MiniLM-L6-v2 at .* me/other at eee"
+        InputError,
+        match=r"B stays published, and was trained on sentence-transformers/all-MiniLM-L6-v2 at .* me/other at eee",
     ):
         publish_to_folder(one.root, tmp_path / "out")
     assert contents(tmp_path / "out") == before
@@ -226,7 +227,7 @@ def test_an_adapter_that_is_not_the_measured_one_stops_everything(run: RunFolder
 @pytest.mark.parametrize("name", ["A/adapter_config.json", "B/probe.json"])
 def test_a_file_that_names_the_run_folder_stops_everything(run: RunFolder, tmp_path: Path, name: str) -> None:
     (run.root / name).write_text(f'{{"path": "{run.root}/A"}}', encoding="utf-8")
-    with pytest.raises(LorafleetError, match=f"{name} names the local path"):
+    with pytest.raises(LorafleetError, match=f"{name} contains the local path"):
         publish_to_folder(run.root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -235,7 +236,7 @@ def test_a_path_of_the_config_is_found_in_its_json_form_too(tmp_path: Path) -> N
     config = RunConfig(encoder=EncoderConfig(name="/srv/modèles/minilm"), mteb_tasks=(MtebTaskConfig(name="A"),))
     run = finished_run(tmp_path / "run", [task_result("A")], config=config)
     run.task("A").adapter_config.write_text(json.dumps({"base": "/srv/modèles/minilm"}), encoding="utf-8")
-    with pytest.raises(LorafleetError, match=r"A/adapter_config\.json names the local path"):
+    with pytest.raises(LorafleetError, match=r"A/adapter_config\.json contains the local path"):
         publish_to_folder(run.root, tmp_path / "out")
 
 
@@ -400,7 +401,7 @@ def test_a_copy_that_fails_leaves_the_target_as_it_was(
 
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("pipeline.publishing.publish.shutil.copytree", full)
-    with pytest.raises(LorafleetError, match=r"left it as it was: .*No space left"):
+    with pytest.raises(LorafleetError, match=r"left it unchanged: .*No space left"):
         publish_to_folder(run.root, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 
