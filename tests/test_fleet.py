@@ -271,7 +271,7 @@ def test_a_ray_that_never_comes_up_is_one_message_with_what_to_do(tmp_path: Path
     assert len(stopped) == 2
     error = answer_of(command)["error"]
     assert error.startswith("Ray does not start on this machine: The current node timed out during startup")
-    assert "give the same command again when the machine is less busy" in error
+    assert "run the command again when the machine is less busy" in error
     assert command.left(seconds=10) == []
 
 

@@ -349,8 +349,8 @@ def test_a_block_is_exit_code_1_and_the_run_is_finished_all_the_same(gated: Gate
     assert gated.ended.code == 1
     assert manifest_of(gated.root).adapters == manifest_of(finished_run.root).adapters
     assert manifest_of(gated.root).failures == ()
-    assert "Pairs: block: its labels are not the published ones: without ocean and with new sea" in gated.ended.err
-    assert "failed: gate · Pairs: its labels are not the published ones" in gated.ended.err
+    assert "Pairs: block: its labels differ from the published ones: without ocean and with new sea" in gated.ended.err
+    assert "failed: gate · Pairs: its labels differ from the published ones" in gated.ended.err
     assert "Traceback" not in gated.ended.err
 
 
@@ -449,10 +449,10 @@ def test_what_is_not_published_yet_is_trained_from_scratch_and_that_is_said(next
 
 @pytest.mark.faults
 def test_a_new_label_is_named_before_training_and_reaches_the_gate(next_week: NextWeek) -> None:
-    assert "Pairs: its labels are not those of run" in next_week.ended.err
+    assert "Pairs: its labels differ from those of run" in next_week.ended.err
     assert next_week.ended.err.index("with new garden") < next_week.ended.err.index("Pairs: loaded")
     assert next_week.ended.code == 1
-    assert "failed: gate · Pairs: its labels are not the published ones: with new garden" in next_week.ended.err
+    assert "failed: gate · Pairs: its labels differ from the published ones: with new garden" in next_week.ended.err
 
 
 @pytest.mark.faults

@@ -304,7 +304,7 @@ def test_another_encoder_does_not_mix_with_what_is_published(one: Place, world: 
     revision = read_manifest(other).encoder.revision
     for path in (other.manifest, other.results, other.task("Pairs").result, other.task("Pairs").meta):
         path.write_text(path.read_text().replace(revision, f"sha256:{'0' * 64}"))
-    with pytest.raises(InputError, match="Topics stays, and was trained on"):
+    with pytest.raises(InputError, match="Topics stays published, and was trained on"):
         one.publish(other.root)
     assert one.files() == world.old
     assert sent(one.hub, "POST ") == []

@@ -220,7 +220,7 @@ def test_a_run_stays_that_was_published_after_it_was_judged(tmp_path: Path, monk
 
     monkeypatch.setattr("pipeline.store.retention.judge", judge_and_publish)
     done = prune(tmp_path, Policy(keep=0), dry_run=False)
-    assert done.failures == (f"run {folder.root}: published to hf:me/fleet: Topics, a moment ago",)
+    assert done.failures == (f"run {folder.root}: published to hf:me/fleet: Topics, just now",)
     assert before.items() <= files(folder.root).items()
     assert not other.root.exists(), "the others go"
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_read_stays(tmp_path: Path) -> None:
     assert gone(verdicts) == set()
     assert "cannot read whether it was published" in of(verdicts, gate).reason
     assert "manifest.json is damaged" in of(verdicts, manifest).reason
-    assert of(verdicts, copy).reason == f"its manifest is of another run, {renamed.root.name}"
+    assert of(verdicts, copy).reason == f"its manifest belongs to another run, {renamed.root.name}"
 
 
 def test_the_adapter_of_a_run_that_goes_lives_on_in_the_run_that_took_it_over(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def open_inside(root: Path, path: str) -> BinaryIO:
 
 def _open(name: str | Path, path: Path, *, follow: bool, dir_fd: int | None = None) -> BinaryIO:
     _check_kind(os.stat(name, dir_fd=dir_fd, follow_symlinks=follow), stat.S_IFREG, path)
-    # The file may have been replaced since the check. So never wait for a pipe, follow no link, and check what was opened.
+    # The file may have been replaced since the check, so never wait for a pipe, follow no link, and check it again.
     file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW), dir_fd=dir_fd)
     try:
         _check_kind(os.fstat(file), stat.S_IFREG, path)
