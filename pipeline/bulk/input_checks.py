@@ -17,11 +17,7 @@ from pipeline.storage.listing import StoredFile
 from pipeline.storage.place import open_file, store_errors
 
 _FIRST_ROWS = 64
-
-
 _MOST_NAMES = 12
-
-
 _RENAME = "give the adapter another name (--adapter NAME=REF)"
 
 

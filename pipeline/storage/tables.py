@@ -13,8 +13,6 @@ _READERS = 16
 
 TableFormat = Literal["Delta", "Iceberg", "Hudi", "Spark Structured Streaming"]
 """Table formats that log which files of a folder are live."""
-
-
 _LOGS: dict[str, TableFormat] = {
     "_delta_log": "Delta",
     ".hoodie": "Hudi",
