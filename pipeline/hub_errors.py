@@ -1,6 +1,7 @@
-"""What a fault of the Hub means to who asked it: the one place that decides between exit code 1 and 2.
+"""Translation of the Hub's errors. The one place that decides between exit codes 1 and 2 for them.
 
-Out of reach, busy or broken is 1, because trying again may help. Not there, not allowed, and not in the cache while offline is 2.
+1: the Hub is busy, broken or cannot be reached, so a retry may help.
+2: the repository does not exist or may not be accessed, or it is not in the cache while offline.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from typing import Any
 
 from pipeline.errors import InputError, LorafleetError, first_line
 
-TOKEN_ADVICE = "; give a token that may do that: HF_TOKEN, `hf auth login`, or publish.token_block"
-_REACH = "; is the Hub in reach (network, HTTPS_PROXY, HF_ENDPOINT)? Nothing is lost: run the command again"
+TOKEN_ADVICE = "; provide a token with access: HF_TOKEN, `hf auth login`, or publish.token_block"
+_REACH = (
+    "; check the connection to the Hub (network, HTTPS_PROXY, HF_ENDPOINT) and run the command again: nothing is lost"
+)
 
 
 def hub_faults() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where it cannot give what it was asked for."""
-    from httpx2 import TransportError  # what it speaks HTTP with
+    """Types of the exceptions that huggingface_hub raises if a request fails."""
+    from httpx2 import TransportError  # huggingface_hub's HTTP client
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, TransportError
@@ -25,13 +28,13 @@ def hub_faults() -> tuple[type[Exception], ...]:
 def hub_error(
     error: BaseException, what: str, *, offline: bool = False, kind: type[InputError] = InputError
 ) -> LorafleetError:
-    """The error that a command ends with.
+    """Translate an exception into the error that a command ends with.
 
     Args:
         error: One of ``hub_faults``, or one caused by it.
-        what: What was asked for, as the message names it.
-        offline: Whether the caller wanted the local cache alone to be asked.
-        kind: Of the errors that trying again cannot help.
+        what: Name of the requested repository in the message.
+        offline: Whether the caller allows the local cache only.
+        kind: Type of the errors that a retry cannot help.
     """
     from httpx2 import TransportError
     from huggingface_hub import constants
@@ -52,7 +55,7 @@ def hub_error(
 
 
 def hub_fault_behind(error: BaseException) -> BaseException | None:
-    """The fault of the Hub that made another library raise ``error``; None if there is none."""
+    """The Hub's exception that made another library raise ``error``. None if there is none."""
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -65,7 +68,7 @@ def hub_fault_behind(error: BaseException) -> BaseException | None:
 
 
 def hub_status(error: BaseException) -> int | None:
-    """The status that the Hub answered with; none if it did not."""
+    """HTTP status of the Hub's response. None without a response."""
     response: Any = getattr(error, "response", None)
     if response is None and isinstance(error.__cause__, Exception):
         response = getattr(error.__cause__, "response", None)
@@ -73,7 +76,7 @@ def hub_status(error: BaseException) -> int | None:
 
 
 def hub_said(error: BaseException) -> str:
-    """What an error says, in one line, without what is signed in an address."""
+    """Message of an error in one line, without the query strings of URLs, which may hold signatures."""
     lines = [
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more information")
     ]
