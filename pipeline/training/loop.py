@@ -82,7 +82,7 @@ class Loop:
             score = self._score(epoch) if selects else None
             if score is None or score > self.state.best_score:
                 self.state.last_gain = epoch
-            # The latest of equal scores wins, also over the start. Ties are frequent in small data, and this worked best:
+            # The latest of equal scores wins, also over the start. Small data have many ties, and this worked best:
             # tests/benchmarks/EXPERIMENTS.md, "Which epoch".
             is_best = score is None or score >= self.state.best_score
             if is_best:
