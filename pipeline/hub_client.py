@@ -35,23 +35,23 @@ def download(
     offline: bool = False,
     kind: type[InputError] = InputError,
 ) -> Path:
-    """Download the files of a repository. A busy or broken Hub is asked again.
+    """Download the files of a repository, with retries if the Hub is busy or broken.
 
     Args:
         name: ``OWNER/NAME``.
         revision: Branch, tag or commit. Defaults to the main branch.
-        what: Repository, as messages name it. Defaults to ``hf:OWNER/NAME``.
+        what: Name of the repository in messages. Defaults to ``hf:OWNER/NAME``.
         cache: Empty folder to download into. Defaults to huggingface_hub's own cache.
         patterns: Glob patterns of the files to download. Defaults to all files.
-        but: Glob patterns of files to leave out.
-        offline: Take the files from the cache, and never ask the Hub.
-        kind: Type of the error that trying again cannot help.
+        but: Glob patterns of files to skip.
+        offline: Use the cache only, without a request to the Hub.
+        kind: Type of the error that a retry cannot help.
     Returns:
         Folder with the files. Its name is the commit.
     Raises:
         VerificationError: the repository lists a file that does not exist.
-        InputError: a ``kind``; as ``ask``.
-        LorafleetError: as ``ask``.
+        InputError: of type ``kind``, in the same cases as ``ask``.
+        LorafleetError: in the same cases as ``ask``.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -72,7 +72,7 @@ def download(
                 f"hf:{name}@{revision} lists a file that does not exist: {hub_said(error)}"
             ) from error
 
-    # Into a cache that may hold the files already, a Hub out of reach is told at once.
+    # With a cache that may hold the files already, an unreachable Hub is reported at once.
     return _ask(what or f"hf:{name}", fetch, offline=offline, kind=kind, wait_for_network=cache is not None)
 
 
@@ -80,7 +80,7 @@ def ask(what: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
     """Call the Hub. If it is busy, broken or out of reach, wait and try again, up to six times.
 
     Args:
-        what: Repository, as messages name it.
+        what: Name of the repository in messages.
         call: Function to call.
         args: Its positional arguments.
         options: Its keyword arguments.
@@ -106,7 +106,7 @@ def _ask(
             return call()
         except faults as error:
             if type(error) is RuntimeError and not isinstance(error.__cause__, hub_faults()):
-                raise  # the one that huggingface_hub raises for a failed upload has a cause
+                raise  # a RuntimeError for a failed upload has a cause
             for fault in (error, error.__cause__):  # a retry helps neither a full disk nor a missing permission
                 if isinstance(fault, OSError) and (refused := refused_by_machine(fault)):
                     raise type(refused)(f"{what}: {refused}") from error

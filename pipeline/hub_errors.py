@@ -11,8 +11,10 @@ from typing import Any
 
 from pipeline.errors import InputError, LorafleetError, first_line
 
-TOKEN_ADVICE = "; give a token that may do that: HF_TOKEN, `hf auth login`, or publish.token_block"
-_REACH = "; is the Hub in reach (network, HTTPS_PROXY, HF_ENDPOINT)? Nothing is lost: run the command again"
+TOKEN_ADVICE = "; provide a token with access: HF_TOKEN, `hf auth login`, or publish.token_block"
+_REACH = (
+    "; check the connection to the Hub (network, HTTPS_PROXY, HF_ENDPOINT) and run the command again: nothing is lost"
+)
 
 
 def hub_faults() -> tuple[type[Exception], ...]:

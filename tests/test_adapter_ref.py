@@ -61,9 +61,9 @@ def test_folders_and_names_may_hold_signs_of_the_grammar(run: Path, tmp_path: Pa
 
 
 def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
-    with pytest.raises(AdapterError, match=r"choose one of its adapters, as \S+/run#Pairs \(Pairs, Topics\)"):
+    with pytest.raises(AdapterError, match=r"choose one of its adapters, such as \S+/run#Pairs \(Pairs, Topics\)"):
         find(run)
-    with pytest.raises(AdapterError, match="there is no adapter Nothing in it, but Pairs, Topics"):
+    with pytest.raises(AdapterError, match="it has no adapter Nothing; it has Pairs, Topics"):
         find(f"{run}#Nothing")
 
 
@@ -276,7 +276,7 @@ def test_what_the_cache_lacks_is_told(published: Path) -> None:
         find("hf:someone/adapters#Nothing")
     with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
         find("hf:someone/adapters@v2#Topics")
-    with pytest.raises(AdapterError, match="say which of the repository's adapters: hf:someone/adapters#TASK"):
+    with pytest.raises(AdapterError, match="name one of the repository's adapters: hf:someone/adapters#TASK"):
         find("hf:someone/adapters")
 
 
@@ -308,10 +308,10 @@ def test_five_right_texts_of_seven_hundred_promise_no_accuracy_of_four_nines(run
     assert (table[-1].threshold, table[-1].num_texts, table[-1].accuracy) == (0.99, 5, 1.0)
     adapter = measured(run, coverage=[row.model_dump() for row in table])
     with pytest.raises(
-        InputError, match=r"0\.9999 cannot be promised: its validation texts are too few or too often wrong; the"
+        InputError, match=r"0\.9999 cannot be guaranteed: too few validation texts, or too many errors on them; the"
     ) as refused:
         threshold_for(adapter, 0.9999)
-    best = re.search(r"support is (\S+), at confidence (\S+), which (\d+) of them reach", str(refused.value))
+    best = re.search(r"possible is (\S+), at confidence (\S+), reached by (\d+) of them", str(refused.value))
     assert best is not None
     assert threshold_for(adapter, float(best[1])) == float(best[2]), "what the message offers is granted"
     assert int(best[3]) > 5
@@ -322,12 +322,12 @@ def test_five_right_texts_of_seven_hundred_promise_no_accuracy_of_four_nines(run
     [
         (
             {"coverage": [{"threshold": 0.9, "coverage": 0.5, "accuracy": 1.0}]},
-            "its calibration.json counts no texts, as older versions",
+            "an older version wrote its calibration.json, which has no counts",
         ),
-        ({"coverage": []}, "its calibration.json counts no texts"),
+        ({"coverage": []}, "its calibration.json, which has no counts"),
         (
             {"fitted_on": "none"},
-            "it was trained without a validation slice to measure its coverage on; use --min-score",
+            "it was trained without a validation slice, on which coverage is measured; use --min-score",
         ),
     ],
 )
@@ -337,7 +337,7 @@ def test_a_table_that_supports_no_promise_still_loads_and_a_target_accuracy_on_i
     adapter = measured(run, **changes)
     assert adapter.calibration is not None
     with pytest.raises(
-        InputError, match=f"adapter Topics: --target-accuracy 0.5 cannot be promised: {re.escape(told)}"
+        InputError, match=f"adapter Topics: --target-accuracy 0.5 cannot be guaranteed: {re.escape(told)}"
     ):
         threshold_for(adapter, 0.5)
 
@@ -347,6 +347,6 @@ def test_an_adapter_without_calibration_promises_no_accuracy(run: Path) -> None:
     (adapter,) = find(run / "Topics")
     assert adapter.calibration is None
     with pytest.raises(
-        InputError, match=r"Topics: --target-accuracy 0\.5 cannot be promised: there is no calibration\.json; use --min"
+        InputError, match=r"Topics: --target-accuracy 0\.5 cannot be guaranteed: it has no calibration\.json; use --min"
     ):
         threshold_for(adapter, 0.5)

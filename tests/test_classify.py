@@ -291,7 +291,7 @@ REFUSALS = {
         ["good", "out", "--adapter", "Pairs={run}#Topics"], "two adapters are called Pairs"
     ),
     "no such adapter": Refusal(
-        ["good", "out", "--adapter", "{run}#Nope"], "there is no adapter Nope in it, but Pairs, Topics"
+        ["good", "out", "--adapter", "{run}#Nope"], "it has no adapter Nope; it has Pairs, Topics"
     ),
     "no such run": Refusal(["good", "out", "--adapter", "nope#Nope"], "adapter nope#Nope: there is no folder nope"),
     "an adapter that is not chosen": Refusal(["good", "out", "--adapter", "{run}"], "choose one of its adapters"),
@@ -361,7 +361,7 @@ def test_an_adapter_of_a_local_encoder_asks_where_it_lies(place: Place, finished
     arguments = ("classify", "few", "few-out", "--adapter", f"{finished_run.root}#Topics")
     ended = run(*arguments, cwd=place.root, PREFECT_API_URL=place.api)
     assert ended.code == 2
-    assert "say where they lie: --encoder" in ended.err
+    assert "give their location: --encoder" in ended.err
     assert "Traceback" not in ended.err
 
 

@@ -377,8 +377,8 @@ def test_bfloat16_is_taken_where_the_processor_gains_by_it(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 33}, "describes no model"),
-        ({"hidden_act": "nonsense"}, "describes no model"),
+        ({"hidden_size": 33}, "does not describe a model"),
+        ({"hidden_act": "nonsense"}, "does not describe a model"),
         ({"intermediate_size": 47}, "holds .* as"),
     ],
 )
@@ -405,7 +405,7 @@ def test_an_encoders_revision_changes_with_any_file_it_is_loaded_from(
 
 def test_a_revision_that_is_not_what_lies_there_is_refused(encoder_folder: Callable[[str], Path]) -> None:
     config = EncoderConfig(name=str(encoder_folder("bert")), revision="whatever", trust_remote_code=True, max_tokens=24)
-    with pytest.raises(EncoderError, match=r"encoder\.revision is whatever, but what is here is sha256:"):
+    with pytest.raises(EncoderError, match=r"encoder\.revision is whatever, but its files are sha256:"):
         find_encoder(config, offline=True)
 
 

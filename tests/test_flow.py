@@ -237,7 +237,7 @@ def test_the_workers_log_is_in_the_flow_runs(mixed: Mixed, prefect_api: str) -> 
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         lines = [log["message"] for log in json.load(answer)]
-    assert any(line.startswith("Pairs: frozen encoder measured in ") for line in lines), lines
+    assert any(line.startswith("Pairs: evaluated the frozen encoder in ") for line in lines), lines
 
 
 def test_a_failing_task_leaves_the_others_finished_and_is_listed_with_exit_code_1(mixed: Mixed) -> None:

@@ -500,5 +500,5 @@ def test_a_refusal_does_not_repeat_the_token(
         said = capsys.readouterr()
     assert str(status) in said.err
     assert SECRET not in said.out + said.err
-    assert ("give a token that may do that" in said.err) == (status != 500)
+    assert ("provide a token with access" in said.err) == (status != 500)
     assert traces(tmp_path, SECRET) == []

@@ -175,7 +175,7 @@ def test_adapters_of_different_encoders_and_another_encoder_are_refused(
         router_of(refs, encoder_folder("bert"))
     with pytest.raises(AdapterError, match=r"trained on .*bert at sha256:.*, but encoder .*distilbert is sha256:"):
         router_of(refs[:1], encoder_folder("distilbert"))
-    with pytest.raises(EncoderError, match="say where they lie"):
+    with pytest.raises(EncoderError, match="give their location"):
         load_for_people(refs[0], offline=True)
 
 
@@ -202,18 +202,18 @@ def test_what_cannot_be_answered_is_refused_with_its_place(two: Router, bert_fol
             (None, "expected a list of texts, found None"),
             (["rain", None], "text 1: expected a string, found None"),
             (["rain", "sea", 3.5], "text 2: expected a string, found float"),
-            (["rain", "\ud800"], "text 1: holds half of a surrogate pair"),
+            (["rain", "\ud800"], "text 1: contains half of a surrogate pair"),
         ):
             with pytest.raises(DataError, match=message):
                 method(texts, "Topics")  # type: ignore[arg-type]
         for name in ("topics", ["Topics", "topics"], [None, "Topics"]):
-            with pytest.raises(AdapterError, match=r"no adapter is called ('topics'|None); there is Topics, Pairs"):
+            with pytest.raises(AdapterError, match=r"unknown adapter ('topics'|None); loaded adapters: Topics, Pairs"):
                 method(["rain", "sea"], name)  # type: ignore[arg-type]
-        with pytest.raises(AdapterError, match="no adapter is called 'topics'"):
+        with pytest.raises(AdapterError, match="unknown adapter 'topics'"):
             method([], "topics")
         with pytest.raises(DataError, match="1 names of adapters for 2 texts"):
             method(["rain", "sea"], ["Topics"])
-    with pytest.raises(AdapterError, match="no adapter is called 'topics'; there is Topics, Pairs"):
+    with pytest.raises(AdapterError, match="unknown adapter 'topics'; loaded adapters: Topics, Pairs"):
         two["topics"]
     with pytest.raises(InputError, match="top_k: expected at least 1, found 0"):
         two.predict(TEXTS, "Topics", top_k=0)

@@ -710,5 +710,5 @@ def test_a_warm_start_that_was_stopped_ends_with_the_same_bits_and_keeps_its_fir
 
 
 def test_an_adapter_of_another_rank_cannot_be_started_from(published: TaskFolder, bert: Encoder) -> None:
-    with pytest.raises(AdapterError, match="cannot be started from: expected rank 4, found 8"):
+    with pytest.raises(AdapterError, match="cannot start from this adapter: expected rank 4, found 8"):
         start_from(Adapter(bert, AdapterConfig(rank=4), LABELS), published)

@@ -705,7 +705,7 @@ def test_an_encoder_that_is_not_there_is_exit_code_2_through_a_fresh_process_too
 
 
 def test_another_encoder_is_the_fault_of_who_names_it(run: RunFolder, encoder_folder: Folders) -> None:
-    with pytest.raises(AdapterError, match="trained on an encoder of revision"):
+    with pytest.raises(AdapterError, match="trained with revision"):
         verify(str(run.root), encoder=str(encoder_folder("mpnet")), offline=True)
 
 

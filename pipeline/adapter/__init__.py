@@ -1,1 +1,4 @@
-"""LoRA pairs and a head on a frozen encoder: where they attach, what they compute, how they are saved. The door to peft."""
+"""LoRA pairs and a head on a frozen encoder: which layers get them, how they compute, how they are saved.
+
+The only package that imports peft.
+"""

@@ -1,4 +1,4 @@
-"""LoRA pairs and a head on a frozen encoder: attached, merged, taken off again."""
+"""LoRA pairs and a head on a frozen encoder: attach, merge and detach."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pipeline.errors import AdapterError
 
 
 class Adapter:
-    """LoRA pairs on an encoder, and the head of a classifier if it has one."""
+    """LoRA pairs on an encoder, with or without the head of a classifier."""
 
     def __init__(
         self, encoder: Encoder, config: AdapterConfig, label_names: Sequence[str] | None = None, *, seed: int = 0
     ) -> None:
-        """Attach fresh LoRA pairs (no effect yet) to the encoder in place, and make a head.
+        """Attach fresh LoRA pairs to the encoder in place, and make a head. Fresh pairs have no effect.
 
         Args:
             encoder: The frozen base.
             config: Rank, scaling and layers of the pairs, and the head's dropout.
-            label_names: Classes of the head. None makes an adapter without one, which cannot classify.
-            seed: Of the initial weights.
-        Raises: AdapterError: the target matches no layer, or more layers are asked for than exist.
+            label_names: Classes of the head. None makes an adapter without a head, which cannot classify.
+            seed: Seed of the initial weights.
+        Raises: AdapterError: the target matches no layer, or the config requests more layers than exist.
         """
         self.encoder = encoder
         self.config = config
@@ -45,7 +45,7 @@ class Adapter:
             )
             setattr(parent, leaf, lora)
             self.projections[path] = lora
-        if encoder.runtime.kernels == "lorafleet":  # a compiler sees the shared input by itself
+        if encoder.runtime.kernels == "lorafleet":  # a compiler shares inputs by itself
             share_inputs(self.projections)
         self.head: Head | None = None
         if label_names is not None:
@@ -59,12 +59,12 @@ class Adapter:
         Raises: AdapterError: the adapter has none.
         """
         if self.head is None:
-            raise AdapterError(f"this adapter cannot be asked for logits: {CANNOT_CLASSIFY}")
+            raise AdapterError(f"this adapter has no logits: {CANNOT_CLASSIFY}")
         return self.head
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the head's classes, in the order of its logits; none without a head."""
+        """Names of the head's classes, in the order of its logits. Empty without a head."""
         return () if self.head is None else self.head.label_names
 
     @property
@@ -74,11 +74,11 @@ class Adapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All trained weights: the pairs, then the head."""
+        """All trained weights: those of the pairs, then those of the head."""
         return [*self.lora_parameters, *(self.head.parameters() if self.head is not None else ())]
 
     def train(self, mode: bool = True) -> None:
-        """Switch the head's dropout on, or off."""
+        """Switch the head's dropout on or off."""
         if self.head is not None:
             self.head.train(mode)
 
@@ -96,11 +96,11 @@ class Adapter:
         return "vectors" if self.head is None else "logits"
 
     def outputs(self, vectors: FloatArray) -> FloatArray:
-        """What the adapter answers, float32 (texts, outputs): logits, or the vectors themselves without a head."""
+        """Logits of text vectors, float32 (texts, classes). Without a head: the vectors themselves, (texts, width)."""
         return vectors if self.head is None else self.logits_of_vectors(vectors)
 
     def logits(self, batch: Batch) -> Tensor:
-        """float32 (texts, classes), differentiable. Dropout is on while the head is in training mode.
+        """Logits of a batch, float32 (texts, classes), differentiable. Dropout is on in training mode.
 
         Raises: AdapterError: the adapter has no head.
         """
@@ -108,7 +108,7 @@ class Adapter:
         return logits
 
     def logits_of_vectors(self, vectors: FloatArray) -> FloatArray:
-        """float32 (texts, classes), without dropout, of text vectors that the adapted encoder has already made.
+        """Logits of text vectors that the adapted encoder computed, float32 (texts, classes), without dropout.
 
         Raises: AdapterError: the adapter has no head.
         """
@@ -118,14 +118,14 @@ class Adapter:
         return logits
 
     def detach(self) -> None:
-        """Give the encoder its own projections back."""
+        """Put the encoder's own projections back in place."""
         for path, lora in self.projections.items():
             parent, leaf = _parent_of(self.encoder.model, path)
             setattr(parent, leaf, lora.base)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """While open, the encoder runs with plain projections ``W + scaling * B A``; bit for bit restored after."""
+        """Run the encoder with plain projections ``W + scaling * B A``. On exit it is restored bit for bit."""
         kept = {path: lora.base.weight.detach().clone() for path, lora in self.projections.items()}
         self.detach()
         try:

@@ -1,4 +1,4 @@
-"""What a saved adapter says of itself, read without torch."""
+"""The description of a saved adapter, read without torch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ CANNOT_CLASSIFY = "it has no head, so it cannot classify; use its text vectors"
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on this machine's disk, and what must be known before it is loaded."""
+    """An adapter on this machine's disk, with the facts needed to load it."""
 
     name: str
     folder: TaskFolder
     sha256: str
+    """SHA-256 of the weights of pairs and head, as in ``AdapterRef``."""
     described_sha256: str
-    """Of meta.json and calibration.json, which also decide what it says."""
+    """SHA-256 of meta.json and calibration.json, which also affect predictions."""
     encoder: EncoderConfig
-    """Public name, revision, pooling and length it was trained with."""
+    """Public name and revision of the encoder, and the pooling and length of the training."""
     config: AdapterConfig
-    """Configuration of its pairs; ``target`` lists the layers that have one."""
+    """Configuration of the pairs. ``target`` lists the layers that have one."""
     meta: AdapterMeta
     label_names: tuple[str, ...]
-    """In the order of the head's outputs; empty for an adapter without a head."""
+    """Label names in the order of the head's outputs. Empty for an adapter without a head."""
     calibration: Calibration | None
-    """None where the adapter came without one: its probabilities are then as the head gives them."""
+    """Calibration of the head. None if the adapter has none: its probabilities are then used uncalibrated."""
 
     @property
     def has_head(self) -> bool:
@@ -50,14 +51,14 @@ class FoundAdapter:
 
     @property
     def labels_sha256(self) -> str:
-        """Of the label names in the order of the head's outputs."""
+        """SHA-256 of the label names in the order of the head's outputs."""
         return hashlib.sha256(json.dumps(self.label_names, ensure_ascii=False).encode()).hexdigest()
 
 
 def describe_adapter(folder: TaskFolder) -> FoundAdapter:
-    """What an adapter's files say of it, but for its weights.
+    """Read and check an adapter's files, except its weights.
 
-    Raises: AdapterError: one is missing, damaged, or contradicts another.
+    Raises: AdapterError: a file is missing, damaged, or contradicts another.
     """
     meta_content = _read(folder.meta)
     meta = parse_record(meta_content, AdapterMeta, folder.meta, fault=AdapterError)
@@ -70,17 +71,7 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
     if os.path.lexists(folder.calibration):
         calibration_content = _read(folder.calibration)
         calibration = parse_record(calibration_content, Calibration, folder.calibration, fault=AdapterError)
-    try:
-        encoder = EncoderConfig(
-            name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens
-        )
-        config = AdapterConfig(rank=meta.rank, alpha=meta.alpha, dropout=meta.dropout, target=meta.adapted_modules)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[
-            -1
-        ]  # of the tuple of modules, where none of the two forms of a target fits
-        key = "adapted_modules" if fault["loc"][0] == "target" else fault["loc"][0]
-        raise AdapterError(f"{folder.meta}: {key}: {fault['msg']}, found {fault['input']!r:.100}") from None
+    encoder, config = _configs(meta, path=folder.meta)
     return FoundAdapter(
         name=meta.task or folder.root.name,
         folder=folder,
@@ -94,11 +85,25 @@ def describe_adapter(folder: TaskFolder) -> FoundAdapter:
     )
 
 
+def _configs(meta: AdapterMeta, *, path: Path) -> tuple[EncoderConfig, AdapterConfig]:
+    try:
+        encoder = EncoderConfig(
+            name=meta.encoder.name, revision=meta.encoder.revision, pooling=meta.pooling, max_tokens=meta.max_tokens
+        )
+        config = AdapterConfig(rank=meta.rank, alpha=meta.alpha, dropout=meta.dropout, target=meta.adapted_modules)
+    except ValidationError as error:
+        # If neither form of a target fits, the last error is about the tuple of modules.
+        fault = error.errors(include_url=False)[-1]
+        key = "adapted_modules" if fault["loc"][0] == "target" else fault["loc"][0]
+        raise AdapterError(f"{path}: {key}: {fault['msg']}, found {fault['input']!r:.100}") from None
+    return encoder, config
+
+
 def _labels(folder: TaskFolder, meta: AdapterMeta) -> tuple[str, ...]:
-    """Content of ``labels.json``; nothing for an adapter that names no label and has no file of a head."""
+    """Content of ``labels.json``. Empty if meta.json lists no labels and the folder has no file of a head."""
     if not (meta.label_names or meta.num_classes):
-        of_a_head = (folder.labels, folder.head, folder.classifier_head_pt, folder.calibration)
-        extra = [path.name for path in of_a_head if os.path.lexists(path)]
+        head_files = (folder.labels, folder.head, folder.classifier_head_pt, folder.calibration)
+        extra = [path.name for path in head_files if os.path.lexists(path)]
         if extra:
             raise AdapterError(f"{folder.root}: meta.json lists no labels, but {', '.join(extra)} belong to a head")
         return ()

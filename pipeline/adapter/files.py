@@ -1,4 +1,4 @@
-"""The files of an adapter: written whole, read only after every number in them was checked."""
+"""The files of an adapter: written atomically, and every number checked before use."""
 
 from __future__ import annotations
 
@@ -25,26 +25,21 @@ from pipeline.records import AdapterRef
 from pipeline.store.files import read_file, write_atomically
 from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
-_BYTES_AROUND_TENSORS, _BYTES_AROUND_TENSOR = 64 * 1024, 1024  # of a file: its header, and the entry of each tensor
-
-
+_BYTES_AROUND_TENSORS, _BYTES_AROUND_TENSOR = 64 * 1024, 1024  # allowed for a header, and for the entry of a tensor
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-_LARGEST_UPDATE = (
-    1e30  # far above every trained one, and its sum with a weight is finite in every dtype that an encoder may have
-)
+# Far above every trained update. Its sum with a weight is still finite in every dtype of an encoder.
+_LARGEST_UPDATE = 1e30
 
 
 def save_adapter(adapter: Adapter, folder: TaskFolder, *, meta: dict[str, Any]) -> AdapterRef:
-    """Write both forms: the three `.pt`/`.json` files and what PEFT loads, head and labels beside it.
+    """Write both forms of an adapter: the `.pt` files with ``meta.json``, and the files that PEFT loads.
 
-    An adapter without a head has no file of a head and no labels.
+    The head and the label names are files of their own, which an adapter without a head does not have.
 
     Args:
-        adapter: What to save.
-        folder: Where to; made if missing.
-        meta: Facts of the training for ``meta.json``, added to those that are needed to rebuild the adapter.
+        adapter: Adapter to save.
+        folder: Folder to write to. Created if missing.
+        meta: Facts about the training for ``meta.json``, in addition to those needed to rebuild the adapter.
     """
     folder.root.mkdir(parents=True, exist_ok=True)
     pairs = _copies(dict(peft_names(adapter.projections)))
@@ -65,10 +60,10 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
     """Attach a saved adapter to an encoder.
 
     Args:
-        folder: Its files.
-        encoder: What it was trained on.
-        found: How the files were described before; what is loaded is then exactly that.
-    Raises: AdapterError: files missing or damaged, another encoder, shapes that do not fit, a weight that is not finite.
+        folder: Folder with the adapter's files.
+        encoder: The encoder that it was trained on.
+        found: Description read earlier. The files must still match it.
+    Raises: AdapterError: files missing or damaged, another encoder, wrong shapes, or a weight that is not finite.
     """
     found = found or describe_adapter(folder)
     expected = {
@@ -77,13 +72,13 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
         "max_tokens": (found.encoder.max_tokens, encoder.config.max_tokens),
         "width": (found.meta.hidden_size, encoder.hidden_size),
     }
-    for what, (trained_on, here) in expected.items():
-        if trained_on != here:
-            raise AdapterError(f"{folder.root}: trained on an encoder of {what} {trained_on}, but this one's is {here}")
+    for what, (trained_on, given) in expected.items():
+        if trained_on != given:
+            raise AdapterError(f"{folder.root}: trained with {what} {trained_on}, but the encoder has {given}")
     paths = projection_paths(encoder.model, found.config, model_type=encoder.model.config.model_type)
     if tuple(paths) != found.meta.adapted_modules:
         raise AdapterError(
-            f"{folder.meta}: adapted_modules are not in the encoder's order, in which the pairs are numbered"
+            f"{folder.meta}: adapted_modules must be in the encoder's order, because the pairs are numbered by it"
         )
     pairs, head = _read_weights(found, encoder, {path: encoder.model.get_submodule(path) for path in paths})
     adapter = Adapter(encoder, found.config, found.label_names or None)
@@ -99,14 +94,17 @@ def load_adapter(folder: TaskFolder, encoder: Encoder, *, found: FoundAdapter | 
 
 
 def start_from(adapter: Adapter, folder: TaskFolder) -> None:
-    """Take over a saved adapter's pairs, and its head's rows for the labels that both have; rows of other labels stay as they are.
+    """Copy a saved adapter's pairs, and its head's rows for labels that both adapters have.
 
-    Raises: AdapterError: files missing or damaged, or of another shape.
+    Rows of other labels are unchanged.
+
+    Raises: AdapterError: files missing or damaged, or shapes that differ.
     """
     found = describe_adapter(folder)
     if found.config.rank != adapter.config.rank:
         raise AdapterError(
-            f"{folder.root}: cannot be started from: expected rank {adapter.config.rank}, found {found.config.rank}"
+            f"{folder.root}: cannot start from this adapter: "
+            f"expected rank {adapter.config.rank}, found {found.config.rank}"
         )
     pairs, head = _read_weights(found, adapter.encoder, {path: lora.base for path, lora in adapter.projections.items()})
     with torch.no_grad():
@@ -120,20 +118,20 @@ def start_from(adapter: Adapter, folder: TaskFolder) -> None:
 
 
 def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
-    """Compare the ``.pt`` files with a loaded adapter: the same numbers, under the names of the source document.
+    """Check that the ``.pt`` files hold the same numbers as a loaded adapter.
 
-    Raises: VerificationError: they differ, or one of them cannot be read.
+    Raises: VerificationError: they differ, or a file cannot be read.
     """
     expected = {folder.lora_adapter_pt: _lora_state(adapter)}
     if adapter.head is not None:
         expected[folder.classifier_head_pt] = _copies(adapter.head.state_dict())
-    # Files of older versions held the whole vector of trained weights behind each tensor.
+    # In files of older versions, each tensor is saved with the vector of all trained weights, of which it is a view.
     num_bytes = sum(parameter.nbytes for parameter in adapter.parameters)
     for path, state in expected.items():
         found = _read_pt(path, at_most=num_bytes + _BYTES_AROUND_TENSORS + _BYTES_AROUND_TENSOR * len(state))
         if found.keys() != state.keys() or not all(_is_same(found[name], tensor) for name, tensor in state.items()):
             raise VerificationError(
-                f"{path}: not the weights of {folder.adapter_weights.name} and {folder.head.name} beside it"
+                f"{path}: the weights differ from {folder.adapter_weights.name} and {folder.head.name}"
             )
 
 
@@ -144,9 +142,9 @@ def _is_same(found: Any, tensor: Tensor) -> bool:
 def _read_weights(
     found: FoundAdapter, encoder: Encoder, linears: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Pairs under PEFT's names and the head's weight and bias, float32 and finite, as they were described.
+    """Read the pairs under PEFT's names, and the head's weight and bias, float32 and finite.
 
-    Raises: AdapterError: missing, damaged, changed since, of another shape, not finite, or so large that what they compute is not.
+    Raises: AdapterError: missing, damaged, changed since described, wrong shape, not finite, or too large.
     """
     rank, digest = found.config.rank, hashlib.sha256()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -162,14 +160,16 @@ def _read_weights(
     for path in linears:
         down, up = (max(1.0, float(pairs[peft_name(path, factor)].abs().max())) for factor in ("A", "B"))
         if found.config.alpha * down * up > _LARGEST_UPDATE:
-            raise AdapterError(f"{found.folder.root}: alpha and the pair of {path} are too large to be computed with")
+            raise AdapterError(
+                f"{found.folder.root}: alpha and the pair of {path} are too large: their product may overflow"
+            )
     return pairs, head
 
 
 def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], digest: hashlib._Hash) -> dict[str, Tensor]:
-    """Exactly these tensors of a safetensors file, float32; its bytes are added to the digest.
+    """Read a safetensors file as float32, and add its bytes to the digest.
 
-    Raises: AdapterError: the file is missing or damaged, or holds others; a tensor is not of floats, or not finite.
+    Raises: AdapterError: the file is missing or damaged, has other tensors or shapes, or not finite floats.
     """
     num_bytes = sum(math.prod(shape) for shape in shapes.values()) * torch.float64.itemsize
     try:
@@ -179,7 +179,7 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], digest: has
     digest.update(content)
     try:
         tensors = load(content)
-    except Exception as error:  # noqa: BLE001 - safetensors raises whatever the damage leads it to
+    except Exception as error:  # noqa: BLE001 - damage makes safetensors raise anything
         raise AdapterError(f"{path}: damaged: {first_line(error)}") from None
     for name in sorted(tensors.keys() | shapes.keys()):
         expected, found = shapes.get(name, "none"), tuple(tensors[name].shape) if name in tensors else "none"
@@ -189,14 +189,14 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], digest: has
             raise AdapterError(f"{path}: {name}: expected floats, found {tensors[name].dtype}")
         tensors[name] = tensors[name].to(torch.float32)
         if not tensors[name].isfinite().all():
-            raise AdapterError(f"{path}: {name}: holds a number that is not finite in float32")
+            raise AdapterError(f"{path}: {name}: a number is not finite in float32")
     return tensors
 
 
 def _read_pt(path: Path, *, at_most: int) -> dict[str, Any]:
-    """What a file of torch's holds, which is of tensors alone.
+    """Read a file that ``torch.save`` wrote, which may hold nothing but tensors.
 
-    Raises: VerificationError: missing, damaged, not of tensors alone, or larger than ``at_most`` bytes, packed or unpacked.
+    Raises: VerificationError: missing, damaged, other objects, or above ``at_most`` bytes, packed or unpacked.
     """
     try:
         content = read_file(path, at_most=at_most)
@@ -206,11 +206,11 @@ def _read_pt(path: Path, *, at_most: int) -> dict[str, Any]:
             any(entry.compress_type != ZIP_STORED for entry in entries)
             or sum(entry.file_size for entry in entries) > at_most
         ):
-            raise BadZipFile("its parts are compressed or lie over each other, as torch.save never writes them")
+            raise BadZipFile("its parts are compressed or overlap, which torch.save never does")
         found = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as error:
         raise VerificationError(f"{path}: missing or damaged: {error.strerror}") from None
-    except Exception as error:  # noqa: BLE001 - torch and zipfile raise whatever the damage leads them to
+    except Exception as error:  # noqa: BLE001 - damage makes torch and zipfile raise anything
         raise VerificationError(f"{path}: missing or damaged: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise VerificationError(f"{path}: expected tensors by name, found {type(found).__name__}")
@@ -227,7 +227,7 @@ def _lora_state(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of their own: torch saves all that a tensor is a view of, which may be every trained weight."""
+    """Contiguous copies. Of a view, torch would save the whole storage, which may be every trained weight."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 

@@ -14,12 +14,12 @@ from pipeline.encoder.encoder import FloatArray
 
 @dataclass(frozen=True)
 class HeadStart:
-    """Initial weights of a head, from a linear probe on the frozen encoder's vectors."""
+    """Initial weights of a head, taken from a linear probe on the frozen encoder's vectors."""
 
     weight: FloatArray
-    """(classes, width), for vectors that are not normalised."""
+    """Weight (classes, width), for vectors that are not normalised."""
     bias: FloatArray
-    """(classes,)."""
+    """Bias (classes,)."""
 
 
 class Head(nn.Sequential):
@@ -31,9 +31,9 @@ class Head(nn.Sequential):
         """Initialise the weights at random and the bias with zeros.
 
         Args:
-            width: Of the text vectors.
+            width: Number of dimensions of the text vectors.
             label_names: Names of the classes, in the order of the logits.
-            dropout: Share of the vector that training drops, 0..1.
+            dropout: Fraction of the vector that training drops, 0..1.
             generator: Source of the random weights.
         """
         linear = nn.Linear(width, len(label_names))
@@ -50,7 +50,7 @@ class Head(nn.Sequential):
         return linear
 
     def start_from(self, start: HeadStart) -> None:
-        """Replace the random weights."""
+        """Replace the random weights by those of a probe."""
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(start.weight))
             self.linear.bias.copy_(torch.from_numpy(start.bias))

@@ -1,4 +1,4 @@
-"""The trained layer: a frozen linear one plus a low-rank update, and what makes several of them one product."""
+"""A frozen linear layer with a low-rank update. Layers that read the same input compute in one product."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from pipeline.encoder.frozen_linear import FrozenLinear, joined
 
-# Projections that read what their siblings under the same parent read.
+# Names of projections that read the same input as their siblings under the same parent.
 _SAME_INPUT = re.compile(r"query|key|value|[qkv]|[qkv]_proj|[qkv]_lin")
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update: ``y = W x + b + scaling * B A x`` (Hu et al. 2021, arXiv:2106.09685).
+    """A frozen linear layer with a low-rank update: ``y = W x + b + scaling * B A x``.
 
-    ``lora_A`` is (rank, in) and ``lora_B`` (out, rank), float32 as in PEFT; they are multiplied in the base's dtype.
+    ``lora_A`` is (rank, in) and ``lora_B`` (out, rank), float32 as in PEFT. They are multiplied in the base's dtype.
+    Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
     def __init__(self, base: nn.Linear, *, rank: int, scaling: float, generator: torch.Generator) -> None:
@@ -28,12 +29,12 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scaling = scaling
         device = base.weight.device
-        # Normal, std √(2 / in): He initialisation by the projection's fan-in.
+        # He initialisation: normal with standard deviation √(2 / in).
         initial = torch.randn(rank, base.in_features, generator=generator) * math.sqrt(2 / base.in_features)
         self.lora_A = nn.Parameter(initial.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.working_copy: Factors | None = None
-        """Kept by the training loop while an epoch lasts."""
+        """Factors in the base's dtype, kept by the training loop during an epoch."""
         self.siblings = Siblings([self])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class LoraLinear(nn.Module):
         return self.siblings.output(self, x)
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """What the layer computes with."""
+        """The pair in the given number format. During an epoch, the training loop's working copy."""
         return self.working_copy or Factors(self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype))
 
     @property
@@ -59,11 +60,13 @@ class Factors:
     up: Tensor
     """``scaling * lora_B``, (out, rank)."""
     gradients: tuple[Tensor, Tensor] | None = None
-    """Where theirs are added at once; left out, autograd collects them."""
+    """Tensors that the gradients of ``down`` and ``up`` are added to. None: autograd collects them."""
 
 
 class Siblings:
-    """LoRA layers that read the same input, as query, key and value do: whichever is called first computes for all, in one product."""
+    """LoRA layers that read the same input, such as query, key and value.
+
+    The first one that is called computes the outputs of all in one product."""
 
     def __init__(self, members: Sequence[LoraLinear]) -> None:
         self.members = tuple(members)
@@ -72,7 +75,7 @@ class Siblings:
         self._outputs: dict[LoraLinear, Tensor] = {}
 
     def output(self, member: LoraLinear, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out) of one member; the others' wait until they are asked for with the same tensor."""
+        """(…, in) -> (…, out) of one member. The others' outputs wait until called with the same tensor."""
         if self._input is not x or member not in self._outputs:
             self._base = self._base or joined([m.base for m in self.members])
             factors = [m.factors(x.dtype) for m in self.members]
@@ -89,7 +92,7 @@ class Siblings:
 
 
 def share_inputs(projections: Mapping[str, LoraLinear]) -> None:
-    """Let layers under one parent that read the same input compute together; keys are module paths."""
+    """Let layers under one parent that read the same input compute together. Keys are module paths."""
     by_parent: dict[str, list[LoraLinear]] = {}
     for path, lora in projections.items():
         parent, _, leaf = path.rpartition(".")
@@ -102,11 +105,11 @@ def share_inputs(projections: Mapping[str, LoraLinear]) -> None:
 
 
 class _FrozenLinearPlusLowRank(torch.autograd.Function):
-    """``y = x W' + bias``, cut into one part per update, to each of which ``(x A') B'`` is added; no gradient to ``W`` and its bias.
+    """``y = x W' + bias``, split into one part per update, and ``(x A') B'`` added to each part.
 
-    Each ``A`` is (rank, in), each ``B`` (out of its part, rank); all ``A`` come first. Written out because autograd's own graph allocates
-    and adds the updates as tensors of their own, twice. Speed: tests/benchmarks/EXPERIMENTS.md,
-    "Training speed: what was tried".
+    ``W`` and the bias get no gradient. Each ``A`` is (rank, in) and each ``B`` (width of its part, rank). All ``A``
+    come first. The backward pass is written out because autograd would allocate and add the updates as separate
+    tensors, twice. Speed: tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
     """
 
     @staticmethod
@@ -120,7 +123,7 @@ class _FrozenLinearPlusLowRank(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         downs, ups = factors[: len(gradients)], factors[len(gradients) :]
         a = downs[0] if len(downs) == 1 else torch.cat(downs)
-        rows = x.reshape(-1, x.shape[-1])  # shapes change in here, where autograd makes no node of it
+        rows = x.reshape(-1, x.shape[-1])  # reshaped here, so that autograd records no node for it
         low = rows @ a.t()
         y = base.product(rows) if isinstance(base, FrozenLinear) else nn.functional.linear(rows, weight, base.bias)
         parts = y.split([b.shape[0] for b in ups], dim=1)

@@ -1,4 +1,4 @@
-"""The form of an adapter that peft loads. The door to peft."""
+"""The file form of an adapter that PEFT loads. The only module that imports peft."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from pipeline.store.files import read_record
 
 
 def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, outputs: FloatArray, tolerance: float) -> None:
-    """Load the adapter's files with PEFT, and compare what comes of them with the adapter itself.
+    """Load the adapter's files with PEFT, and compare the outputs with those of the adapter.
 
     Args:
-        adapter: Loaded and detached again. PEFT attaches itself to its encoder, in float32, and leaves it as it was.
-        found: Its files.
-        tokens: Of some texts.
-        outputs: ``Adapter.outputs`` of them.
+        adapter: An adapter that was loaded and detached. Its encoder is in float32, and is unchanged afterwards.
+        found: Description of the adapter's files.
+        tokens: Texts to compare on.
+        outputs: ``Adapter.outputs`` of these texts.
         tolerance: Largest difference of an output.
-    Raises: VerificationError: PEFT would load something else, or nothing.
+    Raises: VerificationError: PEFT cannot load the files, or computes other outputs.
     """
     from peft import LoraConfig, PeftModel
 
-    # It could make PEFT import modules or match patterns without end, so it is compared before PEFT reads it.
+    # A crafted config could make PEFT import modules or match patterns forever, so it is compared before PEFT reads it.
     path = found.folder.adapter_config
     config = LoraConfig().to_dict() | read_record(path, JsonObject, fault=AdapterError).root
     for key, value in json.loads(peft_config(adapter, encoder=found.meta.encoder)).items():
@@ -44,25 +44,26 @@ def check_peft(adapter: Adapter, found: FoundAdapter, tokens: Tokens, *, outputs
     try:
         with warnings.catch_warnings(action="ignore"):
             loaded = PeftModel.from_pretrained(encoder.model, found.folder.root, torch_device=str(encoder.device))
-    except Exception as error:  # noqa: BLE001 - PEFT raises whatever the damage leads it to
+    except Exception as error:  # noqa: BLE001 - damage makes PEFT raise anything
         raise VerificationError(f"{found.folder.root}: PEFT cannot load the adapter: {first_line(error)}") from None
     difference = float(np.abs(adapter.outputs(encoder.embed(tokens)) - outputs).max())
     loaded.unload()
     if not difference <= tolerance:
         raise VerificationError(
-            f"{found.folder.root}: loaded by PEFT, {adapter.kind_of_outputs} differ by {difference:.3g} (allowed: {tolerance:g})"
+            f"{found.folder.root}: loaded by PEFT, {adapter.kind_of_outputs} differ by {difference:.3g} "
+            f"(allowed: {tolerance:g})"
         )
 
 
 def peft_names(projections: Mapping[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name of each LoRA tensor in peft's file, with the tensor."""
+    """Pairs of each LoRA tensor's name in PEFT's file and the tensor."""
     for path, lora in projections.items():
         yield peft_name(path, "A"), lora.lora_A
         yield peft_name(path, "B"), lora.lora_B
 
 
 def peft_name(path: str, factor: Literal["A", "B"]) -> str:
-    """Name of one LoRA tensor in peft's file."""
+    """Name of one LoRA tensor in PEFT's file."""
     return f"base_model.model.{path}.lora_{factor}.weight"
 
 
@@ -84,5 +85,5 @@ def peft_config(adapter: Adapter, *, encoder: EncoderName) -> str:
 
 
 def encoder_name(adapter: Adapter) -> EncoderName:
-    """Public name and revision of the encoder, as the adapter's files give it."""
+    """Public name and revision of the encoder, as written to the adapter's files."""
     return EncoderName(name=adapter.encoder.ref.public_name, revision=adapter.encoder.ref.revision)

@@ -1,4 +1,4 @@
-"""The linear layers of an encoder that get LoRA pairs, by the architecture and ``adapter.target``."""
+"""The linear layers of an encoder that get LoRA pairs, chosen by architecture and ``adapter.target``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ from torch import nn
 from pipeline.config import AdapterConfig
 from pipeline.errors import AdapterError
 
-# Query, key, value and output projection by architecture. Full paths: `dense` and `Wo` also name MLP layers.
+# Query, key, value and output projection by architecture. Full paths, because `dense` and `Wo` also name MLP layers.
 _LAYERS = r"(?:.*\.)?layers\.(\d+)\."
-
-
 _ENCODER_LAYER = r"(?:.*\.)?encoder\.layer\.(\d+)\."
-
-
 _LLAMA_LIKE = _LAYERS + r"self_attn\.[qkvo]_proj"
-
-
 _BERT_LIKE = _ENCODER_LAYER + r"attention\.(?:self\.(?:query|key|value)|output\.dense)"
-
 
 ATTENTION_PROJECTIONS = {
     "eurobert": _LLAMA_LIKE,
@@ -36,19 +29,20 @@ ATTENTION_PROJECTIONS = {
     "modernbert": _LAYERS + r"attn\.(?:Wqkv|Wo)",
     "deberta-v2": _ENCODER_LAYER + r"attention\.(?:self\.(?:query|key|value)_proj|output\.dense)",
 }
-"""model_type -> pattern of the whole module path, whose first group is the layer's number."""
+"""Pattern of the whole module path by model type. Its first group is the layer's number."""
 
 
 def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str) -> list[str]:
-    """The linear layers that get a LoRA pair, in ``named_modules()`` order.
+    """Paths of the linear layers that get a LoRA pair, in ``named_modules()`` order.
 
-    Raises: AdapterError: nothing matches, an explicit path does not exist, or ``last:k`` exceeds the layers.
+    Raises: AdapterError: nothing matches, an explicit path does not exist, or ``last:k`` exceeds the number of layers.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if config.target == "attention":
         if model_type not in ATTENTION_PROJECTIONS:
             raise AdapterError(
-                f'adapter.target = "attention" is not known for model type {model_type!r} (known: {", ".join(ATTENTION_PROJECTIONS)}); '
+                f'adapter.target = "attention" is not supported for model type {model_type!r} '
+                f"(supported: {', '.join(ATTENTION_PROJECTIONS)}); "
                 f"set adapter.target to module paths; the linear layers are {_some(linears)}"
             )
         pattern = re.compile(ATTENTION_PROJECTIONS[model_type])
@@ -57,7 +51,7 @@ def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str
         missing = sorted(set(config.target) - set(linears))
         if missing:
             raise AdapterError(
-                f"adapter.target names {_some(missing)}, which is no linear layer; those are {_some(linears)}"
+                f"adapter.target: {_some(missing)} is not a linear layer; linear layers are {_some(linears)}"
             )
         paths = [name for name in linears if name in config.target]
     if not paths:
@@ -66,7 +60,7 @@ def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str
 
 
 def layer_number(path: str) -> int | None:
-    """The number of the layer that a module path lies in; none outside the stack."""
+    """Number of the layer that a module belongs to. None outside the stack of layers."""
     number = re.search(r"\.(\d+)\.", f".{path}")
     return None if number is None else int(number[1])
 
@@ -75,17 +69,17 @@ def _last_layers(paths: list[str], layers: str) -> list[str]:
     if layers == "all":
         return paths
     last = int(layers.removeprefix("last:"))
-    found = [layer_number(path) for path in paths]
-    outside = [path for path, number in zip(paths, found, strict=True) if number is None]
+    numbers_or_none = [layer_number(path) for path in paths]
+    outside = [path for path, number in zip(paths, numbers_or_none, strict=True) if number is None]
     if outside:
         raise AdapterError(
-            f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; leave it out of adapter.target"
+            f"adapter.layers = {layers!r}, but {_some(outside)} is in no numbered layer; remove it from adapter.target"
         )
-    numbers = [number for number in found if number is not None]
-    there = sorted(set(numbers))
-    if last > len(there):
-        raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(there)} layers")
-    return [path for path, number in zip(paths, numbers, strict=True) if number in there[-last:]]
+    numbers = [number for number in numbers_or_none if number is not None]
+    existing = sorted(set(numbers))
+    if last > len(existing):
+        raise AdapterError(f"adapter.layers = {layers!r}, but the encoder has {len(existing)} layers")
+    return [path for path, number in zip(paths, numbers, strict=True) if number in existing[-last:]]
 
 
 def _some(names: Sequence[str]) -> str:

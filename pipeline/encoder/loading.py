@@ -1,4 +1,4 @@
-"""The tokenizer and the weights of an encoder, loaded and checked against each other."""
+"""Loading of an encoder's tokenizer and weights, with checks of its files."""
 
 from __future__ import annotations
 
@@ -18,24 +18,21 @@ from pipeline.encoder.frozen_linear import pack_linears
 from pipeline.errors import EncoderError, first_line
 from pipeline.records import Runtime
 
-# These count positions from behind the padding index, so the first ones of the table are never used.
+# These number positions from the padding index plus one, so the first positions of the table are never used.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
-
-
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 
 
 def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
-    """The encoder's fast tokenizer.
+    """Load the encoder's fast tokenizer.
 
-    Raises: EncoderError: missing, damaged, or only a slow one.
+    Raises: EncoderError: it is missing, damaged, or a slow one.
     """
     from transformers import AutoTokenizer
 
-    if not any(
-        path for pattern in _VOCABULARIES for path in folder.glob(pattern)
-    ):  # transformers makes an empty one instead
-        raise EncoderError(f"encoder {config.name}: no tokenizer in it; expected tokenizer.json")
+    # Without a vocabulary transformers would make an empty tokenizer.
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise EncoderError(f"encoder {config.name}: no tokenizer found; expected tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, local_files_only=True
@@ -50,7 +47,7 @@ def load_tokenizer(folder: Path, config: EncoderConfig) -> Any:
 
 
 def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
-    """The encoder's modules without weights (meta device), to check names and shapes before a worker starts.
+    """Build the encoder's modules without weights (meta device), to check names and shapes before a worker starts.
 
     Raises: EncoderError: unknown architecture, remote code not allowed, weights missing or damaged.
     """
@@ -59,7 +56,7 @@ def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
 
     weights = sorted(files.folder.glob("*.safetensors"))
     if not weights:
-        raise EncoderError(f"encoder {config.name}: no *.safetensors file in it; pickled weights are not loaded")
+        raise EncoderError(f"encoder {config.name}: no *.safetensors file found; pickled weights are not loaded")
     for path in weights:
         try:
             with safe_open(path, framework="pt"):
@@ -71,7 +68,9 @@ def empty_model(files: EncoderFiles, config: EncoderConfig) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModel.from_config(architecture, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise EncoderError(f"encoder {config.name}: its config.json describes no model: {first_line(error)}") from error
+        raise EncoderError(
+            f"encoder {config.name}: config.json does not describe a model: {first_line(error)}"
+        ) from error
     _check_shapes(model, weights, config)
     return model
 
@@ -80,23 +79,22 @@ def _check_shapes(model: nn.Module, weights: Sequence[Path], config: EncoderConf
     from safetensors import safe_open
 
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = (
-        getattr(model, "base_model_prefix", "") + "."
-    )  # files of a model with a head on top name the encoder inside it
+    # In files of a model with a head, the names of the encoder's tensors have this prefix.
+    prefix = getattr(model, "base_model_prefix", "") + "."
     for path in weights:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                here, there = expected.get(name.removeprefix(prefix)), file.get_slice(name).get_shape()
-                if here is not None and here != there:
+                wanted, shape = expected.get(name.removeprefix(prefix)), file.get_slice(name).get_shape()
+                if wanted is not None and wanted != shape:
                     raise EncoderError(
-                        f"encoder {config.name}: {path.name} holds {name} as {there}, but config.json says {here}"
+                        f"encoder {config.name}: {path.name} holds {name} as {shape}, but config.json says {wanted}"
                     )
 
 
 def load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
-    """The encoder's model, with all weights read and checked.
+    """Load the encoder's model, and check that no weight is missing.
 
-    Raises: InputError: unreadable or incomplete files, or an architecture that needs remote code.
+    Raises: EncoderError: unreadable or incomplete files, or an architecture that needs remote code.
     """
     from transformers import AutoModel
     from transformers.utils import logging
@@ -107,7 +105,7 @@ def load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
     model_class, options = _model_class(architecture), dict[str, Any]()
     attention.register()
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # the file may hold none, and then its weights would be random
+        options["add_pooling_layer"] = False  # if the file has no pooler, its weights would be random
     try:
         model, loading = AutoModel.from_pretrained(
             folder,
@@ -123,10 +121,10 @@ def load_weights(folder: Path, config: EncoderConfig, runtime: Runtime) -> Any:
         raise EncoderError(f"encoder {config.name}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
     if missing:  # transformers fills them with random numbers
-        raise EncoderError(f"encoder {config.name}: its weights lack {', '.join(missing[:3])} ({len(missing)} in all)")
+        raise EncoderError(f"encoder {config.name}: missing weights: {', '.join(missing[:3])} ({len(missing)} in all)")
     model.requires_grad_(False)
     pack_linears(model, runtime)
-    # The frozen base runs without its own dropout, in training too:
+    # The frozen base runs without its own dropout, even in training:
     # tests/benchmarks/EXPERIMENTS.md, "Training speed: what was tried".
     model.eval()
     return model.to(runtime.device)
@@ -142,14 +140,15 @@ def _architecture(folder: Path, config: EncoderConfig) -> Any:
     except Exception as error:
         if "trust_remote_code" in str(error):
             remedy = "set encoder.revision and encoder.trust_remote_code = true if you trust it"
-            raise EncoderError(f"encoder {config.name}: needs Python code that comes with it; {remedy}") from error
-        raise EncoderError(f"encoder {config.name}: its config.json cannot be used: {first_line(error)}") from error
+            raise EncoderError(f"encoder {config.name}: requires its own Python code; {remedy}") from error
+        raise EncoderError(f"encoder {config.name}: config.json cannot be used: {first_line(error)}") from error
     limit = getattr(architecture, "max_position_embeddings", None)
     if limit is not None and architecture.model_type in _POSITIONS_AFTER_PADDING:
         limit -= architecture.pad_token_id + 1
     if limit is not None and config.max_tokens > limit:
         raise EncoderError(
-            f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; set encoder.max_tokens"
+            f"encoder {config.name}: max_tokens = {config.max_tokens}, but it reads at most {limit}; "
+            "set encoder.max_tokens"
         )
     return architecture
 
@@ -161,8 +160,8 @@ def _model_class(architecture: Any) -> Any:
 
 
 def _supports(model_class: Any, implementation: str) -> bool:
-    says = {"sdpa": "_supports_sdpa", attention.NAME: "_supports_attention_backend"}
-    return implementation == "eager" or bool(getattr(model_class, says[implementation], False))
+    flags = {"sdpa": "_supports_sdpa", attention.NAME: "_supports_attention_backend"}
+    return implementation == "eager" or bool(getattr(model_class, flags[implementation], False))
 
 
 def normalizes_vectors(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The device, the number format and the kernels for an encoder on this machine."""
+"""Choice of device, number format and kernels for an encoder on this machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pipeline.records import Runtime
 def choose_runtime(
     train: TrainConfig, *, threads: int, use_gpu: bool, kernels: Literal["lorafleet", "torch"] | None = None
 ) -> Runtime:
-    """Fix how this run computes, from the hardware's capability and the config; no timing is involved.
+    """Choose how this run computes, from the hardware's features and the config. Nothing is timed.
 
-    bfloat16 is chosen where the hardware multiplies it natively, and faster than float32. On CPU attention is our own: for short
-    texts it is faster there than the fused kernel and than transformers' eager one, and it gives the same bits in every run.
+    bfloat16 is chosen if the hardware multiplies it natively and faster than float32. On a CPU, attention is
+    ``pipeline/encoder/attention.py``. For short texts it is faster than the fused kernel and transformers' eager one,
+    and gives the same bits in every run.
     """
     kernels = kernels or ("torch" if train.compile else "lorafleet")
     if use_gpu and torch.cuda.is_available():
@@ -44,14 +45,14 @@ def choose_runtime(
 
 
 def exact_runtime(*, threads: int, use_gpu: bool, kernels: Literal["lorafleet", "torch"] = "lorafleet") -> Runtime:
-    """Everything in float32, to decide close calls of the fast dtype and to compare two machines."""
+    """Runtime in float32, to decide close calls of bfloat16 and to compare two machines."""
     return choose_runtime(TrainConfig(precision="float32"), threads=threads, use_gpu=use_gpu, kernels=kernels)
 
 
 def _cpu_bfloat16() -> tuple[bool, str]:
-    """Whether this CPU multiplies bfloat16 natively and gains by it, and the name of the widest instruction set it has.
+    """Whether this CPU multiplies bfloat16 natively and faster, and the name of its widest instruction set.
 
-    Intel's AVX-512 form takes twice as long as float32, so on Intel only the matrix tiles (AMX) count:
+    On Intel the AVX-512 instructions take twice as long as float32, so only matrix tiles (AMX) count:
     tests/benchmarks/EXPERIMENTS.md, "bfloat16 on Intel without AMX".
     """
     if platform.machine() in ("aarch64", "arm64"):

@@ -1,4 +1,4 @@
-"""Texts to token ids, cut at a limit. Where a tokenizer takes words apart one by one, each distinct word is taken apart once."""
+"""Tokenisation of texts with a limit. If a tokenizer splits words independently, each distinct word is split once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import pyarrow.compute as pc
 IntArray = npt.NDArray[np.int64]
 
 _AT_ONCE = 4096  # texts
-_CHARACTERS_PER_TOKEN = 32  # texts with more than this are looked at by their beginning first
-_FAR_BEHIND = 512  # characters: more than a word may have that WordPiece takes apart
-_LONGEST_WORD = 64  # characters; longer ones are links and scripts without spaces, which hardly come back
-_MOST_WORDS = 250_000  # some 50 MB
+_CHARACTERS_PER_TOKEN = 32  # of longer texts, the beginning is tried first
+_FAR_BEHIND = 512  # characters; longer than any word that WordPiece splits
+_LONGEST_WORD = 64  # characters; longer words are links or scripts without spaces, which rarely repeat
+_MOST_WORDS = 250_000  # about 50 MB
 _WORDS_PER_LINE = 128
 _TOO_LONG = 0
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as token ids, one flat array; text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
+    """Token ids of texts in one flat array. Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``."""
 
     ids: npt.NDArray[np.int32]
     offsets: IntArray
     truncated: npt.NDArray[np.bool_]
-    """Which texts were cut at ``max_tokens``, (texts,)."""
+    """Whether each text was cut at ``max_tokens``, (texts,)."""
 
     @property
     def lengths(self) -> IntArray:
@@ -42,14 +42,14 @@ class Tokens:
 
 
 class Tokeniser:
-    """A fast tokenizer with special tokens and a limit; the ids are always those that it gives itself."""
+    """A fast tokenizer with special tokens and a limit. The ids always equal those of the tokenizer itself."""
 
     def __init__(self, tokenizer: Any, *, max_tokens: int) -> None:
-        """Look at how the tokenizer works.
+        """Find out whether the tokenizer splits words independently.
 
         Args:
-            tokenizer: A fast one of transformers; its padding and truncation are set with every use.
-            max_tokens: Special tokens included.
+            tokenizer: A fast tokenizer of transformers. Every call sets its padding and truncation.
+            max_tokens: Limit per text, special tokens included.
         """
         self._backend = tokenizer.backend_tokenizer
         self._max_tokens = max_tokens
@@ -62,14 +62,14 @@ class Tokeniser:
             self._words = _Words()
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Token ids of all texts. Without special tokens, an empty text is one padding token: every text needs a vector."""
+        """Token ids of all texts. A text without any token gets one padding token, so that it has a vector."""
         with self._busy:
             self._backend.no_padding()
             tokenise = self._whole if self._words is None else self._by_words
             return _joined([tokenise(texts[start : start + _AT_ONCE]) for start in range(0, len(texts), _AT_ONCE)])
 
     def _whole(self, texts: Sequence[str]) -> Tokens:
-        """As the tokenizer does it itself."""
+        """Tokenise whole texts with the tokenizer."""
         self._backend.enable_truncation(max_length=self._max_tokens)
         encodings = self._backend.encode_batch_fast([self._beginning(text) for text in texts])
         ids = [np.array(encoding.ids or self._nothing, dtype=np.int32) for encoding in encodings]
@@ -78,41 +78,41 @@ class Tokeniser:
         return Tokens(np.concatenate(ids), offsets, np.array(truncated, dtype=np.bool_))
 
     def _beginning(self, text: str) -> str:
-        """As much of a text as its first tokens can depend on: a book costs no more than its first page."""
+        """The part of a text that its first tokens can depend on, so that a book costs no more than its first page."""
         length = max(_CHARACTERS_PER_TOKEN * self._max_tokens, 4 * _FAR_BEHIND)
         while len(text) > length:
             encoding = self._backend.encode(text[:length])
-            # What the cut changes is the word that it goes through, or nothing if that began long before: it is unknown all the same.
+            # The cut changes only the word that it splits. If that word began long before, it is unknown either way.
             if encoding.overflowing and max(end for _, end in encoding.offsets) < length - _FAR_BEHIND:
                 return text[:length]
             length *= 4
         return text
 
     def _by_words(self, texts: Sequence[str]) -> Tokens:
-        """The tokens of its words one after the other, and the special ones around them."""
+        """Tokenise texts word by word, and put the special tokens around them."""
         assert self._words is not None
         room = self._max_tokens - len(self._before) - len(self._after)
-        # A word is a token at least, so with one more than there is room for, the rest of a text tells nothing.
+        # A word has at least one token, so one word more than the room shows that the text is cut.
         beginnings = pa.array([text[: (room + 2) * (_LONGEST_WORD + 1)] for text in texts], pa.large_string())
         words = pc.list_slice(pc.split_pattern(beginnings, " ", max_splits=room + 1), 0, room + 1)
         first, count = words.offsets.to_numpy()[:-1], np.diff(words.offsets.to_numpy())
         distinct = words.flatten().dictionary_encode()
-        found = self._words.find(distinct.dictionary.to_pylist(), distinct.indices.to_numpy(), self._backend)
-        number = np.add.reduceat(found.lengths, first)
+        matches = self._words.find(distinct.dictionary.to_pylist(), distinct.indices.to_numpy(), self._backend)
+        number = np.add.reduceat(matches.lengths, first)
         body, size = np.minimum(number, room), len(self._before) + len(self._after)
-        # But some are none: empty ones between two spaces, control characters.
-        others = np.flatnonzero(np.logical_or.reduceat(found.too_long, first) | ((count > room) & (number <= room)))
+        # Some words have no token: empty ones between two spaces, and control characters.
+        others = np.flatnonzero(np.logical_or.reduceat(matches.too_long, first) | ((count > room) & (number <= room)))
         whole = self._whole([texts[row] for row in others.tolist()]) if len(others) else None
         lengths = body + size
         if whole is not None:
             body[others], lengths[others] = 0, whole.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         ids = np.empty(offsets[-1], dtype=np.int32)
-        for place, token in enumerate(self._before):
-            ids[offsets[:-1] + place] = token
-        for place, token in enumerate(reversed(self._after), start=1):
-            ids[offsets[1:] - place] = token
-        ids[_ranges(offsets[:-1] + len(self._before), body)] = found.ids[_ranges(_starts(number), body)]
+        for position, token in enumerate(self._before):
+            ids[offsets[:-1] + position] = token
+        for position, token in enumerate(reversed(self._after), start=1):
+            ids[offsets[1:] - position] = token
+        ids[_ranges(offsets[:-1] + len(self._before), body)] = matches.ids[_ranges(_starts(number), body)]
         truncated = number > room
         if whole is not None:
             ids[_ranges(offsets[others], whole.lengths)], truncated[others] = whole.ids, whole.truncated
@@ -121,16 +121,16 @@ class Tokeniser:
 
 @dataclass(frozen=True)
 class _FoundWords:
-    """The tokens of some words, one after the other."""
+    """Concatenated tokens of some words."""
 
     ids: npt.NDArray[np.int32]
     lengths: IntArray
-    """Tokens per word; none of those that are too long."""
+    """Tokens per word. 0 for words that are too long."""
     too_long: npt.NDArray[np.bool_]
 
 
 class _Words(dict[str, int]):
-    """The words met so far and their numbers, under which their tokens are kept."""
+    """Numbers of the words met so far. Their tokens are stored by number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Words(dict[str, int]):
         return number
 
     def find(self, words: Sequence[str], which: IntArray, backend: Any) -> _FoundWords:
-        """The tokens of ``words[which[0]]``, ``words[which[1]]``, …; new words are learnt."""
+        """Tokens of ``words[which[0]]``, ``words[which[1]]``, …. New words are split and stored."""
         if len(self) > _MOST_WORDS:
             self._forget()
         numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))[which]
@@ -163,14 +163,15 @@ class _Words(dict[str, int]):
 
 
 def _tokens_of_words(words: Sequence[str], backend: Any) -> tuple[npt.NDArray[np.int32], IntArray]:
-    """Token ids of some words, one after the other, and how many each has. Many words make one text: a text of its own costs more."""
+    """Concatenated token ids of some words, and the number of each.
+
+    Words are tokenised as lines of many words, because a text per word costs more."""
     backend.no_truncation()
     lines = [words[start : start + _WORDS_PER_LINE] for start in range(0, len(words), _WORDS_PER_LINE)]
     ids: list[int] = []
     lengths = []
-    for line, encoding in zip(
-        lines, backend.encode_batch([" ".join(line) for line in lines], add_special_tokens=False), strict=True
-    ):
+    encodings = backend.encode_batch([" ".join(line) for line in lines], add_special_tokens=False)
+    for line, encoding in zip(lines, encodings, strict=True):
         ids += encoding.ids
         behind = np.cumsum([len(word) + 1 for word in line])
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
@@ -179,9 +180,9 @@ def _tokens_of_words(words: Sequence[str], backend: Any) -> tuple[npt.NDArray[np
 
 
 def _takes_words_one_by_one(backend: Any) -> bool:
-    """Whether what stands between two spaces becomes the same tokens wherever it stands: BERT's kind of tokenizer.
+    """Whether a word between two spaces gets the same tokens in every text, as in BERT's tokenizer.
 
-    Its normaliser looks at characters, and its pre-tokenizer breaks at every space; no model sees beyond that.
+    The normaliser works on single characters and the pre-tokenizer splits at every space, so no model sees beyond it.
     """
     from tokenizers import normalizers, pre_tokenizers
 
@@ -194,7 +195,7 @@ def _takes_words_one_by_one(backend: Any) -> bool:
 
 
 def _special_tokens_around(backend: Any) -> tuple[list[int], list[int]] | None:
-    """What the tokenizer puts before and behind every text, if that is all it does."""
+    """Special tokens before and after every text. None if the tokenizer adds none or does anything else."""
     backend.no_padding()
     backend.no_truncation()
     word, text = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
@@ -217,10 +218,10 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 
 
 def _starts(lengths: IntArray) -> IntArray:
-    """Where each of some stretches that follow one another begins."""
+    """Start of each of some consecutive ranges."""
     return np.cumsum(lengths) - lengths
 
 
 def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
-    """``starts[0], starts[0] + 1, …`` up to each length, one range after the other."""
+    """Concatenated ranges: ``lengths[i]`` numbers from ``starts[i]`` on."""
     return np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())

@@ -1,1 +1,1 @@
-"""What an encoder or adapter scores, with intervals and paired tests. The door to mteb.evaluate."""
+"""Scores of encoders and adapters, with intervals and paired tests. The only package that calls ``mteb.evaluate``."""

@@ -13,11 +13,10 @@ from pipeline.evaluation.scores import CONFIDENCE, Bools, Floats, Ints, check_ro
 from pipeline.records import Calibration, CoverageRow, ReliabilityBin
 
 COVERAGE_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
-"""Least probability of the predicted label, one per row of a coverage table."""
-
+"""Smallest probability of the predicted label that keeps it, one per row of a coverage table."""
 
 TEMPERATURE_RANGE = (0.05, 20.0)
-"""Where a temperature is looked for; a head that needs one outside is not repaired by dividing its logits."""
+"""Range of fitted temperatures. A head that needs one outside cannot be repaired by dividing its logits."""
 
 
 def calibrate(
@@ -26,14 +25,14 @@ def calibrate(
     test_logits: Floats,
     test_labels: Ints,
 ) -> Calibration:
-    """Fit a temperature on validation and measure on test how far probabilities can be believed (Guo et al. 2017).
+    """Fit a temperature on validation, and measure the calibration of the probabilities on test (Guo et al. 2017).
 
     Args:
-        validation_logits: Float (m, classes); None if no validation slice is left, then the temperature is 1.
-        validation_labels: Int (m,); None together with the logits.
+        validation_logits: Float (m, classes). None if no validation slice is left. The temperature is then 1.
+        validation_labels: Int (m,). None if the logits are None.
         test_logits: Float (n, classes).
         test_labels: Int (n,).
-    Returns: Coverage is measured at the fitted temperature, on validation, or on test where there is none.
+    Returns: Coverage is measured at the fitted temperature on validation, or on test if there is no validation slice.
     Raises: LorafleetError: a logit is not finite.
     """
     assert (validation_logits is None) == (validation_labels is None), "validation logits and labels belong together"
@@ -56,15 +55,15 @@ def calibrate(
 
 
 def fit_temperature(logits: Floats, labels: Ints) -> float:
-    """The temperature that makes ``softmax(logits / temperature)`` most likely (Guo et al. 2017, section 4.2).
+    """Maximum-likelihood temperature of ``softmax(logits / temperature)`` (Guo et al. 2017, section 4.2).
 
-    If every text is right there is no such temperature: the smaller, the likelier, and the end of the range would make
-    every probability 1. Such a validation slice gives no evidence of overconfidence, so the logits stay as they are.
+    If every text is labelled correctly, the likelihood has no maximum: the smallest temperature of the range would make
+    every probability 1. Such a slice gives no evidence of overconfidence, so the temperature is then 1.
 
     Args:
         logits: Float (n, classes), n at least 1.
         labels: Int (n,).
-    Returns: 0.05..20; 1 if every text is right.
+    Returns: 0.05..20, and 1 if every text is labelled correctly.
     Raises: LorafleetError: a logit is not finite.
     """
     check_rows(logits, labels)
@@ -81,16 +80,16 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
         temperature = math.exp(log_temperature)
         return float(np.mean(np.log(np.exp(shifted / temperature).sum(axis=1)) - true_logits / temperature))
 
-    # Over the logarithm, because 1/2 and 2 are equally far from 1; convex in 1/temperature, so one valley.
+    # Over the logarithm, because 1/2 and 2 are equally far from 1. The loss is convex in 1/temperature: one minimum.
     low, high = (math.log(end) for end in TEMPERATURE_RANGE)
     return math.exp(optimize.minimize_scalar(loss, bounds=(low, high), method="bounded").x)
 
 
 def softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    """Probabilities of the classes, float64 (n, classes); each row sums to 1.
+    """Probabilities of the classes, float64 (n, classes). Each row sums to 1.
 
     Args:
-        logits: Float (n, classes), of any size: the largest of a row is subtracted first.
+        logits: Float (n, classes). Large values do not overflow.
     Raises: LorafleetError: a logit is not finite.
     """
     probabilities: npt.NDArray[np.float64] = special.softmax(_finite(logits), axis=1)
@@ -103,19 +102,19 @@ def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) ->
     Args:
         probabilities: Float (n, classes), n at least 1.
         labels: Int (n,).
-        bins: Of equal width, each with its upper end but not its lower.
+        bins: Number of bins of equal width. A bin contains its upper end but not its lower.
     """
     gaps = ((b.num_texts, abs(b.accuracy - b.confidence)) for b in reliability(probabilities, labels, bins=bins))
     return sum(num_texts * gap for num_texts, gap in gaps) / len(labels)
 
 
 def reliability(probabilities: Floats, labels: Ints, *, bins: int = 15) -> tuple[ReliabilityBin, ...]:
-    """Confidence against accuracy, bin by bin, least confident first; a bin without a text is left out.
+    """Mean confidence and accuracy of each bin, least confident first. Empty bins are omitted.
 
     Args:
         probabilities: Float (n, classes), n at least 1.
         labels: Int (n,).
-        bins: Of equal width, each with its upper end but not its lower.
+        bins: Number of bins of equal width. A bin contains its upper end but not its lower.
     """
     confidence, right = _confidence(probabilities, labels)
     inner_edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
@@ -128,17 +127,17 @@ def reliability(probabilities: Floats, labels: Ints, *, bins: int = 15) -> tuple
 
 
 def coverage_table(probabilities: Floats, labels: Ints) -> tuple[CoverageRow, ...]:
-    """What is left, and how right it is, if less confident texts get no label (Geifman & El-Yaniv 2017).
+    """Coverage and accuracy by threshold, if less confident texts get no label (Geifman & El-Yaniv 2017).
 
-    The lower ends are one-sided (Clopper & Pearson 1934), at level 1 - 0.05 / number of rows (Bonferroni): with probability 0.95 the
-    accuracy on new texts of the same kind is above all of them at once. So a row may be chosen by its lower end, for any number of
-    target accuracies that are tried on the table. The thresholds are fixed beforehand. That these texts have also chosen the epoch
-    and the temperature, which flatters them a little, is not corrected for.
+    The lower ends are one-sided (Clopper & Pearson 1934) at level 1 - 0.05 / number of rows (Bonferroni). With
+    probability 0.95, the accuracy on new texts of the same kind is above all of them at once. A row may therefore be
+    chosen by its lower end, for any number of target accuracies. The thresholds are fixed in advance. The same texts
+    also chose the epoch and the temperature, which makes the table slightly optimistic. This is not corrected.
 
     Args:
         probabilities: Float (n, classes), n at least 1.
         labels: Int (n,).
-    Returns: One row per ``COVERAGE_THRESHOLDS``; a text exactly at a threshold keeps its label.
+    Returns: One row per entry of ``COVERAGE_THRESHOLDS``. A text exactly at a threshold keeps its label.
     """
     confidence, right = _confidence(probabilities, labels)
     level = (1 - CONFIDENCE) / len(COVERAGE_THRESHOLDS)
@@ -156,14 +155,14 @@ def coverage_table(probabilities: Floats, labels: Ints) -> tuple[CoverageRow, ..
 
 
 def _finite(logits: Floats) -> npt.NDArray[np.float64]:
-    """The logits in float64.
+    """Convert logits to float64.
 
     Raises: LorafleetError: a logit is not finite.
     """
     if not np.isfinite(logits).all():
         bad = int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
         raise LorafleetError(
-            f"logits: {bad} of {len(logits)} texts have one that is not a finite number; the training diverged, lower train.learning_rate"
+            f"logits of {bad} of {len(logits)} texts are not finite; the training diverged, lower train.learning_rate"
         )
     return logits.astype(np.float64)
 

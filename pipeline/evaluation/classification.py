@@ -1,4 +1,4 @@
-"""Every column of the score table, each text embedded once per encoder state; the door to ``mteb.evaluate``."""
+"""Evaluation of all columns of the score table. Each text is embedded once per encoder state."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from pipeline.training.train import Training
 
 @dataclass(frozen=True)
 class Baselines:
-    """The columns of the frozen encoder, and what training and evaluation take from them."""
+    """Columns of the frozen encoder, and the values that training and evaluation reuse."""
 
     rows: tuple[ScoreRow, ...]
     values: tuple[ValueRow, ...]
     probe_c: float
     probe_predictions: IntArray
-    """Of the full-data probe on test, (num_test,)."""
+    """Predictions of the full-data probe on test, int64 (num_test,)."""
     head_start: HeadStart
     few_shot: dict[str, Any]
-    """mteb's own result of the few-shot column, by its name; empty where that was left out."""
+    """mteb's own result by the name of the few-shot column. Empty if the column was switched off."""
 
 
 @dataclass(frozen=True)
 class AdapterEvaluation:
-    """The columns of the adapted encoder and what is known of the head."""
+    """Columns of the adapted encoder, and further measurements of the head."""
 
     rows: tuple[ScoreRow, ...]
     values: tuple[ValueRow, ...]
@@ -51,12 +51,12 @@ class AdapterEvaluation:
     calibration: Calibration
     confusions: tuple[Confusion, ...]
     few_shot: dict[str, Any]
-    """As in ``Baselines``."""
+    """mteb's own result by the name of the few-shot column. Empty if the column was switched off."""
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What all rows of one MTEB task have in common."""
+    """Values that all rows of one MTEB task share."""
 
     run_id: str
     data: TaskData
@@ -76,13 +76,12 @@ class RowFacts:
         adapter_sha256: str | None = None,
         comparison: Comparison | None = None,
     ) -> ScoreRow:
-        """One line of ``scores.parquet``; ``started`` is the ``perf_counter`` at which the work on it began."""
+        """Make one row of ``scores.parquet``. ``started`` is the ``perf_counter`` at the start of the work on it."""
         data = self.data
-        without = (
-            scores.accuracy_without(data.test_labels, predictions, data.test_in_train)
-            if predictions is not None
-            else None
-        )
+        without_overlap = None if data.num_overlap else score.accuracy
+        if data.num_overlap and predictions is not None:
+            without_overlap = scores.accuracy_without(data.test_labels, predictions, data.test_in_train)
+        is_few_shot = column in ("frozen_few_shot", "adapted_few_shot")
         return ScoreRow(
             run_id=self.run_id,
             mteb_task=data.task.name,
@@ -96,7 +95,7 @@ class RowFacts:
             num_texts=len(data.test_texts),
             num_classes=len(data.label_names),
             num_overlap=data.num_overlap,
-            accuracy_without_overlap=without if data.num_overlap else score.accuracy,
+            accuracy_without_overlap=without_overlap,
             num_truncated=self.num_truncated,
             selected_on=selected_on,
             seconds=time.perf_counter() - started,
@@ -111,9 +110,7 @@ class RowFacts:
             created_at=datetime.now(UTC),
             p_value=comparison.p_value if comparison else None,
             test_sha256=data.test_fingerprint,
-            samples_per_label=data.task.samples_per_label
-            if column in ("frozen_few_shot", "adapted_few_shot")
-            else None,
+            samples_per_label=data.task.samples_per_label if is_few_shot else None,
             main_metric=comparison.main_metric if comparison else None,
             p_value_main=comparison.main_p_value if comparison else None,
         )
@@ -121,21 +118,21 @@ class RowFacts:
     def values(
         self, row: ScoreRow, estimates: Mapping[str, Estimate], *, main_metric: MainMetric
     ) -> tuple[ValueRow, ...]:
-        """The numbers of one column as rows of ``values.parquet``.
+        """Make the rows of ``values.parquet`` for one column.
 
         Args:
-            row: The column's score row, whose numbers stand as they are.
-            estimates: Further metrics, and intervals of macro-F1.
-            main_metric: The metric that the MTEB task is judged by.
+            row: Score row of the column. Its numbers are used unchanged.
+            estimates: Further metrics, and the interval of macro-F1.
+            main_metric: Main metric of the MTEB task.
         """
         numbers = dict(estimates) | {"accuracy": Estimate(row.accuracy, row.low, row.high)}
         numbers["macro_f1"] = replace(numbers.get("macro_f1", Estimate(row.macro_f1)), value=row.macro_f1)
         if row.average_precision is not None:
             numbers["average_precision"] = Estimate(row.average_precision)
-        of_column = {"run_id": row.run_id, "mteb_task": row.mteb_task, "column": row.column}
+        origin = {"run_id": row.run_id, "mteb_task": row.mteb_task, "column": row.column}
         rows = [
             ValueRow(
-                **of_column,  # type: ignore[arg-type]
+                **origin,  # type: ignore[arg-type]
                 metric=name,
                 value=number.value,
                 low=number.low,
@@ -145,21 +142,21 @@ class RowFacts:
             )
             for name, number in numbers.items()
         ]
-        apart = row.num_texts - row.num_overlap
-        if row.num_overlap and row.accuracy_without_overlap is not None and apart:
-            new_texts = {"slice": "in_train", "slice_value": "no", "num_texts": apart, "low": None, "high": None}
+        num_new = row.num_texts - row.num_overlap
+        if row.num_overlap and row.accuracy_without_overlap is not None and num_new:
+            new_texts = {"slice": "in_train", "slice_value": "no", "num_texts": num_new, "low": None, "high": None}
             rows.append(rows[list(numbers).index("accuracy")].changed(value=row.accuracy_without_overlap, **new_texts))
         return tuple(rows)
 
 
 def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, refit: bool = False) -> Baselines:
-    """Measure the frozen encoder: majority class, mteb's few-shot protocol, logistic regression on all of train.
+    """Evaluate the frozen encoder: majority class, mteb's few-shot protocol, logistic regression on all of train.
 
     Args:
-        facts: The task's data and encoder, no adapter attached.
-        config: Which columns.
-        tokens: Of the training texts, to embed them without tokenising again.
-        refit: The head will learn from train and validation in the end, so the probe it is compared with does too.
+        facts: Data and encoder of the task, without an attached adapter.
+        config: Columns to evaluate, and options of the probe.
+        tokens: Tokens of the training texts, so that they are not tokenised again.
+        refit: Whether the head is finally trained on train and validation. The probe is then fitted on both, too.
     """
     data, vectors, columns = facts.data, TextVectors(facts.encoder), _Columns(facts, config)
     started = time.perf_counter()
@@ -178,18 +175,18 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, 
         positive = probe.predict_proba(vectors.features(data.test_texts))[:, -1]
         columns.add("frozen_full_data", predictions, positive, started=started)
     started = time.perf_counter()
-    own: dict[str, Any] = {}
+    mteb_results: dict[str, Any] = {}
     if "frozen_few_shot" in config.columns:
-        score, own["frozen_few_shot"] = few_shot(data.mteb_task, vectors)
+        score, mteb_results["frozen_few_shot"] = few_shot(data.mteb_task, vectors)
         columns.add_score("frozen_few_shot", score, started=started)
     rows, values = columns.done()
-    return Baselines(rows, values, float(probe.C), predictions.astype(np.int64), start, own)
+    return Baselines(rows, values, float(probe.C), predictions.astype(np.int64), start, mteb_results)
 
 
 def evaluate_adapter(
     facts: RowFacts, config: EvaluateConfig, *, training: Training, adapter_sha256: str, baselines: Baselines
 ) -> AdapterEvaluation:
-    """Measure the adapted encoder: mteb's few-shot protocol on its vectors, and the adapter's own head."""
+    """Evaluate the adapted encoder: mteb's few-shot protocol on its vectors, and the adapter's own head."""
     data, adapter, columns = facts.data, training.adapter, _Columns(facts, config)
     vectors = TextVectors(facts.encoder)
     started = time.perf_counter()
@@ -210,19 +207,18 @@ def evaluate_adapter(
     margin = logits[:, -1] - logits[:, 0]
     columns.add("head", predictions, margin, started=started, comparison=comparison, **trained)
     started = time.perf_counter()
-    own: dict[str, Any] = {}
+    mteb_results: dict[str, Any] = {}
     if "adapted_few_shot" in config.columns:
-        score, own["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
+        score, mteb_results["adapted_few_shot"] = few_shot(data.mteb_task, vectors)
         columns.add_score("adapted_few_shot", score, started=started, **trained)
-    fit_on = (
-        validation if not training.learnt_selection else None
-    )  # a temperature fitted on what was learnt would flatter itself
+    # A temperature fitted on texts that the adapter was trained on would be too low.
+    fit_on = None if training.learnt_selection else validation
     calibrated = calibration.calibrate(
         fit_on, data.validation_labels if fit_on is not None else None, logits, data.test_labels
     )
     confusions = scores.confusions(data.test_labels, predictions, data.label_names)
     rows, values = columns.done()
-    return AdapterEvaluation(rows, values, comparison, calibrated, confusions, own)
+    return AdapterEvaluation(rows, values, comparison, calibrated, confusions, mteb_results)
 
 
 def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
@@ -232,7 +228,7 @@ def _main_metric(data: TaskData, config: EvaluateConfig) -> MainMetric:
 
 
 class _Columns:
-    """The columns that were measured so far, each as a score row and as values."""
+    """Columns evaluated so far, as score rows and as values."""
 
     def __init__(self, facts: RowFacts, config: EvaluateConfig) -> None:
         self._facts = facts
@@ -255,9 +251,9 @@ class _Columns:
         Args:
             column: Name of the column.
             predictions: Class of each test text, int (num_test,).
-            positive: How much each text belongs to the last class, float (num_test,).
-            started: The ``perf_counter`` at which the work on the column began.
-            facts: As ``RowFacts.row`` takes them.
+            positive: Score of the last class for each text, on any scale, float (num_test,).
+            started: The ``perf_counter`` at the start of the work on the column.
+            facts: Further arguments of ``RowFacts.row``.
         """
         labels, num_classes = self._facts.data.test_labels, len(self._facts.data.label_names)
         draws, seed = self._config.bootstrap_draws, self._facts.seed
@@ -269,7 +265,7 @@ class _Columns:
         self._append(row, estimates)
 
     def add_score(self, column: Column, score: scores.Score, *, started: float, **facts: Any) -> None:
-        """Take over a score that was measured elsewhere, as ``add`` does."""
+        """Add a column whose score was computed elsewhere. Arguments are those of ``add``."""
         self._append(self._facts.row(column, score, started=started, **facts), {})
 
     def done(self) -> tuple[tuple[ScoreRow, ...], tuple[ValueRow, ...]]:

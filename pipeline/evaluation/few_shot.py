@@ -1,4 +1,4 @@
-"""mteb's few-shot protocol on vectors that are computed already. The door to mteb.evaluate."""
+"""mteb's few-shot protocol on precomputed vectors. The only module that calls ``mteb.evaluate``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pipeline.evaluation.vectors import TextVectors
 
 
 def import_ahead() -> None:
-    """Import what an evaluation, and the encoder before it, would else wait for: mteb and transformers take seconds."""
+    """Import mteb and transformers in advance, because each takes seconds."""
     import mteb  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
 
 def few_shot(mteb_task: Any, vectors: TextVectors) -> tuple[scores.Score, dict[str, Any]]:
-    """mteb's own protocol: logistic regression on ``samples_per_label`` texts, ten draws, on test; and its own result of it."""
+    """Run mteb's protocol: ten draws of a logistic regression on ``samples_per_label`` texts per label, scored on test.
+
+    Returns: The score, and mteb's own result as JSON values.
+    """
     import mteb
 
     result = mteb.evaluate(
@@ -36,7 +39,7 @@ def few_shot(mteb_task: Any, vectors: TextVectors) -> tuple[scores.Score, dict[s
 
 
 def _mteb_encoder(vectors: TextVectors) -> Any:
-    """An object that mteb takes for an encoder, reading vectors that are already there."""
+    """An encoder for mteb that returns precomputed vectors."""
     from mteb.models import ModelMeta
     from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 
@@ -46,7 +49,7 @@ def _mteb_encoder(vectors: TextVectors) -> Any:
         def __init__(
             self, model_name: str = "", revision: str | None = None, *, device: str | None = None, **kwargs: Any
         ) -> None:
-            """mteb's protocol asks for this signature."""
+            """Accept the arguments that mteb's protocol requires."""
 
         def encode(self, inputs: Any, **kwargs: Any) -> FloatArray:
             return vectors.features([text for batch in inputs for text in batch["text"]])

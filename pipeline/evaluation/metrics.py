@@ -1,7 +1,7 @@
-"""Metrics of a classifier, from the numbers of right, true and predicted texts of each class.
+"""Metrics of a classifier, computed from the numbers of correct, true and predicted texts of each class.
 
-A new metric is one function here, marked with ``@metric``. Its value and its interval then stand in ``values.parquet``,
-in the report and in the history, because all of them are made of whatever is in ``METRICS``.
+A new metric is one function here, marked with ``@metric``. Its value and interval then appear in ``values.parquet``,
+in the report and in the history, because all of them use every entry of ``METRICS``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _DRAWS_AT_ONCE = 200
 
 @dataclass(frozen=True)
 class Counts:
-    """Texts of each class in one sample, or in several: float64 (classes,) or (samples, classes)."""
+    """Numbers of texts of each class, in one sample or in several: float64 (classes,) or (samples, classes)."""
 
     right: Floats
-    """Texts of the class that were predicted as it."""
+    """Texts of the class that were predicted as this class."""
     labels: Floats
     """Texts of the class."""
     predicted: Floats
@@ -31,23 +31,23 @@ class Counts:
 
     @property
     def num_texts(self) -> Floats:
-        """Texts of the sample, or of each."""
+        """Number of texts in the sample, or in each sample."""
         return np.asarray(self.labels.sum(axis=-1))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number between -1 and 1 that says how well labels were predicted. Larger is better."""
+    """A measure of the predictions between -1 and 1. Larger is better."""
 
     title: str
-    """As people read it."""
+    """Name in reports."""
     function: Callable[[Counts], Floats]
-    """One number for each sample."""
+    """Function that computes one number per sample."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured number with the ends of its 95 % interval, where one was computed."""
+    """A measured number and the ends of its 95 % interval. The ends are None if no interval was computed."""
 
     value: float
     low: float | None = None
@@ -55,7 +55,7 @@ class Estimate:
 
 
 METRICS: dict[str, Metric] = {}
-"""Name of a metric in ``values.parquet`` -> how it is computed."""
+"""Metrics by their names in ``values.parquet``."""
 
 
 def metric(title: str) -> Callable[[Callable[[Counts], Floats]], Callable[[Counts], Floats]]:
@@ -70,7 +70,7 @@ def metric(title: str) -> Callable[[Callable[[Counts], Floats]], Callable[[Count
 
 @metric("accuracy")
 def accuracy(counts: Counts) -> Floats:
-    """Share of the texts that were predicted right, 0..1."""
+    """Fraction of the texts that were predicted correctly, 0..1."""
     return np.asarray(counts.right.sum(axis=-1) / counts.num_texts)
 
 
@@ -84,7 +84,7 @@ def macro_f1(counts: Counts) -> Floats:
 
 @metric("Matthews correlation")
 def matthews(counts: Counts) -> Floats:
-    """Correlation of labels and predictions over several classes, -1..1; 0 where one of them has a single class.
+    """Correlation of labels and predictions over several classes, -1..1. 0 if either has a single class.
 
     Source: Gorodkin (2004), Comparing two K-category assignments by a K-category correlation coefficient.
     """
@@ -101,31 +101,31 @@ def measure(labels: Ints, predictions: Ints, *, num_classes: int, draws: int, se
     Args:
         labels: True class of each text, int (n,), n at least 1.
         predictions: Predicted class of each text, int (n,).
-        num_classes: Classes of the data set.
-        draws: Resamples of the texts.
-        seed: Of the resamples. All metrics are measured on the same ones.
-    Returns: Name of the metric -> its estimate.
+        num_classes: Number of classes of the data set.
+        draws: Number of resamples of the texts.
+        seed: Seed of the resamples, which all metrics share.
+    Returns: Estimates by the name of the metric.
     """
     assert len(labels) > 0, "no text to measure"
     pairs, texts = np.unique(labels.astype(np.int64) * num_classes + predictions, return_counts=True)
     whole = _counts_of(texts[np.newaxis, :], pairs, num_classes)
-    values = {name: float(known.function(whole)[0]) for name, known in METRICS.items()}
+    values = {name: float(entry.function(whole)[0]) for name, entry in METRICS.items()}
     drawn: dict[str, list[Floats]] = {name: [] for name in METRICS}
     for sample in _resamples(texts, draws=draws, seed=seed):
         counts = _counts_of(sample, pairs, num_classes)
-        for name, known in METRICS.items():
-            drawn[name].append(known.function(counts))
-    ends = {name: np.quantile(np.concatenate(of_metric), interval_tails()) for name, of_metric in drawn.items()}
+        for name, entry in METRICS.items():
+            drawn[name].append(entry.function(counts))
+    ends = {name: np.quantile(np.concatenate(numbers), interval_tails()) for name, numbers in drawn.items()}
     return {name: Estimate(value, *map(float, ends[name])) for name, value in values.items()}
 
 
 def title_of(name: str) -> str:
-    """Name of a metric as people read it."""
+    """Name of a metric in reports."""
     return METRICS[name].title if name in METRICS else name.replace("_", " ")
 
 
 def _resamples(texts: npt.NDArray[Any], *, draws: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Texts of each pair of label and prediction in resamples, int64 (samples, pairs), some at a time."""
+    """Number of texts of each pair of label and prediction in resamples, int64 (samples, pairs), in chunks."""
     random = np.random.default_rng(seed)
     total = int(texts.sum())
     for start in range(0, draws, _DRAWS_AT_ONCE):
@@ -133,7 +133,7 @@ def _resamples(texts: npt.NDArray[Any], *, draws: int, seed: int) -> Iterator[np
 
 
 def _counts_of(sample: npt.NDArray[Any], pairs: npt.NDArray[np.int64], num_classes: int) -> Counts:
-    """Counts of samples (samples, pairs), where a pair is ``label * num_classes + prediction``."""
+    """Counts of samples (samples, pairs). A pair is ``label * num_classes + prediction``."""
     of_label, of_prediction = np.divmod(pairs, num_classes)
     classes = np.arange(num_classes)
     by_label, by_prediction = (

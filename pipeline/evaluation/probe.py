@@ -1,4 +1,4 @@
-"""The logistic-regression probe on all train vectors, and the head that starts from it."""
+"""The logistic-regression probe on the vectors of all training texts, and the head's start that is made from it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pipeline.encoder.tokeniser import IntArray
 from pipeline.evaluation.vectors import TextVectors
 
 _PROBE_ITERATIONS = 1000
-
-
-# A head as sure as the probe leaves the encoder nothing to learn from:
+# With the full confidence of the probe, the loss would be too small to train the encoder:
 # tests/benchmarks/EXPERIMENTS.md, "What to train with".
 _HEAD_START_CONFIDENCE = 0.25
 
 
 def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig, *, seed: int) -> tuple[Any, float]:
-    """Logistic regression on all of train, and the mean length of what it was fitted on relative to its features."""
+    """Fit a logistic regression on all of train.
+
+    Returns: The regression, and the mean length of the encoder's vectors relative to that of the features.
+    """
     from sklearn.linear_model import LogisticRegression
 
     features, labels = vectors.features(data.train_texts), data.train_labels
@@ -34,11 +35,10 @@ def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig
     probe = LogisticRegression(max_iter=_PROBE_ITERATIONS, warm_start=True)
     for c in sorted(config.probe_c):
         probe.set_params(C=c).fit(*fit)
-        right = (
-            float(probe.score(*choose)) if len(choose[1]) else 0.0
-        )  # of equals the smallest C is taken, so also of unmeasured ones
-        if best is None or right > best[0]:
-            best = (right, (c, probe.coef_.copy(), probe.intercept_.copy()))
+        accuracy = float(probe.score(*choose)) if len(choose[1]) else 0.0
+        # The smallest of equally good C wins, also if there are no texts to choose on.
+        if best is None or accuracy > best[0]:
+            best = (accuracy, (c, probe.coef_.copy(), probe.intercept_.copy()))
     assert best is not None
     c, probe.coef_, probe.intercept_ = best[1]
     probe.set_params(C=c)
@@ -49,9 +49,9 @@ def full_data_probe(data: TaskData, vectors: TextVectors, config: EvaluateConfig
 
 
 def _hold_out(features: FloatArray, labels: IntArray, *, seed: int) -> tuple[Any, Any]:
-    """Train in two parts: what is fitted, and a tenth to choose the probe's C on where the task has no validation slice.
+    """Split train into nine tenths to fit on and one tenth to choose the probe's C on, without a validation slice.
 
-    Each class keeps a text in what is fitted, so the tenth is empty where no class has two.
+    Each class keeps a text to fit on, so the tenth is empty if no class has two texts.
     """
     from sklearn.model_selection import train_test_split
 
@@ -62,13 +62,15 @@ def _hold_out(features: FloatArray, labels: IntArray, *, seed: int) -> tuple[Any
     stratify = labels[spare] if len(spare) // 10 >= len(np.unique(labels[spare])) else None
     fit, choose = train_test_split(spare, test_size=0.1, random_state=seed, stratify=stratify)
     classes, first = np.unique(labels[choose], return_index=True)
-    back = first[~np.isin(classes, labels[fit])]  # of a class that is wholly in the tenth; it has at least two
+    back = first[~np.isin(classes, labels[fit])]  # one text of each class that is entirely in the tenth
     fit, choose = np.concatenate([fit, choose[back], np.flatnonzero(single)]), np.delete(choose, back)
     return (features[fit], labels[fit]), (features[choose], labels[choose])
 
 
 def head_start(probe: Any, scale: float, num_classes: int) -> HeadStart:
-    """The probe as a linear layer on vectors that are not normalised, less sure of itself; of two classes each gets half the margin."""
+    """Turn the probe into a linear layer on vectors that are not normalised, with reduced confidence.
+
+    With two classes, each gets half of the margin."""
     weight = np.asarray(probe.coef_) * _HEAD_START_CONFIDENCE / scale
     bias = np.asarray(probe.intercept_) * _HEAD_START_CONFIDENCE
     if num_classes == 2:

@@ -1,6 +1,6 @@
-"""Scores, their intervals, paired tests and calibration, from arrays of labels, predictions and logits.
+"""Scores with intervals, from arrays of labels and predictions.
 
-Knows no encoder, no data set and no file. Labels and predictions are class numbers, 0..num_classes-1; a score is 0..1.
+Labels and predictions are class numbers, 0..num_classes-1. Scores are 0..1.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 
 CONFIDENCE = 0.95
-"""Of every interval here."""
+"""Confidence level of all intervals."""
 
-
-RANDOMISATION_ROUNDS, SWAPS_PER_ROUND = 40, 50  # in parts, because all draws at once may not fit in memory
+RANDOMISATION_ROUNDS, SWAPS_PER_ROUND = 40, 50  # in rounds, because all draws at once may not fit in memory
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Score:
-    """How well one column of the score table classifies; the interval is the accuracy's."""
+    """Scores of one column of the score table, with the interval of its accuracy."""
 
     accuracy: float
     macro_f1: float
     average_precision: float | None
-    """Only for two classes."""
+    """Average precision, for two classes only."""
     low: float
     high: float
 
@@ -62,12 +61,12 @@ def score_predictions(
     Args:
         labels: True class of each text, int (n,), n at least 1.
         predictions: Predicted class of each text, int (n,).
-        num_classes: That the data set has; with two there is an average precision.
-        positive_scores: How much each text belongs to class 1, on any scale, float (n,).
-        bootstrap_draws: Resamples of the texts.
-        seed: Of the resamples.
-    Returns: Macro-F1 is the mean over the classes that occur in ``labels`` or ``predictions``. Average precision is None
-        without ``positive_scores``, with other than two classes, or if ``labels`` holds one class only.
+        num_classes: Number of classes of the data set.
+        positive_scores: Score of class 1 for each text, on any scale, float (n,).
+        bootstrap_draws: Number of resamples of the texts.
+        seed: Seed of the resamples.
+    Returns: Macro-F1 is the mean over the classes that occur in ``labels`` or ``predictions``. Average precision is
+        None without ``positive_scores``, unless there are two classes, or if ``labels`` has a single class.
     """
     assert len(labels) > 0, "no text to score"
     assert labels.shape == predictions.shape == (len(labels),), (
@@ -92,10 +91,10 @@ def score_of_draws(
     """Mean scores over few-shot draws, with Student's t-interval of the mean accuracy, cut to 0..1.
 
     Args:
-        accuracies: One per draw, 0..1, at least one.
-        macro_f1s: One per draw.
-        average_precisions: One per draw; None for other than two classes.
-    Returns: A single draw says nothing of the spread: its interval is 0..1.
+        accuracies: Accuracy of each draw, 0..1, at least one.
+        macro_f1s: Macro-F1 of each draw.
+        average_precisions: Average precision of each draw. None unless there are two classes.
+    Returns: The interval is 0..1 if there is a single draw, because the spread is unknown.
     """
     assert len(accuracies) > 0, "no draw to average"
     assert len(accuracies) == len(macro_f1s), f"{len(accuracies)} accuracies, {len(macro_f1s)} macro-F1s"
@@ -113,12 +112,12 @@ def score_of_draws(
 
 
 def accuracy_without(labels: Ints, predictions: Ints, excluded: Bools) -> float | None:
-    """Accuracy over the texts that are not excluded; None if none is left.
+    """Accuracy over the texts that are not excluded. None if no text is left.
 
     Args:
         labels: Int (n,).
         predictions: Int (n,).
-        excluded: True for a text that does not count, bool (n,).
+        excluded: True for texts that do not count, bool (n,).
     """
     assert labels.shape == predictions.shape == excluded.shape, f"{labels.shape}, {predictions.shape}, {excluded.shape}"
     assert excluded.dtype == np.bool_, f"excluded is {excluded.dtype}, not bool"
@@ -127,18 +126,18 @@ def accuracy_without(labels: Ints, predictions: Ints, excluded: Bools) -> float 
 
 
 def confusions(labels: Ints, predictions: Ints, label_names: Sequence[str], *, most: int = 10) -> tuple[Confusion, ...]:
-    """The pairs of true and wrongly predicted label that occur most often.
+    """Most frequent pairs of a true and a wrongly predicted label.
 
     Args:
         labels: Int (n,).
         predictions: Int (n,).
-        label_names: Name of class 0, 1, …
-        most: Pairs at most.
-    Returns: Most frequent first; equally frequent pairs in the order of their class numbers.
+        label_names: Names of classes 0, 1, …
+        most: Maximum number of pairs.
+    Returns: Most frequent pair first. Equally frequent pairs are in the order of their class numbers.
     """
     assert labels.shape == predictions.shape, f"labels {labels.shape}, predictions {predictions.shape}"
     wrong = labels != predictions
-    # unique() sorts by label, then prediction; the stable sort below keeps that order among equals.
+    # unique() sorts by label, then prediction. The stable sort below keeps that order among equals.
     pairs, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
     ranking = np.argsort(-counts, kind="stable")[:most]
     return tuple(
@@ -155,36 +154,40 @@ def confusions(labels: Ints, predictions: Ints, label_names: Sequence[str], *, m
 def _accuracy_interval(num_right: int, num_texts: int, *, draws: int, seed: int) -> Interval:
     if num_right in (0, num_texts):
         return _clopper_pearson(num_right, num_texts)
-    # Drawing n texts with replacement and counting the right ones is one binomial draw: no index array is needed.
+    # The number of correct texts among n drawn with replacement is binomial, so no index array is needed.
     resampled = np.random.default_rng(seed).binomial(num_texts, num_right / num_texts, size=draws) / num_texts
     low, high = np.quantile(resampled, interval_tails())
     return Interval(float(low), float(high))
 
 
 def _clopper_pearson(num_right: int, num_texts: int) -> Interval:
-    # All right or all wrong: every resample is the same and the bootstrap would claim certainty, even from one text.
+    # If all texts are correct or all are wrong, every resample is the same, and a bootstrap would claim certainty.
     exact = stats.binomtest(num_right, num_texts).proportion_ci(CONFIDENCE, method="exact")
     return Interval(float(exact.low), float(exact.high))
 
 
 def lower_end(num_right: int, num_texts: int, *, level: float) -> float:
-    """The lowest share of right texts that is not refuted at the level by so many right ones: 0 where none is right."""
+    """Lower end of the one-sided exact interval of an accuracy, with error probability ``level``."""
     return float(special.betaincinv(num_right, num_texts - num_right + 1, level)) if num_right else 0.0
 
 
 def label_counts(labels: Ints, predictions: Ints, num_classes: int) -> tuple[Ints, Ints]:
-    """Texts of each class that are found, and texts that each class is predicted for, both (classes,)."""
-    return np.bincount(labels[labels == predictions], minlength=num_classes), np.bincount(
-        predictions, minlength=num_classes
-    )
+    """Correctly predicted texts of each class, and all texts predicted as each class, both int (classes,)."""
+    correct = np.bincount(labels[labels == predictions], minlength=num_classes)
+    return correct, np.bincount(predictions, minlength=num_classes)
 
 
 def macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
-    """Mean F1 over the classes that occur in labels or predictions, (...), from counts (2, ..., classes) as ``label_counts`` gives them."""
-    found, predicted = counts
+    """Mean F1 over the classes that occur in labels or predictions, (...).
+
+    Args:
+        counts: The arrays of ``label_counts``, (2, ..., classes).
+        present: Texts of each class, int (classes,).
+    """
+    correct, predicted = counts
     total = predicted + present
     occurs = total > 0
-    f1 = np.divide(2 * found, total, out=np.zeros(total.shape), where=occurs)
+    f1 = np.divide(2 * correct, total, out=np.zeros(total.shape), where=occurs)
     scores: npt.NDArray[Any] = f1.sum(axis=-1) / occurs.sum(axis=-1)
     return scores
 
@@ -206,12 +209,12 @@ def _mean_interval(values: npt.NDArray[np.float64]) -> Interval:
 
 
 def interval_tails() -> tuple[float, float]:
-    """Lower and upper quantile of an interval."""
+    """Quantiles at the lower and upper end of an interval."""
     return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
 
 
 def check_rows(values: Floats, labels: Ints) -> None:
-    """Assert that there is one row of values for each label, and at least one."""
+    """Assert that there is one row of values per label, and at least one row."""
     assert len(labels) > 0, "no text to measure"
     assert values.ndim == 2 and labels.shape == (len(values),), (
         f"expected (n, classes) and (n,), found {values.shape} and {labels.shape}"

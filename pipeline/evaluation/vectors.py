@@ -11,7 +11,7 @@ from pipeline.encoder.tokeniser import Tokens
 
 
 class TextVectors:
-    """The vectors that one state of an encoder gives; no text is embedded twice."""
+    """Vectors of texts from one state of an encoder. No text is embedded twice."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
@@ -19,7 +19,7 @@ class TextVectors:
         self._vectors: FloatArray = np.empty((0, encoder.hidden_size), dtype=np.float32)
 
     def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> FloatArray:
-        """float32 (texts, width), not normalised; ``tokens`` saves tokenising texts that are all new."""
+        """Vectors of texts, float32 (texts, width), not normalised. ``tokens`` are used if all texts are new."""
         new = list(dict.fromkeys(text for text in texts if text not in self._row_of))
         if new:
             reuse = tokens is not None and len(new) == len(texts)
@@ -30,12 +30,12 @@ class TextVectors:
         return self._vectors[[self._row_of[text] for text in texts]]
 
     def features(self, texts: Sequence[str]) -> FloatArray:
-        """What classifiers on top see: unit vectors where the encoder's own definition ends in them."""
+        """Features for classifiers, float32 (texts, width). Unit vectors if the encoder's own definition normalises."""
         vectors = self(texts)
         return normalize(vectors) if self._encoder.normalize else vectors
 
 
 def normalize(vectors: FloatArray) -> FloatArray:
-    """The vectors at length 1, float32 (texts, width)."""
+    """Scale vectors to length 1, float32 (texts, width)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)

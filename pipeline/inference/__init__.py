@@ -1,1 +1,1 @@
-"""Trained adapters at work: found by reference, merged, several over one encoder."""
+"""Inference with trained adapters: find them by reference, merge them, and run several over one encoder."""

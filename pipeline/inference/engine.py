@@ -1,4 +1,4 @@
-"""Token arrays in, labels and scores out, on every core of a CPU or on one GPU."""
+"""Computation of labels and scores from token arrays, on every core of a CPU or on one GPU."""
 
 from __future__ import annotations
 
@@ -22,26 +22,21 @@ from pipeline.errors import AdapterError
 from pipeline.inference.merging import MergedAdapter, Switch, merge_adapter, place_of, switched
 from pipeline.inference.shared_layers import Computed, SharedLayers
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}  # of a CPU: what a core's second-level cache holds between two layers
-
-
+# On a CPU, this many tokens fit into the second-level cache of a core.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
 _LEAST_TOKENS_PER_BATCH = 256
-
-
-_MALLOPT_TRIM, _MALLOPT_MMAP, _MALLOPT_ARENAS = -1, -3, -8  # of malloc.h
-
-
+_MALLOPT_TRIM, _MALLOPT_MMAP, _MALLOPT_ARENAS = -1, -3, -8  # constants of malloc.h
 _LARGEST_ARRAY = 1024**3
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one adapter says of some texts."""
+    """Labels and probabilities of some texts from one adapter."""
 
     top_labels: npt.NDArray[np.int32]
     """Indices of the most probable labels, best first, (texts, k)."""
     top_scores: FloatArray
-    """Their calibrated probabilities, (texts, k)."""
+    """Calibrated probabilities of these labels, (texts, k)."""
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -50,17 +45,17 @@ class Answers:
 
     @property
     def scores(self) -> FloatArray:
-        """Its calibrated probability, (texts,)."""
+        """Calibrated probability of the most probable label, (texts,)."""
         return self.top_scores[:, 0]
 
     @property
     def finite(self) -> npt.NDArray[np.bool_]:
-        """Whether the adapter computed a probability at all, (texts,); where it overflowed, its labels mean nothing."""
+        """Whether the probability is finite, (texts,). If not, the adapter overflowed and its labels are invalid."""
         return np.isfinite(self.scores)
 
 
 class Engine:
-    """One encoder with several adapters merged into private copies of its projections, a batch at a time on each core."""
+    """An encoder with several adapters, merged into copies of its projections. Each core computes a batch."""
 
     def __init__(self, adapters: Sequence[FoundAdapter], encoder: Encoder, tokens_per_batch: int) -> None:
         self._encoder = encoder
@@ -73,30 +68,41 @@ class Engine:
             self._idle.put(_Stream(encoder, self._merged))
         self._pool = ThreadPoolExecutor(count, "stream", torch.set_num_threads, (1,)) if count > 1 else None
 
-    def answers(self, tokens: Tokens, which: IntArray, asked: Sequence[int], *, width: int) -> list[Answers]:
-        """Of some adapters about some of the texts."""
-        sizes = [self._head(index).out_features for index in asked]
-        rows, answered = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, asked, width))
-        return [_in_order([parts[i] for parts in answered], rows, min(width, size)) for i, size in enumerate(sizes)]
+    def answers(self, tokens: Tokens, which: IntArray, indices: Sequence[int], *, width: int) -> list[Answers]:
+        """Classify some of the texts with some adapters.
+
+        Args:
+            tokens: Tokens of all texts.
+            which: Numbers of the texts to classify.
+            indices: Numbers of the adapters.
+            width: Labels per text.
+        Raises: AdapterError: an adapter has no head.
+        """
+        sizes = [self._head(index).out_features for index in indices]
+        rows, batches = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, indices, width))
+        return [_in_order([parts[i] for parts in batches], rows, min(width, size)) for i, size in enumerate(sizes)]
 
     def _head(self, index: int) -> nn.Linear:
         head = self._merged[index].head
         if head is None:
-            raise AdapterError(f"this adapter cannot be asked for labels: {CANNOT_CLASSIFY}")
+            raise AdapterError(f"this adapter has no labels: {CANNOT_CLASSIFY}")
         return head
 
     def embed(self, tokens: Tokens, which: IntArray, index: int) -> FloatArray:
         """Vectors of one adapter for some of the texts, float32 (texts, width)."""
-        rows, made = self._each_batch(tokens, which, lambda stream, batch: stream.embed(batch, index).cpu())
+        rows, parts = self._each_batch(tokens, which, lambda stream, batch: stream.embed(batch, index).cpu())
         vectors = np.empty((len(rows), self._encoder.hidden_size), dtype=np.float32)
-        if made:
-            vectors[rows] = torch.cat(made).numpy()
+        if parts:
+            vectors[rows] = torch.cat(parts).numpy()
         return vectors
 
     def _each_batch(
         self, tokens: Tokens, which: IntArray, compute: Callable[[_Stream, Batch], Computed]
     ) -> tuple[IntArray, list[Computed]]:
-        """What each batch gives, and the places in ``which`` that its texts have, one after the other."""
+        """Compute each batch.
+
+        Returns: Positions in ``which`` of the texts of all batches, concatenated, and the result of each batch.
+        """
 
         def run(rows: IntArray) -> Computed:
             stream = self._idle.get()
@@ -106,9 +112,8 @@ class Engine:
                 self._idle.put(stream)
 
         lengths, budget = tokens.lengths[which], self._tokens_per_batch
-        if (
-            self._encoder.device.type == "cpu"
-        ):  # few texts in batches so small that no core waits long for another; whatever their number
+        # Few texts get small batches, so that no core waits long for another. The number of cores has no influence.
+        if self._encoder.device.type == "cpu":
             budget = min(budget, max(_LEAST_TOKENS_PER_BATCH, int(lengths.sum()) // 8))
         batches = list(batches_by_budget(lengths, tokens_per_batch=budget))
         computed = list(map(run, batches) if self._pool is None else self._pool.map(run, batches))
@@ -116,7 +121,7 @@ class Engine:
 
 
 class _Stream:
-    """The encoder's modules for one thread, which switches the adapters in them; the weights are everybody's."""
+    """Copies of the encoder's modules for one thread, which switches adapters in them. The weights are shared."""
 
     def __init__(self, encoder: Encoder, adapters: Sequence[MergedAdapter]) -> None:
         self._encoder = copy(encoder)
@@ -129,11 +134,11 @@ class _Stream:
         self._layers = SharedLayers(self._encoder.model, [adapter.first_layer for adapter in adapters])
 
     @torch.inference_mode()
-    def answer(self, batch: Batch, asked: Iterable[int], width: int) -> list[tuple[Tensor, Tensor]]:
-        """Best scores and labels of some adapters for a batch, (texts, width) each."""
+    def answer(self, batch: Batch, indices: Iterable[int], width: int) -> list[tuple[Tensor, Tensor]]:
+        """Highest scores and their labels from some adapters for a batch, (texts, width) each."""
         self._layers.forget()
         answers = []
-        for index in asked:
+        for index in indices:
             adapter = self._adapters[index]
             assert adapter.head is not None, "checked before the first batch"
             logits = adapter.head(self._pooled(batch, index)) / adapter.temperature
@@ -143,7 +148,7 @@ class _Stream:
 
     @torch.inference_mode()
     def embed(self, batch: Batch, index: int) -> Tensor:
-        """Vectors of one adapter for a batch, float32 (texts, width), at length 1 where the encoder's own definition says so."""
+        """Vectors from one adapter for a batch, float32 (texts, width). Normalised if the encoder does so."""
         self._layers.forget()
         vectors = self._pooled(batch, index)
         return nn.functional.normalize(vectors, dim=1) if self._encoder.normalize else vectors
@@ -154,7 +159,7 @@ class _Stream:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The same weights in a module of its own."""
+    """Copy a module and its children. The copy shares the weights."""
     twin = copy(module)
     twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
     return twin
@@ -169,9 +174,9 @@ def _in_order(parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], w
 
 
 def keep_freed_memory() -> None:
-    """Have glibc use freed arrays again instead of asking the system for each anew: of long texts that was a third of the time.
+    """Make glibc reuse freed arrays instead of returning them to the system.
 
-    All threads' arrays come from one arena: one for each thread keeps 60 MB more.
+    Without it, long texts take 1.5 times as long. All threads share one arena, because one per thread needs 60 MB more.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Encoders of BERT's kind as the bulk kernel computes them on a CPU: fewer passes over the tokens, and little Python between them."""
+"""Fused layers for BERT-like encoders on a CPU: fewer passes over the tokens, and less Python between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.encoder.attention import attend_jointly
 from pipeline.encoder.frozen_linear import FrozenLinear, joined
 
-# transformers' own classes of one structure, and nobody else's of that name.
+# Classes of transformers itself with the same structure. Classes of the same names in other packages do not count.
 _FROM = "transformers.models."
 _LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer")
 _MODELS = ("BertModel", "RobertaModel", "XLMRobertaModel")
@@ -20,9 +20,10 @@ _JOINED = "qkv"
 
 
 class FusedLayer(nn.Module):
-    """Query, key and value in one product; GELU, and what a block adds to its input, inside their products. Inference only.
+    """An encoder layer with fused products, for inference only.
 
-    Its children are those of the layer that it takes the place of, so an adapter finds its projections, and ``attention.self.qkv``.
+    Query, key and value are one product. GELU and the residual additions are computed inside their products. The
+    children are those of the replaced layer, so an adapter finds its projections, and ``attention.self.qkv``.
     Speed: tests/benchmarks/EXPERIMENTS.md, "Bulk classification".
     """
 
@@ -40,7 +41,7 @@ class FusedLayer(nn.Module):
         self.intermediate.dense = FrozenLinear(self.intermediate.dense, gelu=True)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        """transformers' interface of an encoder's layer, (texts, tokens, width) in and out; the mask is added to the scores."""
+        """(texts, tokens, width) -> (texts, tokens, width), as called by transformers. The mask is additive."""
         attention = self.attention
         own = attention.self
         projections = own.qkv.product(hidden).unflatten(
@@ -57,36 +58,35 @@ def _add_and_normalise(block: Any, x: Tensor, to: Tensor) -> Tensor:
 
 
 class Hidden(NamedTuple):
-    """What ``FusedModel`` gives."""
+    """Output of ``FusedModel``."""
 
     last_hidden_state: Tensor
-    """(texts, tokens, width)."""
+    """Token vectors, (texts, tokens, width)."""
 
 
 class FusedModel(nn.Module):
-    """Embeddings and fused layers, called as the model is that it takes the place of, and with the same children."""
+    """Embeddings and fused layers, with the interface and the children of the replaced model."""
 
     def __init__(self, model: Any) -> None:
-        """Take over the children of ``model``, whose layers are fused ones."""
+        """Take over the children of ``model``, whose layers are already fused."""
         super().__init__()
         self.config, self.embeddings, self.encoder = model.config, model.embeddings, model.encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Hidden:
-        """Token ids and mask, (texts, tokens) each; 1 for text, 0 for padding."""
+        """Compute token vectors from ids and mask, (texts, tokens) each. The mask is 1 for text, 0 for padding."""
         hidden = self.embeddings(input_ids)
         padding = attention_mask == 0
-        mask = (
-            torch.zeros_like(padding, dtype=hidden.dtype).masked_fill_(padding, float("-inf"))[:, None, None]
-            if padding.any()
-            else None
-        )
+        mask = None
+        if padding.any():
+            zeros = torch.zeros_like(padding, dtype=hidden.dtype)
+            mask = zeros.masked_fill_(padding, float("-inf"))[:, None, None]
         for layer in self.encoder.layer:
             hidden = layer(hidden, mask)
         return Hidden(hidden)
 
 
 def fuse_layers(model: nn.Module) -> nn.Module:
-    """The model, made faster in place where it is on a CPU: its layers of BERT's kind on packed weights, and every LayerNorm."""
+    """Speed up a model on a CPU in place: fuse BERT-like layers with packed weights, and every LayerNorm."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return model
     fused = 0
@@ -96,7 +96,7 @@ def fuse_layers(model: nn.Module) -> nn.Module:
                 setattr(module, name, FusedLayer(child))
                 fused += 1
             elif type(child) is nn.LayerNorm:
-                child.float()  # PyTorch's kernel is faster with weights in float32, and the sums are in float32 anyway
+                child.float()  # PyTorch's kernel is faster with float32 weights, and computes in float32 anyway
     return FusedModel(model) if fused and _is_one_of(model, _MODELS) else model
 
 
@@ -116,7 +116,7 @@ def _can_be_fused(layer: Any) -> bool:
 
 
 def join_projections(projections: Mapping[str, nn.Linear], model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> projection of an adapter, as the model's layers want them: where those are fused, query, key and value are one."""
+    """Join an adapter's query, key and value projections if the model's layers are fused. Keys are module paths."""
     wanted = dict[str, nn.Linear]()
     for path, projection in projections.items():
         parent, _, name = path.rpartition(".")

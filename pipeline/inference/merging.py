@@ -1,4 +1,4 @@
-"""Adapters merged into copies of the encoder's layers, and the switch between them."""
+"""Merging of adapters into copies of the encoder's layers, and switching between them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from pipeline.inference.shared_layers import OUTSIDE_LAYERS
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter as plain linear layers."""
+    """An adapter as plain linear layers."""
 
     projections: dict[str, nn.Linear]
-    """Module path -> ``W + scaling * B A`` in the encoder's dtype."""
+    """Layers with weight ``W + scaling * B A`` in the encoder's dtype, by module path."""
     head: nn.Linear | None
-    """float32; None for an adapter that cannot classify."""
+    """Head in float32. None for an adapter without a head."""
     temperature: float
+    """Temperature of the calibration. 1 without one."""
     first_layer: int
+    """Number of the first layer that the adapter changes, or ``OUTSIDE_LAYERS``."""
 
 
 def merge_adapter(found: FoundAdapter, encoder: Encoder) -> MergedAdapter:
-    """Merge an adapter into copies of the layers that it changes; the encoder stays as it was."""
+    """Merge an adapter into copies of the layers that it changes. The encoder is unchanged."""
     adapter = load_adapter(found.folder, encoder, found=found)
     adapter.detach()
     numbers = [layer_number(path) for path in adapter.projections]
@@ -46,7 +48,9 @@ def merge_adapter(found: FoundAdapter, encoder: Encoder) -> MergedAdapter:
 
 
 class Switch(NamedTuple):
-    """A projection's place in the encoder, and what stands there for one adapter. Every batch switches all of them for every adapter."""
+    """A projection of the encoder and its replacement for one adapter.
+
+    A named tuple, because every batch switches all projections of every adapter."""
 
     children: dict[str, nn.Module | None]
     name: str
@@ -55,7 +59,7 @@ class Switch(NamedTuple):
 
 @contextmanager
 def switched(switches: Sequence[Switch]) -> Iterator[None]:
-    """While open, the encoder runs with an adapter's projections."""
+    """Run the encoder with an adapter's projections while open."""
     frozen = [switch.children[switch.name] for switch in switches]
     try:
         for switch in switches:
@@ -67,7 +71,7 @@ def switched(switches: Sequence[Switch]) -> Iterator[None]:
 
 
 def place_of(model: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
-    """Mapping of a module's parent, and the name in it, by which the module is exchanged."""
+    """Mapping of the parent's children and the module's name in it, with which the module can be replaced."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent)._modules, name
 

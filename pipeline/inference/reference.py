@@ -1,4 +1,7 @@
-"""References to trained adapters: a folder, ``FOLDER#TASK`` or ``hf:OWNER/NAME[@REVISION]#TASK``, found and described without torch."""
+"""References to trained adapters: a folder, ``FOLDER#TASK`` or ``hf:OWNER/NAME[@REVISION]#TASK``.
+
+Adapters are found and described without torch.
+"""
 
 from __future__ import annotations
 
@@ -17,63 +20,62 @@ from pipeline.store.folders import adapters_in, explain, is_folder
 from pipeline.store.run_folder import TaskFolder
 
 NAME = re.compile(r"[^=/#@:]+")
-"""What NAME can be in ``NAME=REF``."""
+"""Pattern of NAME in ``NAME=REF``."""
 _NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
 
 
 def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, ...]:
-    """Find what ``[NAME=]REF`` names; NAME is the MTEB task's where left out.
+    """Find the adapters of references ``[NAME=]REF``. NAME defaults to the name of the MTEB task.
 
-    Raises: AdapterError: not found, damaged, two of one name, or trained on different encoders.
+    Raises: AdapterError: not found, damaged, two with the same name, or trained on different encoders.
     """
-    found: list[FoundAdapter] = []
+    adapters: list[FoundAdapter] = []
     for ref in refs:
-        named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may hold the sign
+        named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may contain "="
         adapter = describe_adapter(_folder(named["ref"] if named else ref, offline=offline))
-        found.append(replace(adapter, name=named["name"]) if named else adapter)
-    names = [
-        adapter.name.casefold() for adapter in found
-    ]  # columns whose names differ only in case are one to many readers
-    twice = sorted({adapter.name for adapter in found if names.count(adapter.name.casefold()) > 1})
+        adapters.append(replace(adapter, name=named["name"]) if named else adapter)
+    # To many readers of Parquet, columns whose names differ only in case are the same.
+    names = [adapter.name.casefold() for adapter in adapters]
+    twice = sorted({adapter.name for adapter in adapters if names.count(adapter.name.casefold()) > 1})
     if twice:
         raise AdapterError(
-            f"two adapters are called {', '.join(twice)}, and their columns would be too; name them: --adapter NAME=REF"
+            f"two adapters are called {', '.join(twice)}, so their columns would clash; name them: --adapter NAME=REF"
         )
-    for other in found[1:]:
-        _check_same_encoder(found[0], other)
-    return tuple(found)
+    for other in adapters[1:]:
+        _check_same_encoder(adapters[0], other)
+    return tuple(adapters)
 
 
 def _folder(ref: str, *, offline: bool) -> TaskFolder:
     hub = HUB_REF.fullmatch(ref)
     if hub:
         return _hub_folder(hub, offline=offline)
-    place, task = split_folder(ref)
-    if not place or is_on_hub(ref):
+    folder, task = split_folder(ref)
+    if not folder or is_on_hub(ref):
         raise AdapterError(
             f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
         )
-    return _pick(Path(place), task, ref)
+    return _pick(Path(folder), task, ref)
 
 
 def split_folder(ref: str) -> tuple[str, str | None]:
-    """``FOLDER#TASK`` as both, or a folder alone; the sign may also be part of a folder's name."""
+    """Split ``FOLDER#TASK``. The task is None for a folder alone, whose name may contain ``#``."""
     if "#" not in ref or is_folder(ref):
         return ref, None
-    place, _, task = ref.rpartition("#")
-    return place, task
+    folder, _, task = ref.rpartition("#")
+    return folder, task
 
 
 def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
-    there = adapters_in(root)
+    existing = adapters_in(root)
     if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
         return TaskFolder(root)
-    if task in there or (task is None and len(there) == 1):
-        return TaskFolder(root / (task or there[0]))
-    if there and task:
-        fault = f"there is no adapter {task} in it, but {', '.join(there)}"
-    elif there:
-        fault = f"choose one of its adapters, as {ref}#{there[0]} ({', '.join(there)})"
+    if task in existing or (task is None and len(existing) == 1):
+        return TaskFolder(root / (task or existing[0]))
+    if existing and task:
+        fault = f"it has no adapter {task}; it has {', '.join(existing)}"
+    elif existing:
+        fault = f"choose one of its adapters, such as {ref}#{existing[0]} ({', '.join(existing)})"
     else:
         fault = (
             f"{explain(root, task=task)}; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
@@ -83,7 +85,7 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
 
 def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
     if not ref["task"]:
-        raise AdapterError(f"adapter {ref[0]}: say which of the repository's adapters: {ref[0]}#TASK")
+        raise AdapterError(f"adapter {ref[0]}: name one of the repository's adapters: {ref[0]}#TASK")
     files = TaskFolder(Path(ref["task"])).published()
     root = download(
         ref["repository"],
@@ -101,34 +103,35 @@ def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:
         one, two = getattr(first.encoder, what), getattr(other.encoder, what)
         if one != two:
             raise AdapterError(
-                f"adapters {first.name} and {other.name} were trained on encoders of {what} {one} and {two}; classify with one job for each"
+                f"adapters {first.name} and {other.name} were trained with encoder {what} {one} and {two}; "
+                "classify with a job for each"
             )
 
 
 def threshold_for(adapter: FoundAdapter, target_accuracy: float) -> float:
-    """Return the lowest threshold of the adapter's coverage table whose lower end is not below an accuracy.
+    """Lowest threshold of the adapter's coverage table that guarantees an accuracy.
 
-    What keeps its label is then right this often, with probability 0.95 and for texts like those of the validation slice; see
-    ``calibration.coverage_table``.
+    With probability 0.95, texts that keep their label are then labelled with at least this accuracy, if they are like
+    those of the validation slice. See ``calibration.coverage_table``.
 
-    Raises: InputError: the table is missing, was not measured on validation or does not count its texts, or no threshold supports it.
+    Raises: InputError: the table is missing, was not measured on validation or has no counts, or no threshold suffices.
     """
-    refusal = f"adapter {adapter.name}: --target-accuracy {target_accuracy:g} cannot be promised"
+    refusal = f"adapter {adapter.name}: --target-accuracy {target_accuracy:g} cannot be guaranteed"
     calibration = adapter.calibration
     if calibration is None:
-        raise InputError(f"{refusal}: there is no calibration.json; use --min-score")
+        raise InputError(f"{refusal}: it has no calibration.json; use --min-score")
     if calibration.fitted_on == "none":
         raise InputError(
-            f"{refusal}: it was trained without a validation slice to measure its coverage on; use --min-score"
+            f"{refusal}: it was trained without a validation slice, on which coverage is measured; use --min-score"
         )
     supported = [(row.low, row) for row in calibration.coverage if row.low is not None]
     if not supported:
-        older = "its calibration.json counts no texts, as older versions wrote it"
+        older = "an older version wrote its calibration.json, which has no counts of texts"
         raise InputError(f"{refusal}: {older}; train the adapter again, or use --min-score")
-    if good := [row.threshold for low, row in supported if low >= target_accuracy]:
-        return min(good)
+    if thresholds := [row.threshold for low, row in supported if low >= target_accuracy]:
+        return min(thresholds)
     low, best = max(supported, key=lambda row: row[0])
     raise InputError(
-        f"{refusal}: its validation texts are too few or too often wrong; the highest that they support is "
-        f"{math.floor(low * 1000) / 1000:.3f}, at confidence {best.threshold:g}, which {best.num_texts} of them reach"
+        f"{refusal}: too few validation texts, or too many errors on them; the highest possible is "
+        f"{math.floor(low * 1000) / 1000:.3f}, at confidence {best.threshold:g}, reached by {best.num_texts} of them"
     )

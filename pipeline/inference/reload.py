@@ -1,4 +1,4 @@
-"""A saved adapter, loaded in a fresh process: what it then says is what anybody will get from its files."""
+"""Verification of a saved adapter in a fresh process, which sees nothing but its files."""
 
 from __future__ import annotations
 
@@ -30,46 +30,53 @@ from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
 
 TOLERANCE = 1e-4
-"""Largest difference between a logit before saving and after loading; the same machine gives 0."""
+"""Largest difference of an output before saving and after loading. On the same machine it is 0."""
+
 REFERENCE_TOLERANCE = 1e-3
-"""The same between two machines, both in float32."""
+"""Largest difference of an output between two machines, both in float32."""
 
 
 @dataclass(frozen=True)
 class ReloadResult:
-    """What the fresh process saw."""
+    """Outputs of an adapter in the fresh process."""
 
     outputs: FloatArray
-    """``Adapter.outputs`` of the texts, float32 (texts, outputs)."""
+    """``Adapter.outputs`` for the texts, float32 (texts, outputs)."""
     effect: float
-    """Largest absolute difference that the adapter makes to a text vector."""
+    """Largest absolute change of a text vector by the adapter."""
     label_names: tuple[str, ...]
 
     def check(
         self, name: str, *, outputs: FloatArray, label_names: Sequence[str], tolerance: float, is_trained: bool
     ) -> float:
-        """Compare with what was trained; returns the largest difference between two outputs.
+        """Compare with the trained adapter.
 
         Args:
-            is_trained: The adapter is that of an epoch. Only one that is still its start may be without effect on the encoder.
-        Raises: VerificationError: label names or logits differ, or a trained adapter has no effect.
+            name: Name of the adapter in messages.
+            outputs: Outputs of the trained adapter, float32 (texts, outputs).
+            label_names: Label names of the trained adapter.
+            tolerance: Largest allowed difference of an output.
+            is_trained: Whether the weights are those of an epoch. Only a start may have no effect on the encoder.
+        Returns: Largest difference of an output.
+        Raises: VerificationError: label names or outputs differ, or a trained adapter has no effect.
         """
         if self.label_names != tuple(label_names):
-            raise VerificationError(f"{name}: label names after reloading are not those trained with")
+            raise VerificationError(f"{name}: label names differ after reloading")
         if not (self.effect > 0 or (self.effect == 0 and not is_trained)):
             raise VerificationError(f"{name}: the reloaded adapter has no effect on the encoder")
         same_shape = self.outputs.shape == outputs.shape
         difference = float(np.abs(self.outputs - outputs).max()) if same_shape else float("inf")
         if not difference <= tolerance:
             raise VerificationError(
-                f"{name}: {'logits' if label_names else 'vectors'} differ by {difference:.3g} after reloading (allowed: {tolerance:g})"
+                f"{name}: {'logits' if label_names else 'vectors'} differ by {difference:.3g} after reloading "
+                f"(allowed: {tolerance:g})"
             )
         return difference
 
 
 @dataclass(frozen=True)
 class ReloadRequest:
-    """What a fresh process is asked: what an adapter says of some texts."""
+    """A request to a fresh process to compute an adapter's outputs for some texts."""
 
     folder: TaskFolder
     runtime: Runtime
@@ -79,69 +86,77 @@ class ReloadRequest:
 def check_reload(
     adapter: Adapter, folder: TaskFolder, texts: Sequence[str], *, is_trained: bool, offline: bool
 ) -> None:
-    """Load the saved adapter in a fresh process and compare it with the one in memory; then leave the probe beside it.
+    """Load the saved adapter in a fresh process, compare it with the one in memory, and write its reference outputs.
 
-    The probe is what later proves, on any machine, that a copy of these files is this adapter: its float32 logits for texts of our own.
+    The reference outputs are the float32 outputs for ``REFERENCE_TEXTS``. With them, any machine can verify a copy of
+    the files.
 
     Args:
-        is_trained: As ``ReloadResult.check`` takes it.
-    Raises: VerificationError: logits or label names differ, a trained adapter has no effect, or it cannot be loaded.
+        adapter: The adapter in memory.
+        folder: Folder with the saved adapter.
+        texts: Texts to compare on.
+        is_trained: Whether the weights are those of an epoch, as in ``ReloadResult.check``.
+        offline: Send no request to the Hub.
+    Raises: VerificationError: outputs or label names differ, a trained adapter has no effect, or it cannot be loaded.
     """
     encoder = adapter.encoder
     expected = adapter.outputs(encoder.embed(encoder.tokenise(texts)))
     config = encoder.config.changed(revision=encoder.config.revision or _hub_commit(encoder))
     exact = exact_runtime(threads=encoder.runtime.threads, use_gpu=encoder.device.type == "cuda")
-    asks = [ReloadRequest(folder, encoder.runtime, texts), ReloadRequest(folder, exact, REFERENCE_TEXTS)]
+    requests = [ReloadRequest(folder, encoder.runtime, texts), ReloadRequest(folder, exact, REFERENCE_TEXTS)]
     try:
-        found, probed = reload_elsewhere(asks, config, offline=offline)
-    except AdapterError as error:  # the files are not a user's but ours, of a moment ago
+        reloaded, reference = reload_elsewhere(requests, config, offline=offline)
+    except AdapterError as error:  # not a user's fault: this process has just written the files
         raise VerificationError(str(error)) from None
-    found.check(
+    reloaded.check(
         folder.root.name, outputs=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
     )
-    probe = ReferenceOutputs(
-        texts=REFERENCE_TEXTS, logits=tuple(map(tuple, probed.outputs.tolist())), tolerance=REFERENCE_TOLERANCE
+    record = ReferenceOutputs(
+        texts=REFERENCE_TEXTS, logits=tuple(map(tuple, reference.outputs.tolist())), tolerance=REFERENCE_TOLERANCE
     )
-    write_atomically(folder.probe, probe.model_dump_json(indent=1))
+    write_atomically(folder.probe, record.model_dump_json(indent=1))
 
 
-def reload_elsewhere(asks: Sequence[ReloadRequest], encoder: EncoderConfig, *, offline: bool) -> list[ReloadResult]:
-    """What a fresh process says.
+def reload_elsewhere(requests: Sequence[ReloadRequest], encoder: EncoderConfig, *, offline: bool) -> list[ReloadResult]:
+    """Compute outputs of saved adapters in a fresh process.
 
-    Raises: LorafleetError: what kept it from loading an adapter, of the kind that it would be in this process.
+    Args:
+        requests: Adapters and texts.
+        encoder: Config of the encoder of all adapters.
+        offline: Send no request to the Hub.
+    Returns: One result per request.
+    Raises: LorafleetError: an adapter cannot be loaded. The type is that of the error in the fresh process.
     """
-    request = {
-        "asks": [
-            {"folder": str(ask.folder.root), "runtime": ask.runtime.model_dump(), "texts": list(ask.texts)}
-            for ask in asks
-        ],
-        "encoder": encoder.model_dump(),
-        "offline": offline,
-    }
-    with tempfile.TemporaryFile("w+b") as answer:
+    requested = [
+        {"folder": str(r.folder.root), "runtime": r.runtime.model_dump(), "texts": list(r.texts)} for r in requests
+    ]
+    names = ", ".join(dict.fromkeys(request.folder.root.name for request in requests))
+    cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
+    answer = _answer_of_process({"requests": requested, "encoder": encoder.model_dump(), "offline": offline}, cannot)
+    if "fault" in answer:
+        kind: type[LorafleetError] = getattr(errors, answer["fault"])
+        raise kind(f"{cannot}: {answer['message']}")
+    return [
+        ReloadResult(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
+        for a in answer["answers"]
+    ]
+
+
+def _answer_of_process(request: dict[str, Any], cannot: str) -> Any:
+    with tempfile.TemporaryFile("w+b") as output:
         process = subprocess.run(
             [sys.executable, "-P", "-m", "pipeline.inference.reload"],
             input=json.dumps(request).encode(),
-            stdout=answer,
+            stdout=output,
             stderr=subprocess.PIPE,
             check=False,
         )
-        names = ", ".join(dict.fromkeys(ask.folder.root.name for ask in asks))
-        cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
         if process.returncode != 0:
-            reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or [
-                f"exit code {process.returncode}"
-            ]
-            raise VerificationError(f"{cannot}: {reason[0]}")
-        answer.seek(0)
-        (said,) = read_answers(answer) or [{"fault": "VerificationError", "message": "it gives no answer"}]
-    if "fault" in said:
-        kind: type[LorafleetError] = getattr(errors, said["fault"])
-        raise kind(f"{cannot}: {said['message']}")
-    return [
-        ReloadResult(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
-        for a in said["answers"]
-    ]
+            lines = process.stderr.decode(errors="replace").strip().splitlines()
+            raise VerificationError(f"{cannot}: {lines[-1] if lines else f'exit code {process.returncode}'}")
+        output.seek(0)
+        (answer,) = read_answers(output) or [{"fault": "VerificationError", "message": "the process gave no answer"}]
+    return answer
 
 
 def _hub_commit(encoder: Encoder) -> str | None:
@@ -149,8 +164,8 @@ def _hub_commit(encoder: Encoder) -> str | None:
     return None if local else encoder.ref.revision
 
 
-def _say(request: dict[str, Any]) -> dict[str, Any]:
-    """The answers, or the kind and the words of the error that there is in their place."""
+def _answer_or_fault(request: dict[str, Any]) -> dict[str, Any]:
+    """The answers, or the type and the message of an error."""
     try:
         return {"answers": list(_answers(request))}
     except LorafleetError as error:
@@ -161,12 +176,12 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     config = EncoderConfig.model_validate(request["encoder"])
     files = find_encoder(config, offline=request["offline"])
     encoders: dict[Runtime, Encoder] = {}
-    for ask in request["asks"]:
-        runtime = Runtime.model_validate(ask["runtime"])
+    for item in request["requests"]:
+        runtime = Runtime.model_validate(item["runtime"])
         torch.set_num_threads(runtime.threads)
         if runtime not in encoders:
             encoders[runtime] = Encoder(files, config, runtime)
-        yield _answer(encoders[runtime], TaskFolder(Path(ask["folder"])), ask["texts"])
+        yield _answer(encoders[runtime], TaskFolder(Path(item["folder"])), item["texts"])
 
 
 def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str, Any]:
@@ -177,8 +192,8 @@ def _answer(encoder: Encoder, folder: TaskFolder, texts: list[str]) -> dict[str,
     check_both_forms(adapter, folder)
     adapted = encoder.embed(tokens)
     outputs = adapter.outputs(adapted)
-    adapter.detach()  # the next one finds the encoder as it was
-    if encoder.runtime.dtype == "float32":  # as others load it
+    adapter.detach()  # for the next request
+    if encoder.runtime.dtype == "float32":  # users of PEFT load it in float32
         check_peft(adapter, found, tokens, outputs=outputs, tolerance=REFERENCE_TOLERANCE)
     return {
         "outputs": outputs.tolist(),
@@ -218,14 +233,15 @@ REFERENCE_TEXTS = (
     "An instrument for measuring the pressure of the atmosphere",
     "Could you turn down the lights in the kitchen and then lock the front door before you start the washing machine?",
     "You people never listen, do you?",
-    "Thank you so much, this solved a problem that had kept three of us busy since the beginning of the month, and it took ten minutes.",
-    "It is neither as bad as its critics say nor as good as its makers hope, and for long stretches it is both at once: slow where it "
-    "should be quick, loud where it should be still, and then, without warning, so exact about a small disappointment that one forgives "
-    "it the rest and waits for the next such moment, which comes late, but comes.",
+    "Thank you so much, this solved a problem that had kept three of us busy since the beginning of the month, "
+    "and it took ten minutes.",
+    "It is neither as bad as its critics say nor as good as its makers hope, and for long stretches it is both at "
+    "once: slow where it should be quick, loud where it should be still, and then, without warning, so exact about a small "
+    "disappointment that one forgives it the rest and waits for the next such moment, which comes late, but comes.",
 )
-"""Ours, of many kinds and lengths, so that no user's text has to be published to verify an adapter."""
+"""Texts of many kinds and lengths for the reference outputs, so that no user's text has to be published."""
 
 
 if __name__ == "__main__":
     answers = own_output()
-    print(json.dumps(_say(json.load(sys.stdin.buffer))), file=answers, flush=True)
+    print(json.dumps(_answer_or_fault(json.load(sys.stdin.buffer))), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""Adapters for people: texts in a list, labels or vectors out, for several adapters over one encoder. Thin over the bulk kernel."""
+"""Python interface to trained adapters: labels or vectors of texts, from several adapters over one encoder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.classifier import load_classifier
-from pipeline.inference.engine import Answers
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
 
 
 class Scored(NamedTuple):
-    """A label and how sure the adapter is of it."""
+    """A label and its probability."""
 
     label: str
     score: float
@@ -28,14 +27,14 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an adapter says of one text: nothing if the text is empty or blank, or if the adapter overflows on it."""
+    """Prediction for one text. Empty if the text is blank, or if the adapter overflows on it."""
 
     label: str | None
-    """The most probable one; None where there is nothing to say."""
+    """Most probable label. None for an empty prediction."""
     score: float | None
-    """Its calibrated probability, 0..1; None where the label is."""
+    """Calibrated probability of the label, 0..1. None for an empty prediction."""
     top: tuple[Scored, ...]
-    """The ``top_k`` most probable labels, best first; none where the label is None."""
+    """The ``top_k`` most probable labels, best first. Empty for an empty prediction."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,15 @@ class LoadedAdapter:
 
     router: Router
     name: str
-    """The MTEB task's, or NAME of ``NAME=REF``."""
+    """Name of the MTEB task, or NAME of ``NAME=REF``."""
     label_names: tuple[str, ...]
 
     def predict(self, texts: Iterable[str], *, top_k: int = 1) -> list[Prediction]:
-        """See ``Router.predict``."""
+        """Predict labels of texts. See ``Router.predict``."""
         return self.router.predict(texts, self.name, top_k=top_k)
 
     def embed(self, texts: Iterable[str]) -> FloatArray:
-        """See ``Router.embed``."""
+        """Compute vectors of texts. See ``Router.embed``."""
         return self.router.embed(texts, self.name)
 
 
@@ -65,16 +64,16 @@ def load_adapter(
     threads: int | None = None,
     use_gpu: bool = True,
 ) -> LoadedAdapter:
-    """Load one adapter with its encoder; the arguments are those of ``Router``, and so are the errors."""
+    """Load one adapter with its encoder. Arguments and errors are those of ``Router``."""
     router = Router([ref], encoder=encoder, precision=precision, offline=offline, threads=threads, use_gpu=use_gpu)
     return router[router.names[0]]
 
 
 class Router:
-    """Several adapters over one encoder, which is loaded once; each call, or each text, says which adapter it is for.
+    """Several adapters over one encoder, which is loaded once. Each call, or each text, names its adapter.
 
-    Several threads may call it at once. Loading sets PyTorch's number of threads and how glibc keeps freed memory for the whole process,
-    as a worker of the bulk job does.
+    Several threads may call a router at once. Loading sets PyTorch's number of threads and glibc's handling of freed
+    memory for the whole process.
     """
 
     def __init__(
@@ -90,17 +89,19 @@ class Router:
         """Load the adapters and the encoder that they were trained on.
 
         Args:
-            refs: ``[NAME=]REF`` each, where REF is an adapter's folder, ``FOLDER#TASK`` or ``hf:OWNER/NAME[@REVISION]#TASK``.
-            encoder: Where the encoder lies, if not under the name that the adapters give: a folder, ``package:NAME`` or a Hub id.
-            precision: ``auto`` computes in bfloat16 where the hardware multiplies it natively, and asks float32 where that leaves two
-                labels close; vectors are then bfloat16's. ``float32`` computes everything in float32.
-            offline: Never ask the Hub.
-            threads: Of PyTorch; None takes every core that this process may use.
-            use_gpu: Where there is one.
+            refs: References ``[NAME=]REF``. REF is an adapter's folder, ``FOLDER#TASK`` or
+                ``hf:OWNER/NAME[@REVISION]#TASK``.
+            encoder: Location of the encoder: a folder, ``package:NAME`` or a Hub id. None: the name in the adapters'
+                files.
+            precision: ``auto`` computes in bfloat16 if the hardware multiplies it natively, and decides close calls in
+                float32. Vectors are then computed in bfloat16. ``float32`` computes everything in float32.
+            offline: Send no request to the Hub.
+            threads: Number of PyTorch threads. None: every core that this process may use.
+            use_gpu: Use a GPU if there is one.
         Raises:
-            AdapterError: not found, damaged, two of one name, or not all trained on the encoder that is there.
+            AdapterError: not found, damaged, two with the same name, or not all trained on the encoder.
             EncoderError: the encoder cannot be found.
-            InputError: an option that is none.
+            InputError: an argument is invalid.
         """
         if isinstance(refs, str | Path) or not refs:
             raise AdapterError(f"a router needs a list of adapters, found {refs!r}; load_adapter loads a single one")
@@ -122,30 +123,30 @@ class Router:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters, in the order they were given."""
+        """Names of the adapters, in the order of the references."""
         return tuple(self._index_of)
 
     def __iter__(self) -> Iterator[str]:
-        """The names, as a dict has them."""
+        """Iterate over the names, as in a dict."""
         return iter(self._index_of)
 
     def __getitem__(self, name: str) -> LoadedAdapter:
-        """One of the adapters.
+        """The adapter of a name.
 
-        Raises: AdapterError: there is none of this name.
+        Raises: AdapterError: the name is unknown.
         """
         return LoadedAdapter(self, name, self._adapters[self._index(name)].label_names)
 
     def predict(self, texts: Iterable[str], adapter: str | Sequence[str], *, top_k: int = 1) -> list[Prediction]:
-        """Labels and probabilities, in the order of the texts; ``pandas.DataFrame`` makes a table of them.
+        """Predict labels and probabilities, in the order of the texts. ``pandas.DataFrame`` makes a table of them.
 
         Args:
-            texts: Strings of any length; each is cut at the length the adapters were trained with.
+            texts: Strings of any length. Each is cut at the length that the adapters were trained with.
             adapter: Name of the adapter, or one name per text.
-            top_k: Labels per text; all of them where the adapter has fewer.
+            top_k: Labels per text. An adapter with fewer labels returns all of them.
         Raises:
-            AdapterError: there is no adapter of such a name, or it has no head.
-            DataError: a text is no string, or there are not as many names as texts.
+            AdapterError: a name is unknown, or the adapter has no head.
+            DataError: a text is not a string, or the numbers of names and texts differ.
             InputError: ``top_k`` is less than 1.
         """
         if top_k < 1:
@@ -157,16 +158,12 @@ class Router:
         tokens = self._classifier.tokenise(texts)
         not_blank = np.array([bool(text.strip()) for text in texts], dtype=np.bool_)
         predictions = [_NOTHING] * len(texts)
-        for index, asked in groups.items():
-            rows, names = asked[not_blank[asked]], self._adapters[index].label_names
+        for index, group in groups.items():
+            rows, names = group[not_blank[group]], self._adapters[index].label_names
             answers = self._classifier.classify_with(index, tokens, rows, top_k=top_k)
-            kept, answers = (
-                rows[answers.finite],
-                Answers(answers.top_labels[answers.finite], answers.top_scores[answers.finite]),
-            )
-            for row, labels, scores in zip(
-                kept.tolist(), answers.top_labels.tolist(), answers.top_scores.tolist(), strict=True
-            ):
+            is_finite = answers.finite
+            columns = (array[is_finite].tolist() for array in (rows, answers.top_labels, answers.top_scores))
+            for row, labels, scores in zip(*columns, strict=True):
                 top = tuple(Scored(names[label], score) for label, score in zip(labels, scores, strict=True))
                 predictions[row] = Prediction(*top[0], top)
         return predictions
@@ -174,9 +171,9 @@ class Router:
     def embed(self, texts: Iterable[str], adapter: str | Sequence[str]) -> FloatArray:
         """Vectors of the adapted encoder, float32 (texts, width), in the order of the texts.
 
-        They are what sentence-transformers gives for the merged encoder: of length 1 where the encoder's own ``modules.json`` ends in
-        ``Normalize`` (all-MiniLM-L6-v2's does), else as the pooling leaves them. An empty text has the vector of its special tokens.
-        Arguments and errors are those of ``predict``.
+        They equal those of sentence-transformers for the merged encoder. They have length 1 if the encoder's own
+        ``modules.json`` ends in ``Normalize``, as that of all-MiniLM-L6-v2 does, and are not normalised otherwise. An
+        empty text has the vector of its special tokens. Arguments and errors are those of ``predict``.
         """
         texts = _checked(texts)
         groups = self._groups(adapter, len(texts))
@@ -187,7 +184,7 @@ class Router:
         return vectors
 
     def _groups(self, adapter: str | Sequence[str], num_texts: int) -> dict[int, IntArray]:
-        """Number of each adapter that is asked, and the rows of the texts that it is asked about."""
+        """Rows of the texts of each adapter, by the adapter's number."""
         if isinstance(adapter, str):
             return {self._index(adapter): np.arange(num_texts)}
         indices = np.array([self._index(name) for name in adapter], dtype=np.int64)
@@ -199,7 +196,7 @@ class Router:
 
     def _index(self, name: str) -> int:
         if name not in self._index_of:
-            raise AdapterError(f"no adapter is called {name!r}; there is {', '.join(self._index_of)}")
+            raise AdapterError(f"unknown adapter {name!r}; loaded adapters: {', '.join(self._index_of)}")
         return self._index_of[name]
 
 
@@ -208,14 +205,14 @@ _NOTHING = Prediction(None, None, ())
 
 def _checked(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise DataError(f"expected a list of texts, found {_kind(texts)}; a single text goes in a list, too")
+        raise DataError(f"expected a list of texts, found {_kind(texts)}; put a single text into a list")
     checked = list(texts)
     for position, text in enumerate(checked):
         if not isinstance(text, str):
             raise DataError(f"text {position}: expected a string, found {_kind(text)}")
         if not _encodable(text):
             raise DataError(
-                f"text {position}: holds half of a surrogate pair, which is no character; decode it again, or leave it out"
+                f"text {position}: contains half of a surrogate pair, not a character; decode it again or omit it"
             )
     return checked
 

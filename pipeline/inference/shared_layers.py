@@ -1,4 +1,4 @@
-"""Encoder layers that several adapters leave alone, computed once for all of them."""
+"""Encoder layers that several adapters do not change, computed once for all of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-OUTSIDE_LAYERS = -1  # of every layer, as the embeddings are
-
+OUTSIDE_LAYERS = -1
+"""Number for modules outside the stack of layers, such as the embeddings."""
 
 Computed = TypeVar("Computed")
 
 
 class SharedLayers:
-    """Lets adapters compute once per batch what none of them changes: the embeddings, and the layers below the first adapted one.
+    """Computes the embeddings, and the layers below the first adapted one, once per batch for several adapters.
 
-    Their ``forward`` is wrapped: the first adapter that starts at layer ``n`` leaves the output of layer ``n - 1`` here, and for the next
-    ones the layers below ``n`` answer with it. Embeddings are shared by all that adapt layers only.
+    The ``forward`` of these modules is wrapped. The first adapter that starts at layer ``n`` stores the output of layer
+    ``n - 1``. For the next adapters, the layers below ``n`` return it. Adapters that change layers only share the
+    embeddings.
     """
 
     def __init__(self, model: nn.Module, first_layers: Sequence[int]) -> None:
@@ -34,12 +35,12 @@ class SharedLayers:
             embeddings.forward = self._shared_embeddings(embeddings.forward)
 
     def forget(self) -> None:
-        """Before another batch."""
+        """Discard stored outputs. Called before each batch."""
         self._kept.clear()
 
     @contextmanager
     def shared_below(self, first_layer: int) -> Iterator[None]:
-        """While open, what lies below ``first_layer`` computes only if nobody has before."""
+        """Reuse stored outputs of everything below ``first_layer`` while open."""
         self._first = first_layer
         try:
             yield

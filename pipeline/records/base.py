@@ -24,7 +24,7 @@ MainMetric = Literal["accuracy", "macro_f1"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A fraction or a score, 0..1."""
 
-# The following strings become part of a path, an address or a git reference. A record that breaks their rules is refused.
+# The following strings become part of a path, an address or a git reference, so other characters are refused.
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
 """Name of an MTEB task: also a folder of the run, and part of a column's name."""

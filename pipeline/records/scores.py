@@ -72,7 +72,7 @@ class ScoreRow(Record):
     average_precision: Fraction | None
     """Average precision, for two classes only.
 
-    Computed from probabilities for the full-data probe and the head, and from labels for few-shot columns, as in mteb."""
+    Computed from probabilities for the full-data probe and the head. For few-shot columns it is mteb's, from labels."""
     low: Fraction
     """Lower end of the 95 % interval of the accuracy: over the draws for few-shot, over the test texts otherwise."""
     high: Fraction

@@ -1,1 +1,1 @@
-"""One training run, from a checked config to a finished folder. The work of one worker, without Ray."""
+"""One training run, from a checked config to a finished folder. Contains the work of one worker, without Ray."""

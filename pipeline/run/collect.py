@@ -1,4 +1,4 @@
-"""What a run writes around the work of its workers: config, reused MTEB tasks, outputs, history, manifest."""
+"""Files that a run writes besides those of its workers: reused MTEB tasks, outputs, history and manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.store.values import values_of
 
 
 def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFolder) -> TaskResult:
-    """Copy a finished MTEB task of another run into this one; its rows keep their times and name their origin."""
+    """Copy a finished MTEB task of another run into this one. Its rows keep their times and name their origin."""
     target = folder.task(result.mteb_task.name)
     origin = result.reused_from or result.run_id
     rows = tuple(row.changed(run_id=run_id, reused_from=row.reused_from or origin) for row in result.scores)
@@ -45,7 +45,10 @@ def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFol
 def collect(
     plan: Plan, results: Sequence[TaskResult], failures: Sequence[Failure], *, run_id: str, folder: RunFolder
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
-    """Write everything of a run but its manifest; returns the results with p-values corrected over the MTEB tasks."""
+    """Write all files of a run except its manifest.
+
+    Returns: The summary, and the results with p-values corrected over the MTEB tasks.
+    """
     now = datetime.now(UTC)
     write_mteb_tasks(
         [_mteb_task_row(result, plan.config.compute, created_at=now) for result in results], folder.mteb_tasks
@@ -72,7 +75,10 @@ def finish_run(
     folder: RunFolder,
     seconds: float,
 ) -> RunManifest:
-    """Enter the run into the history and write its manifest, last of all that is in its folder; then the page over all runs."""
+    """Add the run to the history, write its manifest, and update the page over all runs.
+
+    The manifest is the last file of the run folder: its presence marks the run as finished.
+    """
     runs = folder.root.parent
     append_history(runs, run_id, [row for result in results for row in result.scores])
     append_values(runs, run_id, [row for result in results for row in values_of(result)])
@@ -102,7 +108,7 @@ def finish_run(
 
 def _mteb_task_row(result: TaskResult, compute: ComputeConfig, *, created_at: datetime) -> MtebTaskRow:
     data, num_train = result.data, max(1, result.data.num_train)
-    names = data.label_names[: len(data.label_counts)]  # none where an older version counted none
+    names = data.label_names[: len(data.label_counts)]  # empty in results of older versions, which have no counts
     p10, p50, p90 = data.token_quantiles or (None, None, None)
     seconds = result.busy_seconds if result.reused_from is None else 0.0
     gpu_share = 1.0 if compute.gpus_per_worker == "auto" else compute.gpus_per_worker

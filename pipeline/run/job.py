@@ -1,4 +1,4 @@
-"""One MTEB task from data to finished adapter, in stages that each survive a kill. What a worker owns, without Ray."""
+"""The job of a worker, without Ray: one MTEB task from data to a finished adapter, in stages that survive a kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from pipeline.data.dataset import TaskData, load_data
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import AdapterError, DataError, EncoderError
-from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
+from pipeline.evaluation.classification import (
+    AdapterEvaluation,
+    Baselines,
+    RowFacts,
+    evaluate_adapter,
+    evaluate_frozen,
+)
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import check_reload
 from pipeline.records import (
@@ -57,16 +63,16 @@ class _Tokenised:
 
 
 class TaskJob:
-    """Holds the data and the encoder of one MTEB task, for training and both evaluations.
+    """Data and encoder of one MTEB task, with training and both evaluations.
 
-    What a stage has finished lies under ``<runs>/.work/<key>``, so a new worker, or a new run with the same key, goes on from there.
+    Finished stages are kept under ``<runs>/.work/<key>``, so a new worker, or a new run with the same key, resumes.
     """
 
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.config = spec.config
         self.work = Path(spec.runs) / ".work" / spec.key
-        self.runtime = self._begun_with()
+        self.runtime = self._recorded_runtime()
         self.folder = RunFolder(Path(spec.runs) / spec.run_id).task(spec.mteb_task.name)
         self._baselines: Baselines | None = None
         self._training: Training | None = None
@@ -97,11 +103,11 @@ class TaskJob:
         )
 
     def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
-        """Measure the frozen encoder; done once, also over restarts."""
+        """Evaluate the frozen encoder. Computed once, even after a restart."""
         return self._frozen().rows
 
     def train(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> AdapterRef:
-        """Train from the last finished epoch on, and write the adapter's files."""
+        """Train, resuming from the last finished epoch, and write the adapter's files."""
         training = self._trained(on_epoch, on_progress)
         meta = {
             "task": self.spec.mteb_task.name,
@@ -115,9 +121,11 @@ class TaskJob:
         return save_adapter(training.adapter, self.folder, meta=meta)
 
     def finish(self) -> TaskResult:
-        """Evaluate the adapter, pass the reload gate, and write the result: with it the MTEB task is finished.
+        """Evaluate the adapter, verify its files in a fresh process, and write the result.
 
-        Raises: VerificationError: the saved adapter, loaded in a fresh process, is not the one that was trained.
+        The result marks the MTEB task as finished.
+
+        Raises: VerificationError: the saved adapter, loaded in a fresh process, differs from the trained one.
         """
         if (finished := self._finished()) is not None:
             return finished
@@ -137,7 +145,22 @@ class TaskJob:
         _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
         write_atomically(self.folder.calibration, evaluation.calibration.model_dump_json(indent=1))
         write_atomically(self.folder.few_shot, json.dumps(baselines.few_shot | evaluation.few_shot, indent=1))
-        result = TaskResult(
+        result = self._result(training, adapter, baselines, evaluation, started=started)
+        write_atomically(self.folder.result, result.model_dump_json(indent=1))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+    def _result(
+        self,
+        training: Training,
+        adapter: AdapterRef,
+        baselines: Baselines,
+        evaluation: AdapterEvaluation,
+        *,
+        started: float,
+    ) -> TaskResult:
+        reloaded_texts = self._data.test_texts[:_RELOADED_TEXTS]
+        return TaskResult(
             mteb_task=self._data.task,
             key=self.spec.key,
             run_id=self.spec.run_id,
@@ -162,12 +185,9 @@ class TaskJob:
             confusions=evaluation.confusions,
             busy_seconds=sum(self._seconds.values()) + time.perf_counter() - started,
         )
-        write_atomically(self.folder.result, result.model_dump_json(indent=1))
-        shutil.rmtree(self.work, ignore_errors=True)
-        return result
 
     def _finished(self) -> TaskResult | None:
-        """What a worker left that died between its last file and its answer."""
+        """Result of a worker that died between its last file and its answer. None if there is none."""
         try:
             result = read_record(self.folder.result, TaskResult)
             is_this = result.key == self.spec.key and adapter_sha256(self.folder.root) == result.adapter.sha256
@@ -175,8 +195,8 @@ class TaskJob:
             return None
         return result if is_this else None
 
-    def _begun_with(self) -> Runtime:
-        """The runtime recorded by whoever began this job; a new one's is recorded now."""
+    def _recorded_runtime(self) -> Runtime:
+        """Runtime that this job was started with. For a new job, record the current one."""
         path = self.work / "runtime.json"
         if not path.exists():
             write_atomically(path, self.spec.runtime.model_dump_json())
@@ -187,7 +207,7 @@ class TaskJob:
         data = load_data(self.spec.mteb_task, config=self.config.train, offline=self.config.data.offline)
         if data.fingerprint != self.spec.fingerprint:
             raise DataError(
-                f"{self.spec.mteb_task.name}: its data are not those that this run has checked; start it again"
+                f"{self.spec.mteb_task.name}: the data have changed since this run checked them; start it again"
             )
         return data
 
@@ -195,8 +215,8 @@ class TaskJob:
     def _encoder(self) -> Encoder:
         files = find_encoder(self.config.encoder, offline=self.config.data.offline)
         if files.ref.revision != self.spec.encoder_revision:
-            found = f"is {files.ref.revision} now, and was {self.spec.encoder_revision} when this run checked it"
-            raise EncoderError(f"encoder {self.config.encoder.name}: {found}; start it again")
+            change = f"is {files.ref.revision} now, and was {self.spec.encoder_revision} when this run checked it"
+            raise EncoderError(f"encoder {self.config.encoder.name}: {change}; start it again")
         return Encoder(files, self.config.encoder, self.runtime)
 
     @cached_property
@@ -214,21 +234,21 @@ class TaskJob:
 
     def _frozen(self) -> Baselines:
         if self._baselines is None:
-            assert self._training is None, "the frozen encoder is measured before an adapter is attached"
+            assert self._training is None, "the frozen encoder must be evaluated before an adapter is attached"
             file = _BaselinesFile(self.work / "frozen.safetensors")
-            found = file.read()
-            if found is None:
+            measured = file.read()
+            if measured is None:
                 started = time.perf_counter()
                 tokens = self._tokens.train.tokens
                 baselines = evaluate_frozen(
                     self._facts(), self.config.evaluate, tokens=tokens, refit=self.config.train.refit
                 )
-                found = baselines, time.perf_counter() - started
-                file.write(*found)
-                _LOG.info("frozen encoder measured in %.1f s, probe with C = %g", found[1], baselines.probe_c)
+                measured = baselines, time.perf_counter() - started
+                file.write(*measured)
+                _LOG.info("evaluated the frozen encoder in %.1f s, probe with C = %g", measured[1], baselines.probe_c)
             else:
-                _LOG.info("frozen encoder was measured before, in %.1f s", found[1])
-            self._baselines, self._seconds["frozen"] = found
+                _LOG.info("the frozen encoder was already evaluated, in %.1f s", measured[1])
+            self._baselines, self._seconds["frozen"] = measured
             run_id = self.spec.run_id
             self._baselines = replace(
                 self._baselines,
@@ -246,9 +266,9 @@ class TaskJob:
             baselines, train = self._frozen(), self.config.train
             started = time.perf_counter()
             tokens = self._tokens
-            begun = "going on from the last finished epoch" if self._checkpoint.exists() else "training"
+            action = "resuming from the last finished epoch" if self._checkpoint.exists() else "training"
             _LOG.info(
-                "%s: %d texts, at most %d epochs", begun, len(tokens.train.labels), self.spec.mteb_task.max_epochs
+                "%s: %d texts, at most %d epochs", action, len(tokens.train.labels), self.spec.mteb_task.max_epochs
             )
             selection = tokens.test if train.early_stopping_split == "test" else tokens.validation
             objective = Classification(
@@ -278,14 +298,14 @@ class TaskJob:
         start = self.spec.warm_start
         if start is None:
             return None
-        (found,) = find_adapters([start.path], offline=self.config.data.offline)
-        if found.sha256 != start.sha256:
-            raise AdapterError(f"{start.path} is another adapter now than when this run checked it; start it again")
-        return found.folder
+        (adapter,) = find_adapters([start.path], offline=self.config.data.offline)
+        if adapter.sha256 != start.sha256:
+            raise AdapterError(f"adapter {start.path} has changed since this run checked it; start it again")
+        return adapter.folder
 
 
 class _BaselinesFile:
-    """The frozen stage on disk: arrays, with rows and times as metadata."""
+    """File with the evaluation of the frozen encoder: arrays, with rows and times as metadata."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -303,7 +323,7 @@ class _BaselinesFile:
         write_atomically(self.path, tensor_file(tensors, {"facts": json.dumps(facts)}))
 
     def read(self) -> tuple[Baselines, float] | None:
-        """What was written; none if nothing was, or a fault cut it short."""
+        """Read the file. None if there is none, if it is truncated, or if another version wrote it."""
         if not self.path.exists():
             return None
         try:
@@ -314,6 +334,6 @@ class _BaselinesFile:
             rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
             values = tuple(ValueRow.model_validate(row) for row in facts["values"])
             baselines = Baselines(rows, values, facts["probe_c"], predictions, start, facts["few_shot"])
-        except (SafetensorError, ValidationError, KeyError):  # cut short, or written by another version
+        except (SafetensorError, ValidationError, KeyError):  # truncated, or written by another version
             return None
         return baselines, facts["seconds"]

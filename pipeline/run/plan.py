@@ -1,6 +1,6 @@
-"""What a run is going to do, and what the worker of each MTEB task is told.
+"""The plan of a run, and the job of the worker of each MTEB task.
 
-What driver and workers hand each other: the driver needs none of the libraries that compute.
+Both are plain data, so the driver does not import torch.
 """
 
 from __future__ import annotations
@@ -14,53 +14,56 @@ from pipeline.records import AdapterRef, EncoderRef, MtebTask, Record, Runtime
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """An MTEB task whose data has been read and found good."""
+    """An MTEB task whose data have been read and checked."""
 
     mteb_task: MtebTask
-    """With its revision resolved."""
+    """MTEB task with resolved revision."""
     fingerprint: str
-    """Of the data that was checked."""
+    """Hash of the data that were checked."""
     key: str
+    """Hash of everything that the weights and scores depend on."""
     num_train: int
     label_names: tuple[str, ...]
     warm_start: AdapterRef | None
+    """Adapter to start from. None: train from scratch."""
     notes: tuple[str, ...]
+    """Warnings about the data, and the reason if a requested warm start is impossible."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start."""
+    """A checked run that can start."""
 
     config: RunConfig
-    """With the encoder's revision resolved."""
+    """Config with the encoder's resolved revision."""
     encoder: EncoderRef
     adapted_modules: tuple[str, ...]
     runtime: Runtime
     tasks: tuple[PlannedTask, ...]
-    """The largest first, so that no worker is left alone with it at the end."""
+    """Planned tasks, largest first, so that the largest does not run alone at the end."""
 
 
 class JobSpec(Record):
-    """All that a worker is told."""
+    """Complete description of a worker's job."""
 
     config: RunConfig
-    """With the encoder's revision resolved."""
+    """Config with the encoder's resolved revision."""
     mteb_task: MtebTask
     fingerprint: str
-    """Of the data that the key was made from."""
+    """Hash of the data that the key was computed from."""
     encoder_revision: str
-    """That the key was made from."""
+    """Encoder revision that the key was computed from."""
     warm_start: AdapterRef | None = None
-    """To go on from; ``path`` is a reference as ``find_adapters`` takes it."""
+    """Adapter to start from. ``path`` is a reference for ``find_adapters``."""
     key: str
     runtime: Runtime
     run_id: str
     runs: str
-    """The run store."""
+    """Folder of the run store."""
 
 
 def job_spec(plan: Plan, planned: PlannedTask, *, run_id: str, runs: Path) -> JobSpec:
-    """What the worker of one planned MTEB task is told."""
+    """Make the job of one planned MTEB task."""
     return JobSpec(
         config=plan.config,
         mteb_task=planned.mteb_task,

@@ -1,4 +1,4 @@
-"""Check everything that can be checked before the first worker starts, and pin what the run depends on."""
+"""Checks before the first worker starts. They also pin the revisions that the run depends on."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     """Read every data set, load the encoder's tokenizer and structure, and resolve the adapter's target.
 
     Args:
-        config: With paths that hold in this process's working folder; see ``with_absolute_paths``.
-        runtime: How the workers will compute.
-    Raises: InputError: with one line for each fault found.
+        config: Config of the run. Relative paths are relative to this process's working folder.
+        runtime: Runtime of the workers.
+    Raises: InputError: a check failed. The error has one line per fault.
     """
-    mteb_tasks = plan_tasks(config)  # an unknown name is told before anything is fetched
+    mteb_tasks = plan_tasks(config)  # reports an unknown name before anything is downloaded
     mirror = config.data.mirror
-    if (
-        mirror is not None
-        and not Path(mirror).is_dir()
-        and any(mteb_task.source == "mirror" for mteb_task in mteb_tasks)
-    ):
+    uses_mirror = any(mteb_task.source == "mirror" for mteb_task in mteb_tasks)
+    if mirror is not None and uses_mirror and not Path(mirror).is_dir():
         raise DataError(
-            f"data.mirror: there is no folder {mirror}; name the one that has a folder with train.parquet for each MTEB task"
+            f"data.mirror: there is no folder {mirror}; "
+            "expected a folder that contains a folder with train.parquet for each MTEB task"
         )
     files = find_encoder(config.encoder, offline=config.data.offline)
     load_tokenizer(files.folder, config.encoder)
@@ -68,14 +66,14 @@ def _check_task(
     )
     start = _find_warm_start(config, mteb_task.name, encoder, paths)
     notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
-    found = start if isinstance(start, AdapterRef) else None
-    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, found, notes)
+    warm_start = start if isinstance(start, AdapterRef) else None
+    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, warm_start, notes)
 
 
 def _find_warm_start(
     config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]
 ) -> AdapterRef | str | None:
-    """The adapter that is to be gone on from, or why it cannot; none where none is asked for."""
+    """The adapter to start from, or the reason why it is impossible. None if the config requests no warm start."""
     if config.train.warm_start is None:
         return None
     ref = f"{config.train.warm_start}#{name}"
@@ -98,7 +96,7 @@ def _find_warm_start(
 
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:
-    """The config with the commit in it that the Hub's newest revision resolved to."""
+    """Copy of the config with the commit of the encoder on the Hub."""
     if Path(config.encoder.name).is_dir() or config.encoder.name.startswith("package:"):
         return config
     return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": files.ref.revision})})

@@ -1,1 +1,1 @@
-"""The training loop. A killed training resumes and ends with the same bits."""
+"""The training loop. A killed training resumes, and its result is the same bit for bit."""

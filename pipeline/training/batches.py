@@ -30,12 +30,12 @@ class LabelledTokens:
 
 
 def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
-    """One epoch's rows in random batches of texts of like length: every row once, hardly any padding.
+    """Rows of one epoch in random batches of texts of similar length, so that there is little padding.
 
     Args:
         lengths: Tokens per text, (texts,).
-        batch_size: Texts per batch; the last one may be smaller.
-        order: Decides which texts meet, and the order of the batches.
+        batch_size: Texts per batch. One batch may be smaller.
+        order: Source of randomness for the batches and their order.
     """
     shuffled = order.permutation(len(lengths))
     bucket = batch_size * _BATCHES_PER_BUCKET
@@ -49,10 +49,10 @@ def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Genera
 
 
 def token_arrays(data: LabelledTokens) -> tuple[npt.NDArray[Any], ...]:
-    """The arrays that training data consist of."""
+    """Arrays of the training data: token ids, offsets and labels."""
     return data.tokens.ids, data.tokens.offsets, data.labels
 
 
 def arrays_sha256(*arrays: npt.NDArray[Any]) -> str:
-    """Hash of the bytes of arrays."""
+    """SHA-256 of the bytes of arrays."""
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

@@ -1,4 +1,4 @@
-"""The checkpoint that a killed training resumes from."""
+"""Checkpoints, from which a killed training resumes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from pipeline.store.files import write_atomically
 
 @dataclass
 class LoopState:
-    """All that the rest of a training depends on, besides the arguments."""
+    """State that the rest of a training depends on, besides weights and arguments."""
 
     epochs: list[EpochRow] = field(default_factory=list)
     best_epoch: int = 0
     best_score: float = -math.inf
     last_gain: int = 1
-    """The first epoch that reached the best score; 1 for the start, because patience begins with the first epoch."""
+    """First epoch that reached the best score. 1 for the start, because patience begins with the first epoch."""
     steps: int = 0
     finished: bool = False
     start_score: float | None = None
+    """Selection score before the first epoch."""
     start_knows: bool = False
+    """Whether the start was trained on the selection's examples."""
 
 
 class Checkpoint:
-    """The state of a training after an epoch, in one safetensors file that is replaced whole."""
+    """State of a training after an epoch, in one safetensors file that is replaced atomically."""
 
     def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
         self.path = path
@@ -48,9 +50,9 @@ class Checkpoint:
         write_atomically(self.path, tensor_file(tensors, metadata))
 
     def read(self) -> tuple[dict[str, Tensor], LoopState] | None:
-        """The saved state; none if there is no file, or one that a fault cut short.
+        """Read the saved state. None if there is no file, or if it is truncated.
 
-        Raises: ResumeError: the file was made under other conditions.
+        Raises: ResumeError: the file was written under other conditions.
         """
         if not self.path.exists():
             return None
@@ -58,12 +60,12 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            found = json.loads(metadata["conditions"])
+            saved = json.loads(metadata["conditions"])
         except (SafetensorError, OSError):
             return None
-        different = sorted(k for k in self.conditions.keys() | found.keys() if self.conditions.get(k) != found.get(k))
+        different = sorted(k for k in self.conditions.keys() | saved.keys() if self.conditions.get(k) != saved.get(k))
         if different:
-            facts = ", ".join(f"{k}: then {found.get(k)}, now {self.conditions.get(k)}" for k in different)
+            facts = ", ".join(f"{k}: then {saved.get(k)}, now {self.conditions.get(k)}" for k in different)
             raise ResumeError(f"{self.path}: made under other conditions ({facts}); delete it to train from the start")
         state = json.loads(metadata["state"])
         epochs = [EpochRow.model_validate(row) for row in state.pop("epochs")]
@@ -71,5 +73,5 @@ class Checkpoint:
 
 
 def tensor_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file; its own ``save`` refuses a tensor that is not contiguous, such as a transposed one."""
+    """Bytes of a safetensors file. Makes tensors contiguous, because safetensors refuses others."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata)

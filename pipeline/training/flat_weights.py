@@ -1,4 +1,4 @@
-"""All trained weights as one vector, and the copy of them that computes."""
+"""All trained weights as one vector, and a working copy in the encoder's dtype."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pipeline.adapter.lora import Factors
 
 
 class WorkingCopy:
-    """The LoRA part of the weights in the encoder's dtype, B scaled: made by one operation a step, its gradients taken back by another."""
+    """Copy of the LoRA weights in the encoder's dtype, with B scaled.
+
+    One operation per step updates the copy, and another returns its gradients."""
 
     def __init__(self, adapter: Adapter, weights: nn.Parameter) -> None:
-        """``weights`` begins with A and B of every pair, as ``flatten`` lays them out."""
+        """Make the copy. ``weights`` begins with A and B of every pair, in the layout of ``flatten``."""
         self.loras = list(adapter.projections.values())
         length = sum(p.numel() for p in adapter.lora_parameters)
         scales = [
@@ -41,18 +43,18 @@ class WorkingCopy:
             lora.working_copy = factors
 
     def detach(self) -> None:
-        """Let them compute with their own parameters again."""
+        """Let the LoRA layers compute with their own parameters again."""
         for lora in self.loras:
             lora.working_copy = None
 
     def refresh(self) -> None:
-        """Take over what the optimiser has changed, and forget the gradients."""
+        """Copy the updated weights, and set the gradients to zero."""
         with torch.no_grad():
             torch.mul(self.weights, self.scales, out=self.copy)
         self.grad.zero_()
 
     def collect_gradients(self) -> None:
-        """Give the copy's gradients to the weights."""
+        """Write the copy's gradients to the weights."""
         torch.mul(self.grad, self.scales, out=self.weights_grad)
 
 
@@ -64,7 +66,7 @@ def _cut(vector: Tensor, *, like: Sequence[Tensor]) -> list[Tensor]:
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     """Move parameters into one vector that shares their memory, gradients included.
 
-    With it, one optimiser step, one norm and one copy take the place of fifty.
+    One optimiser step, one norm and one copy then replace about fifty of each.
     """
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)

@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, selection of the best epoch, checkpoints. Knows nothing of labels."""
+"""The training loop: steps, epochs, selection of the best epoch, checkpoints. Independent of the objective."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STEPS_PER_REPORT = 20
 
 
 class Loop:
-    """One pass after another over the training examples."""
+    """Repeated passes over the training examples."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Loop:
 
         Args:
             on_epoch: Called after every epoch.
-            start_knows: The start has learnt the selection, so it does not compete. A resumed training keeps the answer
-                that its own start was given.
+            start_knows: Whether the start was trained on the selection, so that it does not compete. A resumed
+                training uses the value that it was started with.
         """
         self._resume()
         selects = self.objective.has_selection
@@ -82,7 +82,7 @@ class Loop:
             score = self._score(epoch) if selects else None
             if score is None or score > self.state.best_score:
                 self.state.last_gain = epoch
-            # Of equal scores the latest wins, also over the start. Small data have many ties, and this measured best:
+            # The latest of equal scores wins, also over the start. Small data have many ties, and this worked best:
             # tests/benchmarks/EXPERIMENTS.md, "Which epoch".
             is_best = score is None or score >= self.state.best_score
             if is_best:
@@ -193,7 +193,7 @@ class Loop:
 
 
 def _optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with its moments in place; on a GPU with the learning rate there too, where a recorded step reads it."""
+    """Make an AdamW with allocated moments. On a GPU the learning rate is a tensor, which recorded steps read."""
     on_gpu = weights.is_cuda
     rate = torch.tensor(config.learning_rate, device=weights.device) if on_gpu else config.learning_rate
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=config.weight_decay, fused=True, capturable=on_gpu)
@@ -214,7 +214,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory so far: of the GPU where there is one in use, of this process otherwise."""
+    """Peak memory so far: of the GPU if one is used, of this process otherwise."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
-"""What a training learns: its batches, the loss of a batch, and the number that selects the epoch.
+"""Training objectives: the batches, the loss of a batch, and the metric that selects the epoch.
 
-The loop, its checkpoints, the recorded steps on a GPU and the progress know nothing else of the data. A new loss is a
-new ``Objective``.
+The loop, its checkpoints, the recorded steps and the progress depend on the data through an ``Objective`` only. A new
+loss is a new ``Objective``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pipeline.training.batches import LabelledTokens, arrays_sha256, epoch_batch
 from pipeline.training.step_graphs import Inputs
 
 BatchLoss = Callable[..., Tensor]
-"""The loss of one batch, a float32 scalar, from its ``Inputs``. It reads nothing back from a GPU, so it can be recorded."""
+"""Function from the ``Inputs`` of one batch to its loss, a float32 scalar.
+
+It must not read values back from a GPU, so that it can be recorded."""
 
 
 class Objective(ABC):
@@ -33,20 +35,20 @@ class Objective(ABC):
     """
 
     label_names: tuple[str, ...] | None = None
-    """Labels of the head that is trained along. None trains LoRA pairs alone."""
+    """Labels of the head that is trained with the LoRA pairs. None trains the pairs alone."""
 
     selection_metric: str
-    """Name of the number that selects the epoch."""
+    """Name of the metric that selects the epoch."""
 
     @property
     @abstractmethod
     def num_examples(self) -> int:
-        """Examples of one epoch."""
+        """Number of examples in one epoch."""
 
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """Tokens of one epoch."""
+        """Number of tokens in one epoch."""
 
     @property
     @abstractmethod
@@ -55,7 +57,7 @@ class Objective(ABC):
 
     @abstractmethod
     def conditions(self) -> dict[str, Any]:
-        """JSON facts that a resumed training must find unchanged: the names of the labels, a hash of the examples."""
+        """JSON values that must be unchanged in a resumed training, such as label names and a hash of the examples."""
 
     @abstractmethod
     def batches(self, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
@@ -68,32 +70,32 @@ class Objective(ABC):
 
     @abstractmethod
     def inputs(self, rows: IntArray, encoder: Encoder, *, length_step: int) -> Inputs:
-        """Tensors of the given examples on the encoder's device.
+        """Make the tensors of some examples on the encoder's device.
 
         Args:
-            rows: Numbers of the examples, as ``batches`` gives them.
-            encoder: Makes batches of texts.
+            rows: Numbers of the examples, from ``batches``.
+            encoder: Encoder that makes batches of texts.
             length_step: Texts are padded to a multiple of this many tokens.
         """
 
     @abstractmethod
     def loss(self, adapter: Adapter) -> BatchLoss:
-        """The loss of a batch for this adapter. Called once, before the first step."""
+        """Make the loss function for an adapter. Called once, before the first step."""
 
     @abstractmethod
     def score(self, adapter: Adapter) -> float:
-        """The number that selects the epoch, on the selection's examples. Larger is better."""
+        """Value of the selection metric on the selection's examples. Larger is better."""
 
     @abstractmethod
     def with_selection(self) -> Objective:
-        """The same objective that also learns from the selection's examples, and has no selection."""
+        """The same objective, trained on the selection's examples as well, without a selection."""
 
     def epoch_fields(self, score: float | None) -> dict[str, float | None]:
-        """Fields of ``EpochRow`` for the number that selected the epoch."""
+        """Fields of ``EpochRow`` for the value of the selection metric."""
         return {"validation_score": score}
 
     def start(self, adapter: Adapter) -> None:  # noqa: B027 - most objectives start at random
-        """Set initial weights other than random ones. Called once, before a warm start."""
+        """Replace random initial weights. Called once, before a warm start."""
 
 
 class Classification(Objective):
@@ -113,9 +115,9 @@ class Classification(Objective):
         """Compute nothing yet.
 
         Args:
-            train: Texts that are learnt from.
+            train: Training texts.
             selection: Texts that select the epoch.
-            label_names: The classes, in the order of the labels' numbers.
+            label_names: Names of the classes, in the order of the label numbers.
             config: Label smoothing and class weights.
             head_start: Initial weights of the head. None starts at random.
         """
@@ -127,12 +129,12 @@ class Classification(Objective):
 
     @property
     def num_examples(self) -> int:
-        """Training texts."""
+        """Number of training texts."""
         return len(self._train.labels)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the training texts."""
+        """Number of tokens of the training texts."""
         return len(self._train.tokens.ids)
 
     @property
@@ -141,7 +143,7 @@ class Classification(Objective):
         return self._selection is not None
 
     def conditions(self) -> dict[str, Any]:
-        """Label names, and hashes of the texts and of the head's start."""
+        """Label names, and hashes of the texts and of the head's initial weights."""
         start = self._head_start
         return {
             "label names": list(self.label_names or ()),
@@ -151,17 +153,17 @@ class Classification(Objective):
         }
 
     def batches(self, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
-        """Random batches of texts of like length."""
+        """Random batches of texts of similar length."""
         return epoch_batches(self._train.tokens.lengths, batch_size=batch_size, order=order)
 
     def inputs(self, rows: IntArray, encoder: Encoder, *, length_step: int) -> Inputs:
-        """The texts and their labels, int64 (texts,)."""
+        """Batch of texts, and their labels, int64 (texts,)."""
         labels = encoder.to_device(torch.from_numpy(self._train.labels[rows]))
         return encoder.batch(self._train.tokens, rows, length_step=length_step), labels
 
     def loss(self, adapter: Adapter) -> BatchLoss:
         """Cross-entropy with class weights and label smoothing."""
-        # Any batch size and length: texts of an epoch come in many shapes.
+        # Dynamic, because the batches of an epoch have many shapes.
         logits_of = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         weights = class_weights(self._train.labels, len(adapter.label_names), self._config).to(adapter.encoder.device)
 
@@ -176,11 +178,11 @@ class Classification(Objective):
         return accuracy(adapter, self._selection)
 
     def epoch_fields(self, score: float | None) -> dict[str, float | None]:
-        """Accuracy has a field of its own, as older versions wrote it."""
+        """Accuracy has its own field, for compatibility with older versions."""
         return {"validation_accuracy": score}
 
     def with_selection(self) -> Classification:
-        """Learn from the selection's texts too."""
+        """The same objective, trained on the selection's texts as well."""
         assert self._selection is not None
         return Classification(
             self._train + self._selection,
@@ -191,21 +193,21 @@ class Classification(Objective):
         )
 
     def start(self, adapter: Adapter) -> None:
-        """Give the head its initial weights."""
+        """Set the head's initial weights."""
         if self._head_start is not None:
             adapter.classifier.start_from(self._head_start)
 
 
 def accuracy(adapter: Adapter, data: LabelledTokens) -> float:
-    """Share of the texts that the adapter's head labels correctly, 0..1."""
+    """Fraction of the texts that the adapter's head labels correctly, 0..1."""
     logits = adapter.logits_of_vectors(adapter.encoder.embed(data.tokens))
     return float((logits.argmax(axis=1) == data.labels).mean())
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor, *, smoothing: float) -> Tensor:
-    """``torch.nn.functional.cross_entropy`` with label smoothing, without its check of the labels.
+    """Cross-entropy with class weights and label smoothing, equal to ``torch.nn.functional.cross_entropy``.
 
-    That check waits for the GPU.
+    It does not check the labels, because the check waits for the GPU.
 
     Args:
         logits: float32 (texts, classes).
@@ -222,7 +224,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor, *, smoo
 
 
 def class_weights(labels: IntArray, num_classes: int, config: TrainConfig) -> Tensor:
-    """Weight of each class in the loss, float32 (classes,), of mean 1 over the texts."""
+    """Weight of each class in the loss, float32 (classes,). The mean over the texts is 1."""
     if config.class_weights == "none":
         return torch.ones(num_classes)
     counts = np.bincount(labels, minlength=num_classes)

@@ -1,7 +1,8 @@
-"""Training steps on a GPU, recorded once for each shape of batch and then replayed.
+"""Training steps on a GPU, recorded as CUDA graphs once per batch shape and then replayed.
 
-A step of a small encoder on short texts is some thousand short kernels: launching them one by one from Python takes several times longer
-than running them. On an H100 replaying trains 5.7 times as fast: tests/benchmarks/EXPERIMENTS.md, "On a GPU".
+A step of a small encoder on short texts consists of about a thousand short kernels. Launching them from Python takes
+several times longer than running them. On an H100, replaying trains 5.7 times as fast:
+tests/benchmarks/EXPERIMENTS.md, "On a GPU".
 """
 
 from __future__ import annotations
@@ -15,43 +16,46 @@ from torch import Tensor
 from pipeline.encoder.encoder import Batch, Encoder
 
 LENGTH_STEP = 8
-"""Batches are padded to a multiple of so many tokens, so that an epoch comes in few shapes."""
+"""Batches are padded to a multiple of this many tokens, so that an epoch has few shapes."""
+
 RECORDABLE = frozenset({"bert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"})
-"""Encoders whose replayed steps were compared with launched ones (tests/test_devices.py); others may copy from the host in between."""
+"""Model types whose replayed steps were compared with launched ones in tests/test_devices.py.
+
+Others may copy from the host within a step, which cannot be recorded."""
 
 Inputs = tuple[Batch | Tensor, ...]
-"""Tensors of one batch on the encoder's device. The first one has one row per example."""
+"""Tensors of one batch on the encoder's device. The first has one row per example."""
 
 Step = Callable[..., Tensor]
-"""Learns from the ``Inputs`` of one batch, and returns the loss."""
+"""Function that trains on the ``Inputs`` of one batch and returns the loss."""
 
 
 def is_recordable(encoder: Encoder) -> bool:
-    """Whether steps on it can be replayed: on a GPU, not compiled, of a known architecture."""
-    known = encoder.model.config.model_type in RECORDABLE
-    return known and encoder.device.type == "cuda" and not encoder.runtime.compiled
+    """Whether steps on an encoder can be replayed: on a GPU, not compiled, of a tested architecture."""
+    is_tested = encoder.model.config.model_type in RECORDABLE
+    return is_tested and encoder.device.type == "cuda" and not encoder.runtime.compiled
 
 
 class StepGraphs:
-    """A training step that is recorded for every shape of full batches. Smaller batches, of which an epoch has few, are launched."""
+    """A training step that is recorded for each shape of a full batch. The few smaller batches are launched."""
 
     def __init__(self, step: Step, *, batch_size: int, state: Sequence[Tensor]) -> None:
         """Record nothing yet.
 
         Args:
-            step: What is recorded. All that it changes is on the GPU and is changed in place.
-            batch_size: Examples of a full batch.
-            state: The tensors that it changes and that the next step depends on.
+            step: Step to record. It may change nothing but tensors on the GPU, in place.
+            batch_size: Number of examples in a full batch.
+            state: Tensors that the step changes and the next step depends on.
         """
         self._step = step
         self._batch_size = batch_size
         self._state = state
         self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
         self._stream = torch.cuda.Stream()
-        self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+        self._memory = torch.cuda.graph_pool_handle()  # shared by all graphs, because they never run at the same time
 
     def __call__(self, *inputs: Batch | Tensor) -> Tensor:
-        """Take the step, and return its loss."""
+        """Take a step, and return its loss."""
         tensors = _tensors(inputs)
         if len(tensors[0]) != self._batch_size:
             return self._step(*inputs)
@@ -79,12 +83,12 @@ class StepGraphs:
         return _Recorded(inputs, loss, graph)
 
     def _try_out(self, inputs: Inputs) -> None:
-        """Take a step and undo it: libraries set themselves up at their first call, which cannot be recorded."""
-        before = [tensor.detach().clone() for tensor in self._state]
+        """Take a step and undo it, because libraries initialise in their first call, which cannot be recorded."""
+        previous = [tensor.detach().clone() for tensor in self._state]
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
             self._step(*inputs)
         with torch.no_grad():
-            for tensor, value in zip(self._state, before, strict=True):
+            for tensor, value in zip(self._state, previous, strict=True):
                 tensor.copy_(value)
 
 
@@ -98,7 +102,7 @@ def _clone(part: Batch | Tensor) -> Batch | Tensor:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A graph, with the tensors that it reads and writes."""
+    """A CUDA graph, with the tensors that it reads and writes."""
 
     inputs: Inputs
     loss: Tensor

@@ -1,4 +1,4 @@
-"""Train one adapter for one objective. Knows nothing of Prefect, Ray or the Hub."""
+"""Training of one adapter for one objective."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Training:
     adapter: Adapter
     epochs: tuple[EpochRow, ...]
     best_epoch: int
-    """0: every epoch was below the start, whose weights these are."""
+    """Epoch whose weights these are. 0: the start, because every epoch was below it."""
     selected_on: SelectedOn
     refitted: bool
     start_score: float | None
-    """Selection score before the first epoch. None without a selection, or if the start has learnt its examples."""
+    """Selection score before the first epoch. None without a selection, or if the start was trained on it."""
     learnt_selection: bool
-    """Whether this adapter, or one that it started from, has learnt examples of a selection, which flatters scores on them."""
+    """Whether this adapter, or one it started from, was trained on a selection. Scores on it are then optimistic."""
 
 
 def train_adapter(
@@ -87,7 +87,7 @@ def train_adapter(
     loop.run(on_epoch, start_knows=start_knows)
     state = loop.state
     rows = [row.changed(is_best=row.epoch == state.best_epoch) for row in state.epochs]
-    # Zero epochs on more examples are the same start.
+    # A refit of zero epochs would return the same start.
     refit = train_config.refit and objective.has_selection and state.best_epoch > 0
     if refit:
         loop.adapter.detach()
@@ -108,13 +108,13 @@ def train_adapter(
 
 
 def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
-    """Settings that a resumed training must find unchanged, besides those of its objective."""
+    """Settings that must be unchanged in a resumed training, besides those of its objective."""
     parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
     settings = {
         f"{part}.{key}": value
         for part, record in parts.items()
         for key, value in record.model_dump(mode="json").items()
     }
-    del settings["train.max_epochs"]  # a default; the number of this training counts
+    del settings["train.max_epochs"]  # only a default for the number of epochs of this training
     del settings["train.warm_start"]  # the checkpoint holds all weights, whatever was published since
     return settings | {"encoder": encoder.ref.revision, "pooling": encoder.config.pooling, "torch": torch.__version__}

@@ -29,7 +29,7 @@ MILESTONES = {
     "the flow begins (Prefect server up, driver imported)": "Beginning flow run",
     "data and encoder checked": " training texts, revision ",
     "a worker has loaded data and encoder": ": loaded ",
-    "the frozen encoder is measured": "frozen encoder measured in ",
+    "the frozen encoder is measured": "evaluated the frozen encoder in ",
     "the first optimiser step": ": training: ",
 }
 
