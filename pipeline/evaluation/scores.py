@@ -24,8 +24,6 @@ Bools = npt.NDArray[np.bool_]
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
 
-RANDOMISATION_ROUNDS, SWAPS_PER_ROUND = 40, 50  # in rounds, because all draws at once may not fit in memory
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -169,27 +167,6 @@ def _clopper_pearson(num_right: int, num_texts: int) -> Interval:
 def lower_end(num_right: int, num_texts: int, *, level: float) -> float:
     """Lower end of the one-sided exact interval of an accuracy, with error probability ``level``."""
     return float(special.betaincinv(num_right, num_texts - num_right + 1, level)) if num_right else 0.0
-
-
-def label_counts(labels: Ints, predictions: Ints, num_classes: int) -> tuple[Ints, Ints]:
-    """Correctly predicted texts of each class, and all texts predicted as each class, both int (classes,)."""
-    correct = np.bincount(labels[labels == predictions], minlength=num_classes)
-    return correct, np.bincount(predictions, minlength=num_classes)
-
-
-def macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
-    """Mean F1 over the classes that occur in labels or predictions, (...).
-
-    Args:
-        counts: The arrays of ``label_counts``, (2, ..., classes).
-        present: Texts of each class, int (classes,).
-    """
-    correct, predicted = counts
-    total = predicted + present
-    occurs = total > 0
-    f1 = np.divide(2 * correct, total, out=np.zeros(total.shape), where=occurs)
-    scores: npt.NDArray[Any] = f1.sum(axis=-1) / occurs.sum(axis=-1)
-    return scores
 
 
 def _average_precision(labels: Ints, positive_scores: Floats | None) -> float | None:

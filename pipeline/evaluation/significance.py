@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import sparse, stats
 
-from pipeline.evaluation.scores import (
-    RANDOMISATION_ROUNDS,
-    SWAPS_PER_ROUND,
-    Interval,
-    Ints,
-    interval_tails,
-    label_counts,
-    macro_f1,
-)
+from pipeline.evaluation.metrics import Counts, macro_f1
+from pipeline.evaluation.scores import Interval, Ints, interval_tails
 from pipeline.records import Comparison, MainMetric
+
+_RANDOMISATION_ROUNDS, _SWAPS_PER_ROUND = 40, 50  # in rounds, because all draws at once may not fit in memory
 
 
 def mcnemar(labels: Ints, first: Ints, second: Ints) -> Comparison:
@@ -104,9 +101,9 @@ def _macro_f1_test(labels: Ints, first: Ints, second: Ints, *, num_classes: int,
     text with probability 1/2. The observed difference counts as a draw, so the p-value is never 0.
     Sources: Noreen 1989; Yeh 2000.
     """
-    one, other = (np.stack(label_counts(labels, predicted, num_classes)) for predicted in (first, second))
+    one, other = (np.stack(_label_counts(labels, predicted, num_classes)) for predicted in (first, second))
     present = np.bincount(labels, minlength=num_classes)
-    observed = macro_f1(one, present) - macro_f1(other, present)
+    observed = _macro_f1(one, present) - _macro_f1(other, present)
     differing = first != second
     labels, first, second = labels[differing], first[differing], second[differing]
     # Change of the first classifier's counts if a text is swapped. Sparse, because it affects two of many classes.
@@ -118,9 +115,21 @@ def _macro_f1_test(labels: Ints, first: Ints, second: Ints, *, num_classes: int,
     ]
     random = np.random.default_rng(seed)
     extreme = 1
-    for _ in range(RANDOMISATION_ROUNDS):
-        draws = random.integers(2, size=(SWAPS_PER_ROUND, len(labels)))
+    for _ in range(_RANDOMISATION_ROUNDS):
+        draws = random.integers(2, size=(_SWAPS_PER_ROUND, len(labels)))
         swapped = np.stack([draws @ counts for counts in moved])  # (2, draws, classes)
-        differences = macro_f1(one[:, None] + swapped, present) - macro_f1(other[:, None] - swapped, present)
+        differences = _macro_f1(one[:, None] + swapped, present) - _macro_f1(other[:, None] - swapped, present)
         extreme += int(np.count_nonzero(np.abs(differences) >= abs(observed) - 1e-9))
-    return float(observed), extreme / (RANDOMISATION_ROUNDS * SWAPS_PER_ROUND + 1)
+    return float(observed), extreme / (_RANDOMISATION_ROUNDS * _SWAPS_PER_ROUND + 1)
+
+
+def _label_counts(labels: Ints, predictions: Ints, num_classes: int) -> tuple[Ints, Ints]:
+    """Correctly predicted texts of each class, and all texts predicted as each class, both int (classes,)."""
+    correct = np.bincount(labels[labels == predictions], minlength=num_classes)
+    return correct, np.bincount(predictions, minlength=num_classes)
+
+
+def _macro_f1(counts: npt.NDArray[Any], present: Ints) -> npt.NDArray[Any]:
+    """Macro-F1 (...) of the arrays of ``_label_counts`` (2, ..., classes), with ``present`` texts of each class."""
+    correct, predicted = counts.astype(np.float64)
+    return macro_f1(Counts(correct, present.astype(np.float64), predicted))

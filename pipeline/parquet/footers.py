@@ -104,7 +104,8 @@ class _Reader:
 
     def start(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            self._errors.truncate(0)
+            self._errors.seek(0)
+            self._errors.truncate()
             command = [sys.executable, "-P", "-m", "pipeline.parquet.footer_process"]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
