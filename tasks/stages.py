@@ -28,7 +28,8 @@ from pipeline.records import (
     TaskResult,
 )
 from pipeline.reports.formatting import label_changes, percent
-from pipeline.reports.score_table import SCORE_HEADINGS, accuracy_change, score_table, warm_start_summary
+from pipeline.reports.score_table import SCORE_HEADINGS, score_table
+from pipeline.reports.summary import accuracy_change, warm_start_summary
 from pipeline.run.plan import Plan
 from pipeline.store.finished import find_finished, latest_results
 from pipeline.store.finished import find_unchanged as find_unchanged_run

@@ -37,7 +37,7 @@ from pipeline.records import (
     SelectedOn,
     TaskResult,
 )
-from pipeline.reports.score_table import score_row, summarise
+from pipeline.reports.summary import score_row, summarise
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder, adapter_sha256
 

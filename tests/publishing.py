@@ -34,7 +34,7 @@ from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.publishing.publish import PublishResult, publish
 from pipeline.records import AdapterRef, ClassificationResults, Publication, ReferenceOutputs, TaskResult
-from pipeline.reports.score_table import summarise
+from pipeline.reports.summary import summarise
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.run_folder import RunFolder

@@ -247,7 +247,7 @@ def test_a_file_that_was_renamed_to_another_run_is_left_out_and_named(tmp_path: 
         place(tmp_path, run_name(1)).rename(place(tmp_path, run_name(5200)))
     history = read_store(tmp_path, newest=NEWEST_RUNS)
     assert [line.run_id for line in history.runs] == [run_name(0)]
-    told = f"holds rows of run {run_name(1)}; give it the name of its run again, or move it away"
+    told = f"holds rows of run {run_name(1)}; rename it to match its run, or move it away"
     assert history.faults == (f"{scores_of_run(tmp_path, run_name(5200))}: {told}",)
     mteb_tasks_of_run(tmp_path, run_name(5200)).rename(mteb_tasks_of_run(tmp_path, run_name(0)))
     assert read_store(tmp_path, newest=NEWEST_RUNS).faults[-1] == f"{mteb_tasks_of_run(tmp_path, run_name(0))}: {told}"
@@ -537,9 +537,9 @@ def test_runs_of_an_older_version_show_their_scores_and_that_the_rest_was_not_re
 
 def test_the_newest_score_is_compared_with_the_run_before_only_on_the_same_test_data() -> None:
     same, other = scores(1, head=0.912), scores(1, head=0.912, sha256="b" * 64)
-    assert "+1.2 to the run before" in page_of(one_task([*scores(0), *same]))
-    assert "on other test data than the run before" in page_of(one_task([*scores(0), *other]))
-    assert f"taken over from run {run_name(0)}" in page_of(one_task([*scores(0), *scores(1, reused_from=0)]))
+    assert "+1.2 against the previous run" in page_of(one_task([*scores(0), *same]))
+    assert "test data differ from the previous run" in page_of(one_task([*scores(0), *other]))
+    assert f"reused from run {run_name(0)}" in page_of(one_task([*scores(0), *scores(1, reused_from=0)]))
 
 
 def test_equal_stores_give_equal_bytes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.records import CarvedTest, EncoderRef, Failure, MtebTask, TaskResult
 from pipeline.reports.model_card import render_card, usage_snippet
-from pipeline.reports.score_table import summarise
+from pipeline.reports.summary import summarise
 
 HUB_ENCODER = EncoderRef(name="org/tiny", public_name="org/tiny", revision="0123456789abcdef0123456789abcdef01234567")
 
@@ -150,7 +150,7 @@ def test_the_card_says_how_many_texts_per_label_the_few_shot_scores_are_from() -
 
 
 def test_a_kept_start_is_a_limit_of_the_card() -> None:
-    told = "No epoch was as good as the start of training, which was kept, so training has not helped: Kept."
+    told = "No epoch was as good as the start of training, which was kept, so training did not help: Kept."
     assert told in card_of(task_result("Kept", best_epoch=0), task_result("Trained"))
     assert "No epoch beat" not in card_of(task_result("Trained"))
 
@@ -181,7 +181,7 @@ def test_limits_name_overlap_truncation_selection_on_test_and_an_adapter_that_le
     )
     card = card_of(weak, task_result("Clean", num_overlap=0, num_truncated=0))
     limits = card[card.index("## Known limits") : card.index("## Files")]
-    assert "also occur in train, which flatters every column: Weak 1,234 of 1,000" in limits
+    assert "also occur in train, which makes every column optimistic: Weak 1,234 of 1,000" in limits
     assert "cut at the encoder's token limit: Weak 7 of 1,000" in limits
     assert "Not distinguishable from always answering the most frequent label: Weak." in limits
     assert "chosen on the test split, so these scores are optimistic: Weak." in limits

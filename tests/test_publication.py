@@ -169,7 +169,7 @@ def test_no_licence_is_claimed_that_nobody_gave(run: RunFolder, tmp_path: Path) 
     publish_to_folder(run.root, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "license:" not in card
-    assert "None was given by those who trained these adapters" in card
+    assert "The authors of these adapters gave none" in card
 
 
 def test_an_empty_folder_can_be_published_to(run: RunFolder, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from builders import ENCODER, RUN_ID, WHEN, check_golden, task_result
 
 from pipeline.records import Confusion, EncoderRef, EpochRow, Failure, MtebTask, TaskResult
 from pipeline.reports.report import render_report
-from pipeline.reports.score_table import summarise
+from pipeline.reports.summary import summarise
 
 HOSTILE = (
     "<script>alert(1)</script>",

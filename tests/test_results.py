@@ -10,7 +10,8 @@ from builders import ENCODER, RUN_ID, WHEN, task_result
 
 from pipeline.records import ClassificationResults, EncoderRef, Failure, MainMetric, TaskResult, WarmStart
 from pipeline.reports.formatting import percent, points, without_local_paths
-from pipeline.reports.score_table import SCORE_HEADINGS, accuracy_change, score_table, summarise, warm_start_summary
+from pipeline.reports.score_table import SCORE_HEADINGS, score_table
+from pipeline.reports.summary import accuracy_change, summarise, warm_start_summary
 
 
 def summary_of(*results: TaskResult, failures: tuple[Failure, ...] = ()) -> ClassificationResults:

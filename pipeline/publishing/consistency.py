@@ -33,7 +33,7 @@ from pipeline.reports.outputs import (
     mteb_model,
     mteb_path,
 )
-from pipeline.reports.score_table import score_row, summarise
+from pipeline.reports.summary import score_row, summarise
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder, TaskFolder

@@ -1,1 +1,1 @@
-"""Pages and tables that people read: score table, model card, report, history. Equal records give equal bytes."""
+"""Pages and tables that people read: score table, model card, report, history. Equal records give equal files."""

@@ -1,4 +1,4 @@
-"""One figure per MTEB task over the runs of a store."""
+"""The figure of an MTEB task over all runs of a store."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.reports.page import ADAPTED, BAD, FROZEN, INK, PAGE_WIDTH, PAPER, 
 from pipeline.store.history import Point, TaskHistory, most_moved_labels, shares_of
 
 _HEIGHT = 410
-_WORDS_HEIGHT, _WORDS_WIDTH = 16, 96  # of "test data changed", in pixels
-_ROOM_FOR = 6  # runs: with fewer, there is room for the next ones
+_WORDS_HEIGHT, _WORDS_WIDTH = 16, 96  # size of "test data changed" in pixels
+_ROOM_FOR = 6  # runs; with fewer, space is left for later ones
 _LABELS_SHOWN = len(SERIES)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """How a column of the score table is drawn."""
+    """Style of a column of the score table."""
 
     column: Column
     name: str
@@ -40,7 +40,7 @@ _LINES = (
 
 
 def draw_history(task: TaskHistory) -> Markup:
-    """Left the scores over the time of work, right the labels over the lengths; all over the same runs."""
+    """Draw scores and worker time on the left, and labels and text lengths on the right, over the same runs."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(PAGE_WIDTH / 72, _HEIGHT / 72))
 
@@ -86,7 +86,7 @@ def _draw_scores(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _mark_test_data(axes: Axes, marks: Sequence[float]) -> None:
-    """A line between the runs before and after, with words above the scores wherever there is room for them."""
+    """Draw a line between the runs before and after each change, with words if there is room for them."""
     if not marks:
         return
     low, high = axes.get_ylim()
@@ -94,9 +94,9 @@ def _mark_test_data(axes: Axes, marks: Sequence[float]) -> None:
     left, right = axes.get_xlim()
     pixel = (right - left) / axes.bbox.width
     free_from = left
-    for place in marks:
-        axes.axvline(place, color=BAD, linewidth=1.2, linestyle=(0, (3, 2)))
-        start = min(place + 4 * pixel, right - _WORDS_WIDTH * pixel)
+    for mark in marks:
+        axes.axvline(mark, color=BAD, linewidth=1.2, linestyle=(0, (3, 2)))
+        start = min(mark + 4 * pixel, right - _WORDS_WIDTH * pixel)
         if start >= free_from:
             axes.text(
                 start, 0.99, "test data changed", transform=axes.get_xaxis_transform(), color=BAD, fontsize=10, va="top"
@@ -105,7 +105,7 @@ def _mark_test_data(axes: Axes, marks: Sequence[float]) -> None:
 
 
 def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
-    """One column of the score table, in as many pieces as there were test data; hollow where it was not measured again."""
+    """Draw a column of the score table, one piece per version of the test data. Reused points are hollow."""
     size = 5 if len(every) <= 26 else 3
     for piece in _comparable(every):
         shown = [(place, row) for place in piece if (row := every[place].value(line.column)) is not None]
@@ -116,10 +116,11 @@ def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
             color=line.colour,
             linewidth=1.4,
         )
-        own = [(place, row) for place, row in shown if every[place].reused_from is None]
+        measured = [(place, row) for place, row in shown if every[place].reused_from is None]
         if line.column == "head":
-            _draw_intervals(axes, own, line.colour)
-        for rows, fill in ((own, line.colour), ([pair for pair in shown if pair not in own], PAPER)):
+            _draw_intervals(axes, measured, line.colour)
+        reused = [pair for pair in shown if pair not in measured]
+        for rows, fill in ((measured, line.colour), (reused, PAPER)):
             places, values = [place for place, _ in rows], [100 * row.value for _, row in rows]
             axes.plot(places, values, line.marker, color=line.colour, markerfacecolor=fill, markersize=size)
     axes.plot([], [], line.style, color=line.colour, marker=line.marker, markersize=5, label=line.name)
@@ -135,7 +136,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[tuple[int, ValueRow]], colour: st
 
 
 def _comparable(every: Sequence[Point]) -> list[list[int]]:
-    """Places of the runs whose scores a line may join: neighbours on the same test data."""
+    """Positions of runs whose scores a line may join: neighbours with the same test data."""
     pieces: list[list[int]] = []
     for place, point in enumerate(every):
         if point.test_changed or not pieces:
@@ -151,7 +152,7 @@ def _draw_seconds(axes: Axes, every: Sequence[Point]) -> None:
         if point.facts and point.reused_from is None
     ]
     if not known:
-        _say(axes, "not recorded" if not any(point.facts for point in every) else "taken over, nothing was computed")
+        _say(axes, "not recorded" if not any(point.facts for point in every) else "reused, nothing was computed")
         return
     longest = max(seconds for _, seconds in known)
     unit, name = (3600, "h") if longest >= 7200 else (60, "min") if longest >= 120 else (1, "s")
@@ -168,7 +169,7 @@ def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
         return
     places = [place for place, _ in known]
     shown = {
-        label: [100 * of_run.get(label, 0.0) for _, of_run in known]
+        label: [100 * shares.get(label, 0.0) for _, shares in known]
         for label in most_moved_labels(every, most=_LABELS_SHOWN)
     }
     for (label, shares), colour in zip(shown.items(), SERIES, strict=False):
@@ -214,7 +215,7 @@ def _draw_tokens(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _apart(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Rising heights, moved up where two words would lie on each other."""
+    """Move rising heights up so that the words at them do not overlap."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)
@@ -222,7 +223,7 @@ def _apart(heights: Sequence[float], *, gap: float) -> list[float]:
 
 
 def _mark_runs(axes: Axes, every: Sequence[Point]) -> None:
-    """The same width for every run, whenever it was: a weekly schedule reads as one, and an afternoon of trials does not pile up."""
+    """Mark the runs at equal distances, so that a weekly schedule and an afternoon of trials are both readable."""
     axes.set_xlim(-0.6, max(len(every), _ROOM_FOR) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if axes.bbox.width > 400 else 4, integer=True, min_n_ticks=1))
     one_a_day = len({point.when.date() for point in every}) == len(every)
@@ -251,4 +252,4 @@ def _known_shares(every: Sequence[Point]) -> list[tuple[int, dict[str, float]]]:
 
 def _for_legend(label: str) -> str:
     text = shorten(" ".join(label.split()) or "(empty)", 22)
-    return f" {text}" if text.startswith("_") else text  # matplotlib hides what begins with an underscore
+    return f" {text}" if text.startswith("_") else text  # matplotlib hides labels that begin with an underscore

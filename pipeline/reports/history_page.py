@@ -1,4 +1,4 @@
-"""The page over the runs of a store: scores, drift of the data, time and memory. Equal stores give equal bytes."""
+"""The page over all runs of a store: scores, data drift, time and memory. Equal stores give equal pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.store.files import write_atomically
 from pipeline.store.history import RunFacts, StoreHistory, TaskHistory, read_store
 
 NEWEST_RUNS = 104
-"""Runs that the page shows at most: two years of weekly ones."""
+"""Maximum number of runs on the page: two years of weekly runs."""
 
 _CHANGES_SHOWN = 8
 _NAMES_SHOWN = 5
@@ -30,7 +30,7 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class _TaskView:
-    """What the template shows of one MTEB task."""
+    """Values of one MTEB task for the template."""
 
     name: str
     anchor: str
@@ -42,16 +42,16 @@ class _TaskView:
 
 @dataclass(frozen=True)
 class _Few:
-    """MTEB tasks: their names where they are few, else their number."""
+    """Names of a few MTEB tasks, or the number of many."""
 
     text: str
     names: str
-    """All of them; what a pointer that rests on the text is told."""
+    """All names, shown when the pointer rests on the text."""
 
 
 @dataclass(frozen=True)
 class _RunView:
-    """One line of the table of runs; ``–`` where nothing is known."""
+    """A row of the table of runs. ``–`` stands for unknown values."""
 
     run_id: str
     link: str | None
@@ -65,9 +65,9 @@ class _RunView:
 
 
 def write_history_page(runs: Path) -> Path:
-    """Write ``history.html`` of a run store anew.
+    """Write ``history.html`` of a run store.
 
-    Returns: The file.
+    Returns: Path of the file.
     """
     path = runs / "history.html"
     write_atomically(path, render_history(read_store(runs, newest=NEWEST_RUNS)))
@@ -75,7 +75,7 @@ def write_history_page(runs: Path) -> Path:
 
 
 def render_history(history: StoreHistory) -> str:
-    """The page as HTML."""
+    """Render the page as HTML."""
     tasks = [_task_view(task, number) for number, task in enumerate(history.tasks, start=1)]
     return render_page(
         "history.html.j2",
@@ -114,17 +114,17 @@ def _task_view(task: TaskHistory, number: int) -> _TaskView:
 
 
 def _newest(task: TaskHistory) -> str:
-    """The newest run's head and data in half a line."""
-    now, before = task.points[-1], task.points[-2] if len(task.points) > 1 else None
+    """Score and data of the newest run, in a few words."""
+    now, previous = task.points[-1], task.points[-2] if len(task.points) > 1 else None
     parts = []
     if (head := now.value("head")) is not None:
         parts.append(f"head {percent(head.value)} ({percent(head.low)}–{percent(head.high)})")
         if now.test_changed:
-            parts.append("on other test data than the run before")
+            parts.append("test data differ from the previous run")
         elif now.reused_from is not None:
-            parts.append(f"taken over from run {now.reused_from}")
-        elif before is not None and (earlier := before.value("head")) is not None:
-            parts.append(f"{points(head.value - earlier.value)} to the run before")
+            parts.append(f"reused from run {now.reused_from}")
+        elif previous is not None and (earlier := previous.value("head")) is not None:
+            parts.append(f"{points(head.value - earlier.value)} against the previous run")
     if now.facts is not None:
         parts.append(
             f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes"
@@ -133,18 +133,18 @@ def _newest(task: TaskHistory) -> str:
 
 
 def _changes(task: TaskHistory) -> Iterator[str]:
-    """What is not the same any more, one line per run, newest first."""
-    for before, now in reversed(list(zip(task.points, task.points[1:], strict=False))):
+    """Changes from run to run, one line per run, newest first."""
+    for previous, now in reversed(list(zip(task.points, task.points[1:], strict=False))):
         facts = []
         if now.test_changed:
-            old, new = (point.values[0].num_texts for point in (before, now))
+            old, new = (point.values[0].num_texts for point in (previous, now))
             texts = f"{new:,} texts" + (" as before" if old == new else f", before {old:,}")
             facts.append(f"test data changed ({texts}), so scores before and after cannot be compared")
         if now.drift is not None and now.drift.new:
             facts.append(f"new {_plural('label', now.drift.new)} {_names(now.drift.new)}")
         if now.drift is not None and now.drift.vanished:
             facts.append(f"without {_plural('label', now.drift.vanished)} {_names(now.drift.vanished)}")
-        old_encoder, new_encoder = (next(iter(point.scores.values()), None) for point in (before, now))
+        old_encoder, new_encoder = (next(iter(point.scores.values()), None) for point in (previous, now))
         if old_encoder and new_encoder and _encoder_of(old_encoder) != _encoder_of(new_encoder):
             facts.append(f"another encoder: {new_encoder.encoder} at {new_encoder.encoder_revision[:19]}")
         if facts:

@@ -1,4 +1,4 @@
-"""The model card of a run: what the adapters are, what they score and how to use them. Pure; holds no local path."""
+"""The model card of a run: the adapters, their scores and their use. Contains no local path."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
-from pipeline.reports.score_table import (
-    HOW_IT_WAS_MADE,
-    SCORE_HEADINGS,
-    data_source,
-    is_of_mteb,
-    score_row,
-    score_table,
-    task_heading,
-)
+from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
+from pipeline.reports.summary import data_source, is_of_mteb, score_row
 from pipeline.store.values import find_value, values_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,7 +22,7 @@ _CLAIMED: tuple[tuple[Column, str, str, str], ...] = (
     ("head", "average_precision", "average_precision", "Average precision, own head"),
     ("adapted_few_shot", "accuracy", "accuracy", "Accuracy, MTEB few-shot on the adapted encoder"),
 )
-"""Column, metric, and the Hub's type and name of each claim in the card's metadata."""
+"""Column, metric, type on the Hub, and name of each claim in the card's metadata."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -42,14 +35,14 @@ def render_card(
     trust_remote_code: bool = False,
     license: str | None = None,
 ) -> str:
-    """Write ``README.md`` of a run folder or a published repository.
+    """Render ``README.md`` of a run folder or a published repository.
 
     Args:
-        results: The finished MTEB tasks that ``summary`` lists.
-        summary: What ``results.summarise`` made of them.
-        adapted_modules: As in any ``meta.json`` of the run; decides which usage snippet fits.
-        trust_remote_code: Whether the encoder needs code of its own.
-        license: As the Hub abbreviates it; none is claimed where left out.
+        results: Results of the MTEB tasks in ``summary``.
+        summary: Summary of the results.
+        adapted_modules: Paths of the adapted layers, which decide the form of the usage snippet.
+        trust_remote_code: Whether the encoder needs its own code.
+        license: Abbreviation on the Hub. None: no license is claimed.
     """
     table, encoder = score_table(summary, results), summary.encoder
     example = summary.tasks[0].task if summary.tasks else ""
@@ -86,14 +79,14 @@ def render_card(
 def usage_snippet(
     *, task: str, encoder: EncoderRef, adapted_modules: Sequence[str], trust_remote_code: bool = False
 ) -> str:
-    """A Python program that classifies one text with nothing but torch and transformers.
+    """Render a Python program that classifies one text with torch and transformers only.
 
     Args:
-        task: The MTEB task whose folder it reads.
-        encoder: What it loads; only ``public_name`` and ``revision`` are written.
-        adapted_modules: Full module paths in pair order. Where all end in ``q_proj``, ``k_proj``, ``v_proj`` or ``o_proj`` it walks
-            the projections as the source document does, otherwise the paths that ``meta.json`` lists.
-        trust_remote_code: Whether the encoder needs code of its own.
+        task: MTEB task whose folder the program reads.
+        encoder: Encoder that the program loads by ``public_name`` and ``revision``.
+        adapted_modules: Module paths in the order of the pairs. If all end in ``q_proj``, ``k_proj``, ``v_proj`` or
+            ``o_proj``, the program walks these projections. Otherwise it walks the paths in ``meta.json``.
+        trust_remote_code: Whether the encoder needs its own code.
     """
     pinned = _COMMIT.fullmatch(encoder.revision) is not None
     return (
@@ -112,13 +105,8 @@ def usage_snippet(
 
 
 def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license: str | None) -> str:
-    datasets = sorted(
-        {
-            r.mteb_task.location
-            for r in results
-            if r.mteb_task.source == "hub" and _HUB_ID.fullmatch(r.mteb_task.location)
-        }
-    )
+    locations = {result.mteb_task.location for result in results if result.mteb_task.source == "hub"}
+    datasets = sorted(location for location in locations if _HUB_ID.fullmatch(location))
     data = ModelCardData(
         base_model=encoder.public_name if _is_on_hub(encoder) else None,
         library_name="peft",
@@ -139,13 +127,13 @@ def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license
 
 
 def claimed_scores(result: TaskResult) -> list[EvalResult]:
-    """What the adapter scores, 0..1; the frozen columns are not results of this repository."""
+    """Scores that the card claims for an adapter, 0..1. Those of the frozen encoder are not claimed."""
     values = values_of(result)
-    found = []
+    claims = []
     for column, metric, kind, name in _CLAIMED:
         if (row := find_value(values, column, metric)) is not None:
-            found.append(_metric(result, row, kind, name))
-    return found
+            claims.append(_metric(result, row, kind, name))
+    return claims
 
 
 def _metric(result: TaskResult, row: ValueRow, kind: str, name: str) -> EvalResult:
@@ -154,7 +142,7 @@ def _metric(result: TaskResult, row: ValueRow, kind: str, name: str) -> EvalResu
     return EvalResult(
         task_type="text-classification",
         task_name="Text classification",
-        # The Hub reads a type as the name of a data set on it, and takes two results of one type, subset and split for the same data's.
+        # The Hub takes a type for the name of a data set, and results of equal type, subset and split for one data set.
         dataset_type=task.location if on_hub else "own-data" if is_own else task.name,
         dataset_name=f"MTEB {task.name}" if on_hub else f"{task.name} (own data)" if is_own else task.name,
         dataset_config=task.name if is_own else task.subset,
@@ -177,11 +165,11 @@ def _delta_sentence(results: Sequence[TaskResult], summary: ClassificationResult
     others = {result.mteb_task.name for result in results if not is_of_mteb(result.mteb_task)}
     is_other = [entry.task in others for entry in summary.tasks if entry.delta is not None]
     counts = ((is_other.count(False), "MTEB task", ""), (is_other.count(True), "data set", " outside MTEB"))
-    over = " and ".join(f"{count} {word}{'s' * (count != 1)}{where}" for count, word, where in counts if count)
+    over = " and ".join(f"{count} {word}{'s' * (count != 1)}{suffix}" for count, word, suffix in counts if count)
     return (
         f"In mteb's few-shot protocol over {over} the mean accuracy goes from {percent(mean.baseline_accuracy)} to "
-        f"{percent(mean.lora_accuracy)} per cent ({points(mean.delta)} points); how the adapters compare with a probe that "
-        'saw the same training texts is in the column "Head against probe".'
+        f'{percent(mean.lora_accuracy)} per cent ({points(mean.delta)} points). The column "Head against probe" '
+        "compares the adapters with a probe on the same training texts."
     )
 
 
@@ -201,12 +189,15 @@ def _adapter(result: TaskResult) -> dict[str, str | int]:
 
 def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> list[str]:
     limits = [
-        "Each score is one training with one seed. Its interval says how far other test texts of the same kind would move it, no more.",
-        "An adapter fits only the encoder revision named above, and every text gets one of its labels, fitting or not.",
+        "Each score is from one training with one seed. Its interval covers only the choice of test texts.",
+        "An adapter works only with the encoder revision named above. Every text gets one of its labels, even if none "
+        "fits.",
     ]
     overlap = [f"{e.task} {e.num_overlap:,} of {e.num_test:,}" for e in summary.tasks if e.num_overlap]
     if overlap:
-        limits.append(f"Test texts that also occur in train, which flatters every column: {', '.join(overlap)}.")
+        limits.append(
+            f"Test texts that also occur in train, which makes every column optimistic: {', '.join(overlap)}."
+        )
     truncated = [
         f"{r.mteb_task.name} {r.data.num_truncated_test:,} of {r.data.num_test:,}"
         for r in results
@@ -219,12 +210,13 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
         limits.append(f"Not distinguishable from always answering the most frequent label: {', '.join(weak)}.")
     if kept := [entry.task for entry in summary.tasks if entry.best_epoch == 0]:
         limits.append(
-            f"No epoch was as good as the start of training, which was kept, so training has not helped: {', '.join(kept)}."
+            "No epoch was as good as the start of training, which was kept, so training did not help: "
+            f"{', '.join(kept)}."
         )
     limits += _limits_of_selection(summary.tasks)
     if summary.failures:
         limits.append(
-            f"The averages leave out what did not finish: {', '.join(f.mteb_task for f in summary.failures)}."
+            f"The averages do not include tasks that failed: {', '.join(f.mteb_task for f in summary.failures)}."
         )
     return limits
 
@@ -236,7 +228,7 @@ def _limits_of_selection(tasks: Sequence[ResultsEntry]) -> list[str]:
     if on_test:
         limits.append(f"The epoch was chosen on the test split, so these scores are optimistic: {', '.join(on_test)}.")
     if blind:
-        limits.append(f"No texts were left to choose an epoch on, the last one was taken: {', '.join(blind)}.")
+        limits.append(f"No texts were left to choose an epoch, so it is the last one: {', '.join(blind)}.")
     return limits
 
 
@@ -250,7 +242,7 @@ def _is_on_hub(encoder: EncoderRef) -> bool:
 
 
 def _literal(text: str) -> str:
-    """A Python literal in double quotes, as the formatter would write it."""
+    """Python literal of a text in double quotes."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 

@@ -1,4 +1,4 @@
-"""From the results of all MTEB tasks to the files that people and programs read: metrics, results, model card, report, mteb's results."""
+"""Output files of a run: metrics, results, model card, report, and mteb's results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pipeline.records import (
 )
 from pipeline.reports.model_card import render_card
 from pipeline.reports.report import render_report
-from pipeline.reports.score_table import is_of_mteb, summarise
+from pipeline.reports.summary import is_of_mteb, summarise
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.run_folder import RunFolder, TaskFolder
 from pipeline.store.tables import write_epochs, write_scores, write_values
 from pipeline.store.values import values_of
 
 MODEL_META = "model_meta.json"
-"""Name of the file in which mteb finds which model the results beside it are of."""
+"""Name of the file that tells mteb which model the results in the same folder belong to."""
 
 
 def write_outputs(
@@ -44,9 +44,9 @@ def write_outputs(
     trust_remote_code: bool,
     license: str | None,
 ) -> tuple[ClassificationResults, tuple[TaskResult, ...]]:
-    """Write them; the same results give the same bytes.
+    """Write metrics, results, model card and report. Equal results give equal files.
 
-    Returns: What was written to ``classification_results.json``, and the results with p-values corrected over the MTEB tasks.
+    Returns: The content of ``classification_results.json``, and the results with p-values corrected over MTEB tasks.
     """
     corrected = correct_over_tasks(results)
     summary = summarise(corrected, failures, encoder=encoder, run_id=run_id, created_at=created_at)
@@ -64,9 +64,10 @@ def write_outputs(
 
 
 def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder) -> None:
-    """The few-shot scores as mteb's ``ResultCache(cache_path=…)`` reads them; the own head is no mteb protocol and stays out.
+    """Write the few-shot scores for mteb's ``ResultCache(cache_path=…)``. The own head is not an mteb protocol.
 
-    The frozen encoder is a model by its name and revision, the adapted one a model of its own, whose revision is the adapter's hash.
+    The frozen encoder is a model with its own name and revision. The adapted encoder is another model, whose revision
+    is the adapter's hash.
     """
     from mteb.models import ModelMeta
 
@@ -83,7 +84,7 @@ def write_mteb_results(result: TaskResult, source: TaskFolder, folder: RunFolder
 
 
 def mteb_model(result: TaskResult, column: FewShotColumn) -> tuple[str, str]:
-    """Name and revision of the model that a few-shot column is the result of."""
+    """Name and revision of the model of a few-shot column."""
     public_name = result.encoder.public_name
     if column == "frozen_few_shot":
         return public_name if "/" in public_name else f"local/{public_name}", _commit_like(result.encoder.revision)
@@ -91,7 +92,7 @@ def mteb_model(result: TaskResult, column: FewShotColumn) -> tuple[str, str]:
 
 
 def mteb_path(result: TaskResult, column: FewShotColumn, folder: RunFolder) -> Path:
-    """Where mteb looks for the result of a few-shot column."""
+    """Path at which mteb looks for the result of a few-shot column."""
     from mteb.cache import ResultCache
 
     name, revision = mteb_model(result, column)
@@ -99,7 +100,7 @@ def mteb_path(result: TaskResult, column: FewShotColumn, folder: RunFolder) -> P
 
 
 def as_mteb_loads(few_shot: FewShotResult) -> Any:
-    """A result of mteb's, as mteb's own class.
+    """Convert a result to mteb's own class.
 
     Raises: ValueError: mteb cannot load it.
     """
@@ -109,11 +110,11 @@ def as_mteb_loads(few_shot: FewShotResult) -> Any:
 
 
 def mteb_main_score(task: MtebTask) -> str | None:
-    """Name of the score that mteb compares models by; none where this version of mteb does not know the task."""
+    """Name of the score by which mteb compares models. None if this version of mteb does not know the task."""
     import mteb
 
     if not is_of_mteb(task):
-        return "accuracy"  # as the task was made for mteb
+        return "accuracy"  # the main score of tasks that lorafleet defines
     try:
         return str(mteb.get_task(task.name).metadata.main_score)
     except KeyError:
@@ -121,7 +122,7 @@ def mteb_main_score(task: MtebTask) -> str | None:
 
 
 def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
-    """Holm's correction of the head's p-values over the MTEB tasks: those of McNemar's test, and those of each task's main metric."""
+    """Correct the head's p-values over the MTEB tasks by Holm's method: of McNemar's test, and of the main metric."""
     comparisons = [result.comparison for result in results]
     accuracy = holm([comparison.p_value if comparison else None for comparison in comparisons])
     main = holm([comparison.main_p_value if comparison else None for comparison in comparisons])

@@ -1,4 +1,4 @@
-"""What our HTML pages have in common: one template environment, and figures that ask nothing of the network."""
+"""Template environment, figures and style that all HTML pages share. The pages load nothing from the network."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from pipeline.printable import printable
 from pipeline.reports.formatting import percent
 
 PAGE_WIDTH = 1180
-"""Pixels of a figure that is as wide as the page; what a laptop's screen of 1366 leaves."""
-OPEN_UP_TO = 12
-"""With more MTEB tasks, their details start folded."""
+"""Width of a figure as wide as the page, in pixels. It fits a laptop screen of 1366 pixels."""
 
-# Figures are drawn in these colours and then coloured by the page's style sheet, light or dark.
+OPEN_UP_TO = 12
+"""Largest number of MTEB tasks whose details are open at first."""
+
+# Figures are drawn in these colours, which are then replaced by variables of the page's style sheet, light or dark.
 INK, FAINT, FROZEN, ADAPTED, PAPER, BAD = (f"#00000{number}" for number in range(1, 7))
 SERIES = ("#000011", "#000012", "#000013", "#000014", "#000015")
-"""Colours without a meaning of their own, to tell lines apart."""
+"""Colours that only distinguish lines."""
+
 _VARIABLES = {
     INK: "--ink",
     FAINT: "--faint",
@@ -50,10 +52,10 @@ STYLE = {
     "grid.color": FAINT,
     "grid.linewidth": 0.4,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # the browser's fonts know scripts that matplotlib's do not
+    "svg.fonttype": "none",  # the browser's fonts have scripts that matplotlib's lack
     "svg.hashsalt": "lorafleet",
     "text.color": INK,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name is no formula
     "xtick.color": FAINT,
     "xtick.labelcolor": INK,
     "xtick.labelsize": 10,
@@ -61,11 +63,11 @@ STYLE = {
     "ytick.labelcolor": INK,
     "ytick.labelsize": 10,
 }
-"""matplotlib's settings while a figure is drawn and ``inline_svg`` writes it."""
+"""Settings of matplotlib for drawing a figure and writing it with ``inline_svg``."""
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Fill a template of ours; every value is made printable and escaped, and a name that it does not know is an error."""
+    """Render a template. Every value is made printable and escaped. A missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.reports"),
         autoescape=True,
@@ -79,12 +81,11 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def inline_svg(figure: Figure, description: str) -> Markup:
-    """The figure as an element of the page: no ids to collide, colours from the style sheet, scaled to its place."""
+    """Convert a figure to an SVG element: without ids that could clash, coloured by the style sheet, scalable."""
     file = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # only measured here; the browser draws it
+        # Fonts are only measured here. The browser draws the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(
             file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True
         )
@@ -100,13 +101,13 @@ def inline_svg(figure: Figure, description: str) -> Markup:
 
 
 def shorten(name: str, most: int = 44) -> str:
-    """The name as a figure shows it, or its two ends."""
+    """Shorten a name to at most ``most`` characters by omitting its middle."""
     name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
 def duration(seconds: float) -> str:
-    """``93 s``, ``12 min``, ``2.5 h``."""
+    """A duration in the form ``93 s``, ``12 min`` or ``2.5 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The report of a run: records -> one HTML page that asks nothing of the network. Pure: equal records give equal bytes."""
+"""The report of a run: one HTML page that loads nothing from the network. Equal records give equal pages."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ from pipeline.reports.score_table import (
     Accuracy,
     ScoreLine,
     ScoreTable,
-    data_source,
-    score_row,
     score_table,
     task_heading,
-    warm_start_summary,
 )
+from pipeline.reports.summary import data_source, score_row, warm_start_summary
 from pipeline.store.values import values_of
 
 _PANELS_WIDTH = 780
@@ -46,7 +44,7 @@ _PANELS_WIDTH = 780
 
 @dataclass(frozen=True)
 class _TaskView:
-    """What the template shows of one MTEB task."""
+    """Values of one MTEB task for the template."""
 
     result: TaskResult
     line: ScoreLine
@@ -59,11 +57,11 @@ class _TaskView:
 
 
 def render_report(results: Sequence[TaskResult], summary: ClassificationResults) -> str:
-    """Write ``report.html``.
+    """Render ``report.html``.
 
     Args:
-        results: The finished MTEB tasks that ``summary`` lists; intervals, curves, confusions and calibration come from them.
-        summary: What ``results.summarise`` made of them.
+        results: Results of the MTEB tasks in ``summary``, with intervals, curves, confusions and calibration.
+        summary: Summary of the results.
     """
     table = score_table(summary, results)
     by_name = {result.mteb_task.name: result for result in results}
@@ -89,8 +87,8 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
 
 def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
     head = score_row(result, "head")
-    of_head = [row for row in values_of(result) if row.column == "head" and row.slice is None and row.width is None]
-    parts = [f"{title_of(row.metric)} {percent(row.value)}" for row in of_head if row.metric != "accuracy"]
+    head_values = [row for row in values_of(result) if row.column == "head" and row.slice is None and row.width is None]
+    parts = [f"{title_of(row.metric)} {percent(row.value)}" for row in head_values if row.metric != "accuracy"]
     return _TaskView(
         result=result,
         line=line,
@@ -104,18 +102,18 @@ def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:
 
 
 def _runtimes(results: Sequence[TaskResult]) -> list[str]:
-    """How the numbers were computed, once per way; more than one only where rows were taken over from another run."""
-    ways = [result.runtime for result in results]
+    """Distinct runtimes of the results. Several only if results were reused from another run."""
+    runtimes = [result.runtime for result in results]
     texts = [
         f"{r.device}, {r.dtype}, {r.attention} attention, {'compiled' if r.compiled else 'not compiled'}, "
         f"{r.threads} thread{'s' * (r.threads != 1)} per worker, {r.processor}"
-        for r in ways
+        for r in runtimes
     ]
     return sorted(set(texts))
 
 
 def _bars(table: ScoreTable) -> Markup:
-    """Frozen against adapted, once per protocol; a tick for the majority class."""
+    """Draw frozen against adapted for each protocol, with a tick for the majority class."""
     lines, row_height = table.lines, 44 if len(table.lines) <= OPEN_UP_TO else 30
     height, left = 92 + row_height * len(lines), 285
     with mpl.rc_context(STYLE):
@@ -152,14 +150,14 @@ def _draw_pairs(
 ) -> None:
     for side, (colour, name) in enumerate(((FROZEN, "frozen encoder"), (ADAPTED, "with the adapter"))):
         shown = [(row, pair[side]) for row, pair in enumerate(scores)]
-        places = [row + (side - 0.5) * 0.36 for row, score in shown if score]
-        known = [score for _, score in shown if score]
-        axes.barh(places, [100 * s.accuracy for s in known], height=0.32, color=colour, label=name)
-        below = [100 * max(s.accuracy - s.low, 0) if s.low is not None else 0 for s in known]
-        above = [100 * max(s.high - s.accuracy, 0) if s.high is not None else 0 for s in known]
+        positions = [row + (side - 0.5) * 0.36 for row, score in shown if score]
+        measured = [score for _, score in shown if score]
+        axes.barh(positions, [100 * s.accuracy for s in measured], height=0.32, color=colour, label=name)
+        below = [100 * max(s.accuracy - s.low, 0) if s.low is not None else 0 for s in measured]
+        above = [100 * max(s.high - s.accuracy, 0) if s.high is not None else 0 for s in measured]
         axes.errorbar(
-            [100 * s.accuracy for s in known],
-            places,
+            [100 * s.accuracy for s in measured],
+            positions,
             xerr=[below, above],
             fmt="none",
             color=INK,
@@ -167,13 +165,13 @@ def _draw_pairs(
             elinewidth=1.1,
             capsize=2.5,
         )
-        for place, score, end in zip(places, known, above, strict=True):
-            text = axes.text(100 * score.accuracy + end + 1, place, percent(score.accuracy), va="center", fontsize=9)
+        for position, score, end in zip(positions, measured, above, strict=True):
+            text = axes.text(100 * score.accuracy + end + 1, position, percent(score.accuracy), va="center", fontsize=9)
             text.set_in_layout(False)
     ticks = [(row, 100 * score.accuracy) for row, score in enumerate(majority) if score]
     label = "majority class"
-    for row, place in ticks:
-        axes.vlines(place, row - 0.44, row + 0.44, color=INK, linestyle=(0, (2, 1.5)), linewidth=1.2, label=label)
+    for row, position in ticks:
+        axes.vlines(position, row - 0.44, row + 0.44, color=INK, linestyle=(0, (2, 1.5)), linewidth=1.2, label=label)
         label = "_"
     axes.set(xlim=(0, 106), ylim=(len(scores) - 0.5, -0.5), xticks=range(0, 101, 20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
@@ -183,7 +181,7 @@ def _draw_pairs(
 
 
 def _panels(result: TaskResult) -> Markup:
-    """Loss, accuracy and reliability of one MTEB task, side by side."""
+    """Draw loss, accuracy and reliability of one MTEB task side by side."""
     height = 220
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_PANELS_WIDTH / 72, height / 72))
@@ -193,16 +191,7 @@ def _panels(result: TaskResult) -> Markup:
         )
         searched = [row for row in result.epochs if row.validation_accuracy is not None]
         refit = [row for row in result.epochs if row.validation_accuracy is None]
-        for rows, style in ((searched, "-"), (refit, "--" if searched else "-")):
-            loss.plot(
-                [row.epoch for row in rows],
-                [row.train_loss for row in rows],
-                style,
-                color=ADAPTED,
-                marker="o",
-                markersize=4,
-            )
-        loss.set(title="training loss" + (" (dashed: refit)" if searched and refit else ""), xlabel="epoch")
+        _draw_loss(loss, searched, refit)
         _draw_accuracy(accuracy, searched, result)
         for axes in (loss, accuracy):
             last = max(row.epoch for row in result.epochs)
@@ -217,8 +206,21 @@ def _panels(result: TaskResult) -> Markup:
         )
 
 
+def _draw_loss(axes: Axes, searched: Sequence[EpochRow], refit: Sequence[EpochRow]) -> None:
+    for rows, style in ((searched, "-"), (refit, "--" if searched else "-")):
+        axes.plot(
+            [row.epoch for row in rows],
+            [row.train_loss for row in rows],
+            style,
+            color=ADAPTED,
+            marker="o",
+            markersize=4,
+        )
+    axes.set(title="training loss" + (" (dashed: refit)" if searched and refit else ""), xlabel="epoch")
+
+
 def _draw_accuracy(axes: Axes, rows: Sequence[EpochRow], result: TaskResult) -> None:
-    """Accuracy over the epochs, from the start of training on, where that was measured."""
+    """Draw the accuracy over the epochs, including the start of training if it was measured."""
     axes.set(title=f"accuracy on {'test' if result.selected_on == 'test' else 'validation'}, per cent", xlabel="epoch")
     if not rows:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=INK)

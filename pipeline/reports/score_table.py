@@ -1,31 +1,28 @@
-"""What a run found, in one record and one table. The terminal, the card and the report all show this table, and no other."""
+"""The score table of a run, which the terminal, the model card and the report show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Literal
 
 from pipeline.records import (
     SIGNIFICANCE,
     ClassificationResults,
     Column,
-    EncoderRef,
-    Failure,
     MainMetric,
-    MtebTask,
     ResultsAverage,
     ResultsEntry,
-    ScoreRow,
     TaskResult,
 )
-from pipeline.reports.formatting import percent, points, without_local_paths
+from pipeline.reports.formatting import percent, points
+from pipeline.reports.summary import is_of_mteb
 from pipeline.store.values import find_value, values_of
 
 Verdict = Literal["above", "below", "within noise"]
-"""The head against the full-data probe on the same test texts; ``within noise`` unless the Holm-corrected p is below 0.05."""
+"""The head against the full-data probe on the same test texts.
 
+``within noise`` unless the Holm-corrected p-value is below 0.05."""
 
 SCORE_HEADINGS = (
     "MTEB task",
@@ -40,14 +37,17 @@ SCORE_HEADINGS = (
     "Head against probe",
     "Best epoch",
 )
-"""Above the cells of ``ScoreLine.cells``, left to right."""
+"""Headings of ``ScoreLine.cells``, from left to right."""
 
 HOW_IT_WAS_MADE = (
-    ("Majority", "Every test text gets the most frequent label of train. A score near this one has learnt nothing."),
+    (
+        "Majority",
+        "Every test text gets the most frequent label of train. A score close to it means that nothing was learnt.",
+    ),
     (
         "Frozen, few-shot",
-        "mteb's own protocol on the frozen encoder: a logistic regression on a few texts per label, repeated over random draws; "
-        "the mean over the draws. The interval is over the draws. Scores with another number of texts per label cannot be compared.",
+        "mteb's own protocol on the frozen encoder: the mean of a logistic regression on a few texts per label over "
+        "random draws. The interval is over the draws. Scores with different numbers of texts per label cannot be compared.",
     ),
     (
         "LoRA, few-shot",
@@ -55,41 +55,44 @@ HOW_IT_WAS_MADE = (
     ),
     (
         "Frozen, full-data probe",
-        "A logistic regression on the frozen encoder's vectors of all training texts; its regularisation was chosen on validation. "
-        "What the adapter has to beat, because it sees the same texts.",
+        "A logistic regression on the frozen encoder's vectors of all training texts. Its regularisation was chosen on "
+        "validation. The adapter has to beat this column, because both learn from the same texts.",
     ),
-    ("LoRA, own head", "The adapter with the head it was trained with: what classifies when the adapter is used."),
+    ("LoRA, own head", "The adapter with the head that was trained with it. It classifies when the adapter is used."),
     (
         "Macro-F1, probe / head",
-        "Mean of the classes' F1, in which a rare class counts as much as a frequent one, of the full-data probe and of the own head.",
+        "Mean F1 over the classes, of the full-data probe and of the own head. "
+        "Rare classes count as much as frequent ones.",
     ),
     (
         "Head against probe",
-        "McNemar's exact test on the same test texts; where macro-F1 is the main metric, a paired randomisation test of it. "
-        "Above or below only where p < 0.05 after Holm's step-down correction over the tasks of the run, otherwise within noise. "
-        "The correction often makes several p-values equal.",
+        "McNemar's exact test on the same test texts, or a paired randomisation test if macro-F1 is the main metric. "
+        "Above or below only if p < 0.05 after Holm's step-down correction over the tasks of the run, within noise "
+        "otherwise. The correction often makes several p-values equal.",
     ),
     (
         "Best epoch",
-        "The one with the highest accuracy on the texts that choose it, the latest of equals. The start of training competes as epoch 0: "
-        "the head that training begins with, on LoRA pairs that do nothing yet, or the published adapter of a warm start.",
+        "The epoch with the highest accuracy on the texts that choose it, or the latest of several. The start of "
+        "training competes as epoch 0. It is the initial head on LoRA pairs without effect, or the published adapter of "
+        "a warm start.",
     ),
     (
         "Intervals",
-        "95 %. Over the draws for the few-shot columns, over resampled test texts for the others. "
-        "They do not cover another training seed or other data.",
+        "95 % intervals, over the draws for the few-shot columns and over resampled test texts for the others. They do "
+        "not cover another training seed or other data.",
     ),
     (
         "Test",
-        "The epoch was chosen on a validation slice and test was read once, at the end, except where a row is marked † (chosen on test).",
+        "The epoch was chosen on a validation slice, and test was read once, at the end. Rows marked † are exceptions: "
+        "their epoch was chosen on test.",
     ),
 )
-"""How each number was made: (name, explanation)."""
+"""Names of the columns and explanations of their numbers."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One accuracy, 0..1, with the ends of its 95 % interval where they are known."""
+    """An accuracy, 0..1, with the ends of its 95 % interval if they are known."""
 
     accuracy: float
     low: float | None = None
@@ -98,7 +101,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as people read it: per cent, one decimal, ``–`` where nothing was computed."""
+    """Text of a cell: per cent with one decimal, and ``–`` if nothing was computed."""
 
     text: str
     interval: str = ""
@@ -120,14 +123,15 @@ class ScoreLine:
     probe_macro_f1: float | None
     head_macro_f1: float | None
     main_metric: MainMetric
-    """The score that the verdict is about."""
+    """Metric of the verdict."""
     verdict: Verdict | None
-    """None where head or probe was not computed."""
+    """None if head or probe was not computed."""
     p_value: float | None
-    """Of the test behind the verdict, before Holm's correction; None for runs of older versions."""
+    """P-value of the verdict's test, before Holm's correction. None for runs of older versions."""
     p_value_holm: float | None
+    """``p_value`` with Holm's correction over the MTEB tasks."""
     samples_per_label: int | None
-    """Texts per label in the few-shot columns; None where there are none, and for runs of older versions."""
+    """Texts per label in the few-shot columns. None without these columns, and for runs of older versions."""
     best_epoch: int
     epochs: int
     selected_on_test: bool
@@ -135,11 +139,11 @@ class ScoreLine:
 
     @property
     def marks(self) -> str:
-        """``†`` chosen on test, ``↺`` computed by an earlier run."""
+        """``†`` if the epoch was chosen on test, ``↺`` if an earlier run computed the row."""
         return "†" * self.selected_on_test + "↺" * (self.reused_from is not None)
 
     def cells(self) -> tuple[Cell, ...]:
-        """One per entry of ``SCORE_HEADINGS``."""
+        """One cell per entry of ``SCORE_HEADINGS``."""
         return (
             Cell(f"{self.task} {self.marks}".rstrip()),
             Cell(str(self.num_classes)),
@@ -157,13 +161,13 @@ class ScoreLine:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The score table of a run: numbers, and the same as text."""
+    """The score table of a run, as numbers and as text."""
 
     lines: tuple[ScoreLine, ...]
     average: ResultsAverage
 
     def average_cells(self) -> tuple[Cell, ...]:
-        """The last line, one cell per entry of ``SCORE_HEADINGS``; empty where a mean says nothing."""
+        """Cells of the last line, one per entry of ``SCORE_HEADINGS``. Empty if a mean would be meaningless."""
         mean, nothing = self.average, Cell("")
         return (
             Cell("Average"),
@@ -180,7 +184,7 @@ class ScoreTable:
         )
 
     def notes(self) -> tuple[str, ...]:
-        """What the lines do not say of themselves: texts per few-shot draw, kept starts, and the legend of the marks that occur."""
+        """Notes below the table: texts per few-shot draw, kept starts, and a legend of the marks that occur."""
         notes = []
         samples = {line.task: line.samples_per_label for line in self.lines if line.samples_per_label is not None}
         if samples:
@@ -200,51 +204,18 @@ class ScoreTable:
         runs = sorted({line.reused_from for line in self.lines if line.reused_from is not None})
         if runs:
             notes.append(
-                f"↺ Nothing this row depends on had changed, so it was taken over from an earlier run ({', '.join(runs)})."
+                "↺ Nothing that this row depends on had changed, so it was reused from an earlier run "
+                f"({', '.join(runs)})."
             )
         return tuple(notes)
 
 
-def summarise(
-    results: Sequence[TaskResult],
-    failures: Sequence[Failure],
-    *,
-    encoder: EncoderRef,
-    run_id: str,
-    created_at: datetime,
-) -> ClassificationResults:
-    """Build the content of ``classification_results.json``, which is published: it names no local path.
-
-    Args:
-        results: The finished MTEB tasks in table order; the Holm-corrected p is read from their ``head`` rows.
-        failures: The others.
-    """
-    entries = tuple(_entry(result) for result in results)
-    return ClassificationResults(
-        encoder=EncoderRef(name=encoder.public_name, public_name=encoder.public_name, revision=encoder.revision),
-        tasks=entries,
-        average=ResultsAverage(
-            baseline_accuracy=_mean(e.baseline_accuracy for e in entries),
-            lora_accuracy=_mean(e.lora_accuracy for e in entries),
-            delta=_mean(e.delta for e in entries),
-            full_data_probe_accuracy=_mean(e.full_data_probe_accuracy for e in entries),
-            head_accuracy=_mean(e.head_accuracy for e in entries),
-        ),
-        failures=tuple(
-            Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault)
-            for f in failures
-        ),
-        run_id=run_id,
-        created_at=created_at,
-    )
-
-
 def score_table(summary: ClassificationResults, results: Sequence[TaskResult] = ()) -> ScoreTable:
-    """The score table of a run.
+    """Make the score table of a run.
 
     Args:
-        summary: Decides which lines there are, and their order.
-        results: Where the intervals come from; without them (a published repository) there are none.
+        summary: Lines of the table, in order.
+        results: Results with the intervals. Empty for a published repository, whose table has no intervals.
     """
     by_name = {result.mteb_task.name: result for result in results}
     return ScoreTable(
@@ -252,101 +223,9 @@ def score_table(summary: ClassificationResults, results: Sequence[TaskResult] = 
     )
 
 
-def score_row(result: TaskResult, column: Column) -> ScoreRow | None:
-    """The row of one column, or none where it was switched off."""
-    return next((row for row in result.scores if row.column == column), None)
-
-
-def measured(result: TaskResult, column: Column, metric: str = "accuracy") -> float | None:
-    """One number of a result over all test texts; None if it was not measured."""
-    row = find_value(values_of(result), column, metric)
-    return None if row is None else row.value
-
-
-def accuracy_change(result: TaskResult, before: TaskResult | None) -> str:
-    """How far the own head's accuracy is from that of an earlier run, in points; in words where the two cannot be compared."""
-    if before is None:
-        return "first run"
-    if before.key == result.key:
-        return "unchanged"
-    now, then = score_row(result, "head"), score_row(before, "head")
-    assert now is not None
-    assert then is not None
-    hashes = {row.test_sha256 for row in (now, then)} - {None}  # rows of older versions have none
-    if now.num_texts != then.num_texts or len(hashes) == 2:
-        return f"test data changed (run {before.run_id}: {percent(then.accuracy)})"
-    return f"{points(now.accuracy - then.accuracy)} (run {before.run_id})"
-
-
-def warm_start_summary(result: TaskResult) -> str:
-    """What training made of its start, if that was a published adapter or was kept; empty otherwise."""
-    start, is_kept = result.warm_start, result.best_epoch == 0
-    if start is None and not is_kept:
-        return ""
-    fact = "started from scratch" if start is None else f"started from published adapter {start.sha256[:12]}"
-    before = result.start_accuracy
-    after = max((row.validation_accuracy for row in result.epochs if row.validation_accuracy is not None), default=None)
-    if before is not None and after is not None:
-        split = "test" if result.selected_on == "test" else "validation"
-        fact += f": {split} {percent(before)} before, {percent(after)} after training ({points(after - before)})"
-    return fact + "; the start was kept" * is_kept
-
-
-def is_of_mteb(mteb_task: MtebTask) -> bool:
-    """Whether mteb knows these data; false for own files and for those of a Python package."""
-    return mteb_task.source in ("hub", "mirror")
-
-
 def task_heading(results: Sequence[TaskResult]) -> str:
-    """What published pages call the tasks of a run."""
+    """Heading for the tasks of a run on published pages."""
     return SCORE_HEADINGS[0] if all(is_of_mteb(result.mteb_task) for result in results) else "Data set"
-
-
-def data_source(mteb_task: MtebTask) -> str:
-    """Where the texts came from and at which revision, without the folder that a mirror or a file lies in."""
-    place = {
-        "hub": mteb_task.location,
-        "package": f"Python package {mteb_task.location}",
-        "mirror": "local mirror",
-        "files": "own files",
-    }
-    carved = "" if mteb_task.test_split is None else f", {mteb_task.test_split.fraction:.0%} of them as test"
-    grouped = "" if mteb_task.group_column is None else f", split by {mteb_task.group_column}"
-    return f"{place[mteb_task.source]}{carved}{grouped} @ {mteb_task.revision[: 19 if mteb_task.revision.startswith('sha256:') else 12]}"
-
-
-def _entry(result: TaskResult) -> ResultsEntry:
-    baseline, lora = measured(result, "frozen_few_shot"), measured(result, "adapted_few_shot")
-    head = score_row(result, "head")
-    return ResultsEntry(
-        task=result.mteb_task.name,
-        num_classes=len(result.data.label_names),
-        baseline_accuracy=baseline,
-        lora_accuracy=lora,
-        delta=None if baseline is None or lora is None else lora - baseline,
-        full_data_probe_accuracy=measured(result, "frozen_full_data"),
-        head_accuracy=measured(result, "head"),
-        majority_accuracy=measured(result, "majority"),
-        epochs=max(row.epoch for row in result.epochs),
-        best_epoch=result.best_epoch,
-        selected_on=result.selected_on,
-        p_value_holm=None if head is None else head.p_value_holm,
-        num_test=result.data.num_test,
-        num_overlap=result.data.num_overlap,
-        adapter_sha256=result.adapter.sha256,
-        reused_from=result.reused_from,
-        samples_per_label=result.mteb_task.samples_per_label,
-        full_data_probe_macro_f1=measured(result, "frozen_full_data", "macro_f1"),
-        head_macro_f1=measured(result, "head", "macro_f1"),
-        main_metric=None if head is None else head.main_metric,
-        p_value_main=None if head is None else head.p_value_main,
-        p_value_main_holm=None if head is None else head.p_value_main_holm,
-    )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
@@ -356,6 +235,7 @@ def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
             return None
         return Accuracy(accuracy) if row is None else Accuracy(accuracy, row.low, row.high)
 
+    has_few_shot = entry.baseline_accuracy is not None or entry.lora_accuracy is not None
     return ScoreLine(
         task=entry.task,
         num_classes=entry.num_classes,
@@ -371,9 +251,7 @@ def _line(entry: ResultsEntry, result: TaskResult | None) -> ScoreLine:
         verdict=_verdict(entry),
         p_value=entry.p_value_main,
         p_value_holm=_corrected_p_value(entry),
-        samples_per_label=None
-        if entry.baseline_accuracy is None and entry.lora_accuracy is None
-        else entry.samples_per_label,
+        samples_per_label=entry.samples_per_label if has_few_shot else None,
         best_epoch=entry.best_epoch,
         epochs=entry.epochs,
         selected_on_test=entry.selected_on == "test",
@@ -395,7 +273,7 @@ def _verdict(entry: ResultsEntry) -> Verdict | None:
 
 
 def _corrected_p_value(entry: ResultsEntry) -> float | None:
-    """The p-value behind the verdict; older versions had only that of accuracy."""
+    """P-value of the verdict. Entries of older versions have only that of accuracy."""
     return entry.p_value_holm if entry.main_metric is None else entry.p_value_main_holm
 
 
