@@ -837,7 +837,8 @@ def test_a_renamed_label_is_blocked_until_it_is_allowed(banking: Bench, promoted
     code, out = publish_by_command(candidate, promoted.folder)
     assert code == 1
     assert out[0].startswith(
-        f"block   {BANKING77}: its labels differ from the published ones: without card_arrival and with new card_delivered"
+        f"block   {BANKING77}: its labels differ from the published ones: "
+        "without card_arrival and with new card_delivered"
     )
     assert contents(promoted.folder) == before
     copy = tmp_path / "copy"

@@ -191,8 +191,8 @@ def test_the_prefect_workers_container_ends_with_either_of_its_processes_and_lea
 
 # Kubernetes
 
-# The fields of KubeRay's custom resources that deploy/ uses, with their types, from its API reference (v1.6 and v1.7). No
-# registry has a package with the schema itself. Everything below `template` is checked by Kubernetes' own schemas.
+# The fields of KubeRay's custom resources that deploy/ uses, with their types, from its API reference (v1.6 and v1.7).
+# No registry has a package with the schema itself. Everything below `template` is checked by Kubernetes' own schemas.
 _REQUIRED = {"headGroupSpec", "rayStartParams", "template", "groupName", "minReplicas", "maxReplicas"}
 _WORKER_GROUP = {
     "groupName": str,
@@ -514,7 +514,8 @@ def test_the_readme_has_every_variable_that_the_compose_file_reads() -> None:
 _SECRET_NAME = re.compile(r"(PASSWORD|TOKEN|SECRET|AUTH_STRING|API_KEY|CONNECTION_URL)$", re.IGNORECASE)
 _FROM_OUTSIDE = re.compile(r"\$\{\w+(:\?[^}]*)?\}|sqlite\+aiosqlite:///.*")  # a default would be a secret that all have
 _SECRET_TEXT = re.compile(
-    r"hf_\w{16,}|gh[pousr]_\w{20,}|AKIA\w{16}|xox[a-z]-\w+|-----BEGIN|\b[0-9a-f]{32,}\b|://[^/\s:@{}]+:[^/\s@{}]+@|hooks\.slack\.com/\w"
+    r"hf_\w{16,}|gh[pousr]_\w{20,}|AKIA\w{16}|xox[a-z]-\w+|-----BEGIN|\b[0-9a-f]{32,}\b"
+    r"|://[^/\s:@{}]+:[^/\s@{}]+@|hooks\.slack\.com/\w"
 )
 
 

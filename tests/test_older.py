@@ -1,4 +1,4 @@
-"""A run store and publications of an older version: shown, verified, classified with, published over, rolled back to."""
+"""A run store and publications of an older version: shown, verified, used, published over, rolled back to."""
 
 from __future__ import annotations
 

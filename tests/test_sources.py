@@ -112,7 +112,8 @@ def test_the_separator_is_the_one_under_which_the_columns_have_their_names(tmp_p
         (
             "a.csv",
             "x,1\ny,2\n",
-            "no column 'text', but 'x', '1'; set text_column for this MTEB task in the config; its first line must name",
+            "no column 'text', but 'x', '1'; set text_column for this MTEB task in the config; "
+            "its first line must name",
         ),
         ("a.csv", "x" * 61 + ",1\n", f"no column 'text', but '{'x' * 60}…', '1'"),
         ("a.csv", "text, label\nx,1\n", "no column 'label', but 'text', ' label'; set label_column"),

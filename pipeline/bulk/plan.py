@@ -101,7 +101,8 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
 def _find_adapters(request: BulkRequest) -> tuple[FoundAdapter, ...]:
     """Find the adapters of a request.
 
-    Raises: InputError: an adapter is missing or damaged, cannot classify, its name cannot be passed on, or has too few labels.
+    Raises: InputError: an adapter is missing or damaged, cannot classify or has too few labels, or its name cannot be
+        passed on.
     """
     adapters = find_adapters(request.adapters, offline=request.offline)
     for ref, adapter in zip(request.adapters, adapters, strict=True):

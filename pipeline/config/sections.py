@@ -147,7 +147,8 @@ class ComputeConfig(Section):
 
     Default: the cluster of ``RAY_ADDRESS``, or else a local Ray that is stopped at the end."""
     retries: int = Field(default=2, ge=0, le=10)
-    """Number of new workers for each stage of a task (load, baselines, train, evaluate) whose worker died or timed out."""
+    """Number of new workers for each stage of a task (load, baselines, train, evaluate), if its worker died or timed
+    out."""
     retry_delay_seconds: float = Field(default=5.0, ge=0, le=86_400)
     """Delay before the first retry, in seconds. It doubles with each further retry."""
     timeout_seconds: float = Field(default=6 * 3600.0, gt=0, le=366 * 86_400.0)
