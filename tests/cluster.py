@@ -1,4 +1,4 @@
-"""A Ray of two nodes with one CPU each on this machine's loopback, with token authentication; nodes and head may be killed."""
+"""A Ray cluster of two nodes with one CPU each on loopback, with token authentication. Nodes can be killed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Cluster:
         self._second = None
 
     def restart_head(self) -> None:
-        """``kill -9`` of all processes of the head's node, and a new head at the same address; the second node is lost."""
+        """Kill all processes of the head's node, and start a new head at the same address. The second node is lost."""
         self._say("restart the head")
         self._second = None
 

@@ -1,4 +1,4 @@
-"""The command line as people run it: in a process of its own, on small real inputs, with every process it starts in view."""
+"""The command line as users run it: in its own process, on small real inputs, with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Command:
             )
 
     def family(self, *titles: str) -> list[psutil.Process]:
-        """Living processes of this command, its own first; only those whose command line holds one of the titles, where given."""
+        """Living processes of this command, its own first. With titles, only those whose command line contains one."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 # Ray's agents overwrite their environment with a title, but not their parent.
@@ -141,7 +141,7 @@ class Command:
         return Ended(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started)
 
     def left(self, *, seconds: float, but: Sequence[str] = ()) -> list[str]:
-        """Command lines of the processes that are still there when the time is over, but for those that hold one of the titles."""
+        """Command lines of processes that still run after the time, except those that contain one of the titles."""
         deadline = time.monotonic() + seconds
         while lines := [line for line in map(_line, self.family()) if line and not any(title in line for title in but)]:
             if time.monotonic() > deadline:
@@ -243,7 +243,9 @@ def epochs_done(runs: Path) -> dict[str, int]:
 def write_bulk_input(
     folder: Path, *, num_files: int, rows: int, group: int, changes: Mapping[int, str | None] | None = None
 ) -> Path:
-    """Parquet files ``part-N`` of toy texts in row groups of a size, ids counted over all; ``changes`` replaces the texts of some ids."""
+    """Write Parquet files ``part-N`` of toy texts, with ids counted over all files.
+
+    ``changes`` replaces the texts of some ids."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_files):
         ids = range(number * rows, (number + 1) * rows)

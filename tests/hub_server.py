@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on this machine, in memory: huggingface_hub's own client talks to it over HTTP, and tests break it on demand.
+"""A Hugging Face Hub in memory. huggingface_hub's own client uses it over HTTP, and tests can break it.
 
-The client reads its switches when it is imported: a child process needs ``HubServer.environment`` in its environment, this process
-``go_online(monkeypatch)`` because conftest.py sets HF_HUB_OFFLINE.
+The client reads its settings when it is imported. A child process needs ``HubServer.environment`` in its environment.
+This process needs ``go_online(monkeypatch)``, because conftest.py sets HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class HubServer:
     Attributes:
         endpoint: ``http://127.0.0.1:port``.
         token: The one valid token; it may write to every repository.
-        requests: (method, unquoted path, status) of each request that was dealt with, in order; ``CUT`` if it had no answer.
-        before_commit: Called with repository and branch for each commit over HTTP before it is looked at, without the lock held.
+        requests: (method, unquoted path, status) of each handled request, in order. ``CUT`` if it got no answer.
+        before_commit: Called with repository and branch before each commit over HTTP, without holding the lock.
     """
 
     def __init__(self, endpoint: str, token: str, lfs_from_bytes: int | None) -> None:
@@ -237,7 +237,7 @@ class HubServer:
             return held.move(branch, tree, "Somebody else's commit").oid
 
     def tamper(self, repo: str, path: str, content: bytes, *, keep_hash: bool = True) -> None:
-        """Change a file at every revision that has it, without a commit; ``keep_hash``: the listed hashes stay what they were.
+        """Change a file at every revision that has it, without a commit. With ``keep_hash``, listed hashes are unchanged.
 
         Uploading the file's bytes again mends it, but the client sends them only if it sees another hash.
         """
@@ -608,7 +608,7 @@ def serve_hub(*, token: str = "hf_test", lfs_from_bytes: int | None = None) -> I
         # asyncio does this for its own sockets only, and without it each answer takes 40 ms longer.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hub = HubServer(f"http://127.0.0.1:{listener.getsockname()[1]}", token, lfs_from_bytes)
-        # A connection that the server closes because it is idle would now and then fail a request that the client does not repeat.
+        # If the server closed idle connections, a request would sometimes fail that the client does not repeat.
         config = uvicorn.Config(
             hub,
             http=_Connection,

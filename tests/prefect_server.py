@@ -73,7 +73,7 @@ class Api:
         return {artifact["key"]: artifact["data"] for artifact in found}
 
     def deploy(self, entrypoint: str, cwd: Path, **values: Any) -> str:
-        """Register a flow by its module, to be started in a folder by a worker of the pool; returns the deployment's id."""
+        """Register a flow by its module, to be started in a folder by a worker. Returns the id of the deployment."""
         flow = self.post("/flows/", name=entrypoint.rpartition(".")[2].replace("_", "-"))
         steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(cwd)}}]
         where = {"flow_id": flow["id"], "entrypoint": entrypoint, "pull_steps": steps, "work_pool_name": POOL}

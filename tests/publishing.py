@@ -1,4 +1,4 @@
-"""Publishing to the tests' Hub: from this process or from a child that may be killed, and what a repository then has to hold."""
+"""Publishing to the tests' Hub, from this process or from a child that can be killed, and checks of the result."""
 
 from __future__ import annotations
 
@@ -142,7 +142,9 @@ class Trap(list[tuple[str, str, int]]):
 
 @contextlib.contextmanager
 def hub_of_our_own(home: Path, *, large: bool = False, token: str = "hf_test") -> Iterator[Place]:
-    """A Hub that this process publishes to. No wait is waited, and what verifies is a fresh process of a warm server: 0.2 s, not 4."""
+    """A Hub that this process publishes to, without waits.
+
+    Verification uses a fork of a warm process, which takes 0.2 s instead of 4 s."""
     with (
         serve_hub(token=token, lfs_from_bytes=LARGE if large else None) as hub,
         pytest.MonkeyPatch.context() as monkeypatch,
@@ -252,7 +254,7 @@ def check_settled(hub: HubServer, tasks: set[str], run: Path, *, others: Sequenc
 
 
 def copy_run(run: Path, root: Path, *, tasks: Sequence[str] = ("Topics", "Pairs"), **config: Any) -> RunFolder:
-    """A finished run with only these MTEB tasks, under the name of its new folder; ``config`` replaces sections of its configuration."""
+    """A finished run with only these MTEB tasks, named after its new folder. ``config`` replaces sections of its config."""
     shutil.copytree(run, root, ignore=lambda _, names: {"Topics", "Pairs"} - set(tasks) & set(names))
     folder = RunFolder(root)
     folder.gate.unlink(missing_ok=True)
@@ -279,7 +281,7 @@ def rewrite_results(folder: RunFolder, results: Sequence[TaskResult], **config: 
 
 
 def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable[[Any], None]) -> None:
-    """Change a run's adapter as if it had been trained so: all its files, its probe and its sha256 fit each other afterwards."""
+    """Change a run's adapter consistently, as if it had been trained so: files, reference outputs and hashes."""
     place, loaded = folder.task(task), load_encoder(encoder)
     adapter = load_adapter(place, loaded)
     change(adapter)

@@ -1,4 +1,4 @@
-"""The command line's contract: exit codes, the last line, one message and no traceback for what the caller got wrong."""
+"""Contract of the command line: exit codes, the last line, and one message without a traceback for user errors."""
 
 from __future__ import annotations
 

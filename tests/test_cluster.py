@@ -1,4 +1,4 @@
-"""A Ray of somebody else's, of two nodes: workers spread over it, and what a lost node, a lost head and a submitted job come to."""
+"""A user's Ray cluster of two nodes: how workers spread, a lost node, a lost head, and a submitted job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kill anything at any time: the next start, or the same one, ends with the same bits and repeats nothing that was finished."""
+"""Kills at any time: the next start ends with the same bits and repeats no finished work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Store:
         return Command("train", "--config", self.config, "--runs", "runs", cwd=self.cwd, PREFECT_API_URL=self.api)
 
     def start_and_wait_for(self, epochs: int, *, quick: bool = True) -> Command:
-        """Start, and come back in the middle of an epoch of the long task, so many epochs further on, with the quick task finished."""
+        """Start, and return in the middle of a later epoch of the long task, with the quick task finished."""
         before = self.epochs_done()
         command = self.start()
         command.wait_until(lambda: not quick or any(self.runs.glob("*/Quick/result.json")))

@@ -1,4 +1,4 @@
-"""A whole run: what lies in its folder, what the next run takes over from it, and what is left when one MTEB task fails."""
+"""A whole run: the files in its folder, what the next run reuses, and what remains if one MTEB task fails."""
 
 from __future__ import annotations
 

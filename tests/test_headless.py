@@ -1,4 +1,4 @@
-"""LoRA pairs without a head: saved, loaded, merged, verified, published and used like a classifier, but for its labels."""
+"""LoRA pairs without a head: saved, loaded, merged, verified, published and used, but without labels."""
 
 from __future__ import annotations
 

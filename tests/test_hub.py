@@ -154,7 +154,7 @@ def test_a_fault_of_this_machine_is_not_waited_for(
 def test_every_download_asks_a_busy_hub_again(
     what: str, status: int, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Hub is busy for as many requests as huggingface_hub's own retries take; afterwards the repository is missing."""
+    """The Hub is busy for as many requests as huggingface_hub retries, and then the repository is missing."""
     waits: list[float] = []
     monkeypatch.setattr("pipeline.hub_client.time.sleep", waits.append)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""A run store and publications of an older version: shown, verified, classified with, published over, rolled back to."""
+"""Run stores and publications of an older version: show, verify, classify, publish over, roll back."""
 
 from __future__ import annotations
 

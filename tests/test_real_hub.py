@@ -1,4 +1,4 @@
-"""The whole way on the real Hub, by Xet as it comes, where somebody gives a repository and a token; on the tests' own Hub otherwise."""
+"""Publishing and loading on the real Hub if a repository and a token are given, on the tests' own Hub otherwise."""
 
 from __future__ import annotations
 

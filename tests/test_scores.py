@@ -241,7 +241,7 @@ def test_a_true_difference_is_found_and_none_is_found_where_there_is_none_in_19_
 
 
 def test_on_an_unbalanced_set_accuracy_and_macro_f1_can_judge_in_opposite_ways() -> None:
-    """The one always answers the frequent class; the other finds the rare ones, at the price of some of the frequent."""
+    """One always predicts the frequent class. The other finds the rare ones, but misses some frequent ones."""
     labels = np.repeat([0, 1, 2, 3], [660, 140, 120, 80])
     lazy = np.zeros(1000, dtype=int)
     keen = labels.copy()

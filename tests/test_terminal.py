@@ -1,4 +1,4 @@
-"""The console script at its edges: what is on PYTHONPATH, where its streams lead, which signals come, and how it ends."""
+"""Edge cases of the console script: PYTHONPATH, closed or broken streams, signals, and exit codes."""
 
 from __future__ import annotations
 

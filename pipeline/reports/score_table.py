@@ -47,7 +47,8 @@ HOW_IT_WAS_MADE = (
     (
         "Frozen, few-shot",
         "mteb's own protocol on the frozen encoder: the mean of a logistic regression on a few texts per label over "
-        "random draws. The interval is over the draws. Scores with different numbers of texts per label cannot be compared.",
+        "random draws. The interval is over the draws. Scores with different numbers of texts per label cannot be "
+        "compared.",
     ),
     (
         "LoRA, few-shot",
@@ -73,8 +74,8 @@ HOW_IT_WAS_MADE = (
     (
         "Best epoch",
         "The epoch with the highest accuracy on the texts that choose it, or the latest of several. The start of "
-        "training competes as epoch 0. It is the initial head on LoRA pairs without effect, or the published adapter of "
-        "a warm start.",
+        "training competes as epoch 0. It is the initial head on LoRA pairs without effect, or the published adapter "
+        "of a warm start.",
     ),
     (
         "Intervals",

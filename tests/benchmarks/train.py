@@ -1,23 +1,26 @@
-"""Training speed against what one would write otherwise, on Banking77 and all-MiniLM-L6-v2, with test accuracy beside it.
+"""Training speed against its rivals, with test accuracy, on Banking77 and all-MiniLM-L6-v2.
 
-    python tests/benchmarks/train.py                                     # three turns on all of train; more than an hour
-    python tests/benchmarks/train.py --texts 320 --epochs 1 --pairs 1    # only to see that it works; its figures mean nothing
-    python tests/benchmarks/train.py --precision float32 --arms ours trainer_default    # the claim for a CPU without bf16 units
+    python tests/benchmarks/train.py                                     # three turns on all of train: over an hour
+    python tests/benchmarks/train.py --texts 320 --epochs 1 --pairs 1    # a smoke test, whose figures mean nothing
+    python tests/benchmarks/train.py --precision float32 --arms ours trainer_default    # for CPUs without bf16 units
     python tests/benchmarks/train.py --device cuda --arms ours ours_launched trainer_default trainer_best plain_loop
 
-Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head: same texts, epochs, batch size, learning rate
-and threads. The arms take turns, each in a fresh process; ratios are taken within a turn, and the medians of turns are reported.
+Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head, with the same texts, epochs,
+batch size, learning rate and threads. The arms take turns, each in a fresh process. Ratios are computed within a turn,
+and the medians over turns are reported.
 
 ours              ``pipeline.training.train.train_adapter``, head started at random
 ours_probe        the same, head started from the full-data probe, whose embedding and fitting are part of its time
 ours_launched     the same as ours on a GPU, but with every step launched kernel by kernel instead of replayed
 trainer_default   Hugging Face Trainer + PEFT as they come: fp32, random batches padded to their longest text
 trainer_best      the same with ``bf16=True`` and length grouping
-plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention (on a GPU sdpa), length-bucketed batches, fused AdamW
+plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention (sdpa on a GPU), length-bucketed batches,
+                  fused AdamW
 
-texts/s = training texts x epochs / seconds from texts in memory to trained weights: tokenising, attaching the adapter and any compiling
-included; imports and reading the encoder from disk excluded; validation and checkpoints timed after it and shown apart.
-Printed at the end, as Markdown: the machine, the table, the matrix-multiplication roof of the same run and our share of it.
+texts/s = training texts x epochs / seconds from texts in memory to trained weights. It includes tokenising, attaching
+the adapter and compiling, but not imports and reading the encoder from disk. Validation and checkpoints are timed
+afterwards and reported separately. At the end, the machine, the table, the matrix-multiplication roof of the same run
+and our fraction of it are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -343,7 +346,7 @@ def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData, *
 
 
 def training_flops(data: TaskData) -> int:
-    """Floating-point operations of one epoch that no implementation can leave out: no padding, no gradient to frozen weights.
+    """Floating-point operations that every implementation needs in one epoch: no padding, no gradient of frozen weights.
 
     Linear layers: 2 x weights per token forward, as much again for the gradient to their input, except below the first
     layer's query, key and value, where nothing is trained. LoRA pairs and head: as much once more for the gradient to their
