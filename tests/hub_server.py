@@ -237,7 +237,7 @@ class HubServer:
             return held.move(branch, tree, "Somebody else's commit").oid
 
     def tamper(self, repo: str, path: str, content: bytes, *, keep_hash: bool = True) -> None:
-        """Change a file at every revision that has it, without a commit. With ``keep_hash``, listed hashes are unchanged.
+        """Change a file at every revision that has it, without a commit. ``keep_hash`` keeps the listed hashes.
 
         Uploading the file's bytes again mends it, but the client sends them only if it sees another hash.
         """

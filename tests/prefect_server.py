@@ -102,9 +102,10 @@ class Api:
 
 
 def answers_to_strangers(url: str, *, login: str) -> list[str]:
-    """What a Prefect server answers to a page of another site, or another user of the machine, who does not know its login.
+    """Responses of a Prefect server to requests without its login, from another site or another user of the machine.
 
-    Each is one of the ways by which a deployment was started on a server without a password, and every websocket that Prefect has.
+    The requests include the ways of starting a deployment on a server without a password, and all of Prefect's
+    websockets.
 
     Args:
         url: Of the API, on loopback.

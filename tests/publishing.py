@@ -254,7 +254,7 @@ def check_settled(hub: HubServer, tasks: set[str], run: Path, *, others: Sequenc
 
 
 def copy_run(run: Path, root: Path, *, tasks: Sequence[str] = ("Topics", "Pairs"), **config: Any) -> RunFolder:
-    """A finished run with only these MTEB tasks, named after its new folder. ``config`` replaces sections of its config."""
+    """A finished run with only these MTEB tasks, named after its folder. ``config`` replaces sections of its config."""
     shutil.copytree(run, root, ignore=lambda _, names: {"Topics", "Pairs"} - set(tasks) & set(names))
     folder = RunFolder(root)
     folder.gate.unlink(missing_ok=True)

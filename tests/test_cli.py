@@ -37,7 +37,8 @@ from flows.cli import main
 try: main(sys.argv[1:])
 except SystemExit as end: code = end.code
 else: code = 0
-print(json.dumps({"code": code, "modules": list(sys.modules), "opened": opened, "connected": connected}), file=sys.stderr)
+seen = {"code": code, "modules": list(sys.modules), "opened": opened, "connected": connected}
+print(json.dumps(seen), file=sys.stderr)
 """
 
 

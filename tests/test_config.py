@@ -1,4 +1,4 @@
-"""The configuration: what is lawful loads, and every fault is named with the key, what was expected and what was found."""
+"""The configuration: valid files load, and every fault is reported with its key, the expected and the given value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules, from the file to the run: what `lorafleet deploy` registers, what a worker makes of it, and who hears of a failure."""
+"""Schedules, from the file to the run: registration by `lorafleet deploy`, the worker, and notifications."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the source, checked on the syntax tree: who imports which library, no pickle, no remote code, no local path."""
+"""Rules of the source, checked on the syntax tree: importers of libraries, no pickle, no remote code, no local path."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With token authentication, as Ray has it by default; who names an address must say so and reads the token from the user's home."""
+    """With token authentication, Ray's default. A client with an address reads the token from the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -222,7 +222,7 @@ def answer_of(command: Command) -> dict[str, Any]:
 
 
 def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path: Path) -> None:
-    """As where a run's input is refused as soon as Ray is up; Ray's own core writes to standard error past every logger of ours."""
+    """A run whose input is refused as soon as Ray is up. Ray's core writes to standard error without Python loggers."""
     program = "from pipeline.config import ComputeConfig\nfrom tasks.fleet import Fleet\n"
     program += (
         "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
@@ -289,7 +289,7 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
-    """In a store of its own, so trained anew, in other processes, two at a time on half a GPU each; beside modules called as ours."""
+    """Trained again in a new store, in other processes, two at a time on half a GPU each, with modules of our names."""
     for name in ("flows", "tasks", "pipeline"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}

@@ -1,4 +1,4 @@
-"""The promotion gate: what takes a published adapter's place, what leaves it there, and what somebody has to look at first."""
+"""The promotion gate: when a new adapter replaces the published one, when not, and when a person must decide."""
 
 from __future__ import annotations
 

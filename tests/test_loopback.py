@@ -1,4 +1,4 @@
-"""Proxies and certificates of the environment: loopback is never asked through one, and what cannot be used is one message."""
+"""Proxies and certificates of the environment: loopback uses no proxy, and an invalid one is one message."""
 
 from __future__ import annotations
 

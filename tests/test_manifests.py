@@ -1,4 +1,4 @@
-"""What lies in deploy/: valid by its own schemas, no secret in it, nothing beyond loopback, and every command in it is one that exists."""
+"""The files in deploy/: valid by their schemas, without secrets, on loopback only, and with existing commands only."""
 
 from __future__ import annotations
 

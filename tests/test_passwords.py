@@ -1,4 +1,4 @@
-"""Who may use this machine's Prefect servers: passwords that only their owner can read, and that are found where they are needed."""
+"""Access to local Prefect servers: passwords that only their owner can read, and that clients find."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cancel a run in the UI, kill the Prefect server or its worker, lock the database: what becomes of the run, and of the next one."""
+"""Cancelled runs, killed Prefect servers and workers, a locked database: the state of the run, and of the next."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def test_a_run_whose_prefect_server_never_comes_back_ends_with_one_message_and_i
 def test_the_slot_of_a_run_outlives_a_restart_of_a_prefect_server_that_keeps_leases_in_files(
     store: Store, started: Callable[..., Command], tmp_path: Path
 ) -> None:
-    """Prefect's default keeps them in memory: it would end the run, which cannot renew its own, and never free the slot of a dead one."""
+    """Prefect's default keeps leases in memory: it would end the run, and never free the slot of a dead one."""
     server = Server(
         tmp_path / "prefect",
         PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",

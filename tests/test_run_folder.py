@@ -1,4 +1,4 @@
-"""Reading the files of a folder that may be a stranger's: what is no file, or no record, is one message and never a wait."""
+"""Reading files of an untrusted folder: an invalid file or record is one message, and never a wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passwords and signatures in an address: the file is read with them, and nothing that a job writes, prints or sends holds them."""
+"""Passwords and signatures in URLs: files are read with them, and no output or message of a job contains them."""
 
 from __future__ import annotations
 

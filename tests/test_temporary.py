@@ -1,4 +1,4 @@
-"""Temporary files of this machine's servers: in a folder that has room, with a path short enough for sockets, closed to other users."""
+"""Temporary files of local servers: in a folder with space, a path short enough for sockets, closed to other users."""
 
 from __future__ import annotations
 

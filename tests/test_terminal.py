@@ -20,7 +20,7 @@ from pipeline.config import load_config
 
 
 def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The outcome of a line for bash, in which ``lorafleet`` is the console script and ``$?`` is that of its first command."""
+    """Result of a line for bash, in which ``lorafleet`` is the console script and ``$?`` is of its first command."""
     line = f'set -o pipefail; lorafleet() {{ {shlex.join(SCRIPT)} "$@"; }}; {command}'
     return subprocess.run(
         ["bash", "-c", line], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120

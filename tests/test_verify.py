@@ -1,4 +1,4 @@
-"""Verified means every file that anybody loads: one that was changed is found by ``verify``, and before ``publish`` changes anything."""
+"""Verification of every file that users load: ``verify`` finds a changed one, and ``publish`` does so before it writes."""
 
 from __future__ import annotations
 

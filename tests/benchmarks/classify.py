@@ -5,7 +5,7 @@
     python tests/benchmarks/classify.py --adapter … --shared … --arms eight eight_alone    # several adapters in one job
     python tests/benchmarks/classify.py --adapter … --device cuda --arms ours pipeline sentence_transformers tokenise
 
-Data sets: ``short`` (texts combined from halves of Banking77's), ``duplicates`` (the same with 30 % repeated), ``imdb``.
+Data sets: ``short`` (combined halves of Banking77's texts), ``duplicates`` (the same with 30 % repeated), ``imdb``.
 The arms take turns, each in a fresh process. Ratios are computed within a turn, and their medians are reported. A slow
 arm gets only the first ``--rival-rows`` rows, because its rows/s do not depend on their number. Start-up (imports,
 weights, Ray, compiling) is reported separately.
