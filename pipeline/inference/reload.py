@@ -237,7 +237,8 @@ REFERENCE_TEXTS = (
     "and it took ten minutes.",
     "It is neither as bad as its critics say nor as good as its makers hope, and for long stretches it is both at "
     "once: slow where it should be quick, loud where it should be still, and then, without warning, so exact about "
-    "a small disappointment that one forgives it the rest and waits for the next such moment, which comes late, but comes.",
+    "a small disappointment that one forgives it the rest and waits for the next such moment, "
+    "which comes late, but comes.",
 )
 """Texts of many kinds and lengths for the reference outputs, so that no user's text has to be published."""
 
