@@ -303,7 +303,7 @@ def _meta(result: TaskResult) -> AdapterMeta:
 
 
 def check_golden(name: str, text: str) -> None:
-    """Compare with ``tests/golden/<name>``; ``REGENERATE_GOLDEN=1 pytest tests/test_report.py tests/test_model_card.py`` writes it anew."""
+    """Compare with ``tests/golden/<name>``, or write it if ``REGENERATE_GOLDEN=1`` is set."""
     path = GOLDEN / name
     if os.environ.get("REGENERATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
@@ -407,7 +407,7 @@ def toy_texts(num_texts: int, *, seed: int = 0, topics: Sequence[str] = tuple(_T
 
 
 def save_tiny_tokenizer(folder: Path, *, special_tokens: bool = True) -> None:
-    """A real fast tokenizer: one token per word, [CLS] and [SEP] around a text; padding is token 1 (as MPNet has it)."""
+    """A real fast tokenizer: one token per word, [CLS] and [SEP] around a text. Padding is token 1, as in MPNet."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -475,7 +475,7 @@ def tiny_architecture(family: str) -> Any:
 
 
 def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, **changes: int | str) -> Path:
-    """A random encoder of a real architecture with its tokenizer, as a folder that transformers loads; ``changes`` are of its config."""
+    """Folder of a random encoder of a real architecture with its tokenizer. ``changes`` apply to its config."""
     import torch
     from transformers import AutoModel
 

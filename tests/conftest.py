@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """What computes sets the threads of its process, and the number of threads is seen in the last bits of the next test's weights."""
+    """Reset the number of threads, which a test may set and which changes the last bits of the next test's weights."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -57,7 +57,7 @@ def bert(encoder_folder: Callable[[str], Path]) -> Encoder:
 
 @pytest.fixture
 def hub_cache(encoder_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which huggingface_hub keeps what it has downloaded, with one encoder in it: ``someone/tiny`` at ``COMMIT``."""
+    """Cache folder of huggingface_hub with one encoder: ``someone/tiny`` at ``COMMIT``."""
     import huggingface_hub.constants
 
     repository = tmp_path / "hub" / "models--someone--tiny"
@@ -97,7 +97,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def finished_run(encoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Not to be written to.
+    """``lorafleet train`` on two small tasks, with the Prefect server and the Ray that it starts itself. Read-only.
 
     The folder holds modules of the user's that are called as ours, and is on PYTHONPATH.
     """

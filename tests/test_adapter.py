@@ -951,7 +951,7 @@ def test_pt_files_of_older_versions_which_held_more_still_are_the_adapter(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_an_adapter_embeds_trains_and_embeds_again(family: str, encoder_folder: Folders) -> None:
-    """On the path that a run takes where the processor multiplies bfloat16: packed weights, first made by an inference."""
+    """The path of a run on a processor with bfloat16: packed weights, first used by an inference."""
     config = EncoderConfig(name=str(encoder_folder(family)), max_tokens=24)
     runtime = choose_runtime(TrainConfig(precision="bfloat16"), threads=1, use_gpu=False)
     encoder = Encoder(find_encoder(config, offline=True), config, runtime)

@@ -93,7 +93,7 @@ def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: boo
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_projections_side_by_side_attend_as_apart(masked: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By PyTorch's fused kernel too, which is taken where the processor has matrix tiles; it must accept the arrays as they lie."""
+    """Also with PyTorch's fused kernel, used if the processor has matrix tiles, which must accept the memory layout."""
     monkeypatch.setattr("pipeline.encoder.attention._fused_is_faster", lambda _: fused)
     dtype = torch.bfloat16 if fused else torch.float32
     together = torch.stack([t.transpose(1, 2) for t in inputs(tokens=33)], dim=2).to(dtype)

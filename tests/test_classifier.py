@@ -261,7 +261,7 @@ def test_few_texts_are_spread_over_several_batches(
 def test_in_bfloat16_the_answers_are_those_of_the_adapter_in_float32(
     family: str, encoder_folder: Folders, tmp_path: Path
 ) -> None:
-    """Packed weights, own attention, fused GELU, merged adapters: what the bulk job runs where the processor multiplies bfloat16."""
+    """Packed weights, own attention, fused GELU, merged adapters: the bulk job on a processor with bfloat16."""
     adapters = found(saved(tmp_path / "A", encoder_folder(family)))
     if choose_runtime(TrainConfig(), threads=1, use_gpu=False).dtype != "bfloat16":
         pytest.skip("this processor does not multiply bfloat16")

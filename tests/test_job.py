@@ -137,7 +137,7 @@ def test_an_encoder_that_changed_after_it_was_checked_is_refused(spec: JobSpec) 
         TaskJob(changed(spec, encoder_revision="sha256:0")).load()
 
 
-# --- going on from an adapter that is there ---
+# --- starting from an existing adapter ---
 
 
 def warm(tmp_path: Path, encoder: Path, /, **sections: Any) -> RunConfig:
@@ -156,7 +156,7 @@ def warm(tmp_path: Path, encoder: Path, /, **sections: Any) -> RunConfig:
         ({"adapter": {"rank": 4, "alpha": 1.5}}, "rank and another alpha"),
     ],
 )
-def test_an_adapter_of_another_shape_is_not_gone_on_from(
+def test_an_adapter_of_another_shape_is_not_started_from(
     sections: dict[str, Any], told: str, encoder_folder: Folders, tmp_path: Path
 ) -> None:
     save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"))
@@ -167,7 +167,7 @@ def test_an_adapter_of_another_shape_is_not_gone_on_from(
     assert task.notes[-1].endswith(f"published#Topics has another {told}")
 
 
-def test_an_adapter_that_changed_after_it_was_checked_is_not_gone_on_from(
+def test_an_adapter_that_changed_after_it_was_checked_is_not_started_from(
     encoder_folder: Folders, tmp_path: Path
 ) -> None:
     save_bulk_adapter(tmp_path / "published" / "Topics", encoder_folder("bert"))

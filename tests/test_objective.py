@@ -199,7 +199,7 @@ def test_a_killed_training_resumes_to_the_same_bits(toy: type[Toy], encoder_fold
     assert facts(resumed) == facts(undisturbed)
 
 
-def test_another_batch_of_examples_is_not_gone_on_with(toy: type[Toy], bert: Encoder, tmp_path: Path) -> None:
+def test_a_training_on_other_examples_is_not_resumed(toy: type[Toy], bert: Encoder, tmp_path: Path) -> None:
     path = tmp_path / "training.safetensors"
     train(toy.make(bert), bert, max_epochs=1, checkpoint=path).adapter.detach()
     with pytest.raises(ResumeError, match="examples: then"):

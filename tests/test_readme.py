@@ -1,4 +1,4 @@
-"""Publishing and loading as the READMEs show it, run from their own text; and the answers of each loader on 200 real texts."""
+"""Publishing and loading as in the READMEs, run from their text, and the outputs of each loader on 200 real texts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def section(title: str) -> str:
 
 
 def steps(text: str) -> list[Step]:
-    """Every command line and every Python program, in order; "…" in a command stands for the beginning of the one before."""
+    """Every command line and Python program, in order. "…" in a command is the beginning of the previous one."""
     found: list[Step] = []
     for code in _CODE.finditer(text):
         if code["language"] == "python":
@@ -270,7 +270,7 @@ def _fill_hub(hub: HubServer) -> None:
 
 
 def _put_eurobert(hub: HubServer, cwd: Path, texts: list[str]) -> Path:
-    """A tiny EuroBERT on the Hub, and beside it an adapter of it that favours no label; returns the encoder's folder."""
+    """A tiny EuroBERT and an untrained adapter of it on the Hub. Returns the encoder's folder."""
     import torch
 
     from pipeline.adapter.adapter import Adapter

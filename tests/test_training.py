@@ -616,7 +616,7 @@ def test_which_texts_meet_changes_from_epoch_to_epoch(lengths: IntArray) -> None
     assert len(first & second) < 0.1 * len(first)
 
 
-# --- going on from a published adapter ---
+# --- starting from a published adapter ---
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Store:
         )
 
     def start_in_the_middle(self) -> Command:
-        """Start, and come back once the quick one is finished and each of the others is in the middle of an epoch, the first one done."""
+        """Start, and return once the quick task is finished and the others are in the middle of their second epoch."""
         command = self.start()
         command.wait_until(self.in_the_middle)
         return command

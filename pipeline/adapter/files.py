@@ -128,15 +128,15 @@ def check_both_forms(adapter: Adapter, folder: TaskFolder) -> None:
     # In files of older versions, each tensor is saved with the vector of all trained weights, of which it is a view.
     num_bytes = sum(parameter.nbytes for parameter in adapter.parameters)
     for path, state in expected.items():
-        found = _read_pt(path, at_most=num_bytes + _BYTES_AROUND_TENSORS + _BYTES_AROUND_TENSOR * len(state))
-        if found.keys() != state.keys() or not all(_is_same(found[name], tensor) for name, tensor in state.items()):
+        saved = _read_pt(path, at_most=num_bytes + _BYTES_AROUND_TENSORS + _BYTES_AROUND_TENSOR * len(state))
+        if saved.keys() != state.keys() or not all(_is_same(saved[name], tensor) for name, tensor in state.items()):
             raise VerificationError(
                 f"{path}: the weights differ from {folder.adapter_weights.name} and {folder.head.name}"
             )
 
 
-def _is_same(found: Any, tensor: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.dtype == tensor.dtype and torch.equal(found, tensor)
+def _is_same(saved: Any, tensor: Tensor) -> bool:
+    return isinstance(saved, Tensor) and saved.dtype == tensor.dtype and torch.equal(saved, tensor)
 
 
 def _read_weights(
@@ -207,14 +207,14 @@ def _read_pt(path: Path, *, at_most: int) -> dict[str, Any]:
             or sum(entry.file_size for entry in entries) > at_most
         ):
             raise BadZipFile("its parts are compressed or overlap, which torch.save never does")
-        found = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+        tensors = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as error:
         raise VerificationError(f"{path}: missing or damaged: {error.strerror}") from None
     except Exception as error:  # noqa: BLE001 - damage makes torch and zipfile raise anything
         raise VerificationError(f"{path}: missing or damaged: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise VerificationError(f"{path}: expected tensors by name, found {type(found).__name__}")
-    return found
+    if not isinstance(tensors, dict):
+        raise VerificationError(f"{path}: expected tensors by name, found {type(tensors).__name__}")
+    return tensors
 
 
 def _lora_state(adapter: Adapter) -> dict[str, Tensor]:

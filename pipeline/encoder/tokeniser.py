@@ -199,10 +199,10 @@ def _special_tokens_around(backend: Any) -> tuple[list[int], list[int]] | None:
     backend.no_padding()
     backend.no_truncation()
     word, text = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
-    for before in range(len(text) - len(word) + 1):
-        behind = before + len(word)
-        if text[before:behind] == word and len(text) > len(word):
-            return text[:before], text[behind:]
+    for start in range(len(text) - len(word) + 1):
+        end = start + len(word)
+        if text[start:end] == word and len(text) > len(word):
+            return text[:start], text[end:]
     return None
 
 

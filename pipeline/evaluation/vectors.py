@@ -23,10 +23,10 @@ class TextVectors:
         new = list(dict.fromkeys(text for text in texts if text not in self._row_of))
         if new:
             reuse = tokens is not None and len(new) == len(texts)
-            made = self._encoder.embed(tokens if reuse and tokens is not None else self._encoder.tokenise(new))
+            vectors = self._encoder.embed(tokens if reuse and tokens is not None else self._encoder.tokenise(new))
             for text in new:
                 self._row_of[text] = len(self._row_of)
-            self._vectors = np.concatenate([self._vectors, made])
+            self._vectors = np.concatenate([self._vectors, vectors])
         return self._vectors[[self._row_of[text] for text in texts]]
 
     def features(self, texts: Sequence[str]) -> FloatArray:

@@ -31,11 +31,11 @@ class FusedLayer(nn.Module):
         """Take over the children of ``layer``, and change them."""
         super().__init__()
         self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
-        own = self.attention.self
-        projections = [getattr(own, name) for name in _PROJECTIONS]
-        own.qkv = joined(projections)
+        self_attention = self.attention.self
+        projections = [getattr(self_attention, name) for name in _PROJECTIONS]
+        self_attention.qkv = joined(projections)
         for projection, rows in zip(
-            projections, own.qkv.weight.split([p.out_features for p in projections]), strict=True
+            projections, self_attention.qkv.weight.split([p.out_features for p in projections]), strict=True
         ):
             projection.weight = nn.Parameter(rows, requires_grad=False)  # the same memory
         self.intermediate.dense = FrozenLinear(self.intermediate.dense, gelu=True)
@@ -43,11 +43,11 @@ class FusedLayer(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """(texts, tokens, width) -> (texts, tokens, width), as called by transformers. The mask is additive."""
         attention = self.attention
-        own = attention.self
-        projections = own.qkv.product(hidden).unflatten(
-            -1, (len(_PROJECTIONS), own.num_attention_heads, own.attention_head_size)
+        self_attention = attention.self
+        projections = self_attention.qkv.product(hidden).unflatten(
+            -1, (len(_PROJECTIONS), self_attention.num_attention_heads, self_attention.attention_head_size)
         )
-        attended = attend_jointly(projections, attention_mask, own.scaling).flatten(2)
+        attended = attend_jointly(projections, attention_mask, self_attention.scaling).flatten(2)
         hidden = _add_and_normalise(attention.output, attended, hidden)
         return _add_and_normalise(self.output, self.intermediate.dense.product(hidden), hidden)
 
@@ -120,12 +120,12 @@ def join_projections(projections: Mapping[str, nn.Linear], model: nn.Module) -> 
     wanted = dict[str, nn.Linear]()
     for path, projection in projections.items():
         parent, _, name = path.rpartition(".")
-        own = model.get_submodule(parent)
-        if name in _PROJECTIONS and hasattr(own, _JOINED):
+        parent_module = model.get_submodule(parent)
+        if name in _PROJECTIONS and hasattr(parent_module, _JOINED):
             together = f"{parent}.{_JOINED}"
             if together not in wanted:
                 wanted[together] = joined(
-                    [projections.get(f"{parent}.{name}", getattr(own, name)) for name in _PROJECTIONS]
+                    [projections.get(f"{parent}.{name}", getattr(parent_module, name)) for name in _PROJECTIONS]
                 )
         else:
             wanted[path] = projection

@@ -82,7 +82,7 @@ def _draw_scores(axes: Axes, every: Sequence[Point]) -> None:
         handlelength=2.2,
         columnspacing=1.6,
     )
-    _mark_test_data(axes, [place - 0.5 for place, point in enumerate(every) if point.test_changed])
+    _mark_test_data(axes, [position - 0.5 for position, point in enumerate(every) if point.test_changed])
 
 
 def _mark_test_data(axes: Axes, marks: Sequence[float]) -> None:
@@ -108,73 +108,83 @@ def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
     """Draw a column of the score table, one piece per version of the test data. Reused points are hollow."""
     size = 5 if len(every) <= 26 else 3
     for piece in _comparable(every):
-        shown = [(place, row) for place in piece if (row := every[place].value(line.column)) is not None]
+        shown = [(position, row) for position in piece if (row := every[position].value(line.column)) is not None]
         axes.plot(
-            [place for place, _ in shown],
+            [position for position, _ in shown],
             [100 * row.value for _, row in shown],
             line.style,
             color=line.colour,
             linewidth=1.4,
         )
-        measured = [(place, row) for place, row in shown if every[place].reused_from is None]
+        measured = [(position, row) for position, row in shown if every[position].reused_from is None]
         if line.column == "head":
             _draw_intervals(axes, measured, line.colour)
         reused = [pair for pair in shown if pair not in measured]
         for rows, fill in ((measured, line.colour), (reused, PAPER)):
-            places, values = [place for place, _ in rows], [100 * row.value for _, row in rows]
-            axes.plot(places, values, line.marker, color=line.colour, markerfacecolor=fill, markersize=size)
+            positions, values = [position for position, _ in rows], [100 * row.value for _, row in rows]
+            axes.plot(positions, values, line.marker, color=line.colour, markerfacecolor=fill, markersize=size)
     axes.plot([], [], line.style, color=line.colour, marker=line.marker, markersize=5, label=line.name)
 
 
 def _draw_intervals(axes: Axes, rows: Sequence[tuple[int, ValueRow]], colour: str) -> None:
     below = [100 * max(row.value - row.low, 0) if row.low is not None else 0 for _, row in rows]
     above = [100 * max(row.high - row.value, 0) if row.high is not None else 0 for _, row in rows]
-    places, values = [place for place, _ in rows], [100 * row.value for _, row in rows]
+    positions, values = [position for position, _ in rows], [100 * row.value for _, row in rows]
     axes.errorbar(
-        places, values, yerr=[below, above], fmt="none", color=colour, ecolor=colour, elinewidth=1, capsize=2, alpha=0.6
+        positions,
+        values,
+        yerr=[below, above],
+        fmt="none",
+        color=colour,
+        ecolor=colour,
+        elinewidth=1,
+        capsize=2,
+        alpha=0.6,
     )
 
 
 def _comparable(every: Sequence[Point]) -> list[list[int]]:
     """Positions of runs whose scores a line may join: neighbours with the same test data."""
     pieces: list[list[int]] = []
-    for place, point in enumerate(every):
+    for position, point in enumerate(every):
         if point.test_changed or not pieces:
             pieces.append([])
-        pieces[-1].append(place)
+        pieces[-1].append(position)
     return pieces
 
 
 def _draw_seconds(axes: Axes, every: Sequence[Point]) -> None:
-    known = [
-        (place, point.facts.worker_seconds)
-        for place, point in enumerate(every)
+    recorded = [
+        (position, point.facts.worker_seconds)
+        for position, point in enumerate(every)
         if point.facts and point.reused_from is None
     ]
-    if not known:
+    if not recorded:
         _say(axes, "not recorded" if not any(point.facts for point in every) else "reused, nothing was computed")
         return
-    longest = max(seconds for _, seconds in known)
+    longest = max(seconds for _, seconds in recorded)
     unit, name = (3600, "h") if longest >= 7200 else (60, "min") if longest >= 120 else (1, "s")
-    axes.bar([place for place, _ in known], [seconds / unit for _, seconds in known], width=0.6, color=FROZEN)
+    axes.bar(
+        [position for position, _ in recorded], [seconds / unit for _, seconds in recorded], width=0.6, color=FROZEN
+    )
     axes.set_title(f"worker time, {name}", pad=6)
     axes.set_ylim(0, max(longest / unit * 1.1, 1e-9))
     axes.yaxis.set_major_locator(_few_ticks())
 
 
 def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
-    known = _known_shares(every)
-    if not known:
+    recorded = _recorded_shares(every)
+    if not recorded:
         _say(axes, "not recorded")
         return
-    places = [place for place, _ in known]
+    positions = [position for position, _ in recorded]
     shown = {
-        label: [100 * shares.get(label, 0.0) for _, shares in known]
+        label: [100 * shares.get(label, 0.0) for _, shares in recorded]
         for label in most_moved_labels(every, most=_LABELS_SHOWN)
     }
     for (label, shares), colour in zip(shown.items(), SERIES, strict=False):
-        axes.plot(places, shares, color=colour, marker="o", markersize=3, linewidth=1.4, label=_for_legend(label))
-    if len(known) == 1:
+        axes.plot(positions, shares, color=colour, marker="o", markersize=3, linewidth=1.4, label=_for_legend(label))
+    if len(recorded) == 1:
         axes.set_title("most frequent labels, per cent of train", pad=6)
     axes.set_ylim(0, 1.1 * max(max(shares) for shares in shown.values()))
     axes.yaxis.set_major_locator(_few_ticks())
@@ -184,29 +194,33 @@ def _draw_labels(axes: Axes, every: Sequence[Point]) -> None:
 
 
 def _draw_variation(axes: Axes, every: Sequence[Point]) -> None:
-    known = [(place, 100 * point.drift.total_variation) for place, point in enumerate(every) if point.drift is not None]
-    if not known:
-        _say(axes, "from the second run on" if len(_known_shares(every)) == 1 else "not recorded")
+    recorded = [
+        (position, 100 * point.drift.total_variation) for position, point in enumerate(every) if point.drift is not None
+    ]
+    if not recorded:
+        _say(axes, "from the second run on" if len(_recorded_shares(every)) == 1 else "not recorded")
         return
-    axes.bar([place for place, _ in known], [moved for _, moved in known], width=0.6, color=FROZEN)
-    axes.set_ylim(0, max(1.0, *(1.1 * moved for _, moved in known)))
+    axes.bar([position for position, _ in recorded], [moved for _, moved in recorded], width=0.6, color=FROZEN)
+    axes.set_ylim(0, max(1.0, *(1.1 * moved for _, moved in recorded)))
     axes.yaxis.set_major_locator(_few_ticks())
 
 
 def _draw_tokens(axes: Axes, every: Sequence[Point]) -> None:
-    known = [
-        (place, point.facts) for place, point in enumerate(every) if point.facts and point.facts.tokens_p90 is not None
+    recorded = [
+        (position, point.facts)
+        for position, point in enumerate(every)
+        if point.facts and point.facts.tokens_p90 is not None
     ]
-    if not known:
+    if not recorded:
         _say(axes, "not recorded")
         return
-    places = [place for place, _ in known]
+    positions = [position for position, _ in recorded]
     low, middle, high = (
-        [getattr(facts, name) for _, facts in known] for name in ("tokens_p10", "tokens_p50", "tokens_p90")
+        [getattr(facts, name) for _, facts in recorded] for name in ("tokens_p10", "tokens_p50", "tokens_p90")
     )
-    axes.fill_between(places, low, high, color=FROZEN, alpha=0.25, linewidth=0)
+    axes.fill_between(positions, low, high, color=FROZEN, alpha=0.25, linewidth=0)
     for values, width in ((low, 1.0), (middle, 1.8), (high, 1.0)):
-        axes.plot(places, values, color=INK, linewidth=width, marker="o", markersize=3)
+        axes.plot(positions, values, color=INK, linewidth=width, marker="o", markersize=3)
     axes.set_ylim(0, max(high) * 1.15)
     heights = _apart([values[-1] / (max(high) * 1.15) for values in (low, middle, high)], gap=14 / axes.bbox.height)
     for height, name, values in zip(heights, ("10 %", "half", "90 %"), (low, middle, high), strict=True):
@@ -246,8 +260,8 @@ def _say(axes: Axes, text: str) -> None:
     axes.set_yticks([])
 
 
-def _known_shares(every: Sequence[Point]) -> list[tuple[int, dict[str, float]]]:
-    return [(place, shares) for place, shares in enumerate(map(shares_of, every)) if shares]
+def _recorded_shares(every: Sequence[Point]) -> list[tuple[int, dict[str, float]]]:
+    return [(position, shares) for position, shares in enumerate(map(shares_of, every)) if shares]
 
 
 def _for_legend(label: str) -> str:

@@ -10,15 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from pipeline.adapter.files import save_adapter
-from pipeline.adapter.head import HeadStart
 from pipeline.data.dataset import TaskData, load_data
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
@@ -40,14 +35,13 @@ from pipeline.records import (
     Runtime,
     ScoreRow,
     TaskResult,
-    ValueRow,
     WarmStart,
 )
+from pipeline.run.baselines_file import BaselinesFile
 from pipeline.run.plan import JobSpec
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 from pipeline.training.batches import LabelledTokens
-from pipeline.training.checkpoint import tensor_file
 from pipeline.training.objective import Classification
 from pipeline.training.train import Training, train_adapter
 
@@ -235,7 +229,7 @@ class TaskJob:
     def _frozen(self) -> Baselines:
         if self._baselines is None:
             assert self._training is None, "the frozen encoder must be evaluated before an adapter is attached"
-            file = _BaselinesFile(self.work / "frozen.safetensors")
+            file = BaselinesFile(self.work / "frozen.safetensors")
             measured = file.read()
             if measured is None:
                 started = time.perf_counter()
@@ -302,38 +296,3 @@ class TaskJob:
         if adapter.sha256 != start.sha256:
             raise AdapterError(f"adapter {start.path} has changed since this run checked it; start it again")
         return adapter.folder
-
-
-class _BaselinesFile:
-    """File with the evaluation of the frozen encoder: arrays, with rows and times as metadata."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, baselines: Baselines, seconds: float) -> None:
-        tensors = {
-            "predictions": torch.from_numpy(baselines.probe_predictions),
-            "weight": torch.from_numpy(baselines.head_start.weight),
-            "bias": torch.from_numpy(baselines.head_start.bias),
-        }
-        facts: dict[str, Any] = {"probe_c": baselines.probe_c, "seconds": seconds}
-        for name, rows in (("rows", baselines.rows), ("values", baselines.values)):
-            facts[name] = [row.model_dump(mode="json") for row in rows]
-        facts["few_shot"] = baselines.few_shot
-        write_atomically(self.path, tensor_file(tensors, {"facts": json.dumps(facts)}))
-
-    def read(self) -> tuple[Baselines, float] | None:
-        """Read the file. None if there is none, if it is truncated, or if another version wrote it."""
-        if not self.path.exists():
-            return None
-        try:
-            with safe_open(self.path, framework="np") as file:
-                facts = json.loads(file.metadata()["facts"])
-                start = HeadStart(file.get_tensor("weight"), file.get_tensor("bias"))
-                predictions = file.get_tensor("predictions").astype(np.int64)
-            rows = tuple(ScoreRow.model_validate(row) for row in facts["rows"])
-            values = tuple(ValueRow.model_validate(row) for row in facts["values"])
-            baselines = Baselines(rows, values, facts["probe_c"], predictions, start, facts["few_shot"])
-        except (SafetensorError, ValidationError, KeyError):  # truncated, or written by another version
-            return None
-        return baselines, facts["seconds"]

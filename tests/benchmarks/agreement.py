@@ -1,10 +1,10 @@
-"""Whether the bulk kernel says what the adapters say: merged in the fastest dtype against not merged in float32, on real test texts.
+"""Agreement of the bulk kernel (merged, fastest dtype) with the adapters (not merged, float32) on real test texts.
 
     python tests/benchmarks/agreement.py runs/<run>
 
-For every adapter of the run whose MTEB task lies in the mirror: share of equal labels, the largest top-two gap (in float32) of a text on
-which they differ, and both accuracies. Exit code 1 if less than 99.5 % agree, a gap is 0.05 or more, or the accuracies differ by more
-than 0.1 points.
+Prints, for every adapter of the run whose MTEB task is in the mirror, the fraction of equal labels, the largest top-two
+gap (in float32) of a text with different labels, and both accuracies. The exit code is 1 if less than 99.5 % agree, a
+gap is 0.05 or more, or the accuracies differ by more than 0.1 points.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     print(
-        "| MTEB task | Texts | Equal labels | Largest gap where not | Accuracy, bulk | Accuracy, float32 |\n|---|---|---|---|---|---|"
+        "| MTEB task | Texts | Equal labels | Largest gap where not | Accuracy, bulk | Accuracy, float32 |\n"
+        "|---|---|---|---|---|---|"
     )
     good = True
     for weights in sorted(options.run.glob("*/adapter_model.safetensors")):

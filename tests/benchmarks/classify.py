@@ -1,13 +1,14 @@
-"""Bulk classification against what one would write otherwise, end to end: Parquet in, labels in Parquet out, same rows, same cores.
+"""Bulk classification against its rivals, end to end: from Parquet to labels in Parquet, same rows, same cores.
 
     python tests/benchmarks/classify.py --adapter runs/<run>#Banking77Classification
-    python tests/benchmarks/classify.py --adapter … --rows 2000 --rival-rows 500 --turns 1    # only to see that it works
-    python tests/benchmarks/classify.py --adapter … --shared … --arms eight eight_alone       # several adapters in one job
+    python tests/benchmarks/classify.py --adapter … --rows 2000 --rival-rows 500 --turns 1    # a smoke test
+    python tests/benchmarks/classify.py --adapter … --shared … --arms eight eight_alone    # several adapters in one job
     python tests/benchmarks/classify.py --adapter … --device cuda --arms ours pipeline sentence_transformers tokenise
 
-Data sets: ``short`` (texts put together from halves of Banking77's), ``duplicates`` (the same with 30 % repeated), ``imdb``.
-The arms take turns, each in a fresh process; ratios are taken within a turn, and medians are reported. A slow arm is given the first
-``--rival-rows`` rows only: its rows/s do not depend on how many there are. Start-up (imports, weights, Ray, compiling) is shown apart.
+Data sets: ``short`` (combined halves of Banking77's texts), ``duplicates`` (the same with 30 % repeated), ``imdb``.
+The arms take turns, each in a fresh process. Ratios are computed within a turn, and their medians are reported. A slow
+arm gets only the first ``--rival-rows`` rows, because its rows/s do not depend on their number. Start-up (imports,
+weights, Ray, compiling) is reported separately.
 
 ours                   the kernel in one process
 ours_ray               the same through Ray Data, one actor per core
@@ -20,7 +21,7 @@ tokenise               reading and tokenising only: a ceiling
 eight, eight_alone     eight adapters in one job; one of them in a job of its own
 command_eight, command_alone    the same as whole commands, `lorafleet classify`, from start to exit; all rows
 
-On a GPU every arm classifies texts that are not the input's before the clock starts: its libraries load with the first batches.
+On a GPU, every arm classifies other texts before the clock starts, because its libraries load with the first batches.
 Rivals (a), (b) and (c) run as they come, in float32; ``--rival-dtype`` and ``--rival-batch`` are for (a) and (b).
 Needs ``pip install openvino onnx onnxruntime onnxscript``.
 """

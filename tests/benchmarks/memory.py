@@ -1,10 +1,11 @@
-"""Peak memory of a bulk worker on an input that is larger than what it may use, as one file and as many.
+"""Peak memory of a bulk worker on an input that is larger than its memory limit, as one file and as many.
 
     python tests/benchmarks/memory.py --adapter runs/<run>#Banking77Classification
-    python tests/benchmarks/memory.py --adapter … --gigabytes 0.1    # only to see that it works
+    python tests/benchmarks/memory.py --adapter … --gigabytes 0.1    # a smoke test
 
-Each row has a text put together from Banking77's and random bytes that do not compress, so the bytes on disk are those in memory. Every
-case runs in a fresh process, with the job's own defaults (200,000 rows a unit: one file is one unit); printed is its largest resident set.
+Each row has a text combined from Banking77's and random bytes that do not compress, so the size on disk is that in
+memory. Each case runs in a fresh process with the job's defaults (200,000 rows per unit, so one file is one unit).
+Prints the largest resident set of each.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the orchestration costs: wall time of ``lorafleet train`` against the busy time of its workers.
+"""Cost of the orchestration: wall time of ``lorafleet train`` against the busy time of its workers.
 
     python tests/benchmarks/orchestration.py                             # the quickstart
     python tests/benchmarks/orchestration.py --set train.max_epochs=1 --set mteb_tasks.0.max_epochs=1
 
-Runs the command in a process of its own with a fresh run store, so that nothing is reused, and reads ``busy_seconds`` of every
-``result.json``. Prints wall time and the bar, 1.15 x (sum of busy seconds / parallelism) + 25 s, where parallelism is the smaller of the
-number of MTEB tasks and of the cores. Exit code 1 if it is missed.
+Runs the command in its own process with a fresh run store, so that nothing is reused, and reads ``busy_seconds`` of
+every ``result.json``. Prints the wall time and the limit, 1.15 x (sum of busy seconds / parallelism) + 25 s. The
+parallelism is the number of MTEB tasks or of cores, whichever is smaller. The exit code is 1 if the limit is exceeded.
 """
 
 from __future__ import annotations

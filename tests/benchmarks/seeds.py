@@ -1,9 +1,11 @@
-"""The result table of pipeline/evaluation/README.md: means over the runs of a store that differ in their seed only.
+"""The result table of pipeline/evaluation/README.md: means over the runs of a store that differ only in their seed.
 
-    for seed in 0 1 2; do lorafleet train --config minilm6 --set data.mirror=DIR --set train.seed=$seed --runs RUNS; done
+    for seed in 0 1 2; do
+        lorafleet train --config minilm6 --set data.mirror=DIR --set train.seed=$seed --runs RUNS
+    done
     python tests/benchmarks/seeds.py RUNS
 
-Prints Markdown; accuracies in per cent on test, the spread over seeds behind the head's mean.
+Prints Markdown with accuracies on test in per cent. The spread over seeds follows the mean of the head.
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{runs}: {task}, {column}: expected one row for each seed of {seeds}, found those of {found}"
                 )
     print(
-        f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; head against probe: seeds in which it is above / within noise / below\n"
+        f"{len(seeds)} seeds: {', '.join(map(str, seeds))}; "
+        "head against probe: seeds in which it is above / within noise / below\n"
     )
     print(
-        "| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head | Head against probe |"
+        "| MTEB task | Frozen, few-shot | LoRA, few-shot | Gain | Frozen, full-data probe | LoRA, own head "
+        "| Head against probe |"
     )
     print("|---|---|---|---|---|---|---|")
     means = {task: [fmean(row.accuracy for row in columns[c]) for c in COLUMNS] for task, columns in rows.items()}
@@ -58,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def line(name: str, means: Sequence[float], verdict: str, spread_of_head: str) -> str:
     frozen, adapted, probe, head = (100 * mean for mean in means)
-    return f"| {name} | {frozen:.1f} | {adapted:.1f} | {adapted - frozen:+.1f} | {probe:.1f} | {head:.1f} {spread_of_head} | {verdict} |"
+    numbers = f"{frozen:.1f} | {adapted:.1f} | {adapted - frozen:+.1f} | {probe:.1f} | {head:.1f} {spread_of_head}"
+    return f"| {name} | {numbers} | {verdict} |"
 
 
 def spread(heads: Sequence[ScoreRow]) -> str:

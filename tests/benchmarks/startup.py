@@ -1,10 +1,10 @@
-"""How long from the command to the first optimiser step, and where it goes: `lorafleet train` in embedded mode on a warm machine.
+"""Time from `lorafleet train` to the first optimiser step, by stage, in embedded mode on a warm machine.
 
     python tests/benchmarks/startup.py                  # the quickstart's config with less data, five starts
     python tests/benchmarks/startup.py --texts 2000 --starts 3
 
-The first start makes the run store's database, has the libraries compiled and warms the files up; it is not counted. Data are a few
-toy texts, so that what is measured is what a run costs before it computes anything of the user's.
+The first start creates the database of the run store, compiles the libraries and warms up the file cache. It is not
+counted. The data are a few toy texts, so the result is the fixed cost of a run.
 """
 
 from __future__ import annotations

@@ -1,23 +1,26 @@
-"""Training speed against what one would write otherwise, on Banking77 and all-MiniLM-L6-v2, with test accuracy beside it.
+"""Training speed against its rivals, with test accuracy, on Banking77 and all-MiniLM-L6-v2.
 
-    python tests/benchmarks/train.py                                     # three turns on all of train; more than an hour
-    python tests/benchmarks/train.py --texts 320 --epochs 1 --pairs 1    # only to see that it works; its figures mean nothing
-    python tests/benchmarks/train.py --precision float32 --arms ours trainer_default    # the claim for a CPU without bf16 units
+    python tests/benchmarks/train.py                                     # three turns on all of train: over an hour
+    python tests/benchmarks/train.py --texts 320 --epochs 1 --pairs 1    # a smoke test, whose figures mean nothing
+    python tests/benchmarks/train.py --precision float32 --arms ours trainer_default    # for CPUs without bf16 units
     python tests/benchmarks/train.py --device cuda --arms ours ours_launched trainer_default trainer_best plain_loop
 
-Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head: same texts, epochs, batch size, learning rate
-and threads. The arms take turns, each in a fresh process; ratios are taken within a turn, and the medians of turns are reported.
+Every arm trains rank-8 LoRA on query, key, value and output projection plus a linear head, with the same texts, epochs,
+batch size, learning rate and threads. The arms take turns, each in a fresh process. Ratios are computed within a turn,
+and the medians over turns are reported.
 
 ours              ``pipeline.training.train.train_adapter``, head started at random
 ours_probe        the same, head started from the full-data probe, whose embedding and fitting are part of its time
 ours_launched     the same as ours on a GPU, but with every step launched kernel by kernel instead of replayed
 trainer_default   Hugging Face Trainer + PEFT as they come: fp32, random batches padded to their longest text
 trainer_best      the same with ``bf16=True`` and length grouping
-plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention (on a GPU sdpa), length-bucketed batches, fused AdamW
+plain_loop        PEFT on a bf16 frozen base in evaluation mode, eager attention (sdpa on a GPU), length-bucketed
+                  batches, fused AdamW
 
-texts/s = training texts x epochs / seconds from texts in memory to trained weights: tokenising, attaching the adapter and any compiling
-included; imports and reading the encoder from disk excluded; validation and checkpoints timed after it and shown apart.
-Printed at the end, as Markdown: the machine, the table, the matrix-multiplication roof of the same run and our share of it.
+texts/s = training texts x epochs / seconds from texts in memory to trained weights. It includes tokenising, attaching
+the adapter and compiling, but not imports and reading the encoder from disk. Validation and checkpoints are timed
+afterwards and reported separately. At the end, the machine, the table, the matrix-multiplication roof of the same run
+and our fraction of it are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -343,11 +346,12 @@ def test_accuracy(predict: Callable[[Tensor, Tensor], Tensor], data: TaskData, *
 
 
 def training_flops(data: TaskData) -> int:
-    """Floating-point operations of one epoch that no implementation can leave out: no padding, no gradient to frozen weights.
+    """Floating-point operations that every implementation needs in one epoch, without padding.
 
-    Linear layers: 2 x weights per token forward, as much again for the gradient to their input, except below the first
-    layer's query, key and value, where nothing is trained. LoRA pairs and head: as much once more for the gradient to their
-    weights. Attention: two products forward and four backward, each 2 x tokens^2 x width per text. Norms, GELU and softmax are not counted.
+    Linear layers: 2 x weights per token forward, and as many for the gradient of their input, except below the first
+    layer's query, key and value, where nothing is trained. LoRA pairs and head: as many again for the gradient of their
+    weights. Attention: two products forward and four backward, each 2 x tokens^2 x width per text. Norms, GELU and
+    softmax are not counted.
     """
     from transformers import AutoConfig
 
@@ -365,7 +369,7 @@ def training_flops(data: TaskData) -> int:
 
 
 def measure_roof(settings: Settings) -> dict[str, Any]:
-    """FLOP/s of matrix products: the largest, and the encoder's own layer shapes at the mean number of tokens in a batch."""
+    """FLOP/s of matrix products: the largest, and in the encoder's layer shapes with the mean tokens of a batch."""
     import torch
     from transformers import AutoConfig
 
@@ -385,7 +389,10 @@ def measure_roof(settings: Settings) -> dict[str, Any]:
 
 
 def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, *, device: str) -> float:
-    """Of the fastest of many (rows, inner) x (inner, columns) products; on a GPU of the fastest twenty that it is given at once."""
+    """Seconds of the fastest of many (rows, inner) x (inner, columns) products.
+
+    On a GPU, twenty products are launched at once, and the fastest twenty count.
+    """
     import torch
 
     x, weight = (
@@ -611,19 +618,21 @@ def report(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof: dict
     first = next(iter(runs.values()))
     lines = [
         f"Banking77, all-MiniLM-L6-v2, rank-{RANK} LoRA + linear head, batch {BATCH_SIZE}, max length {MAX_TOKENS}, "
-        f"{settings.texts or 'all'} training texts, {settings.epochs} epochs, learning rate {settings.learning_rate:g}, "
-        f"{len(first)} alternated turns (median, lowest–highest).",
+        f"{settings.texts or 'all'} training texts, {settings.epochs} epochs, "
+        f"learning rate {settings.learning_rate:g}, {len(first)} alternated turns (median, lowest–highest).",
         f"Machine: {facts['cpu']}, {facts['cores']} cores, {settings.threads} threads, {units}; {versions}.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         "|---" * len(HEADINGS) + "|",
         *(_row(arm, of_arm, runs.get("ours")) for arm, of_arm in runs.items()),
         "",
-        "Validation and checkpoints are not part of texts/s. GFLOP/s counts only what no implementation can leave out, so no padding.",
+        "Validation and checkpoints are not part of texts/s. GFLOP/s counts only operations that every implementation "
+        "needs, so no padding.",
     ]
     if settings.rival_texts and any(arm.startswith("trainer") for arm in runs):
         lines.append(
-            f"The Trainer arms were trained on {settings.rival_texts} texts for their rate only, so they have no accuracy ('-')."
+            f"The Trainer arms were trained on {settings.rival_texts} texts for their rate only, "
+            "so they have no accuracy ('-')."
         )
     return [*lines, "", *_roof_lines(settings, runs, roof)]
 
@@ -649,7 +658,8 @@ def _roof_lines(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof:
     rates = {name: (roof[name] / 1e9, roof[f"{name}_layer"] / 1e9) for name in ("bfloat16", "float32")}
     size = "×".join(map(str, ROOF_SHAPES[settings.device]))
     lines = [
-        f"Matmul roof, {name}: {large:.0f} GFLOP/s at {size}, {layer:.0f} at the encoder's layers with {roof['batch_tokens']} tokens."
+        f"Matmul roof, {name}: {large:.0f} GFLOP/s at {size}, "
+        f"{layer:.0f} at the encoder's layers with {roof['batch_tokens']} tokens."
         for name, (large, layer) in rates.items()
     ]
     for arm in ("ours", "ours_probe"):
@@ -657,7 +667,8 @@ def _roof_lines(settings: Settings, runs: dict[str, list[dict[str, Any]]], roof:
             rate = statistics.median(run["flops"] / run["seconds"] / 1e9 for run in runs[arm])
             large, layer = rates[runs[arm][0]["precision"]]
             lines.append(
-                f"Share of it, {arm}: {rate / large:.1%} of the large product, {rate / layer:.1%} of the encoder's layers."
+                f"Fraction of it, {arm}: {rate / large:.1%} of the large product, "
+                f"{rate / layer:.1%} of the encoder's layers."
             )
     return lines
 

@@ -1,7 +1,7 @@
-"""Python imports this first where PYTHONPATH names its folder. Plants faults in the bulk job's kernel, in every process of a command.
+"""Faults in the kernel of the bulk job, in every process of a command whose PYTHONPATH names this folder.
 
-Each block of rows takes ``PLANTED_SECONDS``; the text ``poison`` kills its process as the kernel does when memory is out; the text
-``flood`` asks for more memory than there is.
+Python imports this module first. Each block of rows takes ``PLANTED_SECONDS``. The text ``poison`` kills its process as
+the operating system does when memory is exhausted. The text ``flood`` allocates more memory than the machine has.
 """
 
 from __future__ import annotations
