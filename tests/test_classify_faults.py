@@ -28,7 +28,8 @@ ON_CLUSTER = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20})
+head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 print(cluster.address, flush=True)
 for line in sys.stdin:
     node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
