@@ -237,7 +237,7 @@ def test_adapters_of_different_encoders_are_refused_with_both_revisions(run: Pat
     other = save_bulk_adapter(tmp_path / "Other", save_tiny_encoder(tmp_path / "encoder", "bert", seed=5))
     one, two = (find(folder)[0].encoder.revision for folder in (run / "Topics", other))
     with pytest.raises(
-        AdapterError, match=f"adapters Topics and Other were trained on encoders of revision {one} and {two}"
+        AdapterError, match=f"adapters Topics and Other were trained with encoder revision {one} and {two}"
     ):
         find(run / "Topics", other)
 
@@ -245,7 +245,7 @@ def test_adapters_of_different_encoders_are_refused_with_both_revisions(run: Pat
 def test_adapters_trained_at_other_lengths_are_refused(run: Path) -> None:
     meta = run / "Pairs" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"max_tokens": 12}))
-    with pytest.raises(AdapterError, match="Topics and Pairs were trained on encoders of max_tokens 24 and 12"):
+    with pytest.raises(AdapterError, match="Topics and Pairs were trained with encoder max_tokens 24 and 12"):
         find(run / "Topics", run / "Pairs")
 
 
