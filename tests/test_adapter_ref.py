@@ -106,7 +106,7 @@ def test_what_is_no_reference_is_not_taken_for_the_current_folder(
 
 @pytest.mark.parametrize("task", ["../run/Topics", "..", ".", "Topics/", "x" * 300])
 def test_a_task_behind_the_folder_is_a_name_and_not_a_path(task: str, run: Path) -> None:
-    with pytest.raises(AdapterError, match="there is no adapter"):
+    with pytest.raises(AdapterError, match="it has no adapter"):
         find(f"{run}#{task}")
 
 
@@ -271,7 +271,7 @@ def test_an_adapter_of_the_hub_is_found_in_the_cache(revision: str, published: P
 
 def test_what_the_cache_lacks_is_told(published: Path) -> None:
     with pytest.raises(
-        AdapterError, match="hf:someone/adapters#Nothing: there is no adapter Nothing in it, but Topics"
+        AdapterError, match="hf:someone/adapters#Nothing: it has no adapter Nothing; it has Topics"
     ):
         find("hf:someone/adapters#Nothing")
     with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
@@ -324,7 +324,7 @@ def test_five_right_texts_of_seven_hundred_promise_no_accuracy_of_four_nines(run
             {"coverage": [{"threshold": 0.9, "coverage": 0.5, "accuracy": 1.0}]},
             "an older version wrote its calibration.json, which has no counts",
         ),
-        ({"coverage": []}, "its calibration.json, which has no counts"),
+        ({"coverage": []}, "an older version wrote its calibration.json, which has no counts"),
         (
             {"fitted_on": "none"},
             "it was trained without a validation slice, on which coverage is measured; use --min-score",
