@@ -270,9 +270,7 @@ def test_an_adapter_of_the_hub_is_found_in_the_cache(revision: str, published: P
 
 
 def test_what_the_cache_lacks_is_told(published: Path) -> None:
-    with pytest.raises(
-        AdapterError, match="hf:someone/adapters#Nothing: it has no adapter Nothing; it has Topics"
-    ):
+    with pytest.raises(AdapterError, match="hf:someone/adapters#Nothing: it has no adapter Nothing; it has Topics"):
         find("hf:someone/adapters#Nothing")
     with pytest.raises(AdapterError, match="hf:someone/adapters@v2#Topics: not in the local cache"):
         find("hf:someone/adapters@v2#Topics")
