@@ -286,7 +286,7 @@ REFUSALS = {
     "an output folder of somebody's": Refusal(["good", "taken"], "holds mine.txt, but no plan of a job"),
     "another encoder": Refusal(["good", "out", "--encoder", "{other}"], "adapter Topics: trained on"),
     "no such encoder": Refusal(["good", "out", "--encoder", "./nowhere"], "nowhere"),
-    "two encoders": Refusal(["good", "out", "--adapter", "{elsewhere}"], "were trained on encoders of revision"),
+    "two encoders": Refusal(["good", "out", "--adapter", "{elsewhere}"], "were trained with encoder revision"),
     "two adapters of one name": Refusal(
         ["good", "out", "--adapter", "Pairs={run}#Topics"], "two adapters are called Pairs"
     ),

@@ -99,7 +99,7 @@ def test_a_mirror_that_is_not_there_is_told_once(encoder_folder: Folders, tmp_pa
     config = load_config(str(path))
     with pytest.raises(DataError) as told:
         preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
-    assert str(told.value).startswith(f"data.mirror: there is no folder {tmp_path / 'gone'}; name the one")
+    assert str(told.value).startswith(f"data.mirror: there is no folder {tmp_path / 'gone'}; expected a folder")
 
 
 def changed(spec: JobSpec, **values: Any) -> JobSpec:

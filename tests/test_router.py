@@ -171,7 +171,7 @@ def test_adapters_of_different_encoders_and_another_encoder_are_refused(
     encoder_folder: Folders, tmp_path: Path
 ) -> None:
     refs = [saved(tmp_path / family, load_encoder(encoder_folder(family))) for family in ("bert", "distilbert")]
-    with pytest.raises(AdapterError, match=r"adapters bert and distilbert were trained on encoders of revision"):
+    with pytest.raises(AdapterError, match=r"adapters bert and distilbert were trained with encoder revision"):
         router_of(refs, encoder_folder("bert"))
     with pytest.raises(AdapterError, match=r"trained on .*bert at sha256:.*, but encoder .*distilbert is sha256:"):
         router_of(refs[:1], encoder_folder("distilbert"))

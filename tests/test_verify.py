@@ -654,7 +654,7 @@ def test_a_publication_with_hashes_that_fit_is_no_proof(harm: str, published: Pa
 def test_an_adapter_that_a_publication_does_not_list_is_not_verified(published: Path, encoder_folder: Folders) -> None:
     (published / "A").rename(published / "Evil")
     for ref in (f"{published}#Evil", str(published / "Evil")):
-        with pytest.raises(LorafleetError, match=r"A/.*is missing|there is no adapter Evil"):
+        with pytest.raises(LorafleetError, match=r"A/.*is missing|has no adapter Evil"):
             verify(ref, encoder=str(encoder_folder("bert")), offline=True)
 
 
