@@ -60,7 +60,7 @@ class Fleet:
         self._keeper.start()
 
     def start_ahead(self) -> None:
-        """As ``start``, but check first that a local Ray has a folder for its files.
+        """Start as ``start`` does, but check first that a local Ray has a folder for its files.
 
         Raises:
             InputError, LorafleetError: as ``ray_base``.

@@ -38,7 +38,7 @@ _TOPICS = ("sea", "kitchen", "garden")
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command came to."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -105,11 +105,11 @@ class Command:
         return sorted((p for p in self._known if _lives(p, titles)), key=lambda p: p.pid != self.process.pid)
 
     def log(self) -> str:
-        """What it has said on standard error so far."""
+        """Standard error so far."""
         return self._err.read_text()
 
     def said(self) -> str:
-        """What it has printed on standard output so far."""
+        """Standard output so far."""
         return self._out.read_text()
 
     def kill(self, *titles: str) -> None:

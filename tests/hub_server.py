@@ -57,7 +57,7 @@ class Blob:
         return Blob(sha256, _git_sha1(_pointer(sha256, len(content))), len(content), lfs=True)
 
     def lfs_info(self, hash_key: str) -> dict[str, Any]:
-        """What the Hub says of a large file besides; it calls the hash by different names."""
+        """Further facts that the Hub gives of a large file. It has several names for the hash."""
         if not self.lfs:
             return {}
         return {"lfs": {hash_key: self.etag, "size": self.size, "pointerSize": len(_pointer(self.etag, self.size))}}
@@ -104,7 +104,7 @@ class Repo:
         return blob
 
     def served(self, path: str, blob: Blob) -> bytes | None:
-        """What a download gets."""
+        """Bytes that a download gets."""
         return self.damage.get((path, blob.etag), self.objects[blob.etag])
 
     def lacks(self, sha256: str) -> bool:
@@ -172,7 +172,7 @@ class _Connection(H11Protocol):
 
 
 class HubServer:
-    """What a test holds of its Hub. A repository is named ``owner/name``; all of it may be called from any thread.
+    """A test's handle on its Hub. A repository is named ``owner/name``. Every method may be called from any thread.
 
     Attributes:
         endpoint: ``http://127.0.0.1:port``.
@@ -197,7 +197,7 @@ class HubServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a child process needs besides its own HF_HOME."""
+        """Environment that a child process needs in addition to its own HF_HOME."""
         online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         return online | {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token}
 

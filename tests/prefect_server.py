@@ -53,12 +53,12 @@ class Api:
         return str(run["id"])
 
     def state(self, flow_run: str) -> dict[str, Any]:
-        """Of a flow run: ``type``, ``name``, ``message``."""
+        """State of a flow run: ``type``, ``name``, ``message``."""
         state: dict[str, Any] = self.get(f"/flow_runs/{flow_run}")["state"]
         return state
 
     def cancel(self, flow_run: str) -> None:
-        """What the UI's button does."""
+        """Cancel a flow run as the UI's button does."""
         answer = self.post(f"/flow_runs/{flow_run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
         assert answer["status"] == "ACCEPT", answer
 

@@ -119,7 +119,7 @@ class Child:
             time.sleep(0.001)
 
     def ended(self, *, seconds: float = 60) -> dict[str, Any] | None:
-        """What it came to; nothing if it was killed."""
+        """The answer of the child; None if it was killed."""
         self.process.join(seconds)
         assert not self.process.is_alive(), "it hangs"
         return json.loads(self._answer.read_text(encoding="utf-8")) if self._answer.is_file() else None
@@ -168,7 +168,7 @@ def _go_to(endpoint: str, token: str, home: Path, waits: list[float], monkeypatc
 
 
 def _publish_here(endpoint: str, token: str, home: str, run: str, answer: str, config: str) -> None:
-    """In a child."""
+    """Publish in a child process."""
     monkeypatch = pytest.MonkeyPatch()
     _go_to(endpoint, token, Path(home), [], monkeypatch)
     monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE))
@@ -225,7 +225,7 @@ def _main(module: str, input: bytes, send: Any) -> None:
 
 
 def published_part(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Less what the Hub put there."""
+    """Files of a repository without those that the Hub adds."""
     return {path: content for path, content in files.items() if path != ".gitattributes"}
 
 
@@ -298,7 +298,7 @@ def change_adapter(folder: RunFolder, task: str, encoder: Path, change: Callable
 
 
 def no_effect(adapter: Any) -> None:
-    """As if nothing had been trained but the head."""
+    """Remove the effect of the pairs, as if only the head had been trained."""
     import torch
 
     with torch.no_grad():
@@ -332,13 +332,13 @@ class World:
     pairs: Path
     encoder: Path
     old: dict[str, bytes]
-    """What publishing ``base`` gives."""
+    """Files after publishing ``base``."""
     new: dict[str, bytes]
-    """What publishing ``both`` on top gives: Topics stays, Pairs comes."""
+    """Files after publishing ``both`` over it: Topics stays, Pairs is added."""
 
 
 def make_world(run: Path, root: Path) -> World:
-    """From a finished run."""
+    """Make the world from a finished run."""
     base = copy_run(run, root / "runs" / "base", tasks=["Topics"]).root
     both = copy_run(run, root / "runs" / "both").root
     pairs = copy_run(run, root / "runs" / "pairs", tasks=["Pairs"]).root
@@ -381,14 +381,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on the Hub or on the way there, and how publishing has to end."""
+    """A fault of the Hub or of the way to it, and how publishing must end."""
 
     name: str
     plant: Callable[[Place, World], None]
     met: Callable[[Place], bool]
     """Whether it did go wrong."""
     ends: type[Exception] | None = None
-    """None: publishing ends well."""
+    """The error that publishing ends with. None: it succeeds."""
     says: str = ""
     main: str = "new"
     others: tuple[str, ...] = ()
@@ -505,7 +505,7 @@ def _race(times: int) -> Fault:
 
 
 def _damage(name: str, path: str, change: Callable[[bytes], bytes] | None) -> Fault:
-    """In the Hub's storage, between the staged commit and its download."""
+    """Damage in the Hub's storage, between the staged commit and its download."""
 
     def plant(place: Place, world: World) -> None:
         def strike() -> None:
@@ -565,7 +565,7 @@ def concerns(name: str, *, large: bool) -> bool:
 
 @dataclass(frozen=True)
 class Harm:
-    """What is wrong with the run."""
+    """A fault of the run itself."""
 
     name: str
     do: Callable[[RunFolder, Path, Path], None]
@@ -612,7 +612,7 @@ class _Bomb:
 
 
 def plant_pickle(folder: RunFolder, encoder: Path, tmp_path: Path) -> None:
-    """As torch.save writes it, with another pickle inside."""
+    """Plant a file as torch.save writes it, with another pickle inside."""
     path = folder.task("Pairs").lora_adapter_pt
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}

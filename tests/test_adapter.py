@@ -914,7 +914,7 @@ def test_a_pt_file_that_is_not_the_adapter_is_refused_before_it_is_unpacked(
 
 
 def _one_vector(adapter: Adapter) -> Adapter:
-    """As the training loop holds the weights: views of one vector."""
+    """Hold the weights as the training loop does, as views of one vector."""
     parameters = adapter.parameters
     vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
     for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):

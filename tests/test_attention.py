@@ -42,7 +42,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def inputs(*, tokens: int, groups: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """As projections give them: views whose memory runs over tokens before heads."""
+    """Inputs as projections give them: views whose memory runs over tokens before heads."""
     torch.manual_seed(tokens)
     query, key, value = (torch.randn(3, tokens, heads, 8).transpose(1, 2) for heads in (4, groups, groups))
     return query, key, value
@@ -78,7 +78,7 @@ def test_result_and_gradients_are_those_of_a_plain_formulation(tokens: int, mask
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33, 65])
 def test_without_a_backward_pass_the_result_is_the_same(tokens: int, masked: bool, dtype: torch.dtype) -> None:
-    """In bfloat16 also that of the fused kernel, where the processor has matrix tiles."""
+    """The fused kernel gives it in bfloat16 too, if the processor has matrix tiles."""
     arguments, mask = [a.to(dtype) for a in inputs(tokens=tokens)], padding(tokens).to(dtype) if masked else None
     expected = plain(*(a.float() for a in arguments), None if mask is None else mask.float(), 0.35)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]

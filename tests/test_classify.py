@@ -52,7 +52,7 @@ for number, arguments in enumerate(json.load(open(sys.argv[1]))):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tests of this file run the command: with adapters, their encoder and a Prefect server."""
+    """The place of the tests of this file, with adapters, their encoder and a Prefect server."""
 
     root: Path
     api: str
@@ -265,7 +265,7 @@ def test_a_unit_whose_data_are_damaged_is_a_failure_and_the_others_are_done(plac
 class Refusal:
     arguments: Sequence[str]
     words: str
-    """What the message must hold."""
+    """Words that the message must hold."""
 
 
 REFUSALS = {
@@ -319,7 +319,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refused(place: Place, finished_run: FinishedRun) -> dict[str, Ended]:
-    """What the command says to each of ``REFUSALS``."""
+    """Answers of the command to each of ``REFUSALS``."""
     root = place.root / "refused"
     write_bulk_input(root / "good", num_files=1, rows=10, group=10)
     write_bulk_input(root / "differing", num_files=2, rows=10, group=10)

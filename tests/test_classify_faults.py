@@ -94,7 +94,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where bulk jobs are started and killed."""
+    """A place to start and kill bulk jobs."""
 
     cwd: Path
     api: str
@@ -241,7 +241,7 @@ def test_a_job_on_a_ray_of_its_own_goes_on_where_it_was_killed(
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_twenty_kills_at_random_moments_change_nothing(bench: Bench, cluster: Cluster, undisturbed: Path) -> None:
-    """Of actors, of the second node and of drivers, over as many jobs as it takes."""
+    """The kills hit actors, the second node and drivers, over as many jobs as it takes."""
     chance = random.Random(20)
     kills = ["actor"] * 9 + ["node"] * 4 + ["driver"] * 7
     chance.shuffle(kills)

@@ -1,4 +1,4 @@
-"""From results to the files of a run: corrected p-values, what is taken over, and the order of writing."""
+"""The files of a run, made from results: corrected p-values, reused tasks, and the order of writing."""
 
 from __future__ import annotations
 

@@ -477,7 +477,7 @@ def test_a_schedule_trains_then_finds_nothing_to_do_then_retrains_only_what_has_
     deployment = only_one(api, file, schedule=schedule_of(interval=15, cron=None, timezone=None))["id"]
 
     def messages() -> list[str]:
-        """Of the runs that are over and were not cancelled because one was still running, the oldest first."""
+        """State messages of the finished runs, oldest first, without those cancelled because another was running."""
         runs = api.post("/flow_runs/filter", deployments={"id": {"any_": [deployment]}}, sort="START_TIME_ASC")
         return [run["state"]["message"] for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
 

@@ -465,7 +465,7 @@ def test_a_store_below_a_file_or_behind_a_broken_link_is_a_fault(runs: str, tmp_
 
 
 def _checked_by_nobody(runs: Path, send: Any) -> None:
-    """In a child: as a user who may not do everything, whom the tests may be."""
+    """Run the checks in a child process, as a user without privileges."""
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)

@@ -38,7 +38,7 @@ def config_of(run: FinishedRun, *overrides: str) -> RunConfig:
 def test_a_run_like_the_newest_one_is_checked_ahead(
     override: str, finished_run: FinishedRun, begun: list[RunConfig]
 ) -> None:
-    """Where it computes and what it publishes is no reason to train."""
+    """The place of the computation and the publication are no reason to train."""
     config = config_of(finished_run, override)
     early_check(config, finished_run.runs)
     assert begun == [config]

@@ -57,7 +57,7 @@ def fault(config: EncoderConfig) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestEachFamily:
-    """What must hold for every architecture that has full support."""
+    """Laws for every architecture with full support."""
 
     def test_the_vectors_are_those_of_transformers_itself(self, family: str, encoder_folder: Folders) -> None:
         from transformers import AutoModel, AutoTokenizer

@@ -67,7 +67,7 @@ class WatchedEncoder(Encoder):
 
 
 class PlainEncoder:
-    """What mteb asks for, as simple as can be: no text is kept."""
+    """The simplest encoder that mteb accepts. It keeps no text."""
 
     mteb_model_meta = ModelMeta.create_empty({"name": "plain/encoder", "revision": "1"})
 

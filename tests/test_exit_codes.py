@@ -183,7 +183,7 @@ def test_the_exit_code_is_that_of_the_table(code: int, case: Callable[[Place], E
 def test_what_a_label_a_file_and_a_folder_are_called_cannot_forge_a_line(
     encoder_folder: Folders, prefect_api: str, tmp_path: Path
 ) -> None:
-    """On the terminal, in the log, in Prefect's artifact and in its state."""
+    """The line is looked for on the terminal, in the log, in Prefect's artifact and in its state."""
     from prefect_server import Api
 
     evil = "x\x1b[2J\n00:00:00 | forged"

@@ -78,7 +78,7 @@ class Store:
         return command
 
     def epochs_done(self) -> int:
-        """Of the long task."""
+        """Finished epochs of the long task."""
         return max(epochs_done(self.runs).values(), default=0)
 
     def adapters(self, ended: Ended) -> dict[str, str]:
@@ -87,7 +87,7 @@ class Store:
         return read_manifest(RunFolder(self.cwd / ended.run)).adapters
 
     def origins(self, ended: Ended) -> dict[str, str]:
-        """Which MTEB tasks were taken over, and from where."""
+        """MTEB task -> the run that it was reused from."""
         return read_manifest(RunFolder(self.cwd / ended.run)).reused
 
     def result(self, ended: Ended, name: str) -> TaskResult:

@@ -222,7 +222,7 @@ def answer_of(command: Command) -> dict[str, Any]:
 
 
 def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path: Path) -> None:
-    """As when a run's input is refused as soon as Ray is up. Ray's core bypasses our loggers on standard error."""
+    """This happens if a run's input is refused as soon as Ray is up. Ray's core writes to standard error directly."""
     program = "from pipeline.config import ComputeConfig\nfrom tasks.fleet import Fleet\n"
     program += (
         "fleet = Fleet(ComputeConfig(), num_tasks=1, make_ahead=True)\nfleet.start(); fleet.ready(); fleet.stop()"
@@ -234,7 +234,7 @@ def test_a_fleet_stopped_while_its_first_workers_are_made_says_nothing(tmp_path:
 
 @pytest.mark.faults
 def test_a_local_ray_starts_where_the_path_for_temporary_files_is_long_and_the_user_has_no_home(tmp_path: Path) -> None:
-    """As on a SLURM node, or in a container; nobody else can enter its folder, and nothing is left of it."""
+    """A SLURM node or a container is like this. Nobody else can enter the folder, and nothing is left of it."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
     command = try_ray(tmp_path, TMPDIR=str(long), HOME="/proc")
@@ -249,7 +249,7 @@ def test_a_local_ray_starts_where_the_path_for_temporary_files_is_long_and_the_u
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_a_ray_that_does_not_come_up_in_time_is_started_once_more(tmp_path: Path) -> None:
-    """As on a busy machine: the first raylet is stopped as soon as it is there."""
+    """The first raylet is stopped as soon as it exists, as if the machine were busy."""
     command = try_ray(tmp_path)
     (first,) = command.wait_until(lambda: command.family("raylet/raylet"))
     first.suspend()
@@ -289,7 +289,7 @@ def test_a_stopped_fleet_starts_no_worker(start: Callable[..., Fleet]) -> None:
 def test_the_same_flow_on_a_cluster_gives_the_same_adapters_and_leaves_it_running(
     cluster: Cluster, finished_run: FinishedRun, prefect_api: str, tmp_path: Path
 ) -> None:
-    """In a new store, so trained again, two at a time on half a GPU each, next to modules with our names."""
+    """The store is new, so both train again, on half a GPU each, next to modules with our names."""
     for name in ("flows", "tasks", "pipeline"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('this is not lorafleet')", encoding="utf-8")
     compute = {"ray_address": cluster.address, "gpus_per_worker": 0.5, "cpus_per_worker": 1.0}

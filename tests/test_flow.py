@@ -294,7 +294,7 @@ def test_what_finished_is_published_beside_a_failure(mixed: Mixed) -> None:
 
 
 def gate_artifact(api: str, run_folder: Path) -> list[dict[str, Any]]:
-    """What Prefect's UI shows of the gate's decisions about a run."""
+    """The gate's decisions about a run, as Prefect's UI shows them."""
     (artifact,) = (
         artifact for artifact in _filtered(api, "gate") if f"run {run_folder.name}," in artifact["description"]
     )

@@ -19,7 +19,7 @@ def plain(inputs: int, outputs: int, *, bias: bool = True, dtype: torch.dtype = 
 
 
 def packed(linear: nn.Linear) -> nn.Linear:
-    """What the encoder makes of a layer on this machine; skips where it leaves it alone."""
+    """The layer as the encoder packs it on this machine. Skips if it is left alone."""
     model = nn.Sequential(linear)
     pack_linears(model, BF16.model_copy(update={"dtype": str(linear.weight.dtype).removeprefix("torch.")}))
     if not isinstance(model[0], FrozenLinear):

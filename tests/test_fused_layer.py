@@ -33,7 +33,7 @@ def has_packed_weights(encoder: Encoder) -> bool:
 
 
 def bulk_encoder(folder: Path) -> Encoder:
-    """As the bulk kernel loads it, in float32; with weights of LayerNorm that matter."""
+    """The encoder as the bulk kernel loads it, in float32, with LayerNorm weights that matter."""
     config = EncoderConfig(name=str(folder), max_tokens=24)
     encoder = Encoder(
         find_encoder(config, offline=True), config, CPU_FLOAT32.model_copy(update={"attention": "lorafleet"})

@@ -259,7 +259,7 @@ def test_a_gate_that_means_nothing_is_refused(changes: dict[str, Any]) -> None:
 
 
 def base_of(folder: RunFolder, *, revision: str | None = None) -> PublishedState:
-    """What a run folder would be, once published."""
+    """The published state that a run folder would become."""
     results = {
         path.parent.name: TaskResult.model_validate_json(path.read_bytes())
         for path in folder.root.glob("*/result.json")
@@ -498,7 +498,7 @@ class Bench:
     exact: Encoder
     """float32, for probes; no adapter is attached to it."""
     vectors: FloatArray
-    """Of the test texts, with those weights."""
+    """Vectors of the test texts, with those weights."""
     start: HeadStart
     """A head that was fitted on them."""
 

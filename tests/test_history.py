@@ -90,7 +90,7 @@ def facts(
     num_texts: int = 500,
     reused_from: int | None = None,
 ) -> MtebTaskRow:
-    """What one MTEB task's data and work were in the run of a week."""
+    """Data and work of one MTEB task in the run of a week."""
     shares = {"billing": 0.5, "delivery": 0.5} if shares is None else shares
     return MtebTaskRow(
         run_id=run_name(week),
@@ -116,7 +116,7 @@ def facts(
 
 
 def finish(runs: Path, week: int, *, failures: Sequence[Failure] = ()) -> None:
-    """What the page looks for in a run folder: a manifest and a report."""
+    """Write the files that the page looks for in a run folder: a manifest and a report."""
     folder = RunFolder(runs / run_name(week))
     folder.root.mkdir(parents=True)
     folder.report.write_text("a report", encoding="utf-8")

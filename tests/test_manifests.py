@@ -75,7 +75,7 @@ def compose() -> list[str]:
 
 
 def configured(compose: list[str], *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What compose makes of the file. Holds the secrets, so it is not to be printed."""
+    """The configuration that compose makes of the file. It holds the secrets, so it must not be printed."""
     inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = [*compose, "--file", "deploy/docker-compose.yaml", *options, "config", "--format", "json"]
     return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False)

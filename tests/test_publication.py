@@ -58,7 +58,7 @@ def publish_to_folder(run: Path, target: Path) -> Publication:
 
 
 def mteb_files(published: Publication) -> set[str]:
-    """Of the few-shot columns: the frozen encoder is one model, each adapted one another."""
+    """Files of the few-shot columns. The frozen encoder is one model, and each adapted encoder is another."""
     frozen = f"sentence-transformers__all-MiniLM-L6-v2/{'c' * 40}"
     adapted = {task: f"lorafleet__all-MiniLM-L6-v2-{task}/{sha256[:40]}" for task, sha256 in published.adapters.items()}
     found = {f"{model}/{name}" for task, model in adapted.items() for name in (f"{task}.json", "model_meta.json")}

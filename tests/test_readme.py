@@ -516,7 +516,7 @@ def _onnx(folder: Path, texts: list[str]) -> Any:
 
 
 def _source_document(place: Path, encoder: Path, texts: list[str]) -> tuple[Any, Any]:
-    """As published, with the paths put in and ``classifier.eval()`` added."""
+    """The published snippet, with the paths put in and ``classifier.eval()`` added."""
     import torch
     from torch import nn
     from transformers import AutoModel, AutoTokenizer

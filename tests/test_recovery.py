@@ -51,7 +51,7 @@ def store(config: Path, api: Api, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Of the test's own, to be killed."""
+    """A Prefect server of the test's own, which may be killed."""
     server = Server(tmp_path / "prefect")
     server.start()
     yield server

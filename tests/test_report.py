@@ -29,7 +29,7 @@ def page_of(*results: TaskResult, failures: tuple[Failure, ...] = (), encoder: E
 
 
 class Tags(HTMLParser):
-    """Which elements and attributes a browser sees, and whether they close in order."""
+    """The elements and attributes that a browser sees, and whether they close in order."""
 
     void = frozenset({"meta", "br", "link", "img", "input", "hr"})
 

@@ -77,7 +77,7 @@ def written(root: Path, days: float) -> Path:
 
 
 def gate_of(folder: RunFolder, task: str, decision: str, published: str | None = None) -> None:
-    """What publishing the run decided."""
+    """Decisions of the gate when the run was published."""
     sha256 = read_record(folder.task(task).result, TaskResult).adapter.sha256
     row: dict[str, Any] = dict.fromkeys(GateDecision.model_fields)
     row |= {
@@ -355,7 +355,7 @@ def test_a_folder_for_checkpoints_that_is_a_symbolic_link_is_not_followed(tmp_pa
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Of everything that goes one, and beside it what stays."""
+    """A store with one of each kind that is deleted, and of each that stays."""
     runs = tmp_path / "runs"
     for days in (400, 300, 2):
         run_of(runs, days)
@@ -380,7 +380,7 @@ def test_a_dry_run_says_what_the_real_one_does_and_changes_nothing(store: Path) 
 
 
 def _prune_and_die(runs: Path, step: int) -> None:
-    """In a child: ``kill -9`` right before the so-many-th change of the disk."""
+    """Prune in a child process that is killed right before the given change of the disk."""
     left = step
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -456,7 +456,7 @@ def test_a_killed_command_is_gone_on_with_by_the_next(store: Path, tmp_path: Pat
 
 
 def _prune_as_nobody(runs: Path, send: Any) -> None:
-    """In a child: as a user who may not do everything, whom the tests may be."""
+    """Prune in a child process, as a user without privileges."""
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)

@@ -406,7 +406,7 @@ def test_all_lower_ends_of_a_table_hold_together_in_19_of_20_tables() -> None:
     random, tables, broken, lowest = np.random.default_rng(0), 400, 0, 1.0
 
     def chance(confidence: Any) -> Any:
-        """Of being right; the head is too sure of itself."""
+        """Probability of a correct label, for an overconfident head."""
         return confidence**1.5
 
     many = random.uniform(0.5, 1.0, size=1_000_000)

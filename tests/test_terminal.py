@@ -350,7 +350,7 @@ def test_three_ctrl_c_leave_no_traceback(gap: float, stopping: float, leaving: f
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    """As under nohup."""
+    """The command runs as under nohup."""
     command = start_slow(tmp_path, ignored="SIGHUP")
     command.process.send_signal(signal.SIGHUP)
     time.sleep(0.5)

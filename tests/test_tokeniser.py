@@ -83,7 +83,7 @@ def listed(tokens: Tokens) -> list[tuple[list[int], bool]]:
 
 
 def by_itself(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[list[int], bool]]:
-    """What the tokenizer says of one text at a time."""
+    """Tokens of one text at a time."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -145,7 +145,7 @@ def test_words_of_every_length_that_is_kept_fit_into_the_beginning() -> None:
 
 
 def test_the_beginning_of_a_long_text_ends_far_behind_what_is_kept() -> None:
-    """Where it ends inside a word of more than a hundred letters, which is unknown, what is left of that is not."""
+    """If it ended inside a word of more than a hundred letters, which is unknown, the rest could be known."""
     tokenizer = bert_tokenizer()
     for before in range(1850, 2050, 7):
         text = ("ab" * 40 + " ") * (before // 81) + "." * (before % 81) + " " + "b" * 150 + " a" * 3000

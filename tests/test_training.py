@@ -107,7 +107,7 @@ def train_until_killed(folder: str, checkpoint: str) -> None:
 
 
 class Stop(Exception):
-    """What a test stops a training with."""
+    """Raised by a test to stop a training."""
 
 
 def stop_after(epoch: int) -> Callable[[EpochRow], None]:
@@ -583,7 +583,7 @@ def epoch(lengths: IntArray, *, seed: int = 0, batch_size: int = 8) -> list[IntA
 
 @pytest.fixture
 def lengths() -> Iterator[IntArray]:
-    """Of 1000 texts: mostly short, a few long."""
+    """Lengths of 1000 texts: mostly short, a few long."""
     yield np.minimum(np.random.default_rng(1).geometric(0.08, size=1003) + 2, 128)
 
 
@@ -621,7 +621,7 @@ def test_which_texts_meet_changes_from_epoch_to_epoch(lengths: IntArray) -> None
 
 @pytest.fixture(scope="module")
 def published(undisturbed: Training, tmp_path_factory: pytest.TempPathFactory) -> TaskFolder:
-    """What the undisturbed training left."""
+    """The saved adapter of the undisturbed training."""
     folder = TaskFolder(tmp_path_factory.mktemp("published"))
     save_adapter(undisturbed.adapter, folder, meta={})
     return folder

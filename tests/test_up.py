@@ -46,7 +46,7 @@ class Up(Command):
         super().__init__("up", "--port", str(self.port), *arguments, cwd=cwd, **environment)
 
     def told(self) -> str:
-        """What is on standard output so far."""
+        """Standard output so far."""
         return self._out.read_text()
 
     def wait_until_all_answer(self) -> None:

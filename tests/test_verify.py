@@ -489,7 +489,7 @@ def test_a_card_of_an_earlier_version_that_called_own_data_by_their_name_is_veri
 
 @pytest.fixture(scope="module")
 def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What publishing it gives. Not to be written to."""
+    """The publication of the run. Tests must not write to it."""
     target = tmp_path_factory.mktemp("published") / "out"
     publish(trained, PublishConfig(to=str(target)))
     return target
@@ -671,7 +671,7 @@ def test_the_encoder_of_a_commit_has_the_name_of_its_repository(record: str, tmp
 
 
 def test_the_main_score_is_the_one_that_mteb_compares_models_by(tmp_path: Path) -> None:
-    """Of Banking77 it is the accuracy: macro-F1, measured as well, is not what models are compared by."""
+    """For Banking77 it is the accuracy. Macro-F1 is measured too, but models are not compared by it."""
     run = finished_run(tmp_path / "one", [task_result("Banking77Classification")])
     task = run.task("Banking77Classification")
     assert check_task(task)

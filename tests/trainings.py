@@ -70,7 +70,7 @@ class Store:
         return quick and len(done) == len(names) - names.count(QUICK) and min(done.values()) >= 1
 
     def quick_results(self) -> list[Path]:
-        """Where the MTEB task that is finished first left its result."""
+        """Result file of the MTEB task that finished first."""
         return list(self.runs.glob(f"*/{QUICK}/result.json"))
 
     def adapters(self, ended: Ended) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Store:
         return read_manifest(RunFolder(self.cwd / ended.run)).adapters
 
     def origins(self, ended: Ended) -> dict[str, str]:
-        """Which MTEB tasks were taken over, and from where."""
+        """MTEB task -> the run that it was reused from."""
         return read_manifest(RunFolder(self.cwd / ended.run)).reused
 
     def epochs(self, ended: Ended, name: str) -> list[int]:

@@ -39,7 +39,7 @@ class Runtime(Record):
     compiled: bool
     """Whether ``torch.compile`` compiles the encoder."""
     kernels: Literal["lorafleet", "torch"]
-    """Whose linear layers and shared inputs the encoder uses. Compilers and exporters can trace PyTorch's only."""
+    """Origin of the encoder's linear layers and shared inputs. Compilers and exporters can trace PyTorch's only."""
     threads: int = Field(ge=1)
     """Torch threads of one worker."""
     processor: str

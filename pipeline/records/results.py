@@ -46,14 +46,14 @@ class TaskResult(Record):
     refitted: bool
     """Whether the adapter was trained again on train and validation together."""
     warm_start: WarmStart | None = None
-    """None for a training from scratch."""
+    """Published adapter that training started from. None: it started from scratch."""
     scores: tuple[ScoreRow, ...]
     values: tuple[ValueRow, ...] = ()
     """Every measured number. Empty in results of older versions, whose numbers are in ``scores`` only."""
     comparison: Comparison | None
-    """None if one of the two columns was switched off."""
+    """Head against probe. None if one of the two columns was switched off."""
     calibration: Calibration | None
-    """None for an adapter without a head."""
+    """Calibration of the head. None for an adapter without a head."""
     confusions: tuple[Confusion, ...]
     """The most frequent confusions, at most ten."""
     busy_seconds: float

@@ -126,7 +126,7 @@ class ScoreLine:
     main_metric: MainMetric
     """Metric of the verdict."""
     verdict: Verdict | None
-    """None if head or probe was not computed."""
+    """Head against probe. None if one of them was not computed."""
     p_value: float | None
     """P-value of the verdict's test, before Holm's correction. None for runs of older versions."""
     p_value_holm: float | None

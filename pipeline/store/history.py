@@ -41,7 +41,7 @@ class RunFacts:
     worker_seconds: float | None
     """Sum over the MTEB tasks measured by this run. None if there are none, or an older version did not record it."""
     gpu_seconds: float | None
-    """As ``worker_seconds``."""
+    """GPU time of the workers, in seconds, as ``worker_seconds``."""
     peak_memory_bytes: int | None
     """Peak of the largest worker. None as for ``worker_seconds``."""
     has_report: bool

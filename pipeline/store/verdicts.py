@@ -1,4 +1,4 @@
-"""Which runs and checkpoints of a store a retention policy keeps, and why. Deletes nothing.
+"""Verdicts of a retention policy on the runs and checkpoints of a store. Deletes nothing.
 
 Considers only folders that are named like a run or a checkpoint. Symbolic links are never followed.
 """
@@ -35,7 +35,7 @@ DELETED_MANIFEST = "manifest.deleted.json"
 
 @dataclass(frozen=True)
 class Policy:
-    """What a store may lose. A run is deleted only if both limits allow it."""
+    """Limits of what a store may lose. A run is deleted only if both limits allow it."""
 
     keep: int = 10
     """Number of the newest finished runs of each MTEB task that are kept."""

@@ -41,7 +41,7 @@ class Check:
     name: str
     found: str
     advice: str = ""
-    """What the user can do; empty if nothing."""
+    """Advice to the user; empty if there is none."""
 
 
 def check_store(runs: Path) -> Check:

@@ -38,7 +38,7 @@ class Agreement:
     texts: int
     equal: float
     largest_gap: float
-    """Of probabilities in float32, over the texts with different labels."""
+    """Largest gap of float32 probabilities over the texts with different labels."""
     accuracy: float
     exact_accuracy: float
 

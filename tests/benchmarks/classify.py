@@ -326,7 +326,7 @@ def run_onnx_int8(options: argparse.Namespace, started: float) -> dict[str, Any]
 
 
 def run_command(options: argparse.Namespace, started: float, *, refs: Sequence[str]) -> dict[str, Any]:
-    """What a user waits for: the command, its start-up included."""
+    """Run the whole command, start-up included, as a user does."""
     command = [
         str(Path(sys.executable).parent / "lorafleet"),
         "classify",
@@ -343,7 +343,7 @@ def run_command(options: argparse.Namespace, started: float, *, refs: Sequence[s
 
 
 def run_tokenise(options: argparse.Namespace, started: float) -> dict[str, Any]:
-    """What is left if computing cost nothing."""
+    """Tokenise only: the time that would be left if computing cost nothing."""
     _, encoder = _adapter(options)
     begun = time.perf_counter()
     table = pq.read_table(options.input)

@@ -71,7 +71,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What every arm is given."""
+    """Settings that every arm is given."""
 
     texts: int | None
     rival_texts: int | None
@@ -89,7 +89,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an arm gives back: the time of its training, and the means to measure the rest in the same way for all."""
+    """Result of an arm: the time of its training, and functions that measure the rest in the same way for all."""
 
     seconds: float
     precision: str
@@ -259,7 +259,7 @@ def train_with_trainer(data: TaskData, settings: Settings, seed: int, **best: An
 
 
 def train_plain_loop(data: TaskData, settings: Settings, seed: int) -> Trained:
-    """What a good engineer writes in forty lines."""
+    """Train with the loop that a good engineer writes in forty lines."""
     import torch
     from torch import nn
     from torch.nn.utils.rnn import pad_sequence
@@ -484,7 +484,7 @@ def _timed_checkpoints() -> Iterator[list[float]]:
 
 
 def _import_ahead(*modules: str) -> None:
-    """What an arm would else import on the clock; ``torch._dynamo`` by the first optimiser that is made."""
+    """Import what an arm would import on the clock otherwise. The first optimiser imports ``torch._dynamo``."""
     for module in (*modules, "torch._dynamo"):
         importlib.import_module(module)
 
@@ -589,7 +589,7 @@ def _in_fresh_process(arm: str, settings: Settings, *, seed: int) -> dict[str, A
 
 
 def machine(settings: Settings) -> dict[str, Any]:
-    """What the figures depend on, besides the code."""
+    """Facts of the machine that the figures depend on."""
     from importlib.metadata import version
 
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
