@@ -35,7 +35,7 @@ class GateDecision(Record):
     decision: Decision
     reason: str
     published_accuracy: Fraction | None
-    """Accuracy of the published adapter. None if nothing was compared: nothing was published yet, or the labels differ."""
+    """Accuracy of the published adapter. None if nothing was compared: it is the first, or the labels differ."""
     candidate_accuracy: Fraction | None
     difference: float | None
     """``candidate_accuracy`` minus ``published_accuracy``."""
