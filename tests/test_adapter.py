@@ -691,7 +691,7 @@ def test_an_update_that_would_overflow_is_refused(
 def test_pairs_in_another_order_than_the_encoders_are_refused(folder: TaskFolder, encoder_folder: Folders) -> None:
     meta = json.loads(folder.meta.read_text(encoding="utf-8"))
     wrong = {"adapted_modules must be in the encoder's order": meta["adapted_modules"][::-1]}
-    wrong["adapted_modules: .* there more than once"] = meta["adapted_modules"] * 2
+    wrong["adapted_modules: .* occurs more than once"] = meta["adapted_modules"] * 2
     for words, modules in wrong.items():
         folder.meta.write_text(json.dumps(meta | {"adapted_modules": modules}), encoding="utf-8")
         with pytest.raises(AdapterError, match=rf"meta\.json: {words}"):

@@ -85,7 +85,7 @@ def test_gelu_can_be_part_of_the_product() -> None:
         assert_same(FrozenLinear(layer, gelu=True)(x), nn.functional.gelu(linear(x)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("device", "cuda"), ("compiled", True)])
+@pytest.mark.parametrize(("field", "value"), [("device", "cuda"), ("kernels", "torch")])
 def test_only_an_eager_encoder_on_a_cpu_is_packed(field: str, value: object) -> None:
     model = nn.Sequential(plain(8, 8))
     pack_linears(model, BF16.model_copy(update={field: value}))

@@ -234,7 +234,7 @@ def test_it_is_published_verified_and_published_over(
 ) -> None:
     folder = without_head(finished_run, encoder_folder, tmp_path / "20270101-000000-0001")
     to = str(tmp_path / "published")
-    first = publish(folder.root, to, NO_GATE)
+    first = publish(folder.root, NO_GATE.changed(to=to))
     assert [decision.decision for decision in first.decisions] == ["promote", "promote"]
     assert {adapter.name for adapter in verify(to, encoder=str(encoder_folder("bert")), offline=True)} == {
         "Topics",
@@ -244,10 +244,10 @@ def test_it_is_published_verified_and_published_over(
     (loaded,) = find_adapters([f"{to}#Topics"], offline=True)
     assert not loaded.has_head
     other = without_head(finished_run, encoder_folder, tmp_path / "20270102-000000-0002", change=0.01)
-    held = publish(other.root, to, PublishConfig())
+    held = publish(other.root, PublishConfig(to=to))
     assert held.decisions[0].decision == "block"
     assert "it has no head, so the gate has no labels to compare" in held.decisions[0].reason
-    replaced = publish(other.root, to, NO_GATE)
+    replaced = publish(other.root, NO_GATE.changed(to=to))
     assert "promote" in [decision.decision for decision in replaced.decisions]
     assert describe_adapter(RunFolder(Path(to)).task("Topics")).sha256 == adapter_sha256(other.task("Topics").root)
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")

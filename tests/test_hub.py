@@ -80,7 +80,7 @@ ASKS: Asks = {
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(tmp_path: Path) -> Iterator[HubServer]:
     """A Hub without a repository, and an empty cache."""
     with hub_of_our_own(tmp_path) as place:
         yield place.hub

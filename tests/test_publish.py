@@ -62,6 +62,7 @@ ROOT_FILES = {
     "report.html",
     "publication.json",
     "metrics/scores.parquet",
+    "metrics/values.parquet",
     "metrics/epochs.parquet",
 }
 

@@ -175,7 +175,7 @@ def test_an_argument_that_is_no_text_is_one_message(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert (
         ended.stderr
-        == "error: caf\\udce9: not a text in this terminal's encoding; rename the file, or write the name in UTF-8\n"
+        == "error: caf\\udce9: not valid in this terminal's encoding; rename the file, or write the name in UTF-8\n"
     )
 
 
