@@ -148,7 +148,8 @@ def test_a_newer_run_beside_older_ones_is_read_by_pandas_duckdb_and_polars(older
     assert set(values["run_id"]) == {newest}
     assert values.equals(pd.read_parquet(runs / newest / "metrics" / "values.parquet"))
     assert len(pl.read_parquet(runs / "values" / "*.parquet")) == len(values)
-    query = f"select t.column, metric, value from '{runs}/values/*.parquet' t where main and slice is null and mteb_task = 'Topics'"
+    query = f"select t.column, metric, value from '{runs}/values/*.parquet' t"
+    query += " where main and slice is null and mteb_task = 'Topics'"
     found = {(column, metric): value for column, metric, value in duckdb.sql(query).fetchall()}
     scores = by_pandas[(by_pandas["run_id"] == newest) & (by_pandas["mteb_task"] == "Topics")].set_index("column")
     assert found == {(column, "accuracy"): scores.loc[column, "accuracy"] for column in scores.index}
