@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.evaluation.scores import CONFIDENCE, Floats, Ints, interval_tails
+from pipeline.evaluation.scores import Floats, Ints, interval_tails
 
 _DRAWS_AT_ONCE = 200
 
@@ -141,6 +141,3 @@ def _counts_of(sample: npt.NDArray[Any], pairs: npt.NDArray[np.int64], num_class
     )
     texts = sample.astype(np.float64)
     return Counts(texts @ (by_label * by_prediction), texts @ by_label, texts @ by_prediction)
-
-
-assert CONFIDENCE == 0.95, "Estimate names the 95 % interval"
