@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.bulk.records import BulkRequest, BulkSummary
-from pipeline.bulk.units import UnitFailure
+from pipeline.bulk_input.units import UnitFailure
 from pipeline.errors import InputError, LorafleetError
 from pipeline.printable import counted
 from tasks.bulk import finish_job, label_units, plan_job

@@ -19,13 +19,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.config import RunConfig, load_config, select_tasks
 from pipeline.errors import InputError, LorafleetError, first_line
+from pipeline.history.tables import read_gate
 from pipeline.printable import counted, printable
 from pipeline.records import Failure, TaskResult
 from pipeline.run.plan import Plan, PlannedTask, job_spec
 from pipeline.store.lock import hold_store, store_folder
 from pipeline.store.manifest import write_config
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import read_gate
 from tasks import publish_stage, stages
 from tasks.ahead import check_of_run, fleet_of_run
 from tasks.cancelling import RunCancelledError, interrupted_if_cancelled

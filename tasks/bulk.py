@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.bulk.output import forget_attempts
 from pipeline.bulk.records import BulkRequest, BulkSummary, Receipt
 from pipeline.bulk.state import finish
-from pipeline.bulk.units import BulkInput, Unit, UnitFailure
+from pipeline.bulk_input.units import BulkInput, Unit, UnitFailure
 from pipeline.config import ComputeConfig
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.machine import local_cpus

@@ -16,8 +16,8 @@ from pipeline.adapter.files import save_adapter
 from pipeline.bulk.plan import plan_bulk
 from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, BulkSummary, Receipt
 from pipeline.bulk.state import JobState, finish
-from pipeline.bulk.units import BulkInput, Unit, UnitFailure
 from pipeline.bulk.worker import UnitWorker, WorkerSpec
+from pipeline.bulk_input.units import BulkInput, Unit, UnitFailure
 from pipeline.config import AdapterConfig
 from pipeline.storage.place import Place
 from pipeline.store.run_folder import TaskFolder

@@ -16,10 +16,10 @@ from builders import toy_texts
 from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_table
 from pydantic import ValidationError
 
-from pipeline.bulk.content import content_of
 from pipeline.bulk.output import ATTEMPTS, FAILURES, FOOTER_KEY, GRACE_SECONDS, JOB, PLAN, SUCCESS, forget_attempts
 from pipeline.bulk.plan import check_places, new_columns
 from pipeline.bulk.records import BulkOptions, BulkSummary
+from pipeline.bulk_input.content import content_of
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage.place import Place
 

@@ -8,6 +8,7 @@ import pytest
 from builders import CPU_FLOAT32, ENCODER, MINILM_MODULES, WHEN, finished_run, task_result
 
 from pipeline.config import load_config
+from pipeline.history.tables import read_history, read_scores
 from pipeline.records import ClassificationResults, Comparison, Failure, TaskResult
 from pipeline.reports.outputs import correct_over_tasks
 from pipeline.run.collect import collect, finish_run, reuse
@@ -15,7 +16,6 @@ from pipeline.run.plan import Plan
 from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_config
 from pipeline.store.run_folder import RunFolder, adapter_sha256
-from pipeline.store.tables import read_history, read_scores
 
 
 def with_p_value(name: str, p_value: float | None) -> TaskResult:

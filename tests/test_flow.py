@@ -23,12 +23,12 @@ from pipeline.adapter.files import load_adapter
 from pipeline.config import PublishConfig, load_config
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
+from pipeline.history.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
 from pipeline.publishing.publish import publish
 from pipeline.records import Calibration, ClassificationResults, ReferenceOutputs, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest, read_manifest
 from pipeline.store.run_folder import RunFolder, adapter_sha256
-from pipeline.store.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, SCORES_SCHEMA
 
 COLUMNS = ["majority", "frozen_full_data", "frozen_few_shot", "head", "adapted_few_shot"]
 

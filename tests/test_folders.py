@@ -12,12 +12,12 @@ from builders import finished_run, task_result
 
 from flows.cli import main
 from pipeline.errors import InputError
+from pipeline.history.retention import prune
+from pipeline.history.verdicts import Policy
 from pipeline.inference.reference import find_adapters
 from pipeline.publishing.publication import read_candidate
 from pipeline.publishing.verify import verify
 from pipeline.store.folders import adapters_in, explain, kind_of
-from pipeline.store.retention import prune
-from pipeline.store.verdicts import Policy
 
 NAME = "20260102-030405-abcd"
 

@@ -43,14 +43,14 @@ from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.scores import Interval, score_predictions
 from pipeline.evaluation.significance import paired_difference
+from pipeline.history.schemas import GATE_SCHEMA
+from pipeline.history.tables import read_gate, write_gate
 from pipeline.inference.reload import REFERENCE_TEXTS, REFERENCE_TOLERANCE
 from pipeline.publishing.gate import beats_probe, compare, decide, decide_without_scoring, evaluate_gate
 from pipeline.publishing.publication import PublishedState, read_candidate
 from pipeline.publishing.publish import PublishResult, _record, publish
 from pipeline.records import Comparison, EncoderRef, GateDecision, Publication, ReferenceOutputs, TaskResult
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.schemas import GATE_SCHEMA
-from pipeline.store.tables import read_gate, write_gate
 
 Folders = Callable[[str], Path]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mteb"

@@ -19,14 +19,8 @@ from test_report import HOSTILE, figures, parse, texts
 
 from pipeline.config import load_config
 from pipeline.encoder.runtime import choose_runtime
-from pipeline.records import Column, DataSummary, Failure, LabelShare, MtebTaskRow, ScoreRow, TaskResult
-from pipeline.reports.history_page import NEWEST_RUNS, render_history, write_history_page
-from pipeline.run.collect import collect, finish_run
-from pipeline.run.job import TaskJob
-from pipeline.run.plan import Plan, job_spec
-from pipeline.run.preflight import preflight
-from pipeline.store.files import read_record
-from pipeline.store.history import (
+from pipeline.history.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
+from pipeline.history.timeline import (
     StoreHistory,
     TaskHistory,
     changed_test_data,
@@ -35,10 +29,16 @@ from pipeline.store.history import (
     read_store,
     task_histories,
 )
+from pipeline.history.values import values_of_scores
+from pipeline.records import Column, DataSummary, Failure, LabelShare, MtebTaskRow, ScoreRow, TaskResult
+from pipeline.reports.history_page import NEWEST_RUNS, render_history, write_history_page
+from pipeline.run.collect import collect, finish_run
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import Plan, job_spec
+from pipeline.run.preflight import preflight
+from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import append_history, append_mteb_tasks, mteb_tasks_of_run, read_mteb_tasks, scores_of_run
-from pipeline.store.values import values_of_scores
 
 MONDAY = datetime(2026, 3, 2, 4, 30, tzinfo=UTC)
 

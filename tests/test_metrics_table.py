@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, InputError, LorafleetError
-from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, Record, ScoreRow, ValueRow
-from pipeline.store.schemas import EPOCHS_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
-from pipeline.store.tables import (
+from pipeline.history.schemas import EPOCHS_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
+from pipeline.history.tables import (
     append_history,
     append_mteb_tasks,
     read_gate,
@@ -29,6 +28,7 @@ from pipeline.store.tables import (
     write_epochs,
     write_scores,
 )
+from pipeline.records import Column, EpochRow, LabelShare, MtebTaskRow, Record, ScoreRow, ValueRow
 
 NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -348,7 +348,7 @@ sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_metrics_table import score_row
 from pipeline.errors import LorafleetError
-from pipeline.store.tables import write_scores
+from pipeline.history.tables import write_scores
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
@@ -368,7 +368,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_metrics_table import score_row
-from pipeline.store.tables import append_history
+from pipeline.history.tables import append_history
 rows = [score_row(accuracy=i / 5000) for i in range(5000)]
 print("ready", flush=True)
 while True:

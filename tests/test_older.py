@@ -16,12 +16,12 @@ import pytest
 from commands import run
 from publishing import REPO, Place, hub_of_our_own
 
+from pipeline.history.tables import read_scores, read_values, run_values
+from pipeline.history.values import values_of
 from pipeline.publishing.publish import rollback
 from pipeline.records import Publication, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import read_scores, read_values, run_values
-from pipeline.store.values import values_of
 
 ARCHIVE = Path(__file__).parent / "older" / "before_rooms.tar.xz"
 FIRST, SECOND = "20261130-083731-7921", "20261130-083936-136c"

@@ -20,16 +20,16 @@ from builders import CPU_FLOAT32, finished_run, task_result
 from commands import run
 
 from pipeline.errors import InputError, LockedError
+from pipeline.history.retention import PruneResult, _delete_run, prune
+from pipeline.history.tables import write_gate
+from pipeline.history.verdicts import Policy, Verdict, checkpoints, judge
 from pipeline.records import Failure, GateDecision, TaskResult
 from pipeline.run.collect import reuse
 from pipeline.store.files import read_record
 from pipeline.store.finished import find_finished, finished_runs
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
-from pipeline.store.retention import PruneResult, _delete_run, prune
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import write_gate
-from pipeline.store.verdicts import Policy, Verdict, checkpoints, judge
 
 NOW = datetime.now(UTC)
 KEY = "0123456789abcdef" * 2
@@ -37,7 +37,7 @@ STEPS = ("os.rename", "os.remove", "os.rmdir")
 """What a process that prunes does to the disk, as Python's audit events call it; making a file is "open"."""
 
 _WARM = multiprocessing.get_context("forkserver")  # its children start with everything imported
-_WARM.set_forkserver_preload(["psutil", "pytest", "pipeline.run.collect", "pipeline.store.retention"])
+_WARM.set_forkserver_preload(["psutil", "pytest", "pipeline.run.collect", "pipeline.history.retention"])
 
 Files = dict[str, bytes | str]
 
@@ -218,7 +218,7 @@ def test_a_run_stays_that_was_published_after_it_was_judged(tmp_path: Path, monk
         gate_of(folder, "Topics", "promote")
         return verdicts
 
-    monkeypatch.setattr("pipeline.store.retention.judge", judge_and_publish)
+    monkeypatch.setattr("pipeline.history.retention.judge", judge_and_publish)
     done = prune(tmp_path, Policy(keep=0), dry_run=False)
     assert done.failures == (f"run {folder.root}: published to hf:me/fleet: Topics, just now",)
     assert before.items() <= files(folder.root).items()

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import absolute
-from pipeline.data.formats import read_table
-from pipeline.data.sources import find_sources, read_content
 from pipeline.errors import DataError
+from pipeline.labelled_files.formats import read_table
+from pipeline.labelled_files.sources import find_sources, read_content
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
 ROWS = [

@@ -15,9 +15,9 @@ from bulk import write_table
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.memory import InMemoryCatalog
 
-from pipeline.bulk.units import plan_input
-from pipeline.data.sources import find_sources
+from pipeline.bulk_input.units import plan_input
 from pipeline.errors import DataError, InputError
+from pipeline.labelled_files.sources import find_sources
 from pipeline.parquet.table_formats import live_files
 from pipeline.storage.listing import find_files
 

@@ -29,8 +29,8 @@ from pipeline.adapter.files import load_adapter
 from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
 from pipeline.bulk.parquet import block_rows
 from pipeline.bulk.records import Receipt
-from pipeline.bulk.units import Unit
 from pipeline.bulk.worker import UnitWorker
+from pipeline.bulk_input.units import Unit
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
 from pipeline.parquet.schema import _Wkb

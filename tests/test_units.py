@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from bulk import write_table
 
-from pipeline.bulk.units import BulkInput, plan_input
+from pipeline.bulk_input.units import BulkInput, plan_input
 from pipeline.errors import DataError, InputError
 from pipeline.parquet.widening import text_type
 

@@ -24,6 +24,7 @@ from pipeline.config import AdapterConfig, EncoderConfig, MtebTaskConfig, Publis
 from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, EncoderError, InputError, LorafleetError, VerificationError
 from pipeline.evaluation.scores import score_of_draws
+from pipeline.history.tables import read_epochs, read_scores, write_epochs, write_scores
 from pipeline.inference.reload import ReloadRequest, reload_elsewhere
 from pipeline.publishing.card_claims import check_card
 from pipeline.publishing.consistency import check_task
@@ -43,7 +44,6 @@ from pipeline.reports.model_card import render_card
 from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_manifest
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import read_epochs, read_scores, write_epochs, write_scores
 
 Folders = Callable[[str], Path]
 LABELS = ("sea", "kitchen", "garden")

@@ -13,7 +13,7 @@ from flows.commands.options import JSON, Command, FiniteRange
 from flows.terminal import complain, say, say_json
 
 if TYPE_CHECKING:
-    from pipeline.store.retention import PruneResult
+    from pipeline.history.retention import PruneResult
 
 
 @click.command(cls=Command)
@@ -44,8 +44,8 @@ def prune(runs: Path, keep: int, older_than: float, dry_run: bool, as_json: bool
 
     Example: lorafleet prune runs --keep 5 --older-than 60 --dry-run
     """
-    from pipeline.store.retention import prune as prune_store
-    from pipeline.store.verdicts import Policy
+    from pipeline.history.retention import prune as prune_store
+    from pipeline.history.verdicts import Policy
 
     pruned = prune_store(runs, Policy(keep=keep, older_than_days=older_than), dry_run=dry_run)
     _print_pruned(pruned, dry_run=dry_run, as_json=as_json)

@@ -65,10 +65,10 @@ def _print_table(table: ScoreTable) -> None:
 
 
 def _show_history(runs: Path, *, as_json: bool) -> None:
+    from pipeline.history.tables import read_history
+    from pipeline.history.timeline import changed_test_data
     from pipeline.reports.formatting import percent
     from pipeline.store.folders import explain
-    from pipeline.store.history import changed_test_data
-    from pipeline.store.tables import read_history
 
     rows = read_history(runs)
     if not rows:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.records import BulkAdapter, Receipt
 from pipeline.bulk.texts import EMPTY, NO_ANSWERS, NOT_UTF8, NULL, LabelledTexts
-from pipeline.bulk.units import Unit
+from pipeline.bulk_input.units import Unit
 from pipeline.inference.engine import Answers
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.content import content_now
 from pipeline.bulk.records import BulkJob, Receipt
-from pipeline.bulk.units import BulkInput, Unit
+from pipeline.bulk_input.content import content_now
+from pipeline.bulk_input.units import BulkInput, Unit
 from pipeline.errors import LorafleetError, first_line
 from pipeline.storage.place import FILE_MARK, Place, open_file
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.content import chunks_of
-from pipeline.bulk.units import Unit
+from pipeline.bulk_input.content import chunks_of
+from pipeline.bulk_input.units import Unit
 from pipeline.parquet.schema import WrittenAs
 
 _BLOCK_ROWS, _BLOCK_BYTES = 16_384, 16 * 1024**2  # up to four blocks are in memory

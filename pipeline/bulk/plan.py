@@ -13,8 +13,8 @@ from pydantic import SecretStr
 from pipeline.adapter.description import FoundAdapter
 from pipeline.bulk.records import SMALL_ROWS, BulkAdapter, BulkJob, BulkOptions, BulkRequest
 from pipeline.bulk.state import JobState, begin
-from pipeline.bulk.units import BulkInput, plan_input
 from pipeline.bulk.worker import WorkerSpec
+from pipeline.bulk_input.units import BulkInput, plan_input
 from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.hub_address import is_on_hub
 from pipeline.inference.encoder_of_adapter import find_encoder_of

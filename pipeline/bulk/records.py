@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.bulk.units import InputFile
+from pipeline.bulk_input.units import InputFile
 from pipeline.config import CpuShare, GpuShare, without_repeats
 from pipeline.printable import conceal
 from pipeline.records import Fraction as Share

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.bulk.content import is_version
 from pipeline.bulk.differences import check_same_job
 from pipeline.bulk.output import (
     FAILURES,
@@ -27,7 +26,8 @@ from pipeline.bulk.output import (
     sweep,
 )
 from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
-from pipeline.bulk.units import BulkInput, Unit, UnitFailure
+from pipeline.bulk_input.content import is_version
+from pipeline.bulk_input.units import BulkInput, Unit, UnitFailure
 from pipeline.errors import InputError, LorafleetError
 from pipeline.storage.listing import look_again
 from pipeline.storage.place import TEMPORARY, Place, store_errors

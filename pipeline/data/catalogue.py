@@ -14,8 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
-from pipeline.data.column_names import some
-from pipeline.data.formats import read_table
 from pipeline.data.mteb_tasks import (
     OWN_SAMPLES_PER_LABEL,
     check_subset,
@@ -27,10 +25,12 @@ from pipeline.data.mteb_tasks import (
     prefixed_errors,
 )
 from pipeline.data.quickstart import PACKAGES, installed_version, read_package
-from pipeline.data.sources import SourceFiles, find_sources, read_content
 from pipeline.data.splits import held_out
 from pipeline.data.table_checks import LoadedTask, check_kinds, checked_table, columns_by_key, with_revision
 from pipeline.errors import ConfigError, DataError
+from pipeline.labelled_files.column_names import some
+from pipeline.labelled_files.formats import read_table
+from pipeline.labelled_files.sources import SourceFiles, find_sources, read_content
 from pipeline.records import CarvedTest, MtebTask
 from pipeline.store.run_folder import RunFolder
 

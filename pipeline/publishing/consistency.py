@@ -9,6 +9,8 @@ from typing import get_args
 from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import VerificationError, first_line
 from pipeline.evaluation.scores import score_of_draws
+from pipeline.history.tables import read_epochs, read_scores, read_values
+from pipeline.history.values import find_value, values_of, values_of_scores
 from pipeline.records import (
     AdapterMeta,
     Calibration,
@@ -37,8 +39,6 @@ from pipeline.reports.summary import score_row, summarise
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import read_epochs, read_scores, read_values
-from pipeline.store.values import find_value, values_of, values_of_scores
 
 _OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # these depend on all MTEB tasks in the file
 _TRAINED: tuple[Column, ...] = ("adapted_few_shot", "head")

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pipeline.config import PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
+from pipeline.history.tables import read_gate, write_gate
 from pipeline.hub_address import repository_of
 from pipeline.hub_client import repository_url
 from pipeline.publishing.gate import evaluate_gate
@@ -22,7 +23,6 @@ from pipeline.records import GateDecision, Publication
 from pipeline.store.files import open_inside, read_record
 from pipeline.store.lock import hold_run
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import read_gate, write_gate
 
 
 @dataclass(frozen=True)

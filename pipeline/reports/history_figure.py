@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.history.timeline import Point, TaskHistory, most_moved_labels, shares_of
 from pipeline.records import Column, ValueRow
 from pipeline.reports.page import ADAPTED, BAD, FROZEN, INK, PAGE_WIDTH, PAPER, SERIES, STYLE, inline_svg, shorten
-from pipeline.store.history import Point, TaskHistory, most_moved_labels, shares_of
 
 _HEIGHT = 410
 _WORDS_HEIGHT, _WORDS_WIDTH = 16, 96  # size of "test data changed" in pixels

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from pipeline.history.timeline import RunFacts, StoreHistory, TaskHistory, read_store
 from pipeline.records import ScoreRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.history_figure import draw_history
@@ -19,7 +20,6 @@ from pipeline.reports.page import (
     shorten,
 )
 from pipeline.store.files import write_atomically
-from pipeline.store.history import RunFacts, StoreHistory, TaskHistory, read_store
 
 NEWEST_RUNS = 104
 """Maximum number of runs on the page: two years of weekly runs."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from pipeline.history.values import find_value, values_of
 from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
 from pipeline.reports.summary import data_source, is_of_mteb, score_row
-from pipeline.store.values import find_value, values_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _CLAIMED: tuple[tuple[Column, str, str, str], ...] = (

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.significance import holm
+from pipeline.history.tables import write_epochs, write_scores, write_values
+from pipeline.history.values import values_of
 from pipeline.records import (
     ClassificationResults,
     EncoderRef,
@@ -25,8 +27,6 @@ from pipeline.reports.report import render_report
 from pipeline.reports.summary import is_of_mteb, summarise
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import write_epochs, write_scores, write_values
-from pipeline.store.values import values_of
 
 MODEL_META = "model_meta.json"
 """Name of the file that tells mteb which model the results in the same folder belong to."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.evaluation.metrics import title_of
+from pipeline.history.values import values_of
 from pipeline.records import ClassificationResults, EpochRow, ReliabilityBin, TaskResult
 from pipeline.reports.formatting import percent, utc, without_local_paths
 from pipeline.reports.page import (
@@ -37,7 +38,6 @@ from pipeline.reports.score_table import (
     task_heading,
 )
 from pipeline.reports.summary import data_source, score_row, warm_start_summary
-from pipeline.store.values import values_of
 
 _PANELS_WIDTH = 780
 

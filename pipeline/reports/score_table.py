@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.history.values import find_value, values_of
 from pipeline.records import (
     SIGNIFICANCE,
     ClassificationResults,
@@ -17,7 +18,6 @@ from pipeline.records import (
 )
 from pipeline.reports.formatting import percent, points
 from pipeline.reports.summary import is_of_mteb
-from pipeline.store.values import find_value, values_of
 
 Verdict = Literal["above", "below", "within noise"]
 """The head against the full-data probe on the same test texts.

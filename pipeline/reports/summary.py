@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from pipeline.history.values import find_value, values_of
 from pipeline.records import (
     ClassificationResults,
     Column,
@@ -17,7 +18,6 @@ from pipeline.records import (
     TaskResult,
 )
 from pipeline.reports.formatting import percent, points, without_local_paths
-from pipeline.store.values import find_value, values_of
 
 
 def summarise(

@@ -8,6 +8,15 @@ from datetime import UTC, datetime
 
 import pipeline
 from pipeline.config import ComputeConfig
+from pipeline.history.tables import (
+    append_history,
+    append_mteb_tasks,
+    append_values,
+    read_mteb_tasks,
+    write_epochs,
+    write_mteb_tasks,
+)
+from pipeline.history.values import values_of
 from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTaskRow, TaskResult
 from pipeline.reports.history_page import write_history_page
 from pipeline.reports.outputs import write_outputs
@@ -16,15 +25,6 @@ from pipeline.store.files import write_atomically
 from pipeline.store.key import library_versions, sources_sha256
 from pipeline.store.manifest import RunManifest, write_manifest
 from pipeline.store.run_folder import RunFolder, TaskFolder
-from pipeline.store.tables import (
-    append_history,
-    append_mteb_tasks,
-    append_values,
-    read_mteb_tasks,
-    write_epochs,
-    write_mteb_tasks,
-)
-from pipeline.store.values import values_of
 
 
 def reuse(source: TaskFolder, result: TaskResult, *, run_id: str, folder: RunFolder) -> TaskResult:

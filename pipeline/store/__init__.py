@@ -1,1 +1,1 @@
-"""The run store on disk: folders, files, locks, tables and retention. Does not use torch."""
+"""The run store on disk: folders, files, locks, manifests and keys. Does not use torch."""

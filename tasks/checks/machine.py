@@ -68,7 +68,7 @@ def check_store(runs: Path) -> Check:
 
 def check_checkpoints(runs: Path) -> Check:
     """Check for checkpoints of unfinished trainings."""
-    from pipeline.store.verdicts import ABANDONED_DAYS, checkpoints
+    from pipeline.history.verdicts import ABANDONED_DAYS, checkpoints
 
     unfinished = checkpoints(runs)
     if not unfinished:

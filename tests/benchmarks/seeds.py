@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 
 from pipeline.errors import LorafleetError
+from pipeline.history.tables import read_history
 from pipeline.records import ScoreRow
-from pipeline.store.tables import read_history
 
 COLUMNS = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
 SIGNIFICANT = 0.05

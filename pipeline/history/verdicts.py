@@ -171,7 +171,7 @@ def _judge_run(
 
 def published_to(path: Path, manifest: RunManifest) -> str:
     """Reason to keep a published run, which a rollback tag names. Empty if the run is not published."""
-    from pipeline.store.tables import read_gate  # imported here, because doctor uses this module without pyarrow
+    from pipeline.history.tables import read_gate  # imported here, because doctor uses this module without pyarrow
 
     gate = RunFolder(path).gate
     if not gate.exists():

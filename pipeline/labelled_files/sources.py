@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from pipeline.data.column_names import some
-from pipeline.data.formats import ENDINGS, format_of
 from pipeline.errors import DataError, first_line
+from pipeline.labelled_files.column_names import some
+from pipeline.labelled_files.formats import ENDINGS, format_of
 from pipeline.storage.listing import written_folder
 from pipeline.storage.place import Place, open_file, store_errors
 from pipeline.storage.tables import tables_around

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipeline.bulk.input_checks import check_kept_columns, check_new_names
+from pipeline.bulk_input.checks import check_kept_columns, check_new_names
 from pipeline.errors import DataError
 from pipeline.parquet.footers import Dates, Footer, read_dates, read_footers
 from pipeline.parquet.schema import FileSchema, changed_types, join_schemas

@@ -9,11 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.records import Column, MtebTaskRow, ScoreRow, ValueRow
-from pipeline.store.lock import oldest_first
-from pipeline.store.manifest import RunManifest, read_manifest
-from pipeline.store.run_folder import RunFolder
-from pipeline.store.tables import (
+from pipeline.history.tables import (
     mteb_tasks_of_run,
     read_mteb_tasks,
     read_scores,
@@ -22,7 +18,11 @@ from pipeline.store.tables import (
     scores_of_run,
     values_of_run,
 )
-from pipeline.store.values import find_value
+from pipeline.history.values import find_value
+from pipeline.records import Column, MtebTaskRow, ScoreRow, ValueRow
+from pipeline.store.lock import oldest_first
+from pipeline.store.manifest import RunManifest, read_manifest
+from pipeline.store.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.column_names import check_columns, wanted_columns
 from pipeline.errors import DataError, first_line
+from pipeline.labelled_files.column_names import check_columns, wanted_columns
 
 _JSON_KINDS = {
     str: "a string",

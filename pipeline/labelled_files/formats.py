@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.column_names import check_columns, some, wanted_columns
-from pipeline.data.csv_files import read_csv
-from pipeline.data.json_lines import read_json_lines
 from pipeline.errors import DataError, first_line
+from pipeline.labelled_files.column_names import check_columns, some, wanted_columns
+from pipeline.labelled_files.csv_files import read_csv
+from pipeline.labelled_files.json_lines import read_json_lines
 
 _FORMATS = {
     **dict.fromkeys((".csv", ".tsv"), "CSV"),

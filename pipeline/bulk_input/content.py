@@ -11,7 +11,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.units import InputFile, Unit
+from pipeline.bulk_input.units import InputFile, Unit
 from pipeline.storage.listing import StoredFile, look_again
 from pipeline.storage.place import open_file, store_errors
 

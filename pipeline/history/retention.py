@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import InputError, LockedError, LorafleetError
+from pipeline.history.verdicts import DELETED, DELETED_MANIFEST, Policy, Verdict, judge, published_to
 from pipeline.store.folders import explain, kind_of
 from pipeline.store.lock import hold_run, hold_store
 from pipeline.store.manifest import read_manifest
 from pipeline.store.run_folder import RunFolder
-from pipeline.store.verdicts import DELETED, DELETED_MANIFEST, Policy, Verdict, judge, published_to
 
 
 @dataclass(frozen=True)

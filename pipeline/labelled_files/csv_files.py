@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.column_names import check_columns, wanted_columns
 from pipeline.errors import DataError
+from pipeline.labelled_files.column_names import check_columns, wanted_columns
 
 _SEPARATORS = (",", ";", "\t", "|")
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, LorafleetError
+from pipeline.history.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
+from pipeline.history.values import values_of_scores
 from pipeline.records import EpochRow, GateDecision, MtebTaskRow, Record, RunId, ScoreRow, TaskName, ValueRow
 from pipeline.store.files import write_atomically
 from pipeline.store.lock import oldest_first
-from pipeline.store.schemas import EPOCHS_SCHEMA, GATE_SCHEMA, MTEB_TASKS_SCHEMA, SCORES_SCHEMA, VALUES_SCHEMA
-from pipeline.store.values import values_of_scores
 
 R = TypeVar("R", bound=Record)
 _MOST_ROWS = 1_000_000  # a table may come from an untrusted run
