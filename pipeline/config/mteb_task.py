@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.values import NAME_IN_WORDS, Section, like
+from pipeline.config.values import NAME_IN_WORDS, NON_REPEATING, Section, like
+from pipeline.records import Family, Loss
 
 
 def _checked_location(location: str) -> str:
@@ -35,6 +36,27 @@ class MtebTaskConfig(Section):
     Files may be compressed (.gz)."""
     test: _Location | None = None
     """Your test texts, in the same formats. Default: ``test_fraction`` of the training texts."""
+    validation: _Location | None = None
+    """Your validation texts, in the same formats. Default: ``train.validation_fraction`` of the training texts."""
+    objective: Family | None = None
+    """Task family. Default: that of the mteb task, or for your own files the one that their columns fit.
+
+    ``classification`` learns from texts with a label. ``separation`` does too, and trains no head. ``text-matching``
+    learns from pairs of texts with a score, a 0/1 label or neither, ``retrieval`` from queries and their passages."""
+    loss: Loss | None = None
+    """Loss. Default: ``cross-entropy`` with a head, ``cosent`` for pairs with scores or labels, else ``infonce``."""
+    columns: Annotated[tuple[_Name, ...], Field(min_length=2, max_length=16), *NON_REPEATING] | None = None
+    """Columns of the texts of a pair: the two sides, then negatives. Only for your own files.
+
+    Default: ``sentence1, sentence2``, or ``query, passage``, or ``anchor, positive``, and then each ``negative…``."""
+    score_column: _Name | None = None
+    """Column of the similarity, or of the 0/1 label, of each pair. Default: ``score``, ``similarity`` or ``label``."""
+    sides: Literal["shared", "query-passage"] | None = None
+    """Adapters of a retrieval task: one for both sides (``shared``, the default), or one for each."""
+    prefixes: Annotated[tuple[str, str], *NON_REPEATING] | None = None
+    """Texts to put before each query and before each passage."""
+    slices: Annotated[tuple[_Name, ...], Field(max_length=16), *NON_REPEATING] | None = None
+    """Columns of the test file. The scores are also given for each of their values."""
     text_column: _Name | None = None
     """Column of the texts. Only for your own files. Default: ``text``."""
     label_column: _Name | None = None
@@ -52,7 +74,16 @@ class MtebTaskConfig(Section):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> MtebTaskConfig:
-        file_keys = ("test", "text_column", "label_column", "group_column", "test_fraction", "test_seed")
+        file_keys: tuple[str, ...] = (
+            "test",
+            "validation",
+            "text_column",
+            "label_column",
+            "group_column",
+            "test_fraction",
+            "test_seed",
+        )
+        file_keys += ("columns", "score_column", "slices")
         given = [key for key in file_keys if getattr(self, key) is not None]
         if self.train is None and given:
             raise ValueError(

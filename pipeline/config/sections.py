@@ -76,6 +76,16 @@ class TrainConfig(Section):
     """Share of each target that is spread over all classes. It lets a head that starts from the probe keep learning."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the loss. ``balanced``: inverse to the frequency of the class."""
+    temperature: Annotated[float, Field(ge=0.001, le=10)] | Literal["learned"] = 0.05
+    """Divisor of the similarities in the losses of pairs and of separation. ``learned``: trained, from 0.05 on."""
+    widths: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(max_length=16), *NON_REPEATING] = ()
+    """Numbers of leading dimensions that are trained and measured besides the whole vector (Matryoshka)."""
+    distillation: float = Field(default=0.0, ge=0, le=1000)
+    """Weight of a term that keeps the similarities of the texts of a batch close to those of the frozen encoder."""
+    texts_per_pass: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Texts embedded at a time in a step. Fewer need less memory and more time. The gradient stays the same.
+
+    Default: all texts of the batch. Only for pairs and for separation."""
     gradient_clip: float = Field(default=1.0, gt=0, le=1e6)
     """Largest norm of the gradient; a larger gradient is scaled down."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.records import Column, MainMetric, ScoreRow, TaskResult, ValueRow
+from pipeline.records import MainMetric, ScoreRow, TaskResult, ValueColumn, ValueRow
 
 _OF_SCORES = ("accuracy", "macro_f1", "average_precision")
 
@@ -25,7 +25,7 @@ def values_of_scores(rows: Sequence[ScoreRow]) -> tuple[ValueRow, ...]:
     )
 
 
-def find_value(values: Iterable[ValueRow], column: Column, metric: str = "accuracy") -> ValueRow | None:
+def find_value(values: Iterable[ValueRow], column: ValueColumn, metric: str = "accuracy") -> ValueRow | None:
     """The value of one column and metric over all test texts; None if it was not measured."""
     return next(
         (row for row in values if (row.column, row.metric, row.width, row.slice) == (column, metric, None, None)), None

@@ -12,6 +12,17 @@ SelectedOn = Literal["validation", "test", "last_epoch"]
 Column = Literal["majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head"]
 """One way to classify a data set. Together they are the columns of the score table, from left to right."""
 
+ValueColumn = Literal[
+    "majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head", "frozen", "adapted"
+]
+"""Column of a row of ``values.parquet``. ``frozen`` and ``adapted`` measure vectors, without and with the adapter."""
+
+Family = Literal["classification", "text-matching", "retrieval", "separation"]
+"""Task family: the kind of data that an adapter learns from, and the numbers by which it is measured."""
+
+Loss = Literal["cross-entropy", "cosent", "cosine", "infonce", "triplet"]
+"""Loss of a training."""
+
 FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
 """A column measured with mteb's few-shot protocol."""
 

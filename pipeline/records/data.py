@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.records.base import DataRevision, Fraction, Record, TaskName
+from pipeline.records.base import DataRevision, Family, Fraction, Loss, Record, TaskName
 
 
 class CarvedTest(Record):
@@ -23,7 +23,7 @@ def _renamed_source(source: object) -> object:
 
 
 class MtebTask(Record):
-    """A classification data set and its source, resolved from the config."""
+    """A data set and its source, resolved from the config."""
 
     name: TaskName
     source: Annotated[Literal["hub", "mirror", "files", "package"], BeforeValidator(_renamed_source)]
@@ -42,6 +42,21 @@ class MtebTask(Record):
     max_epochs: int = Field(ge=1)
     samples_per_label: int = Field(ge=1)
     """Texts per label in each of mteb's few-shot draws."""
+    objective: Family = "classification"
+    """Task family."""
+    loss: Loss = "cross-entropy"
+    columns: tuple[str, ...] = ()
+    """Columns of texts, if an example has several: the two sides, then the given negatives."""
+    score_column: str | None = None
+    """Column of the similarity, or of the 0/1 label, of each pair. None: every pair is positive."""
+    sides: Literal["shared", "query-passage"] = "shared"
+    """Whether queries and passages share one adapter, or have one each."""
+    prefixes: tuple[str, str] | None = None
+    """Texts put before each query and before each passage."""
+    slices: tuple[str, ...] = ()
+    """Columns of test by whose values the scores are also given."""
+    validation_location: str | None = None
+    """The user's validation files. None: a slice of train."""
 
 
 class DataSummary(Record):

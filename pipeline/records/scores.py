@@ -19,6 +19,7 @@ from pipeline.records.base import (
     SelectedOn,
     Sha256,
     TaskName,
+    ValueColumn,
 )
 
 
@@ -130,7 +131,7 @@ class ValueRow(Record):
     run_id: RunId
     mteb_task: TaskName
     split: Literal["test"] = "test"
-    column: Column
+    column: ValueColumn
     metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_@]{0,63}$")]
     """Name of the metric, such as ``accuracy``."""
     width: int | None = Field(default=None, ge=1)

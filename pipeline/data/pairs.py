@@ -1,0 +1,56 @@
+"""Data of pairs of texts: the sides of each pair, its similarity, and what test shares with train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import MtebTask
+
+PairKind = Literal["scores", "labels", "positives"]
+"""Meaning of the pairs: graded by a score, labelled 0 or 1, or all positive."""
+
+
+@dataclass(frozen=True)
+class PairSplit:
+    """The pairs of one split."""
+
+    columns: tuple[list[str], ...]
+    """Texts of each column, of equal length: the two sides (query and passage for retrieval), then given negatives."""
+    scores: NDArray[np.float64] | None
+    """Similarity of each pair, 0..1, float64 (pairs,). Labels are 0.0 and 1.0. None if every pair is positive."""
+    slices: dict[str, list[str]]
+    """Column of ``MtebTask.slices`` -> its value for each pair. Test only."""
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+
+@dataclass(frozen=True)
+class PairData:
+    """The pairs of one task, ready for training. Texts have no prefix yet."""
+
+    task: MtebTask
+    """The task, with the revision of the data that was read."""
+    kind: PairKind
+    train: PairSplit
+    validation: PairSplit
+    """Empty if no pair can be spared."""
+    test: PairSplit
+    corpus: list[str]
+    """Distinct passages of all splits, which every query is searched in. Empty for text matching."""
+    pair_in_train: NDArray[np.bool_]
+    """Mask of the test pairs that stand word for word in train, in either order, bool (num_test,)."""
+    text_in_train: NDArray[np.bool_]
+    """Mask of the test pairs of which a text also occurs in train, bool (num_test,)."""
+    score_range: tuple[float, float] | None
+    """Scores of the data that became 0 and 1. None without scores."""
+    fingerprint: str
+    """SHA-256 of all splits as read, independent of the seed."""
+    test_fingerprint: str
+    """SHA-256 of the test pairs, independent of their order."""
+    notes: tuple[str, ...]
+    """Warnings about valid but weak data, one sentence each."""
