@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig, with_absolute_paths
 from pipeline.errors import LorafleetError
+from pipeline.history.values import values_of
 from pipeline.printable import markdown
 from pipeline.records import (
     AdapterRef,
@@ -24,12 +25,13 @@ from pipeline.records import (
     Failure,
     LogLine,
     Progress,
-    ScoreRow,
     TaskResult,
+    ValueRow,
 )
 from pipeline.reports.formatting import label_changes, percent
 from pipeline.reports.score_table import SCORE_HEADINGS, score_table
-from pipeline.reports.summary import accuracy_change, warm_start_summary
+from pipeline.reports.summary import accuracy_change, headline, selection_score, summarise_all, warm_start_summary
+from pipeline.reports.vector_table import VECTOR_HEADINGS, vector_rows
 from pipeline.run.plan import Plan
 from pipeline.store.finished import find_finished, latest_results
 from pipeline.store.finished import find_unchanged as find_unchanged_run
@@ -145,11 +147,11 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
 
 
 @task(name="frozen baselines", task_run_name="frozen baselines · {name}", cache_policy=NO_CACHE)
-def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ScoreRow, ...]:
+def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ValueRow, ...]:
     """Have a worker measure the frozen encoder."""
     LIVE_TABLE.show(name, "frozen baselines")
-    rows: tuple[ScoreRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    run_logger().info("%s: frozen encoder: %s", name, _accuracies(rows))
+    rows: tuple[ValueRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
+    run_logger().info("%s: frozen encoder: %s", name, headline(rows))
     return rows
 
 
@@ -168,11 +170,12 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
     """Have a worker evaluate its adapter, and verify it in a new process."""
     LIVE_TABLE.show(name, "evaluate")
     result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    LIVE_TABLE.show(name, "finished", _accuracies([row for row in result.scores if row.column == "head"]))
+    values = values_of(result)
+    LIVE_TABLE.show(name, "finished", headline([row for row in values if row.column in ("head", "adapted")]))
     run_logger().info(
         "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
         name,
-        _accuracies(result.scores),
+        headline(values),
         len(result.epochs),
         result.best_epoch,
         result.busy_seconds,
@@ -198,13 +201,18 @@ def collect(
     summary, corrected = write_files(plan, results, failures, run_id=run_id, folder=folder)
     table = score_table(summary, corrected)
     rows = []
-    for line, result in zip(table.lines, corrected, strict=True):
+    classifiers = [result for result in corrected if result.has_head]
+    for line, result in zip(table.lines, classifiers, strict=True):
         cells = {heading: cell.text for heading, cell in zip(SCORE_HEADINGS, line.cells(), strict=True)}
         name, head = SCORE_HEADINGS[0], "LoRA, own head"
         change = accuracy_change(result, previous.get(result.mteb_task.name))
         # The most important columns come first, because a narrow screen shows only those.
         rows.append({name: cells.pop(name), head: cells.pop(head), "Since the run before": change} | cells)
-    create_table_artifact(table=rows, key="score-table", description=f"Test accuracy in percent, run {run_id}")
+    if rows or not corrected:
+        create_table_artifact(table=rows, key="score-table", description=f"Test accuracy in percent, run {run_id}")
+    entries = summarise_all(corrected, failures, encoder=plan.encoder, run_id=run_id, created_at=summary.created_at)
+    if vectors := [dict(zip(VECTOR_HEADINGS, cells, strict=True)) for cells in vector_rows(entries.tasks)]:
+        create_table_artifact(table=vectors, key="vector-table", description=f"Embedding adapters, run {run_id}")
     facts = [f"- run folder: {markdown(folder.root.name)}", *(f"- {markdown(note)}" for note in table.notes())]
     starts = [(result.mteb_task.name, warm_start_summary(result)) for result in corrected]
     facts += [f"- {markdown(f'{name}: {start}')}" for name, start in starts if start]
@@ -251,7 +259,7 @@ class _Report:
             self._logger.log(event.level, "%s: %s", self._name, event.text)
             return
         if isinstance(event, EpochRow):
-            score = "-" if event.validation_accuracy is None else percent(event.validation_accuracy)
+            score = "-" if (selected := selection_score(event)) is None else percent(selected)
             self._logger.info(
                 "%s: epoch %d: loss %.4f, validation %s, %.0f texts/s, %.0f s",
                 self._name,
@@ -275,7 +283,3 @@ class _Report:
 
 def _artifact_key(name: str) -> str:
     return "train-" + "".join(c if c.isalnum() else "-" for c in name.lower())
-
-
-def _accuracies(rows: Sequence[ScoreRow]) -> str:
-    return ", ".join(f"{row.column} {percent(row.accuracy)}" for row in rows)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
-from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, ScoreRow, TaskResult
+from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, TaskResult, ValueRow
 from pipeline.run.plan import JobSpec, Plan
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Worker:
         """Read the data and load the encoder."""
         return self._ready().load()
 
-    def evaluate_frozen(self) -> tuple[ScoreRow, ...]:
+    def evaluate_frozen(self) -> tuple[ValueRow, ...]:
         """Measure the frozen encoder."""
         return self._ready().evaluate_frozen()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.reports.score_table import ScoreTable
+    from pipeline.store.run_folder import RunFolder
 
 
 @click.command(cls=Command)
@@ -37,19 +38,48 @@ def show_run(run: Path, *, as_json: bool) -> None:
     """Print the score table of a run, or of a publication."""
     from pipeline.records import ClassificationResults, TaskResult
     from pipeline.reports.score_table import score_table
+    from pipeline.reports.vector_table import VECTOR_HEADINGS
     from pipeline.store.files import read_record
     from pipeline.store.run_folder import RunFolder
 
     folder = RunFolder(run)
     summary = read_record(folder.results, ClassificationResults)
     if as_json:
-        say_json(summary.model_dump(mode="json"))
+        say_json(results_json(run))
         return
     files = [folder.task(entry.task).result for entry in summary.tasks]
     results = [read_record(file, TaskResult) for file in files if file.is_file()]  # a publication may lack them
-    _print_table(score_table(summary, results))
+    vectors = _vector_rows(folder)
+    if summary.tasks or not vectors:
+        _print_table(score_table(summary, results))
+    if vectors:
+        say_table(VECTOR_HEADINGS, vectors)
     for failure in summary.failures:
         complain(f"failed: {failure.mteb_task} ({failure.stage}): {failure.reason}")
+
+
+def results_json(run: Path) -> dict[str, Any]:
+    """The content of ``classification_results.json``, and the embedding adapters of the run as ``vectors``."""
+    from pipeline.records import ClassificationResults, RunResults
+    from pipeline.store.files import read_record
+    from pipeline.store.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    summary = read_record(folder.results, ClassificationResults).model_dump(mode="json")
+    if folder.all_results.is_file():
+        tasks = read_record(folder.all_results, RunResults).tasks
+        if vectors := [entry.model_dump(mode="json") for entry in tasks if entry.family != "classification"]:
+            summary["vectors"] = vectors
+    return summary
+
+
+def _vector_rows(folder: RunFolder) -> list[tuple[str, ...]]:
+    """Rows of the table of embedding adapters. Empty for a run of an older version."""
+    from pipeline.records import RunResults
+    from pipeline.reports.vector_table import vector_rows
+    from pipeline.store.files import read_record
+
+    return vector_rows(read_record(folder.all_results, RunResults).tasks) if folder.all_results.is_file() else []
 
 
 def _print_table(table: ScoreTable) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from flows.commands.options import Command
 from flows.commands.run_flow import run_flow
-from flows.commands.show import show_run
+from flows.commands.show import results_json, show_run
 from flows.terminal import complain, say, say_json
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _print_outcome(outcome: RunOutcome, *, as_json: bool) -> None:
         complain(f"failed: {' · '.join(filter(None, (failure.stage, failure.mteb_task)))}: {failure.reason}")
     if as_json:
         if outcome.folder is not None:
-            summary = json.loads(outcome.folder.results.read_text(encoding="utf-8"))
+            summary = results_json(outcome.folder.root)
             summary["failures"] += [failure.model_dump() for failure in unpublished]
             say_json(summary)
         else:

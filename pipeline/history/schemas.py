@@ -113,6 +113,7 @@ GATE_SCHEMA = pa.schema(
         pa.field("to", pa.string(), nullable=False),
         pa.field("decision", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
+        pa.field("metric", pa.string()),
         pa.field("published_accuracy", pa.float64()),
         pa.field("candidate_accuracy", pa.float64()),
         pa.field("difference", pa.float64()),

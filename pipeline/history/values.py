@@ -32,6 +32,12 @@ def find_value(values: Iterable[ValueRow], column: ValueColumn, metric: str = "a
     )
 
 
+def main_value(values: Iterable[ValueRow], column: ValueColumn) -> ValueRow | None:
+    """The main metric of one column over all test texts and the whole width; None if it was not measured."""
+    whole = (row for row in values if row.column == column and row.main and row.slice is None and row.width is None)
+    return next(whole, None)
+
+
 def _value_of(row: ScoreRow, metric: str, main: MainMetric) -> ValueRow:
     has_interval = metric == "accuracy"
     return ValueRow(

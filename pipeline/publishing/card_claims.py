@@ -11,7 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from pipeline.errors import DataError, VerificationError, first_line
-from pipeline.publishing.consistency import is_different_score
+from pipeline.publishing.mteb_consistency import is_different_score
 from pipeline.records import TaskResult
 from pipeline.reports.model_card import claimed_scores
 from pipeline.store.files import LARGEST_RECORD_BYTES, read_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,30 +13,16 @@ from pipeline.config import GateConfig
 from pipeline.data.dataset import load_data
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import DataError
-from pipeline.evaluation import scores, significance
+from pipeline.evaluation import significance
 from pipeline.inference.classifier import load_classifier
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
+from pipeline.publishing.measurement import GateMeasurement
 from pipeline.publishing.publication import Candidate, PublishedState
+from pipeline.publishing.vector_gate import measure_vector_adapters
 from pipeline.records import SIGNIFICANCE, Decision, GateDecision, TaskResult
-from pipeline.reports.formatting import label_changes, percent, points
-
-
-@dataclass(frozen=True)
-class GateMeasurement:
-    """Comparison of two adapters on the same test texts."""
-
-    published_accuracy: float
-    candidate_accuracy: float
-    interval: scores.Interval
-    """Confidence interval of the difference in accuracy."""
-    p_value: float
-    num_texts: int
-
-    @property
-    def difference(self) -> float:
-        """Candidate accuracy minus published accuracy, rounded to a whole number of texts to remove float error."""
-        return round((self.candidate_accuracy - self.published_accuracy) * self.num_texts) / self.num_texts
+from pipeline.reports.formatting import label_changes
+from pipeline.reports.summary import main_difference
 
 
 def evaluate_gate(
@@ -67,17 +52,19 @@ def _decide_task(
     if decision is None:
         assert base.folder is not None
         ref = f"{base.folder.root}#{task}" if repository is None else f"hf:{repository}@{base.revision}#{task}"
-        measured = measure(candidate, task, ref)
+        measured = (measure if result.has_head else measure_vector_adapters)(candidate, task, ref)
         decision, reason = decide(measured, config)
     if decision == "promote" and config.enabled and config.require_beats_probe and not beats_probe(result):
         decision = "block"
-        reason = "its head is not above the full-data probe beyond noise (publish.gate.require_beats_probe)"
+        rival = "its head is not above the full-data probe" if result.has_head else "it is not above the frozen encoder"
+        reason = f"{rival} beyond noise (publish.gate.require_beats_probe)"
     return GateDecision(
         run_id=candidate.summary.run_id,
         mteb_task=task,
         to=to,
         decision=decision,
         reason=reason,
+        metric=measured.metric if measured else "accuracy",
         published_accuracy=measured.published_accuracy if measured else None,
         candidate_accuracy=measured.candidate_accuracy if measured else None,
         difference=measured.difference if measured else None,
@@ -108,11 +95,6 @@ def decide_without_scoring(
     if published is None:
         return "promote", "nothing is published under this name yet"
     old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
-    if not result.has_head and published != result.adapter.sha256 and config.enabled:
-        return (
-            "block",
-            "it has no head, so the gate has no labels to compare; allow it with publish.gate.enabled = false",
-        )
     if published == result.adapter.sha256 and old == new:  # renaming a label changes no weight
         return "keep", "it is the published adapter"
     if not config.enabled:
@@ -135,11 +117,7 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
         Decision, and the numbers behind it in words.
     """
     gain, low, high = measured.difference, measured.interval.low, measured.interval.high
-    facts = (
-        f"{percent(measured.candidate_accuracy)} against {percent(measured.published_accuracy)} "
-        f"on the same {measured.num_texts:,} texts, {points(gain)} points "
-        f"({points(low)} to {points(high)}, p {measured.p_value:.3g})"
-    )
+    facts = measured.in_words
     significant = measured.p_value < SIGNIFICANCE
     if gain >= config.min_gain and low > min(config.min_gain, 0.0) and (significant or config.min_gain < 0):
         return "promote", facts
@@ -149,7 +127,13 @@ def decide(measured: GateMeasurement, config: GateConfig) -> tuple[Decision, str
 
 
 def beats_probe(result: TaskResult) -> bool:
-    """Whether the head exceeds the full-data probe beyond noise, by the MTEB task's main metric."""
+    """Whether the head exceeds the full-data probe beyond noise, by the MTEB task's main metric.
+
+    For an adapter without a head: whether the adapted vectors exceed the frozen ones.
+    """
+    if not result.has_head:
+        difference = main_difference(result)
+        return difference is not None and difference.gain > 0 and difference.p_value < SIGNIFICANCE
     comparison = result.comparison
     return comparison is not None and comparison.gain > 0 and comparison.main_p_value < SIGNIFICANCE
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import InputError, LorafleetError
-from pipeline.publishing.consistency import check_run, check_summary, check_task
+from pipeline.publishing.consistency import check_run, check_summary, check_task, listed_tasks
 from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
 from pipeline.reports.formatting import without_local_paths
 from pipeline.reports.outputs import write_mteb_results, write_outputs
@@ -69,17 +69,18 @@ def read_candidate(run: Path) -> Candidate:
     folder = RunFolder(run.resolve())
     _check_files(folder.root, (folder.manifest, *folder.published()))
     summary = read_record(folder.results, ClassificationResults)
-    if not summary.tasks:
+    tasks = listed_tasks(folder)
+    if not tasks:
         raise InputError(
             f"{folder.root}: none of its {len(summary.failures)} MTEB tasks finished, so there is nothing to publish"
         )
     manifest, results = read_manifest(folder), {}
-    for entry in summary.tasks:
-        task = folder.task(entry.task)
+    for name in tasks:
+        task = folder.task(name)
         _check_files(folder.root, (task.result,))
         _check_files(folder.root, task.published(has_head=read_record(task.result, TaskResult).has_head))
-        found, results[entry.task] = check_task(task)
-        check_run(manifest, found, results[entry.task])
+        found, results[name] = check_task(task)
+        check_run(manifest, found, results[name])
     check_summary(folder, results, listed=manifest)
     return Candidate(folder, manifest, summary, results)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pipeline.records.base import FilePath, Fraction, Record, RunId, Sha256, TaskName
 from pipeline.records.refs import EncoderRef
@@ -34,9 +36,13 @@ class GateDecision(Record):
     """Folder or repository that the run is published to."""
     decision: Decision
     reason: str
-    published_accuracy: Fraction | None
-    """Accuracy of the published adapter. None if nothing was compared: it is the first, or the labels differ."""
-    candidate_accuracy: Fraction | None
+    metric: str = "accuracy"
+    """Metric of the two numbers below: the main metric of an embedding adapter, accuracy of a classifier."""
+    published_accuracy: Annotated[float, Field(ge=-1, le=1)] | None
+    """Value of ``metric`` for the published adapter.
+
+    None if nothing was compared: it is the first, or the labels differ."""
+    candidate_accuracy: Annotated[float, Field(ge=-1, le=1)] | None
     difference: float | None
     """``candidate_accuracy`` minus ``published_accuracy``."""
     low: float | None
@@ -44,7 +50,7 @@ class GateDecision(Record):
     high: float | None
     """Upper end of that interval."""
     p_value: Fraction | None
-    """McNemar's exact test, two-sided."""
+    """McNemar's exact test for classifiers, a paired bootstrap for embedding adapters; two-sided."""
     num_texts: int | None
     published_sha256: str | None
     candidate_sha256: str

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from pipeline.records.base import Fraction, Key, MainMetric, Record, RunId, SelectedOn, Sha256, TaskName
+from pipeline.records.base import Family, Fraction, Key, MainMetric, Record, RunId, SelectedOn, Sha256, TaskName
 from pipeline.records.data import DataSummary, MtebTask
 from pipeline.records.refs import AdapterRef, EncoderRef, Runtime
-from pipeline.records.scores import Calibration, Comparison, Confusion, ScoreRow, ValueRow
+from pipeline.records.scores import Calibration, Comparison, Confusion, Difference, ScoreRow, SimilarityCounts, ValueRow
 from pipeline.records.training import EpochRow, WarmStart
 
 
@@ -28,8 +28,8 @@ class TaskResult(Record):
     num_head_parameters: int
     merge_difference: float
     """Largest absolute difference between vectors of the merged and the unmerged adapter, over 32 test texts."""
-    probe_c: float
-    """Inverse regularisation of the full-data probe, chosen on validation."""
+    probe_c: float | None
+    """Inverse regularisation of the full-data probe, chosen on validation. None for an adapter without a head."""
     epochs: tuple[EpochRow, ...]
     best_epoch: int = Field(ge=0)
     """Epoch whose weights the adapter has. 0: no epoch was better than the start, so the adapter is its start.
@@ -42,6 +42,10 @@ class TaskResult(Record):
     None if there is no such split, if the start was refitted on an earlier slice, and in results of older versions.
     While the data grow, most of the slice stays the same, but not all. Another published adapter may therefore have
     been trained on a few of these texts."""
+    selection_metric: str = "accuracy"
+    """Metric that selected the epoch."""
+    start_score: float | None = None
+    """Value of that metric for the start, if it is not accuracy. None for the same reasons as ``start_accuracy``."""
     selected_on: SelectedOn
     refitted: bool
     """Whether the adapter was trained again on train and validation together."""
@@ -52,6 +56,10 @@ class TaskResult(Record):
     """Every measured number. Empty in results of older versions, whose numbers are in ``scores`` only."""
     comparison: Comparison | None
     """Head against probe. None if one of the two columns was switched off."""
+    differences: tuple[Difference, ...] = ()
+    """The adapted against the frozen encoder, for an adapter without a head: full width first."""
+    similarities: tuple[SimilarityCounts, ...] = ()
+    """Histograms of the similarities of the test pairs. Empty for other tasks."""
     calibration: Calibration | None
     """Calibration of the head. None for an adapter without a head."""
     confusions: tuple[Confusion, ...]
@@ -140,6 +148,50 @@ class ClassificationResults(Record):
     encoder: EncoderRef
     tasks: tuple[ResultsEntry, ...]
     average: ResultsAverage
+    failures: tuple[Failure, ...]
+    run_id: RunId
+    created_at: AwareDatetime
+
+
+class TaskEntry(Record):
+    """One MTEB task of any family in ``results.json``."""
+
+    task: TaskName
+    family: Family
+    metric: str
+    """Main metric of the task, which all numbers of this entry are values of."""
+    frozen: float | None
+    """Value without the adapter. For classification that of the full-data probe. None if it was not measured."""
+    adapted: float | None
+    """Value with the adapter. For classification that of its own head. None if it was not measured."""
+    low: float | None
+    """Lower end of the 95 % interval of ``adapted``. None if it was not computed."""
+    high: float | None
+    gain: float | None
+    """``adapted`` minus ``frozen``."""
+    gain_low: float | None = None
+    """Lower end of the 95 % interval of the gain. None for classification, which has a paired test only."""
+    gain_high: float | None = None
+    p_value: Fraction | None
+    """Paired test of the gain on the same test texts."""
+    p_value_holm: Fraction | None
+    """``p_value`` with Holm's correction over the MTEB tasks of the run."""
+    num_test: int
+    num_overlap: int
+    """Test examples that also occur in train, word for word."""
+    epochs: int
+    best_epoch: int
+    """Epoch whose weights the adapter has. 0: no epoch was better than the start."""
+    selected_on: SelectedOn
+    adapter_sha256: Sha256
+    reused_from: RunId | None
+
+
+class RunResults(Record):
+    """The content of ``results.json``: every MTEB task of a run, of every family."""
+
+    encoder: EncoderRef
+    tasks: tuple[TaskEntry, ...]
     failures: tuple[Failure, ...]
     run_id: RunId
     created_at: AwareDatetime

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from pipeline.history.values import find_value, values_of
+from pipeline.evaluation.metrics import title_of
+from pipeline.history.values import find_value, main_value, values_of
 from pipeline.printable import markdown
 from pipeline.records import ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
-from pipeline.reports.summary import data_source, is_of_mteb, score_row
+from pipeline.reports.summary import data_source, is_of_mteb, score_row, task_entry
+from pipeline.reports.vector_table import HOW_VECTORS_ARE_MEASURED, VECTOR_HEADINGS, vector_rows
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _CLAIMED: tuple[tuple[Column, str, str, str], ...] = (
@@ -23,6 +25,11 @@ _CLAIMED: tuple[tuple[Column, str, str, str], ...] = (
     ("adapted_few_shot", "accuracy", "accuracy", "Accuracy, MTEB few-shot on the adapted encoder"),
 )
 """Column, metric, type on the Hub, and name of each claim in the card's metadata."""
+_KINDS: tuple[tuple[str, Callable[[Sequence[TaskResult]], bool]], ...] = (
+    ("text-classification", lambda results: any(result.has_head for result in results)),
+    ("sentence-similarity", lambda results: any(not result.has_head for result in results)),
+)
+"""Kinds of models on the Hub, and whether the adapters of a run have one of the kind."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -45,21 +52,29 @@ def render_card(
         license: Abbreviation on the Hub. None: no license is claimed.
     """
     table, encoder = score_table(summary, results), summary.encoder
-    example = summary.tasks[0].task if summary.tasks else ""
-    snippet = (
-        usage_snippet(
-            task=example, encoder=encoder, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code
+    vectors = [result for result in results if not result.has_head]
+    snippets = []
+    if summary.tasks:
+        example = summary.tasks[0].task
+        snippets.append(
+            usage_snippet(
+                task=example, encoder=encoder, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code
+            )
         )
-        if summary.tasks
-        else ""
-    )
+    if vectors:
+        example = vectors[0].mteb_task.name
+        snippets.append(vector_snippet(task=example, encoder=encoder, trust_remote_code=trust_remote_code))
     rows = [line.cells() for line in table.lines] + ([table.average_cells()] if len(table.lines) > 1 else [])
     text = _environment().get_template("card.md.j2")
     return text.render(
         front_matter=_front_matter(results, encoder, license=license),
         encoder=encoder,
         encoder_url=f"https://huggingface.co/{encoder.public_name}" if _is_on_hub(encoder) else "",
-        num_tasks=f"{len(summary.tasks)} LoRA adapter{'s' * (len(summary.tasks) != 1)} with classification heads",
+        title="LoRA text classifiers" if summary.tasks or not vectors else "LoRA embedding adapters",
+        num_tasks=_number_of_adapters(len(summary.tasks), len(vectors)),
+        vector_headings=VECTOR_HEADINGS,
+        vector_rows=vector_rows([task_entry(result) for result in vectors]),
+        how_vectors=HOW_VECTORS_ARE_MEASURED,
         delta_sentence=_delta_sentence(results, summary),
         run_id=summary.run_id,
         created_at=utc(summary.created_at),
@@ -71,7 +86,7 @@ def render_card(
         adapters=[_adapter(result) for result in results],
         how=HOW_IT_WAS_MADE,
         limits=_limits(results, summary),
-        snippet=snippet,
+        snippets=snippets,
         license=license,
     )
 
@@ -104,23 +119,54 @@ def usage_snippet(
     )
 
 
+def vector_snippet(*, task: str, encoder: EncoderRef, trust_remote_code: bool = False) -> str:
+    """Render a Python program that compares two texts with an embedding adapter, by PEFT.
+
+    Args:
+        task: MTEB task whose folder the program reads.
+        encoder: Encoder that the program loads by ``public_name`` and ``revision``.
+        trust_remote_code: Whether the encoder needs its own code.
+    """
+    pinned = _COMMIT.fullmatch(encoder.revision) is not None
+    template = _environment().get_template("vector_snippet.py.j2")
+    return template.render(
+        encoder=_literal(encoder.public_name),
+        revision=_literal(encoder.revision) if pinned else "",
+        fingerprint=encoder.revision,
+        folder=_literal(task),
+        trust=", trust_remote_code=True" if trust_remote_code else "",
+    )
+
+
+def _number_of_adapters(num_classifiers: int, num_vectors: int) -> str:
+    classifiers = f"{num_classifiers} LoRA adapter{'s' * (num_classifiers != 1)} with classification heads"
+    vectors = f"{num_vectors} LoRA embedding adapter{'s' * (num_vectors != 1)}"
+    if not num_vectors:
+        return classifiers
+    return f"{classifiers} and {vectors}" if num_classifiers else vectors
+
+
 def _front_matter(results: Sequence[TaskResult], encoder: EncoderRef, *, license: str | None) -> str:
     locations = {result.mteb_task.location for result in results if result.mteb_task.source == "hub"}
     datasets = sorted(location for location in locations if _HUB_ID.fullmatch(location))
+    classifies = any(result.has_head for result in results) or not results
+    kinds = [kind for kind, is_there in _KINDS if is_there(results)] or ["text-classification"]
     data = ModelCardData(
         base_model=encoder.public_name if _is_on_hub(encoder) else None,
         library_name="peft",
-        pipeline_tag="text-classification",
+        pipeline_tag=kinds[0],
         license=license,
         tags=[
             "lora",
-            "text-classification",
+            *kinds,
             *(["mteb"] if any(is_of_mteb(r.mteb_task) for r in results) else []),
             "lorafleet",
         ],
         datasets=datasets or None,
-        metrics=["accuracy", "f1"],
-        model_name=f"LoRA text classifiers on {encoder.public_name}" if results else None,
+        metrics=["accuracy", "f1"] if classifies else None,
+        model_name=f"LoRA {'text classifiers' if classifies else 'embedding adapters'} on {encoder.public_name}"
+        if results
+        else None,
         eval_results=[metric for result in results for metric in claimed_scores(result)] or None,
     )
     return data.to_yaml() + "\n"
@@ -133,6 +179,9 @@ def claimed_scores(result: TaskResult) -> list[EvalResult]:
     for column, metric, kind, name in _CLAIMED:
         if (row := find_value(values, column, metric)) is not None:
             claims.append(_metric(result, row, kind, name))
+    if (main := main_value(values, "adapted")) is not None:
+        title = title_of(main.metric)
+        claims.append(_metric(result, main, main.metric, f"{title[0].upper()}{title[1:]}, adapted encoder"))
     return claims
 
 
@@ -140,8 +189,8 @@ def _metric(result: TaskResult, row: ValueRow, kind: str, name: str) -> EvalResu
     task = result.mteb_task
     on_hub, is_own = task.source == "hub", _is_own(result)
     return EvalResult(
-        task_type="text-classification",
-        task_name="Text classification",
+        task_type="text-classification" if result.has_head else "sentence-similarity",
+        task_name="Text classification" if result.has_head else "Sentence similarity",
         # The Hub takes a type for the name of a data set, and results of equal type, subset and split for one data set.
         dataset_type=task.location if on_hub else "own-data" if is_own else task.name,
         dataset_name=f"MTEB {task.name}" if on_hub else f"{task.name} (own data)" if is_own else task.name,
@@ -178,7 +227,7 @@ def _adapter(result: TaskResult) -> dict[str, str | int]:
     return {
         "name": result.mteb_task.name,
         "data": data_source(result.mteb_task),
-        "num_classes": len(data.label_names),
+        "num_classes": len(data.label_names) if result.has_head else "–",
         "num_lora": f"{result.num_lora_parameters:,}",
         "num_head": f"{result.num_head_parameters:,}",
         "texts": f"{data.num_train:,} / {data.num_validation:,} / {data.num_test:,}",
@@ -190,8 +239,8 @@ def _adapter(result: TaskResult) -> dict[str, str | int]:
 def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> list[str]:
     limits = [
         "Each score is from one training with one seed. Its interval covers only the choice of test texts.",
-        "An adapter works only with the encoder revision named above. Every text gets one of its labels, even if none "
-        "fits.",
+        "An adapter works only with the encoder revision named above."
+        + (" Every text gets one of its labels, even if none fits." if summary.tasks or not results else ""),
     ]
     overlap = [f"{e.task} {e.num_overlap:,} of {e.num_test:,}" for e in summary.tasks if e.num_overlap]
     if overlap:

@@ -24,7 +24,7 @@ from pipeline.records import (
 )
 from pipeline.reports.model_card import render_card
 from pipeline.reports.report import render_report
-from pipeline.reports.summary import is_of_mteb, summarise
+from pipeline.reports.summary import is_of_mteb, main_difference, summarise, summarise_all
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.run_folder import RunFolder, TaskFolder
 
@@ -49,12 +49,15 @@ def write_outputs(
     Returns: The content of ``classification_results.json``, and the results with p-values corrected over MTEB tasks.
     """
     corrected = correct_over_tasks(results)
-    summary = summarise(corrected, failures, encoder=encoder, run_id=run_id, created_at=created_at)
+    facts: dict[str, Any] = {"encoder": encoder, "run_id": run_id, "created_at": created_at}
+    summary = summarise(corrected, failures, **facts)
     folder.metrics.mkdir(parents=True, exist_ok=True)
     write_scores([row for result in corrected for row in result.scores], folder.scores)
     write_values([row for result in corrected for row in values_of(result)], folder.values)
     write_epochs(run_id, {result.mteb_task.name: result.epochs for result in corrected}, folder.epochs)
     write_atomically(folder.results, summary.model_dump_json(indent=1))
+    everything = summarise_all(corrected, failures, **facts)
+    write_atomically(folder.all_results, everything.model_dump_json(indent=1))
     card = render_card(
         corrected, summary, adapted_modules=adapted_modules, trust_remote_code=trust_remote_code, license=license
     )
@@ -122,16 +125,24 @@ def mteb_main_score(task: MtebTask) -> str | None:
 
 
 def correct_over_tasks(results: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
-    """Correct the head's p-values over the MTEB tasks by Holm's method: of McNemar's test, and of the main metric."""
+    """Correct p-values over the MTEB tasks by Holm's method: of McNemar's test, and of the main metric of each task."""
     comparisons = [result.comparison for result in results]
     accuracy = holm([comparison.p_value if comparison else None for comparison in comparisons])
-    main = holm([comparison.main_p_value if comparison else None for comparison in comparisons])
+    main = holm([_main_p_value(result) for result in results])
     corrected = []
     for result, p_value, p_value_main in zip(results, accuracy, main, strict=True):
         values = {"p_value_holm": p_value, "p_value_main_holm": p_value_main}
         rows = tuple(row.changed(**values) if row.column == "head" else row for row in result.scores)
-        corrected.append(result.changed(scores=rows))
+        differences = tuple(d.changed(p_value_holm=p_value_main) if d.width is None else d for d in result.differences)
+        corrected.append(result.changed(scores=rows, differences=differences))
     return tuple(corrected)
+
+
+def _main_p_value(result: TaskResult) -> float | None:
+    if result.comparison is not None:
+        return result.comparison.main_p_value
+    difference = main_difference(result)
+    return None if difference is None else difference.p_value
 
 
 def _commit_like(revision: str) -> str:

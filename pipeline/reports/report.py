@@ -37,7 +37,9 @@ from pipeline.reports.score_table import (
     score_table,
     task_heading,
 )
-from pipeline.reports.summary import data_source, score_row, warm_start_summary
+from pipeline.reports.summary import data_source, score_row, task_entry, warm_start_summary
+from pipeline.reports.vector_figures import vector_panels
+from pipeline.reports.vector_table import HOW_VECTORS_ARE_MEASURED, VECTOR_HEADINGS, vector_rows
 
 _PANELS_WIDTH = 780
 
@@ -54,6 +56,17 @@ class _TaskView:
     notes: tuple[str, ...]
     head_without_overlap: str
     metrics: str
+
+
+@dataclass(frozen=True)
+class _VectorView:
+    """Values of one embedding adapter for the template."""
+
+    result: TaskResult
+    cells: tuple[str, ...]
+    panels: Markup
+    source: str
+    notes: tuple[str, ...]
 
 
 def render_report(results: Sequence[TaskResult], summary: ClassificationResults) -> str:
@@ -80,9 +93,25 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
         bars=_bars(table) if table.lines else Markup(),
         tasks=tasks,
         unfold=len(tasks) <= OPEN_UP_TO,
-        how=HOW_IT_WAS_MADE,
+        vectors=_vector_views(results),
+        vector_headings=VECTOR_HEADINGS,
+        how=(*(HOW_IT_WAS_MADE if table.lines or not results else ()), *_how_vectors(results)),
         busy=duration(sum(result.busy_seconds for result in results if result.reused_from is None)),
     )
+
+
+def _vector_views(results: Sequence[TaskResult]) -> list[_VectorView]:
+    shown = []
+    for result in results:
+        if not result.has_head:
+            (cells,) = vector_rows([task_entry(result)]) or [(result.mteb_task.name,)]
+            notes = (without_local_paths(note) for note in result.data.notes)
+            shown.append(_VectorView(result, cells, vector_panels(result), data_source(result.mteb_task), tuple(notes)))
+    return shown
+
+
+def _how_vectors(results: Sequence[TaskResult]) -> tuple[tuple[str, str], ...]:
+    return () if all(result.has_head for result in results) else HOW_VECTORS_ARE_MEASURED
 
 
 def _view(result: TaskResult, line: ScoreLine, number: int) -> _TaskView:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from pipeline.history.values import find_value, values_of
+from pipeline.evaluation.metrics import title_of
+from pipeline.history.values import find_value, main_value, values_of
 from pipeline.records import (
     ClassificationResults,
     Column,
+    Difference,
     EncoderRef,
+    EpochRow,
     Failure,
     MtebTask,
     ResultsAverage,
     ResultsEntry,
+    RunResults,
     ScoreRow,
+    TaskEntry,
     TaskResult,
+    ValueColumn,
+    ValueRow,
 )
 from pipeline.reports.formatting import percent, points, without_local_paths
 
@@ -37,9 +44,9 @@ def summarise(
         run_id: Name of the run folder.
         created_at: Time of the run.
     """
-    entries = tuple(_entry(result) for result in results)
+    entries = tuple(_entry(result) for result in results if result.has_head)
     return ClassificationResults(
-        encoder=EncoderRef(name=encoder.public_name, public_name=encoder.public_name, revision=encoder.revision),
+        encoder=_public(encoder),
         tasks=entries,
         average=ResultsAverage(
             baseline_accuracy=_mean(e.baseline_accuracy for e in entries),
@@ -48,13 +55,33 @@ def summarise(
             full_data_probe_accuracy=_mean(e.full_data_probe_accuracy for e in entries),
             head_accuracy=_mean(e.head_accuracy for e in entries),
         ),
-        failures=tuple(
-            Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault)
-            for f in failures
-        ),
+        failures=_public_failures(failures),
         run_id=run_id,
         created_at=created_at,
     )
+
+
+def summarise_all(
+    results: Sequence[TaskResult],
+    failures: Sequence[Failure],
+    *,
+    encoder: EncoderRef,
+    run_id: str,
+    created_at: datetime,
+) -> RunResults:
+    """Build the content of ``results.json``. Arguments as for ``summarise``."""
+    return RunResults(
+        encoder=_public(encoder),
+        tasks=tuple(task_entry(result) for result in results),
+        failures=_public_failures(failures),
+        run_id=run_id,
+        created_at=created_at,
+    )
+
+
+def main_difference(result: TaskResult) -> Difference | None:
+    """The adapted against the frozen encoder at full width. None for a classifier, which has a comparison instead."""
+    return next((difference for difference in result.differences if difference.width is None), None)
 
 
 def is_of_mteb(mteb_task: MtebTask) -> bool:
@@ -87,6 +114,20 @@ def measured(result: TaskResult, column: Column, metric: str = "accuracy") -> fl
     return None if row is None else row.value
 
 
+def headline(values: Sequence[ValueRow]) -> str:
+    """Accuracy of each column of a classifier, or the main metric of each other column, in words."""
+    whole = [row for row in values if row.slice is None and row.width is None]
+    is_of_vectors = any(row.column in ("frozen", "adapted") for row in whole)
+    shown = [row for row in whole if (row.main if is_of_vectors else row.metric == "accuracy")]
+    metric = f" ({title_of(shown[0].metric)})" if is_of_vectors and shown else ""
+    return ", ".join(f"{row.column} {percent(row.value)}" for row in shown) + metric
+
+
+def selection_score(row: EpochRow) -> float | None:
+    """Value of the metric that selects the epoch. None in a refit."""
+    return row.validation_accuracy if row.validation_score is None else row.validation_score
+
+
 def accuracy_change(result: TaskResult, previous: TaskResult | None) -> str:
     """Change of the head's accuracy since an earlier run in points, or words if the two cannot be compared."""
     if previous is None:
@@ -108,8 +149,8 @@ def warm_start_summary(result: TaskResult) -> str:
     if start is None and not is_kept:
         return ""
     fact = "started from scratch" if start is None else f"started from published adapter {start.sha256[:12]}"
-    before = result.start_accuracy
-    after = max((row.validation_accuracy for row in result.epochs if row.validation_accuracy is not None), default=None)
+    before = result.start_accuracy if result.start_score is None else result.start_score
+    after = max((score for row in result.epochs if (score := selection_score(row)) is not None), default=None)
     if before is not None and after is not None:
         split = "test" if result.selected_on == "test" else "validation"
         fact += f": {split} {percent(before)} before, {percent(after)} after training ({points(after - before)})"
@@ -142,6 +183,48 @@ def _entry(result: TaskResult) -> ResultsEntry:
         main_metric=None if head is None else head.main_metric,
         p_value_main=None if head is None else head.p_value_main,
         p_value_main_holm=None if head is None else head.p_value_main_holm,
+    )
+
+
+def task_entry(result: TaskResult) -> TaskEntry:
+    """Entry of one MTEB task in ``results.json``."""
+    values = values_of(result)
+    frozen_column: ValueColumn = "frozen_full_data" if result.has_head else "frozen"
+    adapted_column: ValueColumn = "head" if result.has_head else "adapted"
+    frozen, adapted = (main_value(values, column) for column in (frozen_column, adapted_column))
+    metric = "accuracy" if adapted is None else adapted.metric
+    difference, head = main_difference(result), score_row(result, "head")
+    return TaskEntry(
+        task=result.mteb_task.name,
+        family=result.mteb_task.objective,
+        metric=metric,
+        frozen=None if frozen is None else frozen.value,
+        adapted=None if adapted is None else adapted.value,
+        low=None if adapted is None else adapted.low,
+        high=None if adapted is None else adapted.high,
+        gain=None if frozen is None or adapted is None else adapted.value - frozen.value,
+        gain_low=None if difference is None else difference.low,
+        gain_high=None if difference is None else difference.high,
+        p_value=difference.p_value if difference else head.p_value_main if head else None,
+        p_value_holm=difference.p_value_holm if difference else head.p_value_main_holm if head else None,
+        num_test=result.data.num_test,
+        num_overlap=result.data.num_overlap,
+        epochs=max(row.epoch for row in result.epochs),
+        best_epoch=result.best_epoch,
+        selected_on=result.selected_on,
+        adapter_sha256=result.adapter.sha256,
+        reused_from=result.reused_from,
+    )
+
+
+def _public(encoder: EncoderRef) -> EncoderRef:
+    return EncoderRef(name=encoder.public_name, public_name=encoder.public_name, revision=encoder.revision)
+
+
+def _public_failures(failures: Sequence[Failure]) -> tuple[Failure, ...]:
+    return tuple(
+        Failure(mteb_task=f.mteb_task, stage=f.stage, reason=without_local_paths(f.reason), user_fault=f.user_fault)
+        for f in failures
     )
 
 

@@ -105,6 +105,11 @@ class RunFolder:
         return self.root / "classification_results.json"
 
     @property
+    def all_results(self) -> Path:
+        """A ``RunResults`` record, which covers every task family. Older runs have none."""
+        return self.root / "results.json"
+
+    @property
     def publication(self) -> Path:
         """A ``Publication`` record. Exists in publications only."""
         return self.root / "publication.json"
@@ -162,7 +167,15 @@ class RunFolder:
         """
         reserved = {
             p.name.lower()
-            for p in (self.manifest, self.config, self.publication, *self.published(), self.metrics, self.mteb_results)
+            for p in (
+                self.manifest,
+                self.config,
+                self.publication,
+                self.all_results,
+                *self.published(),
+                self.metrics,
+                self.mteb_results,
+            )
         }
         if name.lower() in reserved or name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(

@@ -40,6 +40,9 @@ class Objective(ABC):
     selection_metric: str
     """Name of the metric that selects the epoch."""
 
+    examples: str = "texts"
+    """Word for several examples, in log lines."""
+
     @property
     @abstractmethod
     def num_examples(self) -> int:
