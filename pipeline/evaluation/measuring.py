@@ -51,7 +51,7 @@ class Measured:
     arrays: dict[str, npt.NDArray[Any]]
     """Arrays by name.
 
-    ``main``: main metric on all of test as mteb computes it, float64 (widths,).
+    ``main``: main metric on all of test, equal to mteb's, float64 (widths,).
     Scores and labels: ``similarity``, cosine of each test pair, float64 (widths, num_test). Labels also:
     ``validation_similarity``, float64 (widths, num_validation).
     Positives: each of ``SEARCH_METRICS`` by query, float64 (widths, queries).
