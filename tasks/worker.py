@@ -45,7 +45,7 @@ class Worker:
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines(self._report))
         import pipeline.run.job  # noqa: F401
-        from pipeline.evaluation.few_shot import import_ahead
+        from pipeline.evaluation.mteb_runs import import_ahead
 
         import_ahead()
 

@@ -34,6 +34,16 @@ class TextVectors:
         vectors = self(texts)
         return normalize(vectors) if self._encoder.normalize else vectors
 
+    @property
+    def width(self) -> int:
+        """Number of dimensions of a whole vector."""
+        return self._encoder.hidden_size
+
+    def unit(self, texts: Sequence[str], *, width: int | None = None) -> FloatArray:
+        """Unit vectors of texts, float32 (texts, width), of all dimensions or of the leading ``width`` ones."""
+        assert width is None or 1 <= width <= self.width, f"width {width} of {self.width}"
+        return normalize(self(texts)[:, :width])
+
 
 def normalize(vectors: FloatArray) -> FloatArray:
     """Scale vectors to length 1, float32 (texts, width)."""

@@ -152,6 +152,27 @@ class ValueRow(Record):
     """Whether this is the main metric of the MTEB task."""
 
 
+class Difference(Record):
+    """Main metric of the adapted encoder minus that of the frozen one, on the same test texts."""
+
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_@]{0,63}$")]
+    width: int | None = Field(default=None, ge=1)
+    """Number of dimensions used of the text vectors. None: all of them."""
+    slice: str | None = Field(default=None, min_length=1, max_length=128)
+    """Property that the texts share. None: all texts."""
+    slice_value: str | None = Field(default=None, max_length=1024)
+    gain: float
+    """Positive if the adapted encoder is better."""
+    low: float | None
+    """Lower end of the 95 % interval of the paired bootstrap. None: too few independent texts for an interval."""
+    high: float | None
+    """Upper end of that interval."""
+    p_value: float = Field(gt=0.0, le=1.0)
+    """Two-sided test of the same bootstrap. 1 without an interval."""
+    num_texts: int = Field(ge=1)
+    """Number of pairs, of queries in a search, or of texts."""
+
+
 class CoverageRow(Record):
     """Accuracy if texts whose confidence is below a threshold get no label."""
 
