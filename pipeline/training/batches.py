@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,25 @@ class LabelledTokens:
     labels: IntArray
 
     def __add__(self, other: LabelledTokens) -> LabelledTokens:
-        offsets = np.concatenate([self.tokens.offsets, self.tokens.offsets[-1] + other.tokens.offsets[1:]])
-        ids = np.concatenate([self.tokens.ids, other.tokens.ids])
-        truncated = np.concatenate([self.tokens.truncated, other.tokens.truncated])
-        return LabelledTokens(Tokens(ids, offsets, truncated), np.concatenate([self.labels, other.labels]))
+        return LabelledTokens(joined([self.tokens, other.tokens]), np.concatenate([self.labels, other.labels]))
+
+
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """Token ids of the texts of several parts, one after the other."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    return Tokens(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([part.truncated for part in parts]),
+    )
+
+
+def chosen(tokens: Tokens, rows: IntArray) -> Tokens:
+    """Token ids of some texts, in the order of their numbers in ``rows``, (texts,)."""
+    lengths = tokens.lengths[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) + np.repeat(tokens.offsets[rows] - offsets[:-1], lengths)
+    return Tokens(tokens.ids[positions], offsets, tokens.truncated[rows])
 
 
 def epoch_batches(lengths: IntArray, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:

@@ -30,7 +30,9 @@ class WorkingCopy:
         assert weights.grad is not None
         self.weights, self.weights_grad = weights.detach()[:length], weights.grad[:length]
         dtype = self.loras[0].base.weight.dtype
-        self.copy, self.grad = (torch.zeros(length, dtype=dtype, device=weights.device) for _ in range(2))
+        self.copy = torch.zeros(length, dtype=dtype, device=weights.device)
+        # In float32, so that a step that adds the gradients of several slices of its batch rounds each of them once.
+        self.grad = torch.zeros(length, device=weights.device)
         values, grads = (_cut(vector, like=adapter.lora_parameters) for vector in (self.copy, self.grad))
         self.factors = [
             Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1]))

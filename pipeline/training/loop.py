@@ -47,7 +47,7 @@ class Loop:
         self.checkpoint = checkpoint
         self.on_progress = on_progress
         self.state = LoopState()
-        self.weights = flatten(adapter.parameters)
+        self.weights = flatten([*adapter.parameters, *objective.parameters])
         self.working = WorkingCopy(adapter, self.weights)
         self.best = self.weights.detach().clone()
         self.optimizer = _optimizer(self.weights, config)

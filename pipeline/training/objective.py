@@ -7,7 +7,7 @@ loss is a new ``Objective``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,13 @@ class Objective(ABC):
     @abstractmethod
     def with_selection(self) -> Objective:
         """The same objective, trained on the selection's examples as well, without a selection."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Weights of the loss itself, trained with the adapter's and saved in checkpoints only.
+
+        Read after ``start``. On the encoder's device."""
+        return ()
 
     def epoch_fields(self, score: float | None) -> dict[str, float | None]:
         """Fields of ``EpochRow`` for the value of the selection metric."""
