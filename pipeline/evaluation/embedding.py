@@ -109,7 +109,7 @@ class _Sheet:
             metric=f"{difference.metric}_gain",
             value=difference.gain,
             main=False,
-            **difference.model_dump(exclude={"metric", "gain", "p_value"}),
+            **difference.model_dump(exclude={"metric", "gain", "p_value", "p_value_holm"}),
         )
 
     def rows_without_samples(self, everything: Part) -> Iterator[ValueRow]:

@@ -15,7 +15,7 @@ from pipeline.data.reading import read_task
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import DataError
-from pipeline.evaluation.comparing import compare
+from pipeline.evaluation.embedding import compare
 from pipeline.evaluation.measuring import Measured, measure_vectors
 from pipeline.evaluation.scores import Interval
 from pipeline.evaluation.vectors import TextVectors
@@ -45,11 +45,13 @@ def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> 
     (old,) = find_adapters([published], offline=config.data.offline)
     first, second = (_measure(found, data, config, is_own=found is new) for found in (new, old))
     compared = compare(data, second, first, config=config.evaluate, seed=config.train.seed, run_id="gate")
-    whole = next(difference for difference in compared.differences if difference.width is None)
+    whole = compared.differences[0]
+    # Too few independent texts give no interval: then anything is possible, and nothing is decided.
+    interval = Interval(whole.low if whole.low is not None else -1.0, whole.high if whole.high is not None else 1.0)
     return GateMeasurement(
         published_accuracy=float(second.arrays["main"][0]),
         candidate_accuracy=float(first.arrays["main"][0]),
-        interval=Interval(whole.low, whole.high),
+        interval=interval,
         p_value=whole.p_value,
         num_texts=whole.num_texts,
         metric=whole.metric,

@@ -169,6 +169,8 @@ class Difference(Record):
     """Upper end of that interval."""
     p_value: float = Field(gt=0.0, le=1.0)
     """Two-sided test of the same bootstrap. 1 without an interval."""
+    p_value_holm: Fraction | None = None
+    """``p_value`` with Holm's correction over the MTEB tasks of the run. Set for all of test at full width."""
     num_texts: int = Field(ge=1)
     """Number of pairs, of queries in a search, or of texts."""
 
@@ -253,26 +255,6 @@ class Comparison(Record):
     def main_p_value(self) -> float:
         """P-value of the test on the main metric."""
         return self.macro_f1_p_value if self.macro_f1_p_value is not None else self.p_value
-
-
-class Difference(Record):
-    """The adapted against the frozen encoder on the same test texts, by one metric."""
-
-    metric: str
-    width: int | None = Field(default=None, ge=1)
-    """Number of leading dimensions of the vectors. None: all of them."""
-    gain: float
-    """Value of the adapted encoder minus that of the frozen one."""
-    low: float
-    """Lower end of the 95 % interval of the gain, from a paired bootstrap over texts."""
-    high: float
-    """Upper end of that interval."""
-    p_value: Fraction
-    """Two-sided paired bootstrap test that the gain is 0."""
-    p_value_holm: Fraction | None = None
-    """``p_value`` with Holm's correction over the MTEB tasks of the run. Set for the full width."""
-    num_texts: int = Field(ge=1)
-    """Number of pairs, queries or texts that were measured."""
 
 
 class SimilarityCounts(Record):

@@ -80,8 +80,8 @@ def summarise_all(
 
 
 def main_difference(result: TaskResult) -> Difference | None:
-    """The adapted against the frozen encoder at full width. None for a classifier, which has a comparison instead."""
-    return next((difference for difference in result.differences if difference.width is None), None)
+    """The adapted against the frozen encoder on all of test, at full width. None for a classifier."""
+    return next((found for found in result.differences if found.width is None and found.slice is None), None)
 
 
 def is_of_mteb(mteb_task: MtebTask) -> bool:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from pipeline.data.dataset import TaskData
 from pipeline.data.pairs import PairData
 from pipeline.data.reading import pair_summary, read_pairs
-from pipeline.evaluation.comparing import compare, main_rows
-from pipeline.evaluation.measuring import Measured, measure_vectors
+from pipeline.evaluation.embedding import compare
+from pipeline.evaluation.measuring import MAIN_METRICS, Measured, kind_of, measure_vectors
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.records import AdapterRef, DataSummary, MtebTask, SimilarityCounts, ValueRow
 from pipeline.run.classification_work import RELOADED_TEXTS, LabelledTexts
@@ -54,7 +54,21 @@ class EmbeddingWork(FamilyWork):
 
     def frozen(self) -> tuple[ValueRow, ...]:
         """Measure the vectors of the frozen encoder."""
-        return main_rows(self.data, self._frozen(), column="frozen", run_id=self.inputs.spec.run_id)
+        measured, data = self._frozen(), self.data
+        num_texts = len(data.test_texts) if isinstance(data, TaskData) else len(data.test)
+        return tuple(
+            ValueRow(
+                run_id=self.inputs.spec.run_id,
+                mteb_task=self.task.name,
+                column="frozen",
+                metric=MAIN_METRICS[kind_of(data)],
+                width=width,
+                value=float(value),
+                num_texts=num_texts,
+                main=True,
+            )
+            for width, value in zip(measured.widths, measured.arrays["main"], strict=True)
+        )
 
     def evaluate(self, training: Training, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
         """Measure the vectors of the adapted encoder, and compare them with the frozen ones."""
@@ -64,10 +78,11 @@ class EmbeddingWork(FamilyWork):
             self.data, frozen, adapted, config=config.evaluate, seed=config.train.seed, run_id=spec.run_id
         )
         return Evaluation(
-            values=compared.values,
+            values=compared.rows,
             few_shot={},
             differences=compared.differences,
             similarities=self._similarities(frozen, adapted),
+            notes=compared.notes,
         )
 
     def _similarities(self, frozen: Measured, adapted: Measured) -> tuple[SimilarityCounts, ...]:

@@ -40,6 +40,8 @@ class Evaluation:
     similarities: tuple[SimilarityCounts, ...] = ()
     calibration: Calibration | None = None
     confusions: tuple[Confusion, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Numbers that are not given, and why, one sentence each."""
 
 
 class FamilyWork(ABC):

@@ -90,12 +90,13 @@ class TaskJob:
 
     def _result(self, training: Training, adapter: AdapterRef, evaluation: Evaluation, *, started: float) -> TaskResult:
         encoder, trained = self.inputs.encoder, training.adapter
+        data = self.load()
         is_accuracy = training.selection_metric == "accuracy"
         return TaskResult(
             mteb_task=self.family.task,
             key=self.spec.key,
             run_id=self.spec.run_id,
-            data=self.load(),
+            data=data.changed(notes=(*data.notes, *evaluation.notes)),
             encoder=encoder.ref,
             runtime=encoder.runtime,
             adapter=adapter,
