@@ -1,4 +1,4 @@
-"""Flow of the bulk classification: Parquet in, Parquet out."""
+"""Flows of the bulk job: Parquet in, Parquet with labels or vectors out."""
 
 from __future__ import annotations
 
@@ -38,14 +38,28 @@ def classify_datasets(request: BulkRequest) -> State[Any]:
     Args:
         request: Input, output, adapters and options.
     """
+    return _run(request)
+
+
+@flow(name="embed-datasets")
+def embed_datasets(request: BulkRequest) -> State[Any]:
+    """Add vectors of trained adapters to Parquet. A failed unit fails the run, after all other units are done.
+
+    Args:
+        request: Input, output, adapters and options, which ask for vectors and not for labels.
+    """
+    return _run(request)
+
+
+def _run(request: BulkRequest) -> State[Any]:
     try:
         with interrupted_if_cancelled():
-            return _run(request)
+            return _finished(request)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
 
 
-def _run(request: BulkRequest) -> State[Any]:
+def _finished(request: BulkRequest) -> State[Any]:
     started = time.monotonic()
     plan = plan_job(request)
     if isinstance(plan, InputError):

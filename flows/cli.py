@@ -14,6 +14,7 @@ import click
 from flows.commands.classify import classify
 from flows.commands.deploy import deploy
 from flows.commands.doctor import doctor
+from flows.commands.embed import embed
 from flows.commands.export import export
 from flows.commands.prune import prune
 from flows.commands.publish import publish
@@ -34,7 +35,7 @@ def lorafleet() -> None:
     """Train, evaluate, publish and apply a fleet of LoRA text classifiers on one frozen encoder."""
 
 
-for _command in (train, classify, publish, verify, rollback, export, show, doctor, prune, deploy, up):
+for _command in (train, classify, embed, publish, verify, rollback, export, show, doctor, prune, deploy, up):
     lorafleet.add_command(_command)
 
 

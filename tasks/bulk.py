@@ -65,10 +65,10 @@ def plan_job(request: BulkRequest) -> BulkPlan | InputError:
 
 @task(name="label units", task_run_name="label units", cache_policy=NO_CACHE)
 def label_units(plan: BulkPlan) -> tuple[list[Receipt], float] | LorafleetError:
-    """Label the remaining units.
+    """Label or embed the remaining units.
 
     Returns:
-        Receipts and the seconds of labelling, or the error that stopped the job.
+        Receipts and the seconds of that work, or the error that stopped the job.
     """
     receipts: list[Receipt] = []
     if not plan.state.todo:
@@ -96,9 +96,9 @@ def finish_job(
 
     Args:
         plan: Plan of the job.
-        receipts: Receipts of the units labelled by this start.
+        receipts: Receipts of the units done by this start.
         seconds: Wall time of the job.
-        busy_seconds: Wall time of the labelling.
+        busy_seconds: Wall time of labelling or embedding.
     Returns:
         Summary and failed units, or the error if the output cannot be finished.
     """
@@ -114,13 +114,17 @@ def finish_job(
             f"run the command again, {_units(plan, receipts)} are kept"
         )
     rate = "" if summary.rows_per_second is None else f", {summary.rows_per_second:.0f} rows/s"
+    done = plan.job.options.participle
     lines = [
-        f"{summary.rows_out:,} of {summary.rows_in:,} rows labelled{rate}, {counted(summary.failures, 'failure')}",
+        f"{summary.rows_out:,} of {summary.rows_in:,} rows {done}{rate}, {counted(summary.failures, 'failure')}",
         "",
     ]
     for name, counts in summary.labels.items():
         most = ", ".join(f"{markdown(label)} {count:,}" for label, count in list(counts.items())[:10])
         lines.append(f"- {markdown(name)}: {most}; {summary.null_labels.get(name, 0):,} without a label")
+    for name, vectors in summary.vectors.items():
+        shape = f"{vectors.width} dimensions, {vectors.dtype}"
+        lines.append(f"- {markdown(name)}: vectors of {shape}; {vectors.nulls:,} rows without a vector")
     create_markdown_artifact("\n".join(lines), key="bulk-summary", description=f"Bulk job {summary.job}")
     return summary, failures
 
@@ -130,7 +134,8 @@ def _in_process(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
     compute = plan.request.compute
     threads = local_cpus() if compute.cpus == "auto" else max(1, int(compute.cpus))
-    run_logger().info("labelling %s in this process, %s", counted(plan.rows_todo, "row"), counted(threads, "thread"))
+    rows, doing = counted(plan.rows_todo, "row"), plan.job.options.gerund
+    run_logger().info("%s %s in this process, %s", doing, rows, counted(threads, "thread"))
     worker = UnitWorker(plan.worker_spec(threads=threads, use_gpu=compute.gpus != 0))
     progress.begin()
     for unit in plan.state.todo:
@@ -157,9 +162,8 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
         context.target_max_block_size = _BLOCK_BYTES  # blocks hold receipts only; Ray would reserve far more space
         most = min(len(plan.state.todo), fleet.num_workers if compute.concurrency == "auto" else compute.concurrency)
         threads, gpus = max(1, int(fleet.cpus_per_worker)), fleet.gpus_per_worker
-        run_logger().info(
-            "labelling %d rows on Ray, up to %d actors of %d threads and %g GPUs", plan.rows_todo, most, threads, gpus
-        )
+        place = f"on Ray, up to {most} actors of {threads} threads and {gpus:g} GPUs"
+        run_logger().info("%s %d rows %s", plan.job.options.gerund, plan.rows_todo, place)
         units = ray.data.from_items(
             [{"unit": unit.model_dump_json()} for unit in plan.state.todo], override_num_blocks=len(plan.state.todo)
         )
@@ -183,7 +187,7 @@ def _on_ray(plan: BulkPlan, progress: _Progress) -> Iterator[Receipt]:
 
 
 class UnitActor:
-    """Actor of Ray Data's pool. It has one classifier, and labels one unit at a time."""
+    """Actor of Ray Data's pool. It has one classifier, and labels or embeds one unit at a time."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         from pipeline.bulk.worker import UnitWorker
@@ -205,16 +209,17 @@ class _Progress:
         self._rows = {unit.number: unit.num_rows for unit in plan.state.todo}
         self._started = time.monotonic()
         self._logged = 0.0
-        self._artifact = ProgressArtifact("classify")
+        self._command = "classify" if plan.job.options.labels else "embed"
+        self._artifact = ProgressArtifact(self._command)
         self._logger: Any = run_logger()
 
     def begin(self) -> None:
-        """Start the clock, when the workers are about to label."""
+        """Start the clock, when the workers are about to begin."""
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds of labelling so far."""
+        """Seconds of labelling or embedding so far."""
         return time.monotonic() - self._started
 
     def show(self, receipts: Sequence[Receipt]) -> None:
@@ -223,7 +228,7 @@ class _Progress:
         rate = done / max(self.seconds, 1e-9)
         remaining = (total - done) / rate
         facts = f"{done:,} of {total:,} rows, {rate:,.0f} rows/s, {naturaldelta(remaining)} left"
-        LIVE_TABLE.show("classify", f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
+        LIVE_TABLE.show(self._command, f"{100 * done / total:.0f} %", facts, percent=100 * done / total)
         if receipts[-1].failure:
             self._logger.warning("unit %d failed: %s", receipts[-1].unit, receipts[-1].failure)
         now = time.monotonic()

@@ -29,15 +29,15 @@ def save_bulk_adapter(
     folder: Path,
     encoder_folder: Path,
     *,
-    labels: Sequence[str] = LABELS,
+    labels: Sequence[str] | None = LABELS,
     seed: int = 1,
     calibrated: bool = True,
     **config: Any,
 ) -> Path:
-    """Save an adapter that has an effect, named like its folder."""
+    """Save an adapter that has an effect, named like its folder. ``labels=None`` leaves out the head."""
     adapter = give_effect(Adapter(load_encoder(encoder_folder), AdapterConfig(**config), labels), seed=seed)
     save_adapter(adapter, TaskFolder(folder), meta={"task": folder.name})
-    if calibrated:
+    if calibrated and labels is not None:
         TaskFolder(folder).calibration.write_text(calibration().model_dump_json(), encoding="utf-8")
     return folder
 

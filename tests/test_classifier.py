@@ -327,7 +327,9 @@ def test_one_adapter_about_some_texts_says_what_it_says_about_all(
         decided += (np.abs(some.scores - unaided.classify_with(index, tokens, rows, top_k=1).scores) > 1e-3).tolist()
         alone = Classifier(adapters[index : index + 1], rough)
         np.testing.assert_allclose(
-            both.embed_with(index, tokens, rows), alone.embed_with(0, tokens, np.arange(60))[rows], atol=1e-5
+            both.embed_with(index, tokens, rows, width=32),
+            alone.embed_with(0, tokens, np.arange(60), width=32)[rows],
+            atol=1e-5,
         )
     assert 0 < sum(decided) < len(decided)
 

@@ -59,11 +59,11 @@ class Place:
     adapters: tuple[str, ...]
     """Options that every command has."""
 
-    def classify(self, *arguments: str | Path, **environment: str) -> Ended:
-        """``lorafleet classify`` with one CPU."""
+    def classify(self, *arguments: str | Path, command: str = "classify", **environment: str) -> Ended:
+        """``lorafleet classify``, or another bulk command, with one CPU."""
         options = ("--cpus", "1", *self.adapters)
         return run(
-            "classify",
+            command,
             *arguments,
             *options,
             cwd=self.root,
@@ -168,6 +168,28 @@ def test_pandas_reads_the_folder(labelled: Labelled) -> None:
     assert list(frame) == COLUMNS
     assert sorted(frame.id) == list(range(240))
     assert frame.Topics_score.dropna().between(0, 1).all()
+
+
+def test_embed_writes_vectors_and_a_table_of_what_int8_loses(labelled: Labelled, place: Place) -> None:
+    ended = place.classify("in", "vectors", "--where", "process", "--dtype", "int8", "--width", "16", command="embed")
+    assert ended.code == 0, ended.err
+    assert "embedding 240 rows in this process, 1 thread" in ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].split() == ["adapter", "vectors", "rows", "without", "cosine", "neighbours"]
+    assert [line.split()[:6] for line in lines[1:3]] == [
+        [name, "16", "×", "int8", "238", "2"] for name in ("Topics", "Pairs")
+    ]
+    assert "without a vector: 2 (text is null; each adapter counts)" in lines
+    assert lines[-1] == "output: vectors"
+    rows = bulk_rows(place.root / "vectors")
+    parts = [f"{name}_{part}" for name in ("Topics", "Pairs") for part in ("vector", "reason")]
+    assert rows.column_names == ["id", "text", *parts, "truncated"]
+    assert rows.column("Topics_vector").type == pa.list_(pa.int8(), 16)
+    assert rows.select(["id", "text"]).equals(bulk_rows(place.root / "here").select(["id", "text"]))
+    refused = place.classify("in", "too-wide", "--width", "33", command="embed")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1] == "error: --width 33: the vectors of adapter Topics have 32 dimensions"
+    assert not (place.root / "too-wide").exists()
 
 
 def test_no_output_for_people_holds_a_text(labelled: Labelled) -> None:
@@ -305,6 +327,11 @@ REFUSALS = {
     "a share that is no number": Refusal(["good", "out", "--cpus", "many"], "--cpus: "),
     "both thresholds": Refusal(
         ["good", "out", "--min-score", "0.5", "--target-accuracy", "0.9"], "both set a threshold; choose one"
+    ),
+    "a width of nothing": Refusal(["good", "out", "--width", "8"], "--width has no effect without --vectors"),
+    "a width without bytes": Refusal(
+        ["good", "out", "--vectors", "--dtype", "binary", "--width", "12"],
+        "--width: --dtype binary packs 8 dimensions into a byte; expected a multiple of 8, found 12",
     ),
     "two places": Refusal(
         ["good", "out", "--where", "process", "--ray-address", "127.0.0.1:1"], "name two places; choose one"

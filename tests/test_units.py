@@ -306,7 +306,7 @@ def test_an_input_without_a_readable_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_input_without_rows_is_refused_and_a_file_without_rows_is_not(tmp_path: Path) -> None:
     write_table(tmp_path / "a.parquet", pa.table(texts(1)).slice(0, 0))
-    with pytest.raises(DataError, match="no rows in its 1 file; there is nothing to classify"):
+    with pytest.raises(DataError, match="no rows in its 1 file; there is nothing to do"):
         plan(tmp_path)
     write_table(tmp_path / "b.parquet", texts(3))
     assert outputs(plan(tmp_path)) == ["b-00000.parquet"]

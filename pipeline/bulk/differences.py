@@ -33,7 +33,8 @@ def check_same_job(output: Place, previous: BulkJob, job: BulkJob, *, changed: C
         was_repaired = before.num_rows is None and job.options.limit is None
         if was_repaired or (before.size, before.num_rows) == (now.size, now.num_rows):
             old["files"][index] = json.loads(now.model_dump_json())
-    differences = _differences(old, json.loads(job.model_dump_json()))
+    old.pop("limits")  # measured, not chosen
+    differences = _differences(old, json.loads(job.model_dump_json(exclude={"limits"})))
     if differences or changed:
         what = differences or [f"input: {min(changed)} has changed since"]
         raise InputError(

@@ -47,14 +47,18 @@ def read_receipt(place: Place, unit: Unit) -> Receipt:
 
 def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
     """Return the footer entry that records how an output file was made."""
+    vectors = job.options.vectors
+    unused = () if vectors is not None else ("null_vectors", "vector_loss")
     facts: dict[str, Any] = {
         "lorafleet_version": job.lorafleet_version,
         "job": job.fingerprint,
         "input_file": unit.path,
         "first_row": unit.first_row_of_file,
         "adapters": [adapter.model_dump() for adapter in job.adapters],
-        "receipt": receipt.model_dump(exclude={"seconds", "version"}),  # so that equal units give equal bytes
+        "receipt": receipt.model_dump(exclude={"seconds", "version", *unused}),  # so that equal units give equal bytes
     }
+    if vectors is not None:
+        facts["vectors"] = {"dtype": vectors.dtype, "limits": job.limits}
     return {FOOTER_KEY: json.dumps(facts, ensure_ascii=False).encode()}
 
 

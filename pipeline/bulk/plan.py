@@ -11,14 +11,17 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from pipeline.adapter.description import FoundAdapter
+from pipeline.bulk.columns import column_parts
+from pipeline.bulk.limits import measure_limits
 from pipeline.bulk.records import SMALL_ROWS, BulkAdapter, BulkJob, BulkOptions, BulkRequest
-from pipeline.bulk.state import JobState, begin
+from pipeline.bulk.state import JobState, begin, with_limits
 from pipeline.bulk.worker import WorkerSpec
 from pipeline.bulk_input.units import BulkInput, plan_input
 from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.hub_address import is_on_hub
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.inference.reference import NAME, find_adapters, threshold_for
+from pipeline.machine import local_cpus
 from pipeline.parquet.footers import start_ahead
 from pipeline.printable import concealed
 from pipeline.storage.listing import written_folder
@@ -68,11 +71,13 @@ class BulkPlan:
 def plan_bulk(request: BulkRequest) -> BulkPlan:
     """Check all that can be checked before the first unit, and resume or start the job.
 
+    The first start of a job with int8 vectors also loads the encoder and measures their limits.
+
     Raises: InputError: the input, an adapter, the encoder or the output folder cannot be used.
     """
     for address in (request.source, request.output):
         check_address(address)
-    output, options = Place(request.output), request.options
+    output = Place(request.output)
     start_ahead()
     try:
         check_places(request.source, output)
@@ -81,6 +86,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
             f"input {request.source}, or output {output}: cannot be reached: {first_line(error)}"
         ) from None
     adapters = _find_adapters(request)
+    options = _with_width(request.options, adapters)
     find_encoder_of(adapters[0], request.encoder, offline=request.offline)
     source = plan_input(
         request.source,
@@ -95,7 +101,9 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         state = begin(output, job, source, overwrite=request.overwrite)
     except store_errors() as error:
         raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
-    return BulkPlan(request, adapters, source, job, output, state)
+    if options.vectors is not None and options.vectors.dtype == "int8" and not state.job.limits:
+        state = with_limits(state, _measured(request, adapters, source, job))
+    return BulkPlan(request, adapters, source, state.job, output, state)
 
 
 def _find_adapters(request: BulkRequest) -> tuple[FoundAdapter, ...]:
@@ -106,15 +114,51 @@ def _find_adapters(request: BulkRequest) -> tuple[FoundAdapter, ...]:
     """
     adapters = find_adapters(request.adapters, offline=request.offline)
     for ref, adapter in zip(request.adapters, adapters, strict=True):
-        adapter.check_has_head()
+        if request.options.labels:
+            adapter.check_has_head()
         if not NAME.fullmatch(adapter.name):  # a worker receives NAME=REF
             raise AdapterError(
                 f"adapter {ref}: its name {adapter.name!r} holds one of = / # @ :; name it: --adapter NAME={ref}"
             )
+    if not request.options.labels:
+        return tuple(adapters)
     most, top_k = max(len(adapter.label_names) for adapter in adapters), request.options.top_k
     if top_k > most:
         raise InputError(f"--top-k {top_k}: there are only {most} labels; choose a smaller number")
     return tuple(adapters)
+
+
+def _with_width(options: BulkOptions, adapters: Sequence[FoundAdapter]) -> BulkOptions:
+    """Return the options with the width of the vectors, which is the encoder's if none was chosen.
+
+    Raises: InputError: the encoder's vectors are not as wide, or do not fill whole bytes.
+    """
+    if options.vectors is None:
+        return options
+    widest, chosen = adapters[0].meta.hidden_size, options.vectors.width
+    if chosen is not None and chosen > widest:
+        raise InputError(f"--width {chosen}: the vectors of adapter {adapters[0].name} have {widest} dimensions")
+    if chosen is None and options.vectors.dtype == "binary" and widest % 8:
+        raise InputError(
+            f"--dtype binary packs 8 dimensions into a byte, and the vectors of adapter {adapters[0].name} have "
+            f"{widest}; choose a multiple of 8 with --width"
+        )
+    return options.model_copy(update={"vectors": options.vectors.changed(width=chosen or widest)})
+
+
+def _measured(
+    request: BulkRequest, adapters: Sequence[FoundAdapter], source: BulkInput, job: BulkJob
+) -> dict[str, float]:
+    cpus = request.compute.cpus
+    return measure_limits(
+        adapters,
+        source,
+        job,
+        encoder=request.encoder,
+        threads=local_cpus() if cpus == "auto" else max(1, int(cpus)),
+        use_gpu=request.compute.gpus != 0,
+        offline=request.offline,
+    )
 
 
 def _ref_for_worker(ref: str, adapter: FoundAdapter) -> str:
@@ -147,8 +191,7 @@ def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: B
 
 def new_columns(names: Sequence[str], options: BulkOptions) -> tuple[str, ...]:
     """Return the names of the columns that the output adds to those of the input."""
-    parts = ("label", "score", "reason", *(("top_k",) if options.top_k > 1 else ()))
-    return (*(f"{name}_{part}" for name in names for part in parts), "truncated")
+    return (*(f"{name}_{part}" for name in names for part in column_parts(options)), "truncated")
 
 
 def check_places(source: str, output: Place) -> None:
@@ -159,8 +202,7 @@ def check_places(source: str, output: Place) -> None:
     given, folder = Place(source), written_folder(source)
     if not given.fs.isfile(given.root) and folder.holds(output):
         raise InputError(
-            f"output {output} is inside the input {folder}: the next job would classify it too; "
-            "choose a folder elsewhere"
+            f"output {output} is inside the input {folder}: the next job would read it too; choose a folder elsewhere"
         )
     if output.holds(given):
         raise InputError(

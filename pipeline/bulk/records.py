@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.bulk_input.units import InputFile
 from pipeline.config import CpuShare, GpuShare, without_repeats
@@ -21,11 +21,31 @@ SMALL_ROWS = 20_000
 """Number of rows up to which starting Ray costs more time than a second core saves."""
 
 
+class VectorOptions(Record):
+    """Options of the vectors that a bulk job writes."""
+
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
+    """Number format of the vectors. See ``vectors.VectorFormat``."""
+    width: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Number of leading dimensions to keep (Matryoshka). None: all."""
+
+    @field_validator("width")
+    @classmethod
+    def _fills_bytes(cls, width: int | None, info: ValidationInfo) -> int | None:
+        if width is not None and info.data.get("dtype") == "binary" and width % 8:
+            raise ValueError("--dtype binary packs 8 dimensions into a byte; expected a multiple of 8")
+        return width
+
+
 class BulkOptions(Record):
     """Options of a bulk job, besides input, output and adapters."""
 
     text_column: str = "text"
-    """Column to classify."""
+    """Column to classify or to embed."""
+    labels: bool = True
+    """Whether to classify."""
+    vectors: VectorOptions | None = None
+    """How to write vectors. None: write none."""
     columns: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AfterValidator(without_repeats)] | None = None
     """Input columns to keep. Default: all."""
     min_score: Share | None = None
@@ -37,15 +57,32 @@ class BulkOptions(Record):
     rows_per_unit: int = Field(default=200_000, ge=1, le=2**31)
     """Rows per unit of work. A unit is written, or retried, as a whole."""
     limit: int | None = Field(default=None, ge=1, le=2**62)
-    """Number of rows to classify, from the start of the input. Default: all."""
+    """Number of rows to read, from the start of the input. Default: all."""
     sample: float | None = Field(default=None, gt=0, lt=1)
-    """Random share of the rows to classify, the same rows in every run."""
+    """Random share of the rows to read, the same rows in every run."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> BulkOptions:
         if self.min_score is not None and self.target_accuracy is not None:
             raise ValueError("--min-score and --target-accuracy both set a threshold; choose one")
         return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> BulkOptions:
+        about_labels = self.min_score is not None or self.target_accuracy is not None or self.top_k > 1
+        if not self.labels and (self.vectors is None or about_labels):
+            raise ValueError("a job without labels writes vectors, and takes no option about labels")
+        return self
+
+    @property
+    def participle(self) -> str:
+        """The word for what happens to rows, in messages: ``labelled``, or ``embedded`` for vectors alone."""
+        return "labelled" if self.labels else "embedded"
+
+    @property
+    def gerund(self) -> str:
+        """The same as a noun: ``labelling`` or ``embedding``."""
+        return "labelling" if self.labels else "embedding"
 
 
 class BulkAdapter(Record):
@@ -68,14 +105,31 @@ class BulkJob(Record):
     files: tuple[InputFile, ...]
     adapters: tuple[BulkAdapter, ...]
     options: BulkOptions
+    limits: dict[str, float] = Field(default_factory=dict)
+    """Adapter -> largest absolute value that int8 vectors express. Measured by the first start, and not compared."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of the job, independent of the versions of its files: a touched file keeps it."""
-        without_versions = self.model_dump(mode="json")
+        without_versions = self.model_dump(mode="json", exclude={"limits"})
         for file in without_versions["files"]:
             del file["version"]
+        if self.options.vectors is None:  # the fingerprint of earlier versions, which wrote labels alone
+            del without_versions["options"]["labels"], without_versions["options"]["vectors"]
         return hashlib.sha256(json.dumps(without_versions).encode()).hexdigest()[:16]
+
+
+class VectorLoss(Record):
+    """What the number format of a column of vectors loses, against float32."""
+
+    texts: int
+    """Number of texts that were compared."""
+    cosine: float
+    """Mean cosine of a vector and its stored form. 1 without texts."""
+    neighbours: float | None
+    """Mean share of a text's 10 nearest neighbours among the compared texts that stored vectors find. None if few."""
+    clipped: int
+    """Number of values of distinct texts beyond the limit of int8."""
 
 
 class Receipt(Record):
@@ -86,13 +140,17 @@ class Receipt(Record):
     null_labels: dict[str, int] = Field(default_factory=dict)
     """Adapter -> number of rows without a label."""
     reasons: dict[str, int] = Field(default_factory=dict)
-    """Reason for a null label -> number of rows, summed over the adapters."""
+    """Reason for a null label or vector -> number of rows, summed over the adapters."""
     truncated: int = 0
     """Number of rows whose text was cut to the encoder's length."""
     duplicates: int = 0
     """Number of rows whose text occurs earlier in the unit."""
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Adapter -> label -> number of rows."""
+    null_vectors: dict[str, int] = Field(default_factory=dict)
+    """Adapter -> number of rows without a vector. Empty without vectors."""
+    vector_loss: dict[str, VectorLoss] = Field(default_factory=dict)
+    """Adapter -> loss of the number format. Empty for float32."""
     version: str = ""
     """Version of the input file when it was read, as the store lists it."""
     content: str = ""
@@ -101,6 +159,20 @@ class Receipt(Record):
     failure: str | None = None
     fatal: bool = False
     """Whether the failure stops the whole job, as a full disk does."""
+
+
+class VectorSummary(Record):
+    """Facts on one column of vectors."""
+
+    dtype: str
+    width: int
+    """Number of dimensions."""
+    nulls: int
+    """Number of rows without a vector."""
+    limit: float | None = None
+    """Largest absolute value that int8 expresses: ``value * limit / 127`` gives the vector. None for other formats."""
+    loss: VectorLoss | None = None
+    """Loss of the format, measured on the first texts of every unit. None for float32, which loses nothing."""
 
 
 class BulkSummary(Record):
@@ -116,6 +188,8 @@ class BulkSummary(Record):
     truncated: int
     duplicates: int
     labels: dict[str, dict[str, int]]
+    vectors: dict[str, VectorSummary] = Field(default_factory=dict)
+    """Adapter -> facts on its vectors. Empty without vectors."""
     units: int
     units_done_before: int
     """Number of units that earlier starts of the same job have finished."""
@@ -127,7 +201,7 @@ class BulkSummary(Record):
     seconds: float
     """Duration of this start, preparations included."""
     rows_per_second: float | None
-    """Rows that this start has labelled, per second of labelling. None if no unit was left to do."""
+    """Rows that this start has done, per second of that work. None if no unit was left to do."""
 
 
 class BulkCompute(Record):
@@ -162,7 +236,7 @@ class BulkCompute(Record):
 
 
 class BulkRequest(Record):
-    """One call of ``lorafleet classify``."""
+    """One call of ``lorafleet classify`` or ``lorafleet embed``."""
 
     source: Address
     """Input: a Parquet file, a folder, a glob, or an fsspec URL of one."""

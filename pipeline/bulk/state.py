@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +25,7 @@ from pipeline.bulk.output import (
     sweep,
 )
 from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
+from pipeline.bulk.summary import summarise
 from pipeline.bulk_input.content import is_version
 from pipeline.bulk_input.units import BulkInput, Unit, UnitFailure
 from pipeline.errors import InputError, LorafleetError
@@ -43,6 +43,8 @@ class JobState:
     """Units without output."""
     num_done: int
     """Number of units with output."""
+    job: BulkJob
+    """The job, with the limits that an earlier start has measured."""
 
 
 def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) -> JobState:
@@ -64,6 +66,8 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
     done = {unit.output for unit in units} & set(names)
     previous = _read_plan(folder) if PLAN in names else None
     if previous is not None:
+        if (previous.options, previous.adapters) == (job.options, job.adapters):
+            job = job.model_copy(update={"limits": previous.limits})
         changed, damaged = _stale_units(folder, previous, job, source, [unit for unit in units if unit.output in done])
         if folder is output:
             check_same_job(output, previous, job, changed={unit.path for unit in changed})
@@ -71,12 +75,19 @@ def begin(output: Place, job: BulkJob, source: BulkInput, *, overwrite: bool) ->
             folder.remove(unit.output)
             done.discard(unit.output)
     if previous != job:
-        try:
-            folder.write(PLAN, job.model_dump_json(indent=1).encode())
-        except store_errors() as error:
-            raise InputError(f"output {output}: cannot be written to: {error}") from None
+        _write_plan(folder, job)
     sweep(folder, job, older_than=GRACE_SECONDS)
-    return JobState(folder, tuple(unit for unit in units if unit.output not in done), len(done))
+    return JobState(folder, tuple(unit for unit in units if unit.output not in done), len(done), job)
+
+
+def with_limits(state: JobState, limits: Mapping[str, float]) -> JobState:
+    """Return the state of the same job with limits of its int8 vectors, which are written to its plan.
+
+    Raises: InputError: the folder cannot be written to.
+    """
+    job = state.job.model_copy(update={"limits": dict(limits)})
+    _write_plan(state.folder, job)
+    return replace(state, job=job)
 
 
 def finish(
@@ -96,9 +107,9 @@ def finish(
         state: As ``begin`` returned it.
         job: The job.
         source: Its input.
-        receipts: Of the units that this start has labelled, or tried to.
+        receipts: Of the units that this start has done, or tried to.
         seconds: Duration of this start, preparations included.
-        busy_seconds: Duration of the labelling alone.
+        busy_seconds: Duration of labelling or embedding alone.
     Raises: LorafleetError: a unit's output is missing, damaged or too short.
     """
     folder = state.folder
@@ -120,7 +131,7 @@ def finish(
     if job.options.sample is None:
         _check_no_row_lost(folder, by_number, kept)
     new_rows = sum(receipt.rows for receipt in new.values())
-    summary = _summary(
+    summary = summarise(
         job,
         source,
         tuple(kept.values()),
@@ -152,25 +163,6 @@ def _check_no_row_lost(folder: Place, units: Mapping[int, Unit], receipts: Mappi
             )
 
 
-def _summary(job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], **facts: Any) -> BulkSummary:
-    """Add up the receipts of all finished units; ``facts`` are the fields that no receipt knows."""
-    return BulkSummary(
-        job=job.fingerprint,
-        lorafleet_version=job.lorafleet_version,
-        rows_in=source.num_rows,
-        rows_out=sum(r.rows for r in receipts),
-        null_labels=_added(r.null_labels for r in receipts),
-        reasons=_added(r.reasons for r in receipts),
-        truncated=sum(r.truncated for r in receipts),
-        duplicates=sum(r.duplicates for r in receipts),
-        labels={a.name: _added(r.labels.get(a.name, {}) for r in receipts) for a in job.adapters},
-        units=len(source.units),
-        changed_types=source.changes,
-        skipped_files=source.skipped,
-        **facts,
-    )
-
-
 def _write_results(
     output: Place,
     folder: Place,
@@ -195,6 +187,13 @@ def _write_results(
 
 def _next_folder(job: BulkJob) -> str:
     return f"{NEXT}{job.fingerprint}"
+
+
+def _write_plan(folder: Place, job: BulkJob) -> None:
+    try:
+        folder.write(PLAN, job.model_dump_json(indent=1).encode())
+    except store_errors() as error:
+        raise InputError(f"output {folder}: cannot be written to: {error}") from None
 
 
 def _read_plan(folder: Place) -> BulkJob:
@@ -257,12 +256,3 @@ def _failures_table(failures: Sequence[UnitFailure]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([failure.model_dump() for failure in failures], schema=schema), sink)
     return sink.getvalue()
-
-
-def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Add counts by key, largest first."""
-    total: dict[str, int] = {}
-    for counter in counts:
-        for key, count in counter.items():
-            total[key] = total.get(key, 0) + count
-    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.inference.engine import Answers
+from pipeline.bulk.vectors import TextVectors, VectorFormat
+from pipeline.inference.engine import Answers, Outputs
 
 NULL, EMPTY, NOT_UTF8 = -1, -2, -3
 """Ids of texts without an answer."""
@@ -22,10 +23,17 @@ NULL, EMPTY, NOT_UTF8 = -1, -2, -3
 class LabelledTexts:
     """The distinct texts of a unit, by their hashes, with the answers for each, so that no text is computed twice."""
 
-    def __init__(self, num_adapters: int) -> None:
+    def __init__(self, num_adapters: int, formats: Sequence[VectorFormat] = ()) -> None:
+        """Begin without texts.
+
+        Args:
+            num_adapters: Number of adapters.
+            formats: Format of the vectors of each adapter. Empty if none are asked for.
+        """
         self._ids: dict[bytes, int] = {}
         self.truncated: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self.answers: list[Answers | None] = [None] * num_adapters
+        self.vectors = [TextVectors(format) for format in formats]
         self.duplicates = 0
 
     def recognise(self, texts: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -55,12 +63,15 @@ class LabelledTexts:
         self.duplicates += int((ids >= 0).sum()) - len(new)
         return ids, new
 
-    def learn(self, truncated: npt.NDArray[np.bool_], answers: Sequence[Answers]) -> None:
+    def learn(self, truncated: npt.NDArray[np.bool_], outputs: Sequence[Outputs]) -> None:
         """Add the results for the new texts of a block. Blocks must come in order."""
         self.truncated = np.concatenate([self.truncated, truncated])
-        for index, answer in enumerate(answers):
-            previous = self.answers[index]
-            self.answers[index] = answer if previous is None else _joined(previous, answer)
+        for index, output in enumerate(outputs):
+            if output.answers is not None:
+                previous = self.answers[index]
+                self.answers[index] = output.answers if previous is None else _joined(previous, output.answers)
+            if output.vectors is not None:
+                self.vectors[index].learn(output.vectors)
 
 
 NO_ANSWERS = Answers(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))

@@ -1,4 +1,4 @@
-"""The worker of a bulk job: it reads, labels and writes one unit, and returns a receipt. Without Ray."""
+"""The worker of a bulk job: it reads, labels or embeds, and writes one unit, and returns a receipt. Without Ray."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from pipeline.bulk_input.units import Unit
 from pipeline.encoder.tokeniser import Tokens
 from pipeline.errors import AdapterError, DataError, LorafleetError, first_line
 from pipeline.inference.classifier import load_classifier
+from pipeline.inference.engine import Outputs
 from pipeline.inference.reference import find_adapters
 from pipeline.parquet.metadata import ARROW_SCHEMA, output_metadata
 from pipeline.parquet.schema import WrittenAs, kinds_by_column, written_as
@@ -86,12 +87,13 @@ class UnitWorker:
             use_gpu=spec.use_gpu,
             offline=spec.offline,
             top_k=spec.job.options.top_k,
+            labels=spec.job.options.labels,
         )
         self.kept = pa.ipc.read_schema(pa.py_buffer(b64decode(spec.kept_schema)))
         self.columns = [
-            AdapterColumns(a, found, self.job.options.top_k)
-            for a, found in zip(self.job.adapters, adapters, strict=True)
+            AdapterColumns(a, found, self.job) for a, found in zip(self.job.adapters, adapters, strict=True)
         ]
+        self.formats = [column.format for column in self.columns if column.format is not None]
 
     def label(self, unit: Unit) -> Receipt:
         """Label a unit, unless its output exists. A fault of its file is reported in the receipt, not raised."""
@@ -146,18 +148,23 @@ class UnitWorker:
             with closing(
                 UnitFile(path, self._written_as(parquet), input_codecs(parquet, self.job.options.text_column))
             ) as output:
-                memory = LabelledTexts(len(self.columns))
+                memory = LabelledTexts(len(self.columns), self.formats)
                 for block in read_ahead(self._blocks(parquet, unit, read, memory)):
-                    memory.learn(block.tokens.truncated, self.classifier.classify(block.tokens))
+                    memory.learn(block.tokens.truncated, self._compute(block.tokens))
                     output.add(self._with_answers(block, memory, tally))
                 content = content_of(source, parquet.metadata, unit, read, version=version)
                 if self._version(unit) != version:
                     raise DataError(f"{unit.path}: changed while it was read; start again when nothing writes to it")
+                seconds = time.perf_counter() - started
                 receipt = tally.receipt(
-                    unit, memory, version=version, content=content, seconds=time.perf_counter() - started
+                    unit, memory, self.job.options, version=version, content=content, seconds=seconds
                 )
                 output.describe(footer(self.job, unit, receipt))
         return receipt
+
+    def _compute(self, tokens: Tokens) -> list[Outputs]:
+        width = self.formats[0].width if self.formats else 0  # adapters of one encoder have one width
+        return self.classifier.compute(tokens, labels=self.job.options.labels, width=width)
 
     def _version(self, unit: Unit) -> str:
         """Return the current version of a unit's file. ``finish`` checks whether another version has other bytes.
@@ -226,7 +233,9 @@ class UnitWorker:
         keys = parquet.metadata.metadata or {}
         metadata = output_metadata(keys, kept=self.kept.names, added=added, leave_out=FOOTER_KEY)
         kinds = kinds_by_column(parquet)
-        return written_as(pa.schema([*self.kept, *added]), kinds, metadata, with_arrow_schema=ARROW_SCHEMA in keys)
+        # Parquet has no fixed-size lists: readers know them from Arrow's schema alone.
+        with_arrow_schema = ARROW_SCHEMA in keys or bool(self.formats)
+        return written_as(pa.schema([*self.kept, *added]), kinds, metadata, with_arrow_schema=with_arrow_schema)
 
     def _with_answers(self, block: _Block, memory: LabelledTexts, tally: Tally) -> pa.Table:
         table = block.rows

@@ -28,7 +28,7 @@ def check_kept_columns(
 
     Args:
         good: The footers that could be read, by path.
-        text_column: Column to classify.
+        text_column: Column of the texts.
         columns: Columns to keep; None for all.
         of_table: Columns of the table that the files are; others are dropped. None if they are no table.
     Raises: DataError: a column is missing, occurs twice, or the text column holds no text.

@@ -98,7 +98,7 @@ def plan_input(
 
     Args:
         pattern: A file, a folder, a glob, or an fsspec URL of one. The folder of a table stands for its live files.
-        text_column: Column to classify.
+        text_column: Column of the texts.
         columns: Columns to keep; None for all.
         new_columns: Names of the columns that the output adds.
         rows_per_unit: Largest number of rows of a unit.
@@ -120,7 +120,7 @@ def plan_input(
     check_new_names(next(iter(good)), kept, new_columns, stored)
     units = _cut(stored, good, rows_per_unit=rows_per_unit, limit=limit)
     if not units:
-        raise DataError(f"input {pattern}: no rows in its {counted(len(stored), 'file')}; there is nothing to classify")
+        raise DataError(f"input {pattern}: no rows in its {counted(len(stored), 'file')}; there is nothing to do")
     return BulkInput(
         files=tuple(_input_file(file, good.get(file.path)) for file in stored),
         units=units,

@@ -1,4 +1,4 @@
-"""The kernel of the bulk job and of the router: labels and probabilities of several adapters in one pass."""
+"""The kernel of the bulk job and of the router: labels and vectors of several adapters in one pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.encoder.runtime import choose_runtime, exact_runtime
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import AdapterError
 from pipeline.inference.encoder_of_adapter import find_encoder_of
-from pipeline.inference.engine import TOKENS_PER_BATCH, Answers, Engine, keep_freed_memory
+from pipeline.inference.engine import TOKENS_PER_BATCH, Answers, Engine, Outputs, keep_freed_memory
 from pipeline.inference.fused_layer import fuse_layers
 
 CLOSE_CALL = 0.03
@@ -55,7 +55,7 @@ class Classifier:
             if found.has_head:
                 finite = self.classify_with(index, tokens, first, top_k=1).finite
             else:
-                finite = np.isfinite(self.embed_with(index, tokens, first))
+                finite = np.isfinite(self.embed_with(index, tokens, first, width=encoder.hidden_size))
             if not finite.all():
                 raise AdapterError(f"adapter {found.name}: its weights overflow: outputs for a text are not finite")
 
@@ -72,30 +72,64 @@ class Classifier:
 
         Raises: AdapterError: an adapter has no head.
         """
-        return self._answers(tokens, np.arange(len(tokens)), range(self._num_adapters), self.top_k)
+        every = np.arange(len(tokens)), range(self._num_adapters)
+        return [output.answers for output in self._outputs(tokens, *every, self.top_k, 0) if output.answers is not None]
+
+    def compute(self, tokens: Tokens, *, labels: bool, width: int) -> list[Outputs]:
+        """Compute labels, vectors or both of texts, with one pass of the encoder for each adapter.
+
+        Args:
+            tokens: Tokens of the texts.
+            labels: Whether to classify, as ``classify`` does.
+            width: Width of the vectors, as in ``embed_with``. 0: no vectors.
+        Returns: One entry per adapter.
+
+        Raises: AdapterError: labels are asked of an adapter without a head.
+        """
+        every = np.arange(len(tokens)), range(self._num_adapters)
+        return self._outputs(tokens, *every, self.top_k if labels else 0, width)
 
     def classify_with(self, index: int, tokens: Tokens, rows: IntArray, *, top_k: int) -> Answers:
         """Classify some of the texts with one adapter, in the order of ``rows``."""
-        (answers,) = self._answers(tokens, rows, [index], top_k)
-        return answers
+        (output,) = self._outputs(tokens, rows, [index], top_k, 0)
+        assert output.answers is not None
+        return output.answers
 
-    def embed_with(self, index: int, tokens: Tokens, rows: IntArray) -> FloatArray:
-        """Vectors of some of the texts from one adapter, float32 (rows, width), in the order of ``rows``.
+    def embed_with(self, index: int, tokens: Tokens, rows: IntArray, *, width: int) -> FloatArray:
+        """Compute vectors of some of the texts with one adapter.
 
-        Unit vectors if the encoder's own definition normalises. Computed in the encoder's dtype, without the referee.
+        They are computed in the encoder's dtype, without the referee.
+
+        Args:
+            index: Number of the adapter.
+            tokens: Tokens of all texts.
+            rows: Numbers of the texts.
+            width: Number of leading dimensions to keep, at most the encoder's.
+        Returns: Vectors of length 1, float32 (rows, width), in the order of ``rows``. NaN where the adapter overflows.
         """
-        return self._fast.embed(tokens, rows, index)
+        (output,) = self._outputs(tokens, rows, [index], 0, width)
+        assert output.vectors is not None
+        return output.vectors
 
-    def _answers(self, tokens: Tokens, rows: IntArray, indices: Sequence[int], top_k: int) -> list[Answers]:
-        width = max(2, top_k)  # the second label tells how close a call is
-        answers = self._fast.answers(tokens, rows, indices, width=width)
+    def _outputs(self, tokens: Tokens, rows: IntArray, indices: Sequence[int], top_k: int, width: int) -> list[Outputs]:
+        labels = max(2, top_k) if top_k else 0  # the second label tells how close a call is
+        outputs = self._fast.outputs(tokens, rows, indices, labels=labels, dimensions=width)
+        if not top_k:
+            return outputs
+        return [
+            Outputs(self._decided(output.answers, tokens, rows, index, top_k), output.vectors)
+            for index, output in zip(indices, outputs, strict=True)
+            if output.answers is not None
+        ]
+
+    def _decided(self, answer: Answers, tokens: Tokens, rows: IntArray, index: int, top_k: int) -> Answers:
+        """The best ``top_k`` labels, with close calls decided by the referee."""
         if self._referee is not None:
-            for index, answer in zip(indices, answers, strict=True):
-                is_clear = answer.top_scores[:, 1] <= (1 - CLOSE_CALL) * answer.top_scores[:, 0]  # False for NaN
-                close = np.flatnonzero(~is_clear)
-                (exact,) = self._referee.answers(tokens, rows[close], [index], width=width)
-                answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
-        return [Answers(answer.top_labels[:, :top_k], answer.top_scores[:, :top_k]) for answer in answers]
+            is_clear = answer.top_scores[:, 1] <= (1 - CLOSE_CALL) * answer.top_scores[:, 0]  # False for NaN
+            close = np.flatnonzero(~is_clear)
+            (exact,) = self._referee.answers(tokens, rows[close], [index], width=max(2, top_k))
+            answer.top_labels[close], answer.top_scores[close] = exact.top_labels, exact.top_scores
+        return Answers(answer.top_labels[:, :top_k], answer.top_scores[:, :top_k])
 
 
 def load_classifier(
@@ -107,6 +141,7 @@ def load_classifier(
     offline: bool,
     top_k: int = 1,
     precision: Literal["auto", "float32"] = "auto",
+    labels: bool = True,
 ) -> Classifier:
     """Load adapters and the encoder that they were trained on.
 
@@ -118,6 +153,7 @@ def load_classifier(
         offline: Send no request to the Hub.
         top_k: Labels per text.
         precision: ``auto`` is bfloat16 if the hardware multiplies it natively, with float32 for close calls.
+        labels: Whether it will classify. If not, no float32 copy of the encoder is loaded for close calls.
     Raises:
         EncoderError: the encoder cannot be found.
         AdapterError: an adapter cannot be loaded, or was trained on another encoder.
@@ -129,7 +165,7 @@ def load_classifier(
     files, config = find_encoder_of(adapters[0], encoder, offline=offline)
     fast = Encoder(files, config, runtime)
     exact = exact_runtime(threads=threads, use_gpu=use_gpu)
-    referee = Encoder(files, config, exact) if runtime.dtype != exact.dtype else None
+    referee = Encoder(files, config, exact) if labels and runtime.dtype != exact.dtype else None
     for loaded in (fast, referee):
         if loaded is not None:
             attention.for_inference(loaded.model)

@@ -1,4 +1,4 @@
-"""Computation of labels and scores from token arrays, on every core of a CPU or on one GPU."""
+"""Computation of labels, scores and vectors from token arrays, on every core of a CPU or on one GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,16 @@ class Answers:
         return np.isfinite(self.scores)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Results of one adapter for some texts, from one pass of the encoder."""
+
+    answers: Answers | None
+    """Labels and probabilities. None if they were not asked for."""
+    vectors: FloatArray | None
+    """Unit vectors, float32 (texts, width). A row of NaN if the adapter overflows. None if they were not asked for."""
+
+
 class Engine:
     """An encoder with several adapters, merged into copies of its projections. Each core computes a batch."""
 
@@ -78,23 +89,41 @@ class Engine:
             width: Labels per text.
         Raises: AdapterError: an adapter has no head.
         """
-        sizes = [self._head(index).out_features for index in indices]
-        rows, batches = self._each_batch(tokens, which, lambda stream, batch: stream.answer(batch, indices, width))
-        return [_in_order([parts[i] for parts in batches], rows, min(width, size)) for i, size in enumerate(sizes)]
+        outputs = self.outputs(tokens, which, indices, labels=width, dimensions=0)
+        return [output.answers for output in outputs if output.answers is not None]
+
+    def outputs(
+        self, tokens: Tokens, which: IntArray, indices: Sequence[int], *, labels: int, dimensions: int
+    ) -> list[Outputs]:
+        """Compute labels, vectors or both of some of the texts, in one pass for each adapter.
+
+        Args:
+            tokens: Tokens of all texts.
+            which: Numbers of the texts.
+            indices: Numbers of the adapters.
+            labels: Labels per text. 0: no labels.
+            dimensions: Width of the vectors. 0: no vectors.
+        Raises: AdapterError: labels are asked of an adapter without a head.
+        """
+        sizes = [min(labels, self._head(index).out_features) if labels else 0 for index in indices]
+        rows, batches = self._each_batch(
+            tokens, which, lambda stream, batch: stream.compute(batch, indices, labels, dimensions)
+        )
+        return [
+            Outputs(
+                answers=_in_order([parts[i].answer for parts in batches], rows, size) if size else None,
+                vectors=_vectors_in_order([parts[i].vectors for parts in batches], rows, dimensions)
+                if dimensions
+                else None,
+            )
+            for i, size in enumerate(sizes)
+        ]
 
     def _head(self, index: int) -> nn.Linear:
         head = self._merged[index].head
         if head is None:
             raise AdapterError(f"this adapter has no labels: {CANNOT_CLASSIFY}")
         return head
-
-    def embed(self, tokens: Tokens, which: IntArray, index: int) -> FloatArray:
-        """Vectors of one adapter for some of the texts, float32 (texts, width)."""
-        rows, parts = self._each_batch(tokens, which, lambda stream, batch: stream.embed(batch, index).cpu())
-        vectors = np.empty((len(rows), self._encoder.hidden_size), dtype=np.float32)
-        if parts:
-            vectors[rows] = torch.cat(parts).numpy()
-        return vectors
 
     def _each_batch(
         self, tokens: Tokens, which: IntArray, compute: Callable[[_Stream, Batch], Computed]
@@ -120,6 +149,15 @@ class Engine:
         return np.concatenate(batches) if batches else np.empty(0, dtype=np.int64), computed
 
 
+class _Computed(NamedTuple):
+    """Results of one adapter for a batch, on the encoder's device."""
+
+    answer: tuple[Tensor, Tensor] | None
+    """Highest scores and their labels, (texts, labels) each."""
+    vectors: Tensor | None
+    """Unit vectors, float32 (texts, dimensions)."""
+
+
 class _Stream:
     """Copies of the encoder's modules for one thread, which switches adapters in them. The weights are shared."""
 
@@ -134,24 +172,25 @@ class _Stream:
         self._layers = SharedLayers(self._encoder.model, [adapter.first_layer for adapter in adapters])
 
     @torch.inference_mode()
-    def answer(self, batch: Batch, indices: Iterable[int], width: int) -> list[tuple[Tensor, Tensor]]:
-        """Highest scores and their labels from some adapters for a batch, (texts, width) each."""
+    def compute(self, batch: Batch, indices: Iterable[int], labels: int, dimensions: int) -> list[_Computed]:
+        """Labels, vectors or both from some adapters for a batch. 0 means none of them."""
         self._layers.forget()
-        answers = []
+        computed = []
         for index in indices:
-            adapter = self._adapters[index]
-            assert adapter.head is not None, "checked before the first batch"
-            logits = adapter.head(self._pooled(batch, index)) / adapter.temperature
-            scores, labels = torch.softmax(logits, dim=1).topk(min(width, logits.shape[1]), dim=1)
-            answers.append((scores, labels))
-        return answers
+            pooled = self._pooled(batch, index)
+            computed.append(
+                _Computed(
+                    self._best(pooled, self._adapters[index], labels) if labels else None,
+                    _unit_vectors(pooled[:, :dimensions]) if dimensions else None,
+                )
+            )
+        return computed
 
-    @torch.inference_mode()
-    def embed(self, batch: Batch, index: int) -> Tensor:
-        """Vectors from one adapter for a batch, float32 (texts, width). Normalised if the encoder does so."""
-        self._layers.forget()
-        vectors = self._pooled(batch, index)
-        return nn.functional.normalize(vectors, dim=1) if self._encoder.normalize else vectors
+    def _best(self, pooled: Tensor, adapter: MergedAdapter, labels: int) -> tuple[Tensor, Tensor]:
+        assert adapter.head is not None, "checked before the first batch"
+        logits = adapter.head(pooled) / adapter.temperature
+        scores, best = torch.softmax(logits, dim=1).topk(min(labels, logits.shape[1]), dim=1)
+        return scores, best
 
     def _pooled(self, batch: Batch, index: int) -> Tensor:
         with switched(self._switches[index]), self._layers.shared_below(self._adapters[index].first_layer):
@@ -165,12 +204,27 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _in_order(parts: list[tuple[Tensor, Tensor]], rows: npt.NDArray[np.int64], width: int) -> Answers:
+def _unit_vectors(vectors: Tensor) -> Tensor:
+    """Vectors of length 1, float32 (texts, width). A vector that has no direction becomes NaN."""
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.masked_fill(~(lengths.isfinite() & (lengths > 0)), float("nan"))
+
+
+def _in_order(parts: Sequence[tuple[Tensor, Tensor] | None], rows: npt.NDArray[np.int64], width: int) -> Answers:
     scores, labels = np.empty((len(rows), width), dtype=np.float32), np.empty((len(rows), width), dtype=np.int32)
-    if parts:
-        scores[rows] = torch.cat([p for p, _ in parts]).float().cpu().numpy()
-        labels[rows] = torch.cat([p for _, p in parts]).cpu().numpy()
+    computed = [part for part in parts if part is not None]
+    if computed:
+        scores[rows] = torch.cat([p for p, _ in computed]).float().cpu().numpy()
+        labels[rows] = torch.cat([p for _, p in computed]).cpu().numpy()
     return Answers(labels, scores)
+
+
+def _vectors_in_order(parts: Sequence[Tensor | None], rows: npt.NDArray[np.int64], width: int) -> FloatArray:
+    vectors = np.empty((len(rows), width), dtype=np.float32)
+    computed = [part for part in parts if part is not None]
+    if computed:
+        vectors[rows] = torch.cat(computed).cpu().numpy()
+    return vectors
 
 
 def keep_freed_memory() -> None:

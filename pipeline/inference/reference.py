@@ -104,7 +104,7 @@ def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:
         if one != two:
             raise AdapterError(
                 f"adapters {first.name} and {other.name} were trained with encoder {what} {one} and {two}; "
-                "classify with a job for each"
+                "use a job for each"
             )
 
 

@@ -50,9 +50,9 @@ class LoadedAdapter:
         """Predict labels of texts. See ``Router.predict``."""
         return self.router.predict(texts, self.name, top_k=top_k)
 
-    def embed(self, texts: Iterable[str]) -> FloatArray:
+    def embed(self, texts: Iterable[str], *, width: int | None = None) -> FloatArray:
         """Compute vectors of texts. See ``Router.embed``."""
-        return self.router.embed(texts, self.name)
+        return self.router.embed(texts, self.name, width=width)
 
 
 def load_adapter(
@@ -168,19 +168,33 @@ class Router:
                 predictions[row] = Prediction(*top[0], top)
         return predictions
 
-    def embed(self, texts: Iterable[str], adapter: str | Sequence[str]) -> FloatArray:
-        """Vectors of the adapted encoder, float32 (texts, width), in the order of the texts.
+    def embed(self, texts: Iterable[str], adapter: str | Sequence[str], *, width: int | None = None) -> FloatArray:
+        """Compute vectors of the adapted encoder, with or without a head.
 
-        They equal those of sentence-transformers for the merged encoder. They have length 1 if the encoder's own
-        ``modules.json`` ends in ``Normalize``, as that of all-MiniLM-L6-v2 does, and are not normalised otherwise. An
-        empty text has the vector of its special tokens. Arguments and errors are those of ``predict``.
+        They have the direction of those of sentence-transformers for the merged encoder, and length 1 whether or not
+        the encoder's own definition normalises. An empty text has the vector of its special tokens. A text for which
+        the adapter overflows has NaN.
+
+        Args:
+            texts: Strings of any length. Each is cut at the length that the adapters were trained with.
+            adapter: Name of the adapter, or one name per text.
+            width: Number of leading dimensions to keep (Matryoshka). None: all.
+        Returns: float32 (texts, width), in the order of the texts.
+
+        Raises:
+            AdapterError: a name is unknown.
+            DataError: a text is not a string, or the numbers of names and texts differ.
+            InputError: ``width`` is less than 1, or more than the encoder's.
         """
+        widest = self._classifier.encoder.hidden_size
+        if width is not None and not 1 <= width <= widest:
+            raise InputError(f"width: expected 1 to {widest}, the encoder's, found {width}")
         texts = _checked(texts)
         groups = self._groups(adapter, len(texts))
         tokens = self._classifier.tokenise(texts)
-        vectors = np.empty((len(texts), self._classifier.encoder.hidden_size), dtype=np.float32)
+        vectors = np.empty((len(texts), width or widest), dtype=np.float32)
         for index, rows in groups.items():
-            vectors[rows] = self._classifier.embed_with(index, tokens, rows)
+            vectors[rows] = self._classifier.embed_with(index, tokens, rows, width=width or widest)
         return vectors
 
     def _groups(self, adapter: str | Sequence[str], num_texts: int) -> dict[int, IntArray]:

@@ -14,7 +14,8 @@ _NOT_UNDERSTOOD = (ValueError, KeyError, IndexError, TypeError, AttributeError, 
 ARROW_SCHEMA = b"ARROW:schema"
 """Key of the Arrow schema in a footer."""
 _TEXT_LABELS = ("unicode", "string", "mixed", "mixed-integer", "empty")
-_SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean"}
+# Spark reads unsigned bytes as short. It reads no half-precision numbers.
+_SPARK_TYPES = {"string": "string", "float": "float", "bool": "boolean", "int8": "byte", "uint8": "short"}
 
 
 def is_utf8(value: bytes) -> bool:
@@ -106,7 +107,7 @@ def _extend_spark(spark: dict[str, Any], kept: Sequence[str], added: Sequence[pa
 
 
 def _spark_type(kind: pa.DataType) -> Any:
-    if pa.types.is_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         return {"type": "array", "elementType": _spark_type(kind.value_type), "containsNull": True}
     if pa.types.is_struct(kind):
         fields = [

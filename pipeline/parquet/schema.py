@@ -73,7 +73,7 @@ def join_schemas(files: Sequence[FileSchema], columns: Sequence[str] | None) -> 
     return pa.schema([field for field, _ in joined.values()])
 
 
-_TWO_JOBS = "label them in two jobs, or choose the columns that they share with --columns"
+_TWO_JOBS = "read them in two jobs, or choose the columns that they share with --columns"
 
 
 def _joined(field: pa.Field, origin: FileSchema, other: pa.Field, file: FileSchema) -> tuple[pa.Field, FileSchema]:
