@@ -32,6 +32,8 @@ from pipeline.records.data import (
     LabelShare,
     MtebTask,
     MtebTaskRow,
+    PairFaults,
+    PairSummary,
 )
 from pipeline.records.publishing import (
     Decision,
@@ -116,6 +118,8 @@ __all__ = [
     "ModulePath",
     "MtebTask",
     "MtebTaskRow",
+    "PairFaults",
+    "PairSummary",
     "Progress",
     "PublicName",
     "Publication",
