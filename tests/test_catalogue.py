@@ -154,7 +154,7 @@ def test_a_requested_subset_is_used() -> None:
         ({"name": "Banking77"}, "did you mean Banking77Classification"),
         ({"name": "WordnetDomain"}, "did you mean WordNetDomains"),
         ({"name": "qqqqqqqq"}, "mteb knows no task 'qqqqqqqq'. For your own data"),
-        ({"name": "STS12"}, "mteb lists it as STS of text"),
+        ({"name": "AskUbuntuDupQuestions"}, "mteb lists it as Reranking of text"),
         ({"name": "EmotionVNClassification", "subset": "xx"}, "its subsets are default"),
         ({"name": "MTOPDomainClassification", "subset": "it"}, "its subsets are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),

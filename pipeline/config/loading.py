@@ -58,13 +58,16 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths, because a worker has another working folder than the driver."""
     values = config.model_dump(mode="json")
-    files = [(part, name) for part in values["mteb_tasks"] for name in ("train", "test")]
+    files = [(part, name) for part in values["mteb_tasks"] for name in _FILES]
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
         if part[name] is not None and not is_on_hub(part[name]):
             part[name] = absolute(part[name])
     if Path(config.encoder.name).is_dir():
         values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
     return RunConfig.model_validate(values)
+
+
+_FILES = ("train", "test", "validation", "corpus", "qrels")  # keys of an MTEB task that name files
 
 
 def absolute(location: str) -> str:

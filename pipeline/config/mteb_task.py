@@ -18,6 +18,7 @@ def _checked_location(location: str) -> str:
 
 
 _Name = Annotated[str, Field(min_length=1)]
+_SliceName = Annotated[str, Field(min_length=1, max_length=128)]  # also a value in a table of scores
 _Location = Annotated[_Name, AfterValidator(_checked_location)]
 
 
@@ -55,8 +56,14 @@ class MtebTaskConfig(Section):
     """Adapters of a retrieval task: one for both sides (``shared``, the default), or one for each."""
     prefixes: Annotated[tuple[str, str], *NON_REPEATING] | None = None
     """Texts to put before each query and before each passage."""
-    slices: Annotated[tuple[_Name, ...], Field(max_length=16), *NON_REPEATING] | None = None
-    """Columns of the test file. The scores are also given for each of their values."""
+    slices: Annotated[tuple[_SliceName, ...], Field(max_length=16), *NON_REPEATING] | None = None
+    """Columns of the test file. The scores are also given for each of their values. Only for pairs."""
+    corpus: _Location | None = None
+    """Your passages with their ids (``_id``, ``text``, perhaps ``title``), for retrieval. ``test`` then holds queries.
+
+    Requires ``qrels``."""
+    qrels: _Location | None = None
+    """Relevant passages of each query of ``test``: ``query-id``, ``corpus-id`` and ``score``. Requires ``corpus``."""
     text_column: _Name | None = None
     """Column of the texts. Only for your own files. Default: ``text``."""
     label_column: _Name | None = None
@@ -83,7 +90,7 @@ class MtebTaskConfig(Section):
             "test_fraction",
             "test_seed",
         )
-        file_keys += ("columns", "score_column", "slices")
+        file_keys += ("columns", "score_column", "corpus", "qrels")  # a mirror may have columns for slices too
         given = [key for key in file_keys if getattr(self, key) is not None]
         if self.train is None and given:
             raise ValueError(
@@ -94,6 +101,8 @@ class MtebTaskConfig(Section):
             raise ValueError(
                 f"{' and '.join(split_keys)} {_have(split_keys)} no effect together with test; set one or the other"
             )
+        if (self.corpus is None) != (self.qrels is None) or (self.corpus is not None and self.test is None):
+            raise ValueError("corpus, qrels and test, which names the queries, go together; set all three")
         return self
 
 

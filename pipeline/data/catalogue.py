@@ -5,15 +5,15 @@ The sources are a user's own files, packages that pip installs, a local mirror, 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
+from pipeline.data.families import FAMILY_OF_MTEB, decide_family, family_of_columns
+from pipeline.data.hub_pairs import pair_columns_of
 from pipeline.data.mteb_tasks import (
     OWN_SAMPLES_PER_LABEL,
     check_subset,
@@ -22,16 +22,12 @@ from pipeline.data.mteb_tasks import (
     find_mteb_task,
     load_from_hub,
     make_mteb_task,
-    prefixed_errors,
 )
-from pipeline.data.quickstart import PACKAGES, installed_version, read_package
-from pipeline.data.splits import held_out
-from pipeline.data.table_checks import LoadedTask, check_kinds, checked_table, columns_by_key, with_revision
-from pipeline.errors import ConfigError, DataError
-from pipeline.labelled_files.column_names import some
-from pipeline.labelled_files.formats import read_table
-from pipeline.labelled_files.sources import SourceFiles, find_sources, read_content
-from pipeline.records import CarvedTest, MtebTask
+from pipeline.data.quickstart import PACKAGES, PAIR_COLUMNS, installed_version, read_package
+from pipeline.data.table_checks import LoadedTask, check_kinds, checked_table, with_revision
+from pipeline.data.text_tables import carve_test, read_text_files
+from pipeline.errors import ConfigError
+from pipeline.records import CarvedTest, Family, MtebTask
 from pipeline.store.run_folder import RunFolder
 
 UNREAD = "unread"
@@ -54,8 +50,9 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
         config: The task's part of the config.
         data: Where data sets are looked for.
         default_epochs: Epochs of a task that sets no ``max_epochs``.
-    Raises: ConfigError: the name or the subset is unknown, or the task is not a classification of single texts with one
-        label.
+    Returns: The task. For the user's own files, its family and its columns may still be undecided.
+    Raises: ConfigError: the name or the subset is unknown, the task has a type that cannot be learnt, or a key does not
+        fit the task family.
     """
     RunFolder(Path()).task(config.name)  # refuses names of files in a run folder
     max_epochs = config.max_epochs or default_epochs
@@ -64,22 +61,31 @@ def plan_task(config: MtebTaskConfig, *, data: DataConfig, default_epochs: int) 
     if config.name in PACKAGES:
         return _plan_package(config, PACKAGES[config.name], max_epochs)
     mteb_task = find_mteb_task(config.name)
+    known = FAMILY_OF_MTEB[mteb_task.metadata.type]
     common: dict[str, Any] = {
         "name": config.name,
         "subset": choose_subset(mteb_task, config.subset),
         "max_epochs": max_epochs,
-        "samples_per_label": mteb_task.samples_per_label,
+        "samples_per_label": getattr(mteb_task, "samples_per_label", OWN_SAMPLES_PER_LABEL),
+        **_family_fields(config, known),
     }
+    if common["objective"] not in ("classification", "separation"):
+        common |= pair_columns_of(mteb_task, is_mirror=data.mirror is not None)
     if data.mirror is not None:
         return MtebTask(
             source="mirror", location=absolute(str(Path(data.mirror) / config.name)), revision=UNREAD, **common
         )
+    if mteb_task.metadata.type == "Clustering":
+        raise ConfigError(
+            f"{config.name}: mteb lists it as Clustering, with test texts only, so there is nothing to learn from; "
+            "name your own files in train, or put train.parquet and test.parquet into data.mirror"
+        )
+    if common["objective"] in ("classification", "separation"):
+        common |= {"text_column": mteb_task.input_column_name, "label_column": mteb_task.label_column_name}
     return MtebTask(
         source="hub",
         location=mteb_task.metadata.dataset["path"],
         revision=mteb_task.metadata.revision,
-        text_column=mteb_task.input_column_name,
-        label_column=mteb_task.label_column_name,
         **common,
     )
 
@@ -89,7 +95,12 @@ def files_look_wrong(config: RunConfig) -> bool:
 
     The check takes no time. ``load_mteb_task`` reports what is wrong, and finds other faults too.
     """
-    given = [(t, location) for t in config.mteb_tasks for location in (t.train, t.test) if location is not None]
+    given = [
+        (t, location)
+        for t in config.mteb_tasks
+        for location in (t.train, t.validation, t.test, t.corpus, t.qrels)
+        if location is not None
+    ]
     local = [
         (t, Path(absolute(location)))
         for t, location in given
@@ -121,12 +132,13 @@ def load_mteb_task(task: MtebTask, *, offline: bool) -> LoadedTask:
         raw, revision = read_package(task)
         splits = {split: checked_table(table, task, f"{task.name}: {split}") for split, table in raw.items()}
     else:
-        splits, revision, notes = _read_files(task, offline=offline)
+        splits, revision, notes = read_text_files(task, offline=offline)
     check_kinds(splits, task.name)
     if task.test_split is not None:
-        splits |= _carve_test(splits["train"], task, task.test_split)
+        splits |= carve_test(splits["train"], task, task.test_split)
     loaded = with_revision(task, revision)
-    mteb_task = find_mteb_task(task.name, subset=task.subset) if task.source == "mirror" else make_mteb_task(loaded)
+    is_known = task.source == "mirror" and find_mteb_task(task.name).metadata.type == "Classification"
+    mteb_task = find_mteb_task(task.name, subset=task.subset) if is_known else make_mteb_task(loaded)
     fill_mteb_task(mteb_task, splits, task.subset)
     return LoadedTask(loaded, mteb_task, splits, notes)
 
@@ -146,6 +158,7 @@ def describe_source(task: MtebTask) -> str:
 
 def _plan_package(config: MtebTaskConfig, package: str, max_epochs: int) -> MtebTask:
     check_subset(config.name, config.subset, ["default"])
+    is_of_pairs = config.name in PAIR_COLUMNS
     return MtebTask(
         name=config.name,
         source="package",
@@ -153,34 +166,77 @@ def _plan_package(config: MtebTaskConfig, package: str, max_epochs: int) -> Mteb
         revision=installed_version(package) or "not installed",
         max_epochs=max_epochs,
         samples_per_label=OWN_SAMPLES_PER_LABEL,
+        columns=PAIR_COLUMNS.get(config.name, ()),
+        **_family_fields(config, "retrieval" if is_of_pairs else "classification"),
     )
+
+
+def _family_fields(config: MtebTaskConfig, known: Family | None) -> dict[str, Any]:
+    """Return the fields of a task that its family decides."""
+    decision = decide_family(config, known=known)
+    return {
+        "objective": decision.objective,
+        "loss": decision.loss,
+        "undecided": decision.undecided,
+        "sides": config.sides or "shared",
+        "prefixes": config.prefixes,
+        "slices": config.slices or (),
+    }
 
 
 def _plan_own(config: MtebTaskConfig, train: str, max_epochs: int) -> MtebTask:
     check_subset(config.name, config.subset, ["default"])
+    family = _family_fields(config, None)
+    is_of_pairs = family["objective"] in ("text-matching", "retrieval")
+    if is_of_pairs or "objective" in family["undecided"]:
+        family |= _pair_fields(config, family)
     columns = {
         "text_column": config.text_column or "text",
         "label_column": config.label_column or "label",
         "group_column": config.group_column,
     }
-    keys_of: dict[str | None, list[str]] = {}
-    for key, column in columns.items():
-        keys_of.setdefault(column, []).append(key)
-    for column, keys in keys_of.items():
-        if len(keys) > 1:
-            raise ConfigError(f"{config.name}: {' and '.join(keys)} both name {column!r}; name two different columns")
+    if not is_of_pairs:
+        _refuse_shared(config, columns)
     fraction = config.test_fraction if config.test_fraction is not None else _TEST_FRACTION
     return MtebTask(
         name=config.name,
         source="files",
         location=absolute(train),
         test_location=None if config.test is None else absolute(config.test),
+        validation_location=None if config.validation is None else absolute(config.validation),
+        corpus_location=None if config.corpus is None else absolute(config.corpus),
+        qrels_location=None if config.qrels is None else absolute(config.qrels),
         test_split=CarvedTest(fraction=fraction, seed=config.test_seed or 0) if config.test is None else None,
         revision=UNREAD,
         max_epochs=max_epochs,
         samples_per_label=OWN_SAMPLES_PER_LABEL,
         **columns,  # type: ignore[arg-type]
+        **family,
     )
+
+
+def _pair_fields(config: MtebTaskConfig, family: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a task of the user's own files that name the columns of pairs."""
+    named = {f"columns[{number}]": column for number, column in enumerate(config.columns or ())}
+    _refuse_shared(config, {**named, "score_column": config.score_column, "group_column": config.group_column})
+    for number, column in enumerate(config.slices or ()):
+        _refuse_shared(config, {**named, "score_column": config.score_column, f"slices[{number}]": column})
+    keys = ("columns",) if family["objective"] == "retrieval" else ("columns", "score_column")
+    return {
+        "columns": config.columns or (),
+        "score_column": config.score_column,
+        "undecided": (*family["undecided"], *(key for key in keys if getattr(config, key) is None)),
+    }
+
+
+def _refuse_shared(config: MtebTaskConfig, columns: dict[str, str | None]) -> None:
+    """Raises: ConfigError: two keys name one column."""
+    keys_of: dict[str | None, list[str]] = {}
+    for key, column in columns.items():
+        keys_of.setdefault(column, []).append(key)
+    for column, keys in keys_of.items():
+        if len(keys) > 1 and column is not None:
+            raise ConfigError(f"{config.name}: {' and '.join(keys)} both name {column!r}; name two different columns")
 
 
 def _lacks_columns(config: MtebTaskConfig, path: Path) -> bool:
@@ -188,94 +244,10 @@ def _lacks_columns(config: MtebTaskConfig, path: Path) -> bool:
         names = pq.read_schema(path).names
     except (OSError, pa.ArrowException):
         return True
-    return not {config.text_column or "text", config.label_column or "label"} <= set(names)
-
-
-def _read_files(task: MtebTask, *, offline: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """Read the files of a task: the checked splits, a hash of all files, and notes."""
-    digest = hashlib.sha256()
-    splits, notes = {}, []
-    for split, files in _split_files(task, offline=offline).items():
-        tables = {}
-        for path in files.paths:
-            with prefixed_errors(f"{task.name}: {split}"):
-                content = read_content(path)
-                table = read_table(content, path, columns=columns_by_key(task))
-            digest.update(split.encode() + content)
-            if table.num_rows:
-                tables[path] = checked_table(table, task, f"{task.name}: {split}: {path}")
-        splits[split] = _joined(tables, f"{task.name}: {split}")
-        if files.left_out:
-            notes.append(f"skipped in the folder of {split}: {some(files.left_out)}")
-    return splits, f"sha256:{digest.hexdigest()}", tuple(notes)
-
-
-def _split_files(task: MtebTask, *, offline: bool) -> dict[str, SourceFiles]:
-    if task.source == "mirror":
-        return {split: SourceFiles((str(path),), ()) for split, path in _mirror_files(task).items()}
-    locations = {"train": task.location} | ({} if task.test_location is None else {"test": task.test_location})
-    files = {}
-    for split, location in locations.items():
-        if offline and location.startswith("hf://"):
-            raise DataError(
-                f"{task.name}: {split}: {location} is on the Hub, but data.offline = true; change one of the two"
-            )
-        with prefixed_errors(f"{task.name}: {split}"):
-            files[split] = find_sources(location)
-    if twice := set(files["train"].paths).intersection(files["test"].paths if "test" in files else ()):
-        raise DataError(
-            f"{task.name}: {some(sorted(twice))} is in train and in test; a test needs texts that were not learnt"
-        )
-    return files
-
-
-def _mirror_files(task: MtebTask) -> dict[str, Path]:
-    folder = Path(task.location)
-    if not folder.is_dir():
-        raise DataError(
-            f"{task.name}: the mirror has no folder {folder}; expected {folder}/train.parquet and test.parquet"
-        )
-    existing = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
-    for split in ("train", "test"):
-        if split not in existing:
-            raise DataError(
-                f"{task.name}: expected a split {split!r}, found {', '.join(existing) or 'none'} in {folder}; "
-                f"add {split}.parquet"
-            )
-    return {split: existing[split] for split in ("train", "validation", "test") if split in existing}
-
-
-def _joined(tables: dict[str, Any], where: str) -> Any:
-    """Join the tables of all files, with the columns that they share.
-
-    Raises: DataError: all files are empty, or their labels differ in type.
-    """
-    if not tables:
-        raise DataError(f"{where} is empty; expected at least one text")
-    kinds = {str(table["label"].type): path for path, table in reversed(tables.items())}
-    if len(kinds) > 1:
-        found = " and ".join(f"{kind} in {path}" for kind, path in kinds.items())
-        raise DataError(f"{where}: labels are {found}; write them alike")
-    shared = set.intersection(*(set(table.column_names) for table in tables.values()))
-    return pa.concat_tables(
-        [table.select([name for name in table.column_names if name in shared]) for table in tables.values()]
-    )
-
-
-def _carve_test(train: Any, task: MtebTask, split: CarvedTest) -> dict[str, Any]:
-    """Split test off train. The seed is negative, so that it never equals that of the validation slice.
-
-    Raises: DataError: train is too small.
-    """
-    labels = train["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-    groups = train["group"].to_pylist() if task.group_column is not None else None
-    chosen = held_out(train["text"].to_pylist(), labels, groups=groups, fraction=split.fraction, seed=-1 - split.seed)
-    if not chosen.any():
-        found = f"{len(labels)} texts of {len(set(labels.tolist()))} labels"
-        if groups is not None:
-            found += f" and {len(set(groups))} groups by {task.group_column!r}"
-        raise DataError(
-            f"{task.name}: no text can be spared for test: train has {found}, and test_fraction is {split.fraction:g}; "
-            "raise it (below 0.5), add texts, or name a test file"
-        )
-    return {"train": train.filter(pa.array(~chosen)), "test": train.filter(pa.array(chosen))}
+    if {config.text_column or "text", config.label_column or "label"} <= set(names):
+        return False
+    if config.objective in ("classification", "separation") or config.text_column or config.label_column:
+        return True
+    # Which columns pairs need depends on the file's part in the task, so the reader checks them.
+    is_of_pairs = config.objective is not None or config.columns is not None
+    return not is_of_pairs and family_of_columns(names) is None

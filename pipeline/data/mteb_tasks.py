@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.families import FAMILY_OF_MTEB
 from pipeline.data.quickstart import PACKAGES
 from pipeline.data.table_checks import LoadedTask, check_kinds, checked_table, with_revision
 from pipeline.errors import ConfigError, DataError, InputError, LorafleetError, first_line
@@ -31,8 +32,7 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
         DataError: the data set is missing, damaged, or lacks a split.
         LorafleetError: the Hub cannot be reached.
     """
-    place = f"{mteb_task.metadata.dataset['path']} at {mteb_task.metadata.revision}"
-    _load_data(task.name, mteb_task, place, offline=offline)
+    place = load_mteb_data(task.name, mteb_task, offline=offline)
     parts = mteb_task.dataset[task.subset] if mteb_task.metadata.is_multilingual else mteb_task.dataset
     for split in ("train", "test"):
         if split not in parts:
@@ -48,14 +48,20 @@ def load_from_hub(task: MtebTask, mteb_task: Any, *, offline: bool) -> LoadedTas
     return LoadedTask(with_revision(task, mteb_task.metadata.revision), mteb_task, splits)
 
 
-def _load_data(name: str, mteb_task: Any, place: str, *, offline: bool) -> None:
+def load_mteb_data(name: str, mteb_task: Any, *, offline: bool) -> str:
     """Let mteb load its data set, and translate what it raises.
 
+    Args:
+        name: Name of the task, for messages.
+        mteb_task: A task of mteb, restricted to one subset.
+        offline: Read from the local cache of the Hub only.
+    Returns: The data set and its revision, for messages.
     Raises: DataError, LorafleetError: as ``load_from_hub``.
     """
     import datasets
     from huggingface_hub import constants
 
+    place = f"{mteb_task.metadata.dataset['path']} at {mteb_task.metadata.revision}"
     path = mteb_task.metadata.dataset["path"]
     if not Path(path).is_absolute() and Path(path).exists():
         raise DataError(
@@ -76,15 +82,15 @@ def _load_data(name: str, mteb_task: Any, place: str, *, offline: bool) -> None:
                 f"{name}: {place} is not in the local Hub cache; fetch it once while online, or set data.mirror"
             ) from error
         raise DataError(f"{name}: {place} cannot be loaded: {first_line(error)}") from error
+    return place
 
 
 def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
-    """Return the classification task of mteb with this name.
+    """Return the task of mteb with this name, of a type that can be learnt.
 
     Raises: ConfigError: mteb has no such task, or it has another type. The message names similar tasks.
     """
     import mteb
-    from mteb.abstasks import AbsTaskClassification
 
     try:
         mteb_task = mteb.get_task(name, eval_splits=["test"], hf_subsets=None if subset is None else [subset])
@@ -95,26 +101,39 @@ def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
             f"mteb_tasks: mteb knows no task {name!r}. {hint}For your own data, name a file in train"
         ) from None
     metadata = mteb_task.metadata
-    is_text = metadata.type == "Classification" and metadata.modalities == ["text"]
-    if (
-        not is_text
-        or not isinstance(mteb_task, AbsTaskClassification)
-        or not isinstance(mteb_task.input_column_name, str)
-    ):
+    if metadata.modalities != ["text"] or not _can_be_learnt(mteb_task):
         kind = f"{metadata.type} of {' and '.join(metadata.modalities)}"
         raise ConfigError(
-            f"{name}: expected a classification of single texts with one label, but mteb lists it as {kind}"
+            f"{name}: expected a task of texts of type {', '.join(FAMILY_OF_MTEB)}, with one label for each text, "
+            f"but mteb lists it as {kind}"
         )
-    if "test" not in metadata.eval_splits or mteb_task.is_cross_validation:
+    if "test" not in metadata.eval_splits or getattr(mteb_task, "is_cross_validation", False):
         raise ConfigError(f"{name}: has no test split; mteb scores it on {', '.join(metadata.eval_splits)}")
     return mteb_task
+
+
+def _can_be_learnt(mteb_task: Any) -> bool:
+    """Return whether the task has a type that can be learnt, with one column for each text."""
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskSTS
+
+    match mteb_task.metadata.type:
+        case "Classification":
+            return isinstance(mteb_task, AbsTaskClassification) and isinstance(mteb_task.input_column_name, str)
+        case "STS":
+            return isinstance(mteb_task, AbsTaskSTS) and isinstance(mteb_task.column_names[0], str)
+        case "PairClassification":
+            return isinstance(mteb_task, AbsTaskPairClassification) and isinstance(mteb_task.input1_column_name, str)
+        case "Clustering":
+            return isinstance(mteb_task, AbsTaskClustering)
+        case kind:
+            return kind in FAMILY_OF_MTEB
 
 
 def _close_names(name: str) -> list[str]:
     import mteb
 
     every = mteb.get_tasks(
-        task_types=["Classification"], modalities=["text"], exclude_superseded=False, exclude_aggregate=True
+        task_types=list(FAMILY_OF_MTEB), modalities=["text"], exclude_superseded=False, exclude_aggregate=True
     )
     by_key = {known.lower(): known for known in (*PACKAGES, *(task.metadata.name for task in every))}
     starting = [key for key in by_key if key.startswith(name.lower())]

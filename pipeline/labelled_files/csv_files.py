@@ -55,6 +55,20 @@ def read_csv(text: str, path: str, columns: Mapping[str, str]) -> Any:
     return pa.table({name: pa.array(column, pa.string()) for name, column in zip(wanted, values, strict=True)})
 
 
+def headers_of_csv(text: str) -> dict[str, list[str]]:
+    """Return the names of the columns in the first line, by each separator that can read it."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 131,072 characters
+    headers = {}
+    for separator in _SEPARATORS:
+        try:
+            headers[separator] = next(
+                filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)), []
+            )
+        except csv.Error:
+            continue
+    return headers
+
+
 def _is_whole_without_quotes(text: str, header: Sequence[str]) -> bool:
     """Return whether each line is a row by itself. Many TSV files use quotation marks as plain characters."""
     return all(line.count("\t") == len(header) - 1 for line in io.StringIO(text) if line.strip())
@@ -65,14 +79,7 @@ def _separator(text: str, path: str, columns: Mapping[str, str]) -> tuple[str, l
 
     Raises: DataError: no separator fits, or several do.
     """
-    headers = {}
-    for separator in _SEPARATORS:
-        try:
-            headers[separator] = next(
-                filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)), []
-            )
-        except csv.Error:
-            continue
+    headers = headers_of_csv(text)
     fitting = [separator for separator, header in headers.items() if set(columns.values()) <= set(header)]
     if len(fitting) > 1:
         raise DataError(

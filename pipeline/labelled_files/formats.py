@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, first_line
 from pipeline.labelled_files.column_names import check_columns, some, wanted_columns
-from pipeline.labelled_files.csv_files import read_csv
-from pipeline.labelled_files.json_lines import read_json_lines
+from pipeline.labelled_files.csv_files import headers_of_csv, read_csv
+from pipeline.labelled_files.json_lines import keys_of_json_lines, read_json_lines
 
 _FORMATS = {
     **dict.fromkeys((".csv", ".tsv"), "CSV"),
@@ -55,11 +55,7 @@ def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
         columns: Config key -> column name.
     Raises: DataError: the format is another one, the file has a fault, or a column is missing or occurs twice.
     """
-    if content.startswith(_GZIP):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be unpacked: {first_line(error)}; write the file again") from None
+    content = _unpacked(content, path)
     match _checked_format(content, path):
         case "CSV":
             return read_csv(_decode(content, path), path, columns)
@@ -67,6 +63,33 @@ def read_table(content: bytes, path: str, *, columns: Mapping[str, str]) -> Any:
             return read_json_lines(_decode(content, path), path, columns)
         case _:
             return _read_parquet(content, path, columns)
+
+
+def header_readings(content: bytes, path: str) -> list[list[str]]:
+    """Return the names of the columns: for CSV one list for each separator that its first line can be read with.
+
+    Args:
+        content: Bytes of the file.
+        path: Name of the file, also for messages.
+    Raises: DataError: the format is another one, or the file has a fault.
+    """
+    content = _unpacked(content, path)
+    match _checked_format(content, path):
+        case "CSV":
+            return list(headers_of_csv(_decode(content, path)).values()) or [[]]
+        case "JSON Lines":
+            return [keys_of_json_lines(_decode(content, path), path)]
+        case _:
+            return [_open_parquet(content, path).schema_arrow.names]
+
+
+def _unpacked(content: bytes, path: str) -> bytes:
+    if not content.startswith(_GZIP):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {first_line(error)}; write the file again") from None
 
 
 def _checked_format(content: bytes, path: str) -> str:
@@ -111,11 +134,8 @@ def _decode(content: bytes, path: str) -> str:
 
 
 def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        names, num_rows = file.schema_arrow.names, file.metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: its footer cannot be read: {first_line(error)}; write the file again") from None
+    file = _open_parquet(content, path)
+    names, num_rows = file.schema_arrow.names, file.metadata.num_rows
     check_columns(names, path, columns)
     wanted = wanted_columns(names, columns)
     try:
@@ -130,6 +150,15 @@ def _read_parquet(content: bytes, path: str, columns: Mapping[str, str]) -> Any:
             "write the file again"
         )
     return table
+
+
+def _open_parquet(content: bytes, path: str) -> Any:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _ = file.schema_arrow.names, file.metadata.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: its footer cannot be read: {first_line(error)}; write the file again") from None
+    return file
 
 
 def format_of(name: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -31,8 +31,34 @@ def read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
         columns: Config key -> column name.
     Raises: DataError: a line is not an object, a column is missing or holds several types.
     """
-    decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: None).decode
     rows, lines, names = [], [], dict[str, None]()
+    for number, row in _objects(text, path):
+        names |= dict.fromkeys(row)
+        rows.append(tuple(map(row.get, (*columns.values(), "label_text"))))
+        lines.append(number)
+    check_columns(list(names), path, columns)
+    wanted = wanted_columns(list(names), columns)
+    by_name = dict(zip((*columns.values(), "label_text"), zip(*rows, strict=True), strict=True))
+    return pa.table({name: _json_column(by_name[name], lines, f"{path}: column {name!r}") for name in wanted})
+
+
+def keys_of_json_lines(text: str, path: str) -> list[str]:
+    """Return the keys of all objects, in the order of their first occurrence.
+
+    Args:
+        text: Content of the file, one object on each line.
+        path: Name of the file, for messages.
+    Raises: DataError: a line is not an object.
+    """
+    return list(dict.fromkeys(key for _, row in _objects(text, path) for key in row))
+
+
+def _objects(text: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each object with the number of its line.
+
+    Raises: DataError: a line is not an object.
+    """
+    decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: None).decode
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -49,13 +75,7 @@ def read_json_lines(text: str, path: str, columns: Mapping[str, str]) -> Any:
             raise DataError(
                 f"{path}: line {number} is {_JSON_KINDS.get(type(row), 'null')}; expected an object, such as {{...}}"
             )
-        names |= dict.fromkeys(row)
-        rows.append(tuple(map(row.get, (*columns.values(), "label_text"))))
-        lines.append(number)
-    check_columns(list(names), path, columns)
-    wanted = wanted_columns(list(names), columns)
-    by_name = dict(zip((*columns.values(), "label_text"), zip(*rows, strict=True), strict=True))
-    return pa.table({name: _json_column(by_name[name], lines, f"{path}: column {name!r}") for name in wanted})
+        yield number, row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -200,12 +200,15 @@ def _check_encoder(candidate: Candidate, stay: Sequence[str], base: PublishedSta
             )
 
 
+_LOCATIONS = ("location", "test_location", "validation_location", "corpus_location", "qrels_location")
+
+
 def _public(result: TaskResult) -> TaskResult:
     """Copy a result without machine-specific paths."""
     task, encoder = result.mteb_task, result.encoder
-    locations = {"location": without_local_paths(task.location)}
-    if task.test_location is not None:
-        locations["test_location"] = without_local_paths(task.test_location)
+    locations = {
+        field: without_local_paths(location) for field in _LOCATIONS if (location := getattr(task, field)) is not None
+    }
     return result.changed(
         mteb_task=task.changed(**locations),
         encoder=encoder.changed(name=encoder.public_name),
@@ -233,7 +236,8 @@ def _local_paths(candidate: Candidate) -> set[str]:
     """Absolute local paths in a run: its own folder, and every path in its config and results."""
     values: list[Any] = [str(candidate.folder.root), candidate.manifest.config.model_dump(mode="json")]
     for result in candidate.results.values():
-        values += [result.mteb_task.location, result.mteb_task.test_location, result.adapter.path, result.encoder.name]
+        values += [getattr(result.mteb_task, field) for field in _LOCATIONS]
+        values += [result.adapter.path, result.encoder.name]
     return {text.rstrip("/") for text in _strings(values) if Path(text).is_absolute() and text.strip("/")}
 
 

@@ -32,6 +32,8 @@ from pipeline.records.data import (
     LabelShare,
     MtebTask,
     MtebTaskRow,
+    PairFaults,
+    PairSummary,
 )
 from pipeline.records.publishing import (
     Decision,
@@ -121,6 +123,8 @@ __all__ = [
     "ModulePath",
     "MtebTask",
     "MtebTaskRow",
+    "PairFaults",
+    "PairSummary",
     "Progress",
     "PublicName",
     "Publication",

@@ -57,6 +57,44 @@ class MtebTask(Record):
     """Columns of test by whose values the scores are also given."""
     validation_location: str | None = None
     """The user's validation files. None: a slice of train."""
+    corpus_location: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The user's passages with ids. Then ``test_location`` holds queries, which ``qrels_location`` joins with them."""
+    qrels_location: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    undecided: tuple[Literal["objective", "loss", "columns", "score_column"], ...] = Field(
+        default=(), exclude_if=lambda value: not value
+    )
+    """Fields that the columns of the data decide, and that hold a guess until these have been read."""
+
+
+class PairFaults(Record):
+    """Pairs of some splits that are valid but weak. All of them are kept."""
+
+    num_empty: int
+    """Pairs of which a side is empty or white space."""
+    num_identical: int
+    """Pairs whose two sides are equal."""
+    num_duplicates: int
+    """Pairs that occur before, with the same score. In text matching, the order of the two sides does not count."""
+    num_conflicts: int
+    """Distinct pairs with more than one score or label."""
+
+
+class PairSummary(Record):
+    """Counts of the pairs of one MTEB task."""
+
+    kind: Literal["scores", "labels", "positives"]
+    """Meaning of the pairs: graded by a score, labelled 0 or 1, or all positive."""
+    train: PairFaults
+    """Counts of train and validation together."""
+    test: PairFaults
+    num_pair_in_train: int
+    """Test pairs that stand word for word in train, in either order."""
+    num_text_in_train: int
+    """Test pairs of which a text also occurs in train."""
+    num_passages: int
+    """Passages that every query is searched in. 0 for text matching."""
+    score_range: tuple[float, float] | None
+    """Scores of the data that became 0 and 1. None without scores."""
 
 
 class DataSummary(Record):
@@ -84,6 +122,8 @@ class DataSummary(Record):
     Empty in results of older versions."""
     test_fingerprint: str | None = None
     """Same hash as ``ScoreRow.test_sha256``. None in results of older versions."""
+    pairs: PairSummary | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Counts of pairs, which then also are what ``num_train`` and the other numbers count. None for single texts."""
 
 
 class LabelShare(Record):

@@ -8,7 +8,9 @@ from pathlib import Path
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig
 from pipeline.data.catalogue import plan_tasks
-from pipeline.data.dataset import load_data
+from pipeline.data.families import check_widths
+from pipeline.data.pairs import PairData
+from pipeline.data.reading import read_task
 from pipeline.encoder.files import EncoderFiles, find_encoder
 from pipeline.encoder.loading import empty_model, load_tokenizer
 from pipeline.errors import AdapterError, DataError, InputError
@@ -38,6 +40,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     load_tokenizer(files.folder, config.encoder)
     model = empty_model(files, config.encoder)
     paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
+    check_widths(config.train.widths, hidden_size=int(model.config.hidden_size))  # type: ignore[union-attr,arg-type]
     pinned = _pin(config, files)
     tasks: list[PlannedTask] = []
     faults: list[str] = []
@@ -55,7 +58,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
 def _check_task(
     config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, runtime: Runtime, paths: Sequence[str]
 ) -> PlannedTask:
-    data = load_data(mteb_task, config=config.train, offline=config.data.offline)
+    data = read_task(mteb_task, config=config.train, offline=config.data.offline)
     key = task_key(
         config,
         mteb_task=data.task,
@@ -67,6 +70,8 @@ def _check_task(
     start = _find_warm_start(config, mteb_task.name, encoder, paths)
     notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
     warm_start = start if isinstance(start, AdapterRef) else None
+    if isinstance(data, PairData):
+        return PlannedTask(data.task, data.fingerprint, key, len(data.train), (), warm_start, notes)
     return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, warm_start, notes)
 
 

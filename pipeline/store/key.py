@@ -17,6 +17,9 @@ from pipeline.records import EncoderRef, MtebTask, Runtime
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
 """Libraries whose versions may change a weight or a score."""
 
+_TASK_FIELDS = {
+    *("name", "subset", "max_epochs", "samples_per_label", "objective", "loss", "sides", "prefixes", "slices")
+}
 _WORKERS_JOB = "pipeline.run.job"
 _PACKAGE = Path(pipeline.__file__).parent
 
@@ -53,7 +56,7 @@ def task_key(
     """
     parts: dict[str, Any] = {
         "data": fingerprint,
-        "task": mteb_task.model_dump(include={"name", "subset", "max_epochs", "samples_per_label"}),
+        "task": mteb_task.model_dump(include=_TASK_FIELDS),
         "encoder": encoder.revision,
         "encoder_config": config.encoder.model_dump(exclude={"name", "revision"}),
         "adapter": config.adapter.model_dump(mode="json"),
