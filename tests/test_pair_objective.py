@@ -21,10 +21,10 @@ from safetensors import safe_open
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
-from pipeline.data.pairs import PairSplit
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import ConfigError, DataError, LorafleetError, ResumeError
+from pipeline.pairs.data import PairSplit
 from pipeline.records import Progress
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.batches import LabelledTokens

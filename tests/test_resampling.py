@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, silhouette_samples, v_measure_score
 
 from pipeline.evaluation import pair_metrics
-from pipeline.evaluation.cluster_metrics import silhouettes, v_measure
-from pipeline.evaluation.resampling import FEWEST_GROUPS, Statistic, resample, text_groups
+from pipeline.vector_scores.cluster_metrics import silhouettes, v_measure
+from pipeline.vector_scores.resampling import FEWEST_GROUPS, Statistic, resample, text_groups
 
 THRESHOLDS = np.array([0.3, 0.5])
 Rival = Callable[[np.ndarray, np.ndarray, float], float]

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import DataConfig, MtebTaskConfig, RunConfig, absolute
-from pipeline.data.families import FAMILY_OF_MTEB, decide_family, family_of_columns
-from pipeline.data.hub_pairs import pair_columns_of
+from pipeline.data.families import FAMILY_OF_MTEB, decide_family, family_of_columns, pair_columns_of
 from pipeline.data.mteb_tasks import (
     OWN_SAMPLES_PER_LABEL,
     check_subset,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import MtebTaskConfig, TrainConfig
-from pipeline.data.pairs import PairKind
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import Family, Loss, MtebTask
+
+PairKind = Literal["scores", "labels", "positives"]
+"""Meaning of the pairs: graded by a score, labelled 0 or 1, or all positive."""
 
 SIDES = (("sentence1", "sentence2"), ("query", "passage"), ("anchor", "positive"))
 """Names of the two sides of a pair, as sentence-transformers has them."""
@@ -194,3 +196,20 @@ def _misfit(name: str, loss: Loss, family: Family) -> str:
 
 def _quoted(values: Sequence[str]) -> str:
     return " or ".join(f'"{value}"' for value in values)
+
+
+def pair_columns_of(mteb_task: Any, *, is_mirror: bool) -> dict[str, Any]:
+    """Return the fields of a planned task that name the columns of pairs in the data set of an mteb task.
+
+    Args:
+        mteb_task: A task of type STS, PairClassification or Retrieval.
+        is_mirror: Whether the data set is in a mirror, where the columns of a retrieval task are not mteb's.
+    """
+    match mteb_task.metadata.type:
+        case "STS":
+            return {"columns": tuple(mteb_task.column_names), "score_column": "score"}
+        case "PairClassification":
+            columns = (mteb_task.input1_column_name, mteb_task.input2_column_name)
+            return {"columns": columns, "score_column": mteb_task.label_column_name}
+        case _:
+            return {"undecided": ("columns",)} if is_mirror else {"columns": ("query", "passage")}

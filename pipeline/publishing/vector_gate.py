@@ -10,20 +10,20 @@ from pipeline.adapter.description import FoundAdapter
 from pipeline.adapter.files import load_adapter
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.data.dataset import TaskData
-from pipeline.data.pairs import PairData
-from pipeline.data.reading import read_task
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import DataError
-from pipeline.evaluation.embedding import compare
-from pipeline.evaluation.measuring import Measured, measure_vectors
 from pipeline.evaluation.scores import Interval
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.inference.reference import find_adapters
 from pipeline.machine import local_cpus
+from pipeline.pairs.data import PairData
+from pipeline.pairs.reading import read_task
 from pipeline.publishing.measurement import GateMeasurement
 from pipeline.publishing.publication import Candidate
+from pipeline.vector_scores.comparison import compare
+from pipeline.vector_scores.measuring import Measured, measure_vectors
 
 
 def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> GateMeasurement:

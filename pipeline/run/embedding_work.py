@@ -14,11 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.pairs import PairData
-from pipeline.data.reading import pair_summary, read_pairs
-from pipeline.evaluation.embedding import compare
-from pipeline.evaluation.measuring import MAIN_METRICS, Measured, kind_of, measure_vectors
 from pipeline.evaluation.vectors import TextVectors
+from pipeline.pairs.data import PairData
+from pipeline.pairs.faults import summarise_pairs
+from pipeline.pairs.loading import load_pairs
 from pipeline.records import AdapterRef, DataSummary, MtebTask, SimilarityCounts, ValueRow
 from pipeline.run.classification_work import RELOADED_TEXTS, LabelledTexts
 from pipeline.run.family import Evaluation, FamilyWork
@@ -30,6 +29,8 @@ from pipeline.training.objective import Objective
 from pipeline.training.pairs import PairObjective, TokenPairs, tokenise_pairs
 from pipeline.training.separation import Separation
 from pipeline.training.train import Training
+from pipeline.vector_scores.comparison import compare
+from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, kind_of, measure_vectors
 
 _SIMILARITY_BINS = 200
 _LOG = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class PairWork(EmbeddingWork):
         Raises: DataError: they have changed since the run checked them.
         """
         config, spec = self.inputs.config, self.inputs.spec
-        data = read_pairs(spec.mteb_task, config=config.train, offline=config.data.offline)
+        data = load_pairs(spec.mteb_task, config=config.train, offline=config.data.offline)
         self.inputs.check_fingerprint(data.fingerprint)
         return data
 
@@ -139,7 +140,7 @@ class PairWork(EmbeddingWork):
         truncated = {name: _num_truncated(pairs) for name, pairs in tokens.items()}
         lengths = np.concatenate([column.lengths for column in tokens["train"].columns])
         quantiles = np.quantile(lengths, (0.1, 0.5, 0.9), method="inverted_cdf")
-        return pair_summary(
+        return summarise_pairs(
             self.data,
             num_truncated_train=truncated["train"] + truncated.get("validation", 0),
             num_truncated_test=truncated["test"],

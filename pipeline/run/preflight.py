@@ -9,12 +9,12 @@ from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig
 from pipeline.data.catalogue import plan_tasks
 from pipeline.data.families import check_widths
-from pipeline.data.pairs import PairData
-from pipeline.data.reading import read_task
 from pipeline.encoder.files import EncoderFiles, find_encoder
 from pipeline.encoder.loading import empty_model, load_tokenizer
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
+from pipeline.pairs.data import PairData
+from pipeline.pairs.reading import read_task
 from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
 from pipeline.run.plan import Plan, PlannedTask
 from pipeline.store.key import library_versions, task_key

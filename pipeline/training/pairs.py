@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.config import TrainConfig
-from pipeline.data.pairs import PairSplit
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError, DataError
+from pipeline.pairs.data import PairSplit
 from pipeline.records import Loss
 from pipeline.training.batches import arrays_sha256, chosen, epoch_batches, joined
 from pipeline.training.embedding import EmbeddingObjective

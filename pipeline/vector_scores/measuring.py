@@ -14,15 +14,15 @@ import numpy.typing as npt
 from sklearn.metrics.pairwise import paired_cosine_distances
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.filled_tasks import SearchData, clustering_task, pair_task, query_ids, search_data, search_task
-from pipeline.data.pairs import PairData, PairSplit
 from pipeline.encoder.encoder import FloatArray
 from pipeline.errors import DataError
-from pipeline.evaluation.cluster_metrics import silhouettes, v_measure
 from pipeline.evaluation.few_shot import few_shot
 from pipeline.evaluation.mteb_runs import Side, run_mteb
-from pipeline.evaluation.pair_metrics import average_precision, spearman
 from pipeline.evaluation.vectors import TextVectors
+from pipeline.pairs.data import PairData, PairSplit
+from pipeline.pairs.filled_tasks import SearchData, clustering_task, pair_task, query_ids, search_data, search_task
+from pipeline.vector_scores.cluster_metrics import silhouettes, v_measure
+from pipeline.vector_scores.pair_metrics import average_precision, spearman
 
 Kind = Literal["scores", "labels", "positives", "separation"]
 """Kind of the data, which decides how vectors are measured."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.data.pairs import PairKind
+from pipeline.data.families import PairKind
 from pipeline.data.table_checks import as_strings, plain
 from pipeline.errors import DataError
 

@@ -11,11 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.families import family_of_columns, with_family
-from pipeline.data.hub_pairs import read_hub_pairs
 from pipeline.data.mteb_tasks import prefixed_errors
-from pipeline.data.pair_columns import PairColumns, find_columns
-from pipeline.data.pair_values import read_values
-from pipeline.data.qrels_files import read_queries
 from pipeline.data.quickstart import read_package
 from pipeline.data.source_files import split_files
 from pipeline.data.table_checks import group_names, text_values, whole_values
@@ -23,6 +19,10 @@ from pipeline.errors import DataError
 from pipeline.labelled_files.column_names import some
 from pipeline.labelled_files.formats import header_readings, read_table
 from pipeline.labelled_files.sources import read_content
+from pipeline.pairs.columns import PairColumns, find_columns
+from pipeline.pairs.hub_pairs import read_hub_pairs
+from pipeline.pairs.qrels_files import read_queries
+from pipeline.pairs.values import read_values
 from pipeline.records import MtebTask
 
 _LONGEST_SLICE = 1024  # characters, as in a table of scores

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.pairs import PairData
-from pipeline.evaluation import pair_metrics
-from pipeline.evaluation.cluster_metrics import v_measure
-from pipeline.evaluation.measuring import MAIN_METRICS, SEARCH_METRICS, Measured, kind_of
-from pipeline.evaluation.parts import Part
-from pipeline.evaluation.resampling import Statistic
+from pipeline.pairs.data import PairData
 from pipeline.records import ValueColumn
+from pipeline.vector_scores import pair_metrics
+from pipeline.vector_scores.cluster_metrics import v_measure
+from pipeline.vector_scores.measuring import MAIN_METRICS, SEARCH_METRICS, Measured, kind_of
+from pipeline.vector_scores.parts import Part
+from pipeline.vector_scores.resampling import Statistic
 
 COLUMNS: tuple[ValueColumn, ValueColumn] = ("frozen", "adapted")
 """Columns of the encoder states, in the order of the series."""

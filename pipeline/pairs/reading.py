@@ -7,10 +7,10 @@ import numpy as np
 from pipeline.config import TrainConfig
 from pipeline.data.dataset import TaskData, load_data
 from pipeline.data.families import check_training
-from pipeline.data.pair_loading import load_pairs
-from pipeline.data.pair_tables import decide_by_columns
-from pipeline.data.pairs import PairData
 from pipeline.errors import DataError
+from pipeline.pairs.data import PairData
+from pipeline.pairs.loading import load_pairs
+from pipeline.pairs.tables import decide_by_columns
 from pipeline.records import MtebTask
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.pairs import PairData
+from pipeline.pairs.data import PairData
 from pipeline.records import MtebTask
 
 

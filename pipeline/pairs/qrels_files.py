@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.mteb_tasks import prefixed_errors
-from pipeline.data.pair_values import read_values
 from pipeline.data.source_files import find_files
 from pipeline.data.table_checks import group_names, text_values, whole_values
 from pipeline.errors import DataError
 from pipeline.labelled_files.column_names import some
 from pipeline.labelled_files.formats import header_readings, read_table
 from pipeline.labelled_files.sources import read_content
+from pipeline.pairs.values import read_values
 from pipeline.records import MtebTask
 
 _QRELS = ("query-id", "corpus-id", "score")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from pipeline.config import EvaluateConfig
 from pipeline.data.dataset import TaskData
-from pipeline.data.pairs import PairData
-from pipeline.evaluation.measuring import Measured
 from pipeline.evaluation.metrics import Estimate
-from pipeline.evaluation.parts import Part, parts_of_test
-from pipeline.evaluation.resampling import Resampled, resample
 from pipeline.evaluation.scores import score_of_draws
-from pipeline.evaluation.statistics import BothMeasured, Series
+from pipeline.pairs.data import PairData
 from pipeline.records import Difference, ValueRow
+from pipeline.vector_scores.measuring import Measured
+from pipeline.vector_scores.parts import Part, parts_of_test
+from pipeline.vector_scores.resampling import Resampled, resample
+from pipeline.vector_scores.statistics import BothMeasured, Series
 
 
 @dataclass(frozen=True)

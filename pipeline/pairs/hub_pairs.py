@@ -16,23 +16,6 @@ HubPairs = tuple[dict[str, Any], str, list[str]]
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}  # and their names on the Hub
 
 
-def pair_columns_of(mteb_task: Any, *, is_mirror: bool) -> dict[str, Any]:
-    """Return the fields of a planned task that name the columns of pairs in the data set of an mteb task.
-
-    Args:
-        mteb_task: A task of type STS, PairClassification or Retrieval.
-        is_mirror: Whether the data set is in a mirror, where the columns of a retrieval task are not mteb's.
-    """
-    match mteb_task.metadata.type:
-        case "STS":
-            return {"columns": tuple(mteb_task.column_names), "score_column": "score"}
-        case "PairClassification":
-            columns = (mteb_task.input1_column_name, mteb_task.input2_column_name)
-            return {"columns": columns, "score_column": mteb_task.label_column_name}
-        case _:
-            return {"undecided": ("columns",)} if is_mirror else {"columns": ("query", "passage")}
-
-
 def read_hub_pairs(task: MtebTask, *, offline: bool) -> HubPairs:
     """Let mteb load and transform the data set of a task of pairs.
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.data.pairs import PairData, PairKind, PairSplit
+from pipeline.data.families import PairKind
+from pipeline.pairs.data import PairData, PairSplit
 from pipeline.records import DataSummary, MtebTask, PairFaults, PairSummary
 
 

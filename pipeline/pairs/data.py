@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.families import PairKind
 from pipeline.records import MtebTask
-
-PairKind = Literal["scores", "labels", "positives"]
-"""Meaning of the pairs: graded by a score, labelled 0 or 1, or all positive."""
 
 
 @dataclass(frozen=True)

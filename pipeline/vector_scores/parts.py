@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.dataset import TaskData
-from pipeline.data.filled_tasks import search_data
 from pipeline.data.notes import some_names
-from pipeline.data.pairs import PairData
-from pipeline.evaluation.resampling import text_groups
 from pipeline.evaluation.scores import Bools, Ints
+from pipeline.pairs.data import PairData
+from pipeline.pairs.filled_tasks import search_data
+from pipeline.vector_scores.resampling import text_groups
 
 FEWEST_ITEMS = 20
 """Number of pairs, queries or texts below which a part of the test set has no score."""

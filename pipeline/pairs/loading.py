@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
 from pipeline.data.families import check_training, fitting_loss
-from pipeline.data.pair_faults import pair_keys, pair_notes
-from pipeline.data.pair_tables import PairTable, PairTables, read_pair_tables
-from pipeline.data.pair_values import Scale, find_scale
-from pipeline.data.pairs import PairData, PairSplit
 from pipeline.data.splits import blocks_of_pairs, held_out_blocks, names_of
 from pipeline.errors import DataError
+from pipeline.pairs.data import PairData, PairSplit
+from pipeline.pairs.faults import pair_keys, pair_notes
+from pipeline.pairs.tables import PairTable, PairTables, read_pair_tables
+from pipeline.pairs.values import Scale, find_scale
 from pipeline.records import MtebTask
 
 _NUM_BINS = 5  # of scores: each keeps its share in a slice of train
