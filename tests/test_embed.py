@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,21 @@ def test_readers_of_parquet_see_a_fixed_size_list(dtype: str, setting: Setting) 
     ((cosine,),) = duckdb.sql(query).fetchall()
     one, two = unit(vectors[:2].astype(np.float64))
     assert cosine == pytest.approx(float(one @ two), abs=1e-4)
+
+
+def test_the_program_of_the_readme_finds_the_nearest_texts(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "pipeline" / "bulk" / "README.md").read_text(encoding="utf-8")
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "cosine" in block]
+    setting.write({"text": [*TEXTS, None]})
+    adapters = [f"RottenTomatoes={setting.adapters[0]}"]
+    vectors = matrix(setting.embed("vectors", adapters=adapters), "RottenTomatoes_vector")
+    monkeypatch.chdir(setting.root)
+    lines = program.replace("FLOAT[128]", "FLOAT[32]").rstrip().rpartition("\nduckdb.sql(")
+    found: dict[str, Any] = {}
+    exec(f"{lines[0]}\nfound = duckdb.sql({lines[2]}.fetchall()", found)
+    cosines = vectors @ vectors[0]
+    assert found["found"][0][0] == TEXTS[0]
+    np.testing.assert_allclose([cosine for _, cosine in found["found"]], np.sort(cosines)[::-1][:5], atol=1e-5)
 
 
 # One pass, beside labels
