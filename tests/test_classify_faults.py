@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,12 @@ class Bench:
     cwd: Path
     api: str
     options: tuple[str, ...]
-    command: str = "classify"
 
     def start(self, output: str, *arguments: str, source: str = "in", **environment: str) -> Command:
-        """``lorafleet classify`` on Ray, or another bulk command."""
+        """``lorafleet classify`` on Ray."""
         environment |= {"PREFECT_API_URL": self.api, "PYTHONPATH": str(PLANTED)}
         options = ("--where", "ray", "--cpus", "1", "--rows-per-unit", str(GROUP), *self.options)
-        return Command(self.command, source, output, *options, *arguments, cwd=self.cwd, **environment)
+        return Command("classify", source, output, *options, *arguments, cwd=self.cwd, **environment)
 
     def done(self, output: str) -> int:
         """Units with output."""
@@ -252,27 +251,6 @@ def test_twenty_kills_at_random_moments_change_nothing(bench: Bench, cluster: Cl
         check = _disturbed(bench, cluster, f"soak-{jobs}", kills, chance)
         assert check.code == 0, check.err
         check_whole(bench.cwd / f"soak-{jobs}", undisturbed)
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(1200)
-def test_five_kills_at_random_moments_leave_every_row_with_its_vector_once(bench: Bench, cluster: Cluster) -> None:
-    """int8, whose limit a later start must take from the plan."""
-    embed = replace(bench, command="embed", options=(*bench.options, "--dtype", "int8"))
-    options = ("--where", "process", "--cpus", "1", "--rows-per-unit", str(GROUP), *embed.options)
-    ended = run("embed", "in", "undisturbed-vectors", *options, cwd=bench.cwd, PREFECT_API_URL=bench.api)
-    assert ended.code == 0, ended.err
-    chance = random.Random(5)
-    kills = ["actor", "driver", "node", "driver", "actor"]
-    jobs = 0
-    while kills:
-        jobs += 1
-        check = _disturbed(embed, cluster, f"vectors-{jobs}", kills, chance)
-        assert check.code == 0, check.err
-        check_whole(bench.cwd / f"vectors-{jobs}", bench.cwd / "undisturbed-vectors")
-    rows = bulk_rows(bench.cwd / "vectors-1")
-    assert rows.column("id").to_pylist() == list(range(NUM_FILES * ROWS))
-    assert rows.column("Topics_vector").null_count == 0
 
 
 def _disturbed(bench: Bench, cluster: Cluster, output: str, kills: list[str], chance: random.Random) -> Ended:

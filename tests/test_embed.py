@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
+import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import load_encoder, save_overflowing_encoder, toy_texts
 from bulk import Bulk, files_below, save_bulk_adapter, start, write_table
+from commands import PLANTED, Command, bulk_rows, write_bulk_input
 
 from pipeline.adapter.files import load_adapter
 from pipeline.bulk.output import FOOTER_KEY, JOB, PLAN
@@ -308,6 +313,21 @@ def test_readers_of_parquet_see_a_fixed_size_list(dtype: str, setting: Setting) 
     assert cosine == pytest.approx(float(one @ two), abs=1e-4)
 
 
+def test_the_program_of_the_readme_finds_the_nearest_texts(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "pipeline" / "bulk" / "README.md").read_text(encoding="utf-8")
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "cosine" in block]
+    setting.write({"text": [*TEXTS, None]})
+    adapters = [f"RottenTomatoes={setting.adapters[0]}"]
+    vectors = matrix(setting.embed("vectors", adapters=adapters), "RottenTomatoes_vector")
+    monkeypatch.chdir(setting.root)
+    lines = program.replace("FLOAT[128]", "FLOAT[32]").rstrip().rpartition("\nduckdb.sql(")
+    found: dict[str, Any] = {}
+    exec(f"{lines[0]}\nfound = duckdb.sql({lines[2]}.fetchall()", found)
+    cosines = vectors @ vectors[0]
+    assert found["found"][0][0] == TEXTS[0]
+    np.testing.assert_allclose([cosine for _, cosine in found["found"]], np.sort(cosines)[::-1][:5], atol=1e-5)
+
+
 # One pass, beside labels
 
 
@@ -421,3 +441,46 @@ def test_footer_entries_of_pandas_and_spark_name_the_vectors(setting: Setting) -
     assert types["T_vector"] == {"type": "array", "elementType": "byte", "containsNull": True}
     assert "T_vector" in [column["name"] for column in json.loads(entries[b"pandas"])["columns"]]
     assert "T_vector" in pd.read_parquet(setting.root / "out").columns
+
+
+# Killed
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1500)
+def test_five_kills_at_random_moments_leave_every_row_with_its_vector_once(setting: Setting, prefect_api: str) -> None:
+    """int8, whose limit a later start must take from the plan."""
+    write_bulk_input(setting.root / "in", num_files=10, rows=80, group=20)
+    options: list[str] = ["--dtype", "int8", "--rows-per-unit", "20", "--where", "process", "--cpus", "1", "--offline"]
+    for adapter in setting.adapters:
+        options += ["--adapter", str(adapter)]
+    options += ["--encoder", str(setting.encoder)]
+    environment = {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PLANTED), "PLANTED_SECONDS": "0.2"}
+
+    def begin(output: str) -> Command:
+        return Command("embed", "in", output, *options, cwd=setting.root, **environment)
+
+    def units_in(output: str) -> int:
+        return len(list((setting.root / output).glob("*-*.parquet")))
+
+    whole = begin("whole").wait()
+    assert whole.code == 0, whole.err
+    chance = random.Random(5)
+    for kill in range(5):
+        job, before = begin("killed"), units_in("killed")
+        further = before + chance.randrange(1, 6)
+        job.wait_until(lambda further=further: units_in("killed") >= further)
+        time.sleep(chance.uniform(0, 0.4))
+        job.kill("flows.cli")
+        assert job.wait().code == -signal.SIGKILL
+        assert before < units_in("killed") < 40, f"kill {kill}"
+    ended = begin("killed").wait()
+    assert ended.code == 0, ended.err
+    rows = bulk_rows(setting.root / "killed")
+    assert rows.column("id").to_pylist() == list(range(800))
+    assert rows.equals(bulk_rows(setting.root / "whole"))
+    assert files_below(setting.root / "killed") == files_below(setting.root / "whole")
+    facts = summary_of(setting.root / "killed")
+    assert (facts["rows_in"], facts["rows_out"], facts["failures"]) == (800, 800, 0)
+    assert facts["units_done_before"] >= 5
+    assert facts["vectors"] == summary_of(setting.root / "whole")["vectors"]

@@ -174,15 +174,16 @@ def _import_kernel() -> None:
 
 
 def _print_summary(summary: BulkSummary) -> None:
-    if summary.labels:
+    only_vectors = bool(summary.vectors) and not summary.labels
+    if not only_vectors:
         say_table(("adapter", "label", "rows", "share"), _label_rows(summary))
     if summary.vectors:
         say_table(("adapter", "vectors", "rows", "without", "cosine", "neighbours"), _vector_rows(summary))
-    without = "a label" if summary.labels else "a vector"
+    without = "a vector" if only_vectors else "a label"
     each = "; each adapter counts" if max(len(summary.labels), len(summary.vectors)) > 1 else ""
     for reason, count in summary.reasons.items():
         say(f"without {without}: {count:,} ({reason}{each})")
-    done = "labelled" if summary.labels else "embedded"
+    done = "embedded" if only_vectors else "labelled"
     nothing = f"nothing was {done}" if summary.failures else "nothing was left to do"
     rate = nothing if summary.rows_per_second is None else f"{summary.rows_per_second:,.0f} rows/s"
     facts = f"{summary.rows_out:,} of {counted(summary.rows_in, 'row')} in {summary.seconds:.0f} s, {rate}"

@@ -40,7 +40,7 @@ class AdapterColumns:
         self.format = vector_format(job, found.name)
 
     def fields(self) -> list[pa.Field]:
-        """Return the fields of the columns, in the order of ``column_names``."""
+        """Return the fields of the columns, in the order of ``column_parts``."""
         kinds = {
             "label": pa.string(),
             "score": pa.float32(),

@@ -1,8 +1,9 @@
-"""Bulk classification against its rivals, end to end: from Parquet to labels in Parquet, same rows, same cores.
+"""Bulk jobs against their rivals, end to end: from Parquet to labels or vectors in Parquet, same rows, same cores.
 
     python tests/benchmarks/classify.py --adapter runs/<run>#Banking77Classification
     python tests/benchmarks/classify.py --adapter … --rows 2000 --rival-rows 500 --turns 1    # a smoke test
     python tests/benchmarks/classify.py --adapter … --shared … --arms eight eight_alone    # several adapters in one job
+    python tests/benchmarks/classify.py --adapter … --data short --arms ours embed both encode encode_bf16    # vectors
     python tests/benchmarks/classify.py --adapter … --device cuda --arms ours pipeline sentence_transformers tokenise
 
 Data sets: ``short`` (combined halves of Banking77's texts), ``duplicates`` (the same with 30 % repeated), ``imdb``.
@@ -18,6 +19,9 @@ ray_data               read_parquet, map_batches with a Hugging Face model, writ
 openvino               the merged encoder in OpenVINO, bfloat16, with our batches
 onnx_int8              the merged encoder in ONNX Runtime, dynamic int8, with our batches
 tokenise               reading and tokenising only: a ceiling
+embed                  the kernel in one process, with vectors instead of labels
+both                   the kernel in one process, with labels and vectors
+encode, encode_bf16    SentenceTransformer.encode of the encoder without an adapter, its vectors in Parquet; two dtypes
 eight, eight_alone     eight adapters in one job; one of them in a job of its own
 command_eight, command_alone    the same as whole commands, `lorafleet classify`, from start to exit; all rows
 
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from pipeline.encoder.tokeniser import Tokens
 
 SLOW = ("pipeline", "sentence_transformers", "ray_data", "openvino", "onnx_int8", "eight", "eight_alone")
+SLOW += ("encode", "encode_bf16")
 WARM_UP = [" ".join(["word"] * length) for length in range(1, 129) for _ in range(8)]
 ROOF_SHAPES = {"cpu": (1024, 384, 1536), "cuda": (65536, 384, 1536)}
 
@@ -148,11 +153,11 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     return ARMS[arm](options, started)
 
 
-def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str] = ()) -> dict[str, Any]:
-    """The unit worker over all units, in this process."""
+def run_ours(options: argparse.Namespace, started: float, *, refs: Sequence[str] = (), **how: Any) -> dict[str, Any]:
+    """The unit worker over all units, in this process. ``how`` are options of the job."""
     from pipeline.bulk.worker import UnitWorker
 
-    job = plan(options.input, options.output, refs or [options.adapter])
+    job = plan(options.input, options.output, refs or [options.adapter], **how)
     worker = UnitWorker(job.worker_spec(threads=options.threads, use_gpu=options.device == "cuda"))
     if options.device == "cuda":
         worker.classifier.classify(worker.classifier.tokenise(WARM_UP))
@@ -226,6 +231,25 @@ def run_sentence_transformers(options: argparse.Namespace, started: float) -> di
     texts = table.column("text").to_pylist()
     vectors = model.encode(texts, **how)
     _write_logits(options, table, head(vectors.float().clone()).cpu(), adapter)
+    return _facts(len(table), begun, started)
+
+
+def run_encode(options: argparse.Namespace, started: float, *, dtype: str) -> dict[str, Any]:
+    """SentenceTransformer.encode, then a fixed-size list in Parquet."""
+    from sentence_transformers import SentenceTransformer
+
+    _, encoder = _adapter(options)
+    model = SentenceTransformer(str(_encoder_folder(encoder)), device=options.device, model_kwargs={"dtype": dtype})
+    model.max_seq_length = encoder.config.max_tokens
+    how = {"batch_size": options.rival_batch, "convert_to_tensor": True, "show_progress_bar": False}
+    if options.device == "cuda":
+        model.encode(WARM_UP, **how)
+    begun = time.perf_counter()
+    table = pq.read_table(options.input)
+    vectors = model.encode(table.column("text").to_pylist(), **how).float().cpu().numpy()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    options.output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.append_column("vector", column), options.output / "out.parquet")
     return _facts(len(table), begun, started)
 
 
@@ -388,6 +412,10 @@ ARMS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
     "openvino": run_openvino,
     "onnx_int8": run_onnx_int8,
     "tokenise": run_tokenise,
+    "embed": lambda options, started: run_ours(options, started, labels=False, vectors={"dtype": "float32"}),
+    "both": lambda options, started: run_ours(options, started, vectors={"dtype": "float32"}),
+    "encode": lambda options, started: run_encode(options, started, dtype="float32"),
+    "encode_bf16": lambda options, started: run_encode(options, started, dtype="bfloat16"),
     "eight": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=8)),
     "eight_alone": lambda options, started: run_ours(options, started, refs=_same_adapter(options, times=1)),
     "command_eight": lambda options, started: run_command(options, started, refs=_same_adapter(options, times=8)),
