@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.families import family_of_columns, with_family
-from pipeline.data.mteb_pairs import read_hub_pairs
+from pipeline.data.mteb_pairs import HubPairs, read_hub_pairs
 from pipeline.data.mteb_tasks import prefixed_errors
 from pipeline.data.pair_columns import PairColumns, find_columns
 from pipeline.data.pair_values import read_values
@@ -65,18 +65,25 @@ def read_pair_tables(task: MtebTask, *, offline: bool) -> PairTables:
     """
     if task.source in ("files", "mirror"):
         return _read_files(task, offline=offline)
-    passages: list[str] = []
-    if task.source == "hub":
-        raw, revision, passages = read_hub_pairs(task, offline=offline)
-    else:
-        raw, revision = read_package(task)
+    hub = read_hub_pairs(task, offline=offline) if task.source == "hub" else HubPairs(*read_package(task), [])
+    return tables_of_hub(task, hub)
+
+
+def tables_of_hub(task: MtebTask, hub: HubPairs) -> PairTables:
+    """Return the pairs of a data set that has no files of the user's.
+
+    Raises: DataError: its columns are not those of the task, or a split has no pair.
+    """
     splits, ignored = dict[str, PairTable](), list[str]()
-    for split in [name for name in ("train", "validation", "test") if name in raw]:
-        where, table = f"{task.name}: {split}", raw[split]
+    for split in [name for name in ("train", "validation", "test") if name in hub.tables]:
+        where, table = f"{task.name}: {split}", hub.tables[split]
+        if not table.num_rows:
+            raise DataError(f"{where} has no positive pair; expected at least one")
         found = find_columns(table.column_names, task, split=split, where=where, others_allowed=True)
         splits[split] = _pair_table(table, found, task, where)
         ignored += found.ignored
-    return PairTables(task.changed(revision=revision), splits, passages, _ignored_notes(ignored))
+    notes = (*hub.notes, *_ignored_notes(ignored))
+    return PairTables(task.changed(revision=hub.revision), splits, hub.passages, notes)
 
 
 def decide_by_columns(task: MtebTask, *, offline: bool) -> MtebTask:
