@@ -315,6 +315,12 @@ def test_a_key_that_is_set_twice_is_refused() -> None:
         publish_config(load_config("quickstart"), to="hf:me/x", private=False, overrides=("publish.private=true",) * 2)
 
 
+def test_a_validation_file_that_selects_no_epoch_is_refused() -> None:
+    entry = {"name": "Mine", "train": "a", "validation": "b"}
+    with pytest.raises(ConfigError, match=r"validation of Mine has no effect with train\.early_stopping_split"):
+        validate_config({"mteb_tasks": [entry], "train": {"early_stopping_split": "test"}}, "here")
+
+
 def test_a_name_given_twice_is_refused() -> None:
     assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
 

@@ -15,7 +15,7 @@ from commands import write_config, write_task
 
 from pipeline.config import RunConfig, load_config
 from pipeline.encoder.runtime import choose_runtime
-from pipeline.errors import AdapterError, DataError, EncoderError
+from pipeline.errors import AdapterError, ConfigError, DataError, EncoderError
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import JobSpec, job_spec
 from pipeline.run.preflight import preflight

@@ -393,6 +393,11 @@ def test_pairs_that_all_hang_together_leave_nothing_for_validation_and_refuse_a_
         load(tmp_path, train)
 
 
+def test_train_keeps_the_two_pairs_that_a_comparison_needs(tmp_path: Path) -> None:
+    data = load(tmp_path, many(2), test=FOUND, settings={"validation_fraction": 0.45})
+    assert (len(data.train), len(data.validation)) == (2, 0)
+
+
 def test_groups_stay_on_one_side(tmp_path: Path) -> None:
     data = load(tmp_path, many(200, who=[i // 10 for i in range(200)]), group_column="who")
     sides = [

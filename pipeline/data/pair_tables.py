@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,15 @@ class PairTable:
     """Score or label of each pair as in the data, float64 (pairs,). None if every pair is positive."""
     groups: list[str] | None
     slices: dict[str, list[str]]
+
+    def take(self, chosen: NDArray[np.bool_]) -> PairTable:
+        """Return the pairs for which the mask is true."""
+        return PairTable(
+            tuple(list(compress(column, chosen)) for column in self.columns),
+            None if self.values is None else self.values[chosen],
+            None if self.groups is None else list(compress(self.groups, chosen)),
+            {name: list(compress(values, chosen)) for name, values in self.slices.items()},
+        )
 
 
 @dataclass(frozen=True)
