@@ -144,6 +144,40 @@ def test_english_is_the_default_subset(name: str, subset: str, samples_per_label
     assert (plan(name).subset, plan(name).samples_per_label) == (subset, samples_per_label)
 
 
+@pytest.mark.parametrize(
+    ("name", "objective", "loss", "columns", "score_column"),
+    [
+        ("Banking77Classification", "classification", "cross-entropy", (), None),
+        ("STS12", "text-matching", "cosent", ("sentence1", "sentence2"), "score"),
+        ("TwitterURLCorpus", "text-matching", "cosent", ("sentence1", "sentence2"), "labels"),
+        ("SciFact", "retrieval", "infonce", ("query", "passage"), None),
+        ("WordNetReverseDictionary", "retrieval", "infonce", ("query", "passage"), None),
+    ],
+)
+def test_the_family_of_a_known_task_follows_from_its_type(
+    name: str, objective: str, loss: str, columns: tuple[str, ...], score_column: str | None
+) -> None:
+    task = plan(name)
+    assert (task.objective, task.loss, task.columns, task.score_column) == (objective, loss, columns, score_column)
+
+
+def test_a_known_classification_may_be_learnt_as_a_separation_and_nothing_else() -> None:
+    task = plan("Banking77Classification", objective="separation")
+    assert (task.objective, task.loss, task.label_column) == ("separation", "infonce", "label")
+    for name, family in (("Banking77Classification", "retrieval"), ("STS12", "retrieval"), ("SciFact", "separation")):
+        with pytest.raises(ConfigError, match=f'{name}: objective = "{family}" does not fit its data; expected'):
+            plan(name, objective=family)
+
+
+def test_a_clustering_is_learnt_from_a_mirror_with_train_texts_and_refused_without(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mteb lists it as Clustering, with test texts only"):
+        plan("TwentyNewsgroupsClustering.v2")
+    for split in ("train", "test"):
+        write(tmp_path / "TwentyNewsgroupsClustering.v2" / f"{split}.parquet", **TWO_CLASSES)
+    loaded = load_mteb_task(plan("TwentyNewsgroupsClustering.v2", mirror=tmp_path), offline=True)
+    assert (loaded.task.objective, loaded.splits["train"].num_rows) == ("separation", 20)
+
+
 def test_a_requested_subset_is_used() -> None:
     assert plan("MTOPDomainClassification", subset="de").subset == "de"
 
@@ -155,6 +189,8 @@ def test_a_requested_subset_is_used() -> None:
         ({"name": "WordnetDomain"}, "did you mean WordNetDomains"),
         ({"name": "qqqqqqqq"}, "mteb knows no task 'qqqqqqqq'. For your own data"),
         ({"name": "AskUbuntuDupQuestions"}, "mteb lists it as Reranking of text"),
+        ({"name": "SICK2014"}, "mteb knows no task 'SICK2014'"),
+        ({"name": "STSBenchmrk"}, "did you mean STSBenchmark"),
         ({"name": "EmotionVNClassification", "subset": "xx"}, "its subsets are default"),
         ({"name": "MTOPDomainClassification", "subset": "it"}, "its subsets are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),

@@ -315,6 +315,12 @@ def test_a_key_that_is_set_twice_is_refused() -> None:
         publish_config(load_config("quickstart"), to="hf:me/x", private=False, overrides=("publish.private=true",) * 2)
 
 
+def test_a_validation_file_that_selects_no_epoch_is_refused() -> None:
+    entry = {"name": "Mine", "train": "a", "validation": "b"}
+    with pytest.raises(ConfigError, match=r"validation of Mine has no effect with train\.early_stopping_split"):
+        validate_config({"mteb_tasks": [entry], "train": {"early_stopping_split": "test"}}, "here")
+
+
 def test_a_name_given_twice_is_refused() -> None:
     assert "RottenTomatoes more than once" in fault("mteb_tasks.0.name=RottenTomatoes")
 
@@ -326,6 +332,14 @@ def test_a_name_given_twice_is_refused() -> None:
         ({"text_column": "body", "group_column": "who"}, "text_column and group_column have an effect only with train"),
         ({"train": "a", "test": "b", "test_seed": 1}, "test_seed has no effect together with test"),
         ({"train": "a", "test": "b", "test_fraction": 0.2}, "test_fraction has no effect together with test"),
+        ({"columns": ["a", "b"], "score_column": "c"}, "columns and score_column have an effect only with train"),
+        ({"validation": "b"}, "validation has an effect only with train"),
+        ({"train": "a", "test": "b", "corpus": "c"}, "corpus, qrels and test, which names the queries, go together"),
+        ({"train": "a", "corpus": "c", "qrels": "d"}, "corpus, qrels and test, which names the queries, go together"),
+        ({"train": "a", "columns": ["a"]}, "mteb_tasks.0.columns: Tuple should have at least 2 items"),
+        ({"train": "a", "columns": ["a", "a"]}, "mteb_tasks.0.columns"),
+        ({"train": "a", "slices": ["x" * 129]}, "mteb_tasks.0.slices.0: String should have at most 128 characters"),
+        ({"train": "a", "objective": "ranking"}, "mteb_tasks.0.objective: "),
         ({"train": "a", "test_fraction": 0.5}, "mteb_tasks.0.test_fraction: Input should be less than 0.5"),
         ({"train": ""}, "mteb_tasks.0.train: String should have at least 1 character"),
         ({"train": "a", "text_column": ""}, "mteb_tasks.0.text_column: String should have at least 1 character"),
@@ -360,6 +374,11 @@ def test_paths_become_absolute_and_addresses_are_unchanged(tmp_path: Path, monke
     }.items():
         config = validate_config({"mteb_tasks": [{"name": "Mine", "train": given}]}, "here")
         assert with_absolute_paths(config).mteb_tasks[0].train == expected
+    keys = ("train", "test", "validation", "corpus", "qrels")
+    (entry,) = with_absolute_paths(
+        validate_config({"mteb_tasks": [{"name": "Mine", **{key: f"{key}.csv" for key in keys}}]}, "here")
+    ).mteb_tasks
+    assert [getattr(entry, key) for key in keys] == [str(tmp_path / f"{key}.csv") for key in keys]
 
 
 def test_the_head_column_cannot_be_switched_off() -> None:

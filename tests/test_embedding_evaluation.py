@@ -24,16 +24,16 @@ from pipeline.adapter.adapter import Adapter
 from pipeline.config import AdapterConfig, DataConfig, EncoderConfig, EvaluateConfig, MtebTaskConfig, TrainConfig
 from pipeline.data.catalogue import plan_task
 from pipeline.data.dataset import TaskData, load_data
-from pipeline.data.mteb_pairs import clustering_task, pair_task, search_data, search_task
-from pipeline.data.pairs import PairData, PairKind, PairSplit
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import DataError
-from pipeline.evaluation.embedding import EmbeddingScores, compare
-from pipeline.evaluation.measuring import MAIN_METRICS, Measured, measure_vectors, side_texts
-from pipeline.evaluation.pair_metrics import best_threshold
 from pipeline.evaluation.vectors import TextVectors, normalize
+from pipeline.pairs.data import PairData, PairKind, PairSplit
+from pipeline.pairs.filled_tasks import clustering_task, pair_task, search_data, search_task
 from pipeline.records import Family, MtebTask, ValueRow
+from pipeline.vector_scores.comparison import EmbeddingScores, compare
+from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, measure_vectors, side_texts
+from pipeline.vector_scores.pair_metrics import best_threshold
 
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 needs_pairs = pytest.mark.skipif(not PAIRS.is_dir(), reason=f"no copies of the pair data sets in {PAIRS}")

@@ -15,7 +15,7 @@ from commands import write_config, write_task
 
 from pipeline.config import RunConfig, load_config
 from pipeline.encoder.runtime import choose_runtime
-from pipeline.errors import AdapterError, DataError, EncoderError
+from pipeline.errors import AdapterError, ConfigError, DataError, EncoderError
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import JobSpec, job_spec
 from pipeline.run.preflight import preflight
@@ -102,6 +102,34 @@ def test_a_mirror_that_is_not_there_is_told_once(encoder_folder: Folders, tmp_pa
     with pytest.raises(DataError) as told:
         preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
     assert str(told.value).startswith(f"data.mirror: there is no folder {tmp_path / 'gone'}; expected a folder")
+
+
+def test_every_fault_of_pairs_is_told_before_the_first_worker(encoder_folder: Folders, tmp_path: Path) -> None:
+    """The encoder has vectors of 32 dimensions."""
+    pairs = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [2.0, 2.0]}
+    pq.write_table(pa.table(pairs), tmp_path / "constant.parquet")
+    pq.write_table(pa.table(pairs | {"genre": ["x", "y"]}), tmp_path / "extra.parquet")
+    entries = [{"name": name, "train": str(tmp_path / f"{name}.parquet")} for name in ("constant", "extra")]
+    config = load_config(str(write_config(tmp_path / "c.toml", encoder_folder("bert"), entries)))
+    with pytest.raises(DataError) as told:
+        preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    constant, extra = told.value.args
+    assert constant.startswith("constant: train has the score 2 for all 2 pairs")
+    assert extra.startswith("extra: train: ")
+    assert "has 'genre' beside" in extra
+    path = write_config(tmp_path / "w.toml", encoder_folder("bert"), entries, train={"widths": [16, 64]})
+    config = load_config(str(path))
+    with pytest.raises(ConfigError, match=r"train\.widths: 64 is larger than 32"):
+        preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+
+
+def test_pairs_are_planned_with_their_number_and_without_labels(encoder_folder: Folders, tmp_path: Path) -> None:
+    pairs = {side: [f"{side} {i}" for i in range(40)] for side in ("query", "passage")}
+    pq.write_table(pa.table(pairs), tmp_path / "a.parquet")
+    entry = {"name": "Search", "train": str(tmp_path / "a.parquet")}
+    config = load_config(str(write_config(tmp_path / "c.toml", encoder_folder("bert"), [entry])))
+    (task,) = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False)).tasks
+    assert (task.num_train, task.label_names, task.mteb_task.objective) == (29, (), "retrieval")
 
 
 def changed(spec: JobSpec, **values: Any) -> JobSpec:

@@ -146,6 +146,7 @@ def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> No
         source="files",
         location="/srv/a/train.parquet",
         test_location="/srv/a/test.parquet",
+        validation_location="/srv/a/validation.parquet",
         revision="r",
         max_epochs=1,
         samples_per_label=8,
@@ -157,6 +158,7 @@ def test_a_published_result_names_no_place_of_this_machine(tmp_path: Path) -> No
     publish_to_folder(run.root, tmp_path / "out")
     result = read_record(tmp_path / "out" / "A" / "result.json", TaskResult)
     assert (result.mteb_task.location, result.mteb_task.test_location) == ("…/train.parquet", "…/test.parquet")
+    assert result.mteb_task.validation_location == "…/validation.parquet"
     assert (result.encoder.name, result.adapter.path, result.data.notes) == (
         "minilm",
         "A",

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, silhouette_samples, v_measure_score
 
-from pipeline.evaluation import pair_metrics
+from pipeline.vector_scores import pair_metrics
 from pipeline.vector_scores.cluster_metrics import silhouettes, v_measure
 from pipeline.vector_scores.resampling import FEWEST_GROUPS, Statistic, resample, text_groups
 

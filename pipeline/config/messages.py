@@ -20,7 +20,7 @@ def describe_faults(faults: Sequence[Any]) -> list[str]:
     unknown = []
     for fault in faults:
         key, model = _locate(fault["loc"])
-        if fault["type"] == "too_short" and fault["input"]:
+        if fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]:
             continue  # its items are faulty, and reported themselves
         if fault["type"] == "extra_forbidden":
             unknown.append(

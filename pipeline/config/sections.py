@@ -210,6 +210,16 @@ class RunConfig(Section):
     """The data sets. Each gets its own adapter."""
 
     @model_validator(mode="after")
+    def _validation_files_have_an_effect(self) -> RunConfig:
+        given = [t.name for t in self.mteb_tasks if t.validation is not None]
+        if given and self.train.early_stopping_split == "test":
+            raise ValueError(
+                f'validation of {", ".join(given)} has no effect with train.early_stopping_split = "test"; '
+                "leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> RunConfig:
         names = [t.name for t in self.mteb_tasks]
         twice = sorted({n for n in names if names.count(n) > 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,14 @@ class PairSplit:
     def __len__(self) -> int:
         return len(self.columns[0])
 
+    def take(self, chosen: NDArray[np.bool_]) -> PairSplit:
+        """Return the pairs for which the mask is true."""
+        return PairSplit(
+            tuple(list(compress(column, chosen)) for column in self.columns),
+            None if self.scores is None else self.scores[chosen],
+            {name: list(compress(values, chosen)) for name, values in self.slices.items()},
+        )
+
 
 @dataclass(frozen=True)
 class PairData:
@@ -38,16 +47,18 @@ class PairData:
     """Empty if no pair can be spared."""
     test: PairSplit
     corpus: list[str]
-    """Distinct passages of all splits, which every query is searched in. Empty for text matching."""
+    """Distinct passages, which every query is searched in: a given corpus, then those of all splits with the negatives.
+
+    Empty for text matching."""
     pair_in_train: NDArray[np.bool_]
     """Mask of the test pairs that stand word for word in train, in either order, bool (num_test,)."""
     text_in_train: NDArray[np.bool_]
-    """Mask of the test pairs of which a text also occurs in train, bool (num_test,)."""
+    """Mask of the test pairs of which a side also occurs in train, also as a negative, bool (num_test,)."""
     score_range: tuple[float, float] | None
     """Scores of the data that became 0 and 1. None without scores."""
     fingerprint: str
-    """SHA-256 of all splits as read, independent of the seed."""
+    """SHA-256 of all splits in the order of their rows, independent of the seed and of the file format."""
     test_fingerprint: str
-    """SHA-256 of the test pairs, independent of their order."""
+    """SHA-256 of the test pairs and of the corpus, independent of their order."""
     notes: tuple[str, ...]
     """Warnings about valid but weak data, one sentence each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +11,18 @@ from pipeline.data.mteb_tasks import find_mteb_task, load_mteb_data
 from pipeline.errors import DataError
 from pipeline.records import MtebTask
 
-HubPairs = tuple[dict[str, Any], str, list[str]]
-"""Split -> pyarrow table of the task's columns; the revision; and the texts of the corpus of a retrieval task."""
+
+@dataclass(frozen=True)
+class HubPairs:
+    """Pairs of a data set on the Hub."""
+
+    tables: dict[str, Any]
+    """Split -> pyarrow table with the columns of the task."""
+    revision: str
+    passages: list[str]
+    """Texts of the corpus of a retrieval task. Empty for other tasks."""
+    notes: tuple[str, ...] = ()
+
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}  # and their names on the Hub
 
@@ -39,32 +50,34 @@ def read_sentence_pairs(task: MtebTask, mteb_task: Any, *, offline: bool) -> Hub
     splits = {split: part for split in _SPLITS if (part := _first(parts, split)) is not None}
     _check_splits(task.name, splits, list(parts), place)
     tables = {split: _unfolded(part.with_format("arrow")[:], task) for split, part in splits.items()}
-    return tables, mteb_task.metadata.revision, []
+    return HubPairs(tables, mteb_task.metadata.revision, [])
 
 
 def read_retrieval(task: MtebTask, mteb_task: Any, *, offline: bool) -> HubPairs:
     """Read a task of type Retrieval; errors as ``read_hub_pairs``.
 
     mteb loads the splits that are to be evaluated, so train is asked for as one of them. A relevance above 0 makes a
-    pair.
+    pair. Pairs are sorted by their ids, because mteb reads them in no certain order.
     """
-    mteb_task.eval_splits = ["train", "test"]  # a split that the data set lacks is an error of ``datasets``
+    mteb_task.filter_eval_splits(["train", "test"])  # a split that the data set lacks is an error of ``datasets``
     place = load_mteb_data(task.name, mteb_task, offline=offline)
-    parts = next(iter(mteb_task.dataset.values())) if task.subset == "default" else mteb_task.dataset[task.subset]
-    _check_splits(task.name, parts, list(parts), place)
-    tables, passages = {}, dict[str, None]()
+    parts = mteb_task.dataset[task.subset]
+    # For a split that the data set lacks, mteb takes its only one.
+    is_twice = parts["train"]["relevant_docs"] == parts["test"]["relevant_docs"]
+    _check_splits(task.name, ["test"] if is_twice else parts, list(parts)[is_twice:], place)
+    tables, notes, passages = {}, list[str](), dict[str, None]()
     for split, part in parts.items():
         texts = {row["id"]: " ".join(filter(None, (row.get("title"), row["text"]))) for row in part["corpus"]}
         queries = dict(zip(part["queries"]["id"], part["queries"]["text"], strict=True))
-        pairs = [
-            (queries[query], texts[passage])
-            for query, relevance in part["relevant_docs"].items()
-            for passage, degree in relevance.items()
-            if degree > 0 and query in queries and passage in texts
-        ]
+        ids = sorted(
+            (q, p) for q, degrees in part["relevant_docs"].items() for p, degree in degrees.items() if degree > 0
+        )
+        pairs = [(queries[query], texts[passage]) for query, passage in ids if query in queries and passage in texts]
+        if len(pairs) < len(ids):
+            notes.append(f"relevant passages of {split} that are not in the corpus, left out: {len(ids) - len(pairs)}")
         tables[split] = pa.table({"query": [query for query, _ in pairs], "passage": [text for _, text in pairs]})
         passages |= dict.fromkeys(texts.values())
-    return tables, mteb_task.metadata.revision, list(passages)
+    return HubPairs(tables, mteb_task.metadata.revision, list(passages), tuple(notes))
 
 
 def _first(parts: Any, split: str) -> Any | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,30 +42,23 @@ def load_pairs(task: MtebTask, *, config: TrainConfig, offline: bool) -> PairDat
     scale = find_scale({split: table.values for split, table in tables.splits.items()}, task.name)
     task = _decided(tables, scale)
     check_training(task, config)
-    whole = {split: _scaled(table, scale) for split, table in tables.splits.items()}
-    groups = tables.splits["train"].groups
-    values = {split: table.values for split, table in tables.splits.items()}
-    if task.test_split is not None:
-        kept = ~_carved_test(whole["train"], task, groups)
-        whole = {"train": _taken(whole["train"], kept), "test": _taken(whole["train"], ~kept)} | _only(
-            whole, "validation"
-        )
-        groups = None if groups is None else [g for g, is_kept in zip(groups, kept, strict=True) if is_kept]
-        values["test"] = None if values["train"] is None else values["train"][~kept]
-    train, validation = _hold_out(whole, groups, config)
+    tables = _with_test(tables, task, scale)
+    whole = {split: PairSplit(t.columns, scale.apply(t.values), t.slices) for split, t in tables.splits.items()}
+    train, validation = _hold_out(whole, tables.splits["train"].groups, config)
     learnt = [whole["train"], *([validation] if config.refit else [])]
+    corpus = _corpus(task, whole, tables.passages)
     return PairData(
         task=task,
         kind=scale.kind,
-        train=_without_slices(train),
-        validation=_without_slices(validation),
+        train=replace(train, slices={}),
+        validation=replace(validation, slices={}),
         test=whole["test"],
-        corpus=_corpus(task, whole, tables.passages),
+        corpus=corpus,
         pair_in_train=_pairs_in(learnt, whole["test"]),
         text_in_train=_texts_in(learnt, whole["test"]),
         score_range=scale.range,
-        fingerprint=_fingerprint(tables, groups),
-        test_fingerprint=_test_fingerprint(whole["test"], values["test"], _corpus(task, whole, tables.passages)),
+        fingerprint=_fingerprint(tables),
+        test_fingerprint=_test_fingerprint(tables.splits["test"], corpus),
         notes=(*tables.notes, *pair_notes(task, scale.kind, whole, train=train, validation=validation)),
     )
 
@@ -75,51 +69,31 @@ def _decided(tables: PairTables, scale: Scale) -> MtebTask:
     Raises: DataError: the loss does not fit, or a split has no pair to compare with.
     """
     train = tables.splits["train"]
-    negatives = len(train.columns) - 2
-    loss = fitting_loss(tables.task, kind=scale.kind, num_negatives=negatives)
+    loss = fitting_loss(tables.task, kind=scale.kind, num_negatives=len(train.columns) - 2)
     if len(train.columns[0]) < 2:
         raise DataError(f"{tables.task.name}: train has a single pair; expected at least two, to compare them")
-    if any((table.values is None) != (train.values is None) for table in tables.splits.values()):
-        raise AssertionError("the score column is required in each split")
+    assert len({table.values is None for table in tables.splits.values()}) == 1, "each split needs the score column"
     return tables.task.changed(loss=loss, undecided=())
 
 
-def _scaled(table: PairTable, scale: Scale) -> PairSplit:
-    return PairSplit(table.columns, scale.apply(table.values), table.slices)
-
-
-def _taken(split: PairSplit, chosen: NDArray[np.bool_]) -> PairSplit:
-    rows = np.flatnonzero(chosen).tolist()
-    return PairSplit(
-        tuple([column[row] for row in rows] for column in split.columns),
-        None if split.scores is None else split.scores[chosen],
-        {name: [values[row] for row in rows] for name, values in split.slices.items()},
-    )
-
-
-def _without_slices(split: PairSplit) -> PairSplit:
-    return PairSplit(split.columns, split.scores, {})
-
-
-def _only(splits: dict[str, PairSplit], name: str) -> dict[str, PairSplit]:
-    return {name: splits[name]} if name in splits else {}
-
-
-def _carved_test(train: PairSplit, task: MtebTask, groups: list[str] | None) -> NDArray[np.bool_]:
-    """Choose the pairs of test. The seed is negative, so that it never equals that of the validation slice.
+def _with_test(tables: PairTables, task: MtebTask, scale: Scale) -> PairTables:
+    """Split test off train if it has no files. The seed is negative, so that it never equals that of validation.
 
     Raises: DataError: no pair can be spared.
     """
-    assert task.test_split is not None
-    chosen = _chosen(train, groups, fraction=task.test_split.fraction, seed=-1 - task.test_split.seed)
+    if task.test_split is None:
+        return tables
+    train = tables.splits["train"]
+    columns, scores, seed = train.columns, scale.apply(train.values), -1 - task.test_split.seed
+    chosen = _chosen(columns, scores=scores, groups=train.groups, fraction=task.test_split.fraction, seed=seed)
     if not chosen.any():
-        blocks = len(np.unique(blocks_of_pairs(train.columns[:2], groups)))
+        blocks = len(np.unique(blocks_of_pairs(columns[:2], train.groups)))
         raise DataError(
-            f"{task.name}: no pair can be spared for test: train has {len(train)} pairs in {blocks} blocks that share "
+            f"{task.name}: no pair can be spared for test: train has {len(chosen)} pairs in {blocks} blocks that share "
             f"no text or group, and test_fraction is {task.test_split.fraction:g}; raise it (below 0.5), add pairs, or "
             "name a test file"
         )
-    return chosen
+    return replace(tables, splits=tables.splits | {"train": train.take(~chosen), "test": train.take(chosen)})
 
 
 def _hold_out(
@@ -128,27 +102,35 @@ def _hold_out(
     """Return train and validation."""
     train = whole["train"]
     if config.early_stopping_split == "test":
-        return train, _taken(train, np.zeros(len(train), dtype=np.bool_))
+        return train, train.take(np.zeros(len(train), dtype=np.bool_))
     if "validation" in whole:
         return train, whole["validation"]
-    chosen = _chosen(train, groups, fraction=config.validation_fraction, seed=config.seed)
-    return _taken(train, ~chosen), _taken(train, chosen)
-
-
-def _chosen(train: PairSplit, groups: list[str] | None, *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Choose whole blocks of pairs, bool (pairs,). None if one side would have a single score or label."""
-    blocks = blocks_of_pairs(train.columns[:2], groups)
-    scores = np.zeros(len(train)) if train.scores is None else train.scores
-    bins = np.minimum((scores * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
-    chosen = held_out_blocks(
-        blocks,
-        bins,
-        names=names_of(blocks, train.columns[0] if groups is None else groups),
-        fraction=fraction,
-        seed=seed,
+    chosen = _chosen(
+        train.columns, scores=train.scores, groups=groups, fraction=config.validation_fraction, seed=config.seed
     )
-    if train.scores is not None and any(len(np.unique(scores[side])) < 2 for side in (chosen, ~chosen)):
-        return np.zeros(len(train), dtype=np.bool_)
+    return train.take(~chosen), train.take(chosen)
+
+
+def _chosen(
+    columns: Sequence[Sequence[str]],
+    *,
+    scores: NDArray[np.float64] | None,
+    groups: list[str] | None,
+    fraction: float,
+    seed: int,
+) -> NDArray[np.bool_]:
+    """Choose whole blocks of pairs, bool (pairs,).
+
+    None is chosen if one side would have a single score, or if train would have a single pair.
+    """
+    blocks = blocks_of_pairs(columns[:2], groups)
+    values = np.zeros(len(blocks)) if scores is None else scores
+    bins = np.minimum((values * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
+    names = names_of(blocks, columns[0] if groups is None else groups)
+    chosen = held_out_blocks(blocks, bins, names=names, fraction=fraction, seed=seed)
+    is_constant = scores is not None and any(len(np.unique(scores[side])) < 2 for side in (chosen, ~chosen))
+    if is_constant or (~chosen).sum() < 2:
+        return np.zeros(len(blocks), dtype=np.bool_)
     return chosen
 
 
@@ -173,7 +155,7 @@ def _texts_in(learnt: Sequence[PairSplit], test: PairSplit) -> NDArray[np.bool_]
     return np.fromiter((one in known or other in known for one, other in sides), dtype=np.bool_, count=len(test))
 
 
-def _fingerprint(tables: PairTables, groups: list[str] | None) -> str:
+def _fingerprint(tables: PairTables) -> str:
     """Hash everything that was read, in the order of the rows, which training depends on."""
     digest = hashlib.sha256()
     for split in ("train", "validation", "test"):
@@ -188,12 +170,12 @@ def _fingerprint(tables: PairTables, groups: list[str] | None) -> str:
     return digest.hexdigest()
 
 
-def _test_fingerprint(test: PairSplit, values: NDArray[np.float64] | None, corpus: Sequence[str]) -> str:
+def _test_fingerprint(test: PairTable, corpus: Sequence[str]) -> str:
     """Hash the test pairs and the corpus, without their order.
 
     Scores are hashed as in the data, because their range may grow.
     """
-    numbers = [""] * len(test) if values is None else [repr(value) for value in values.tolist()]
+    numbers = [""] * len(test.columns[0]) if test.values is None else [repr(value) for value in test.values.tolist()]
     digest = hashlib.sha256()
     for row in sorted(zip(*test.columns[:2], numbers, strict=True)):
         _add_texts(digest, row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,15 @@ class PairTable:
     groups: list[str] | None
     slices: dict[str, list[str]]
 
+    def take(self, chosen: NDArray[np.bool_]) -> PairTable:
+        """Return the pairs for which the mask is true."""
+        return PairTable(
+            tuple(list(compress(column, chosen)) for column in self.columns),
+            None if self.values is None else self.values[chosen],
+            None if self.groups is None else list(compress(self.groups, chosen)),
+            {name: list(compress(values, chosen)) for name, values in self.slices.items()},
+        )
+
 
 @dataclass(frozen=True)
 class PairTables:
@@ -65,18 +75,25 @@ def read_pair_tables(task: MtebTask, *, offline: bool) -> PairTables:
     """
     if task.source in ("files", "mirror"):
         return _read_files(task, offline=offline)
-    passages: list[str] = []
-    if task.source == "hub":
-        raw, revision, passages = read_hub_pairs(task, offline=offline)
-    else:
-        raw, revision = read_package(task)
+    hub = read_hub_pairs(task, offline=offline) if task.source == "hub" else HubPairs(*read_package(task), [])
+    return tables_of_hub(task, hub)
+
+
+def tables_of_hub(task: MtebTask, hub: HubPairs) -> PairTables:
+    """Return the pairs of a data set that has no files of the user's.
+
+    Raises: DataError: its columns are not those of the task, or a split has no pair.
+    """
     splits, ignored = dict[str, PairTable](), list[str]()
-    for split in [name for name in ("train", "validation", "test") if name in raw]:
-        where, table = f"{task.name}: {split}", raw[split]
+    for split in [name for name in ("train", "validation", "test") if name in hub.tables]:
+        where, table = f"{task.name}: {split}", hub.tables[split]
+        if not table.num_rows:
+            raise DataError(f"{where} has no positive pair; expected at least one")
         found = find_columns(table.column_names, task, split=split, where=where, others_allowed=True)
         splits[split] = _pair_table(table, found, task, where)
         ignored += found.ignored
-    return PairTables(task.changed(revision=revision), splits, passages, _ignored_notes(ignored))
+    notes = (*hub.notes, *_ignored_notes(ignored))
+    return PairTables(task.changed(revision=hub.revision), splits, hub.passages, notes)
 
 
 def decide_by_columns(task: MtebTask, *, offline: bool) -> MtebTask:
