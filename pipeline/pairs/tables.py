@@ -21,7 +21,7 @@ from pipeline.labelled_files.column_names import some
 from pipeline.labelled_files.formats import header_readings, read_table
 from pipeline.labelled_files.sources import read_content
 from pipeline.pairs.columns import PairColumns, find_columns
-from pipeline.pairs.hub_pairs import read_hub_pairs
+from pipeline.pairs.hub_pairs import HubPairs, read_hub_pairs
 from pipeline.pairs.qrels_files import read_queries
 from pipeline.pairs.values import read_values
 from pipeline.records import MtebTask
