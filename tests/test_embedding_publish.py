@@ -1,0 +1,126 @@
+"""Embedding adapters in a run's files, published, verified and held at the gate. The job runs in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from commands import write_config as write_toml
+from test_embedding_job import graded, labelled
+
+from flows.cli import lorafleet
+from pipeline.config import PublishConfig, load_config
+from pipeline.encoder.runtime import choose_runtime
+from pipeline.history.tables import read_gate
+from pipeline.inference.reference import find_adapters
+from pipeline.publishing.publish import publish
+from pipeline.publishing.verify import verify
+from pipeline.records import RunResults
+from pipeline.run.collect import collect, finish_run
+from pipeline.run.job import TaskJob
+from pipeline.run.plan import job_spec
+from pipeline.run.preflight import preflight
+from pipeline.store.files import read_record
+from pipeline.store.manifest import write_config
+from pipeline.store.run_folder import RunFolder
+
+Folders = Callable[[str], Path]
+
+
+def inverted(num_pairs: int, seed: int) -> dict[str, list[Any]]:
+    """Pairs whose labels are the wrong way round."""
+    rows = labelled(num_pairs, seed)
+    return rows | {"label": [1 - label for label in rows["label"]]}
+
+
+def finished_run(encoder: Path, folder: Path, run_id: str, *, is_harmful: bool = False) -> RunFolder:
+    """A run of two tasks of pairs. A harmful one has learnt the opposite, and was selected by it."""
+    entries = []
+    for name, make in (("Same", inverted if is_harmful else labelled), ("Graded", graded)):
+        entry = {"name": name} | ({"columns": ["sentence1", "sentence2"]} if name == "Graded" else {})
+        for split, number, seed in (("train", 300, 1), ("validation", 120, 2), ("test", 300, 3)):
+            entry[split] = str(folder / f"{run_id}-{name}-{split}.parquet")
+            rows = labelled if name == "Same" and split == "test" else make
+            pq.write_table(pa.table(rows(number, seed)), entry[split])
+        entries.append(entry)
+    train = {"learning_rate": 3e-3, "batch_size": 16, "max_epochs": 5, "widths": [8]}
+    config = load_config(str(write_toml(folder / f"{run_id}.toml", encoder, entries, train=train, evaluate={})))
+    plan = preflight(config, choose_runtime(config.train, threads=1, use_gpu=False))
+    run = RunFolder(folder / "runs" / run_id)
+    write_config(plan.config, run)
+    jobs = [TaskJob(job_spec(plan, task, run_id=run_id, runs=folder / "runs")) for task in plan.tasks]
+    results = [job.finish() for job in jobs]
+    _, corrected = collect(plan, results, [], run_id=run_id, folder=run)
+    finish_run(plan, corrected, [], run_id=run_id, folder=run, seconds=1.0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    folder, encoder = tmp_path_factory.mktemp("runs"), encoder_folder("bert")
+    good = finished_run(encoder, folder, "20270101-000000-0001")
+    return {"good": good, "harmful": finished_run(encoder, folder, "20270102-000000-0002", is_harmful=True)}
+
+
+def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
+    run = runs["good"]
+    entries = {entry.task: entry for entry in read_record(run.all_results, RunResults).tasks}
+    assert {(name, entry.family, entry.metric) for name, entry in entries.items()} == {
+        ("Same", "text-matching", "average_precision"),
+        ("Graded", "text-matching", "spearman"),
+    }
+    for entry in entries.values():
+        assert entry.frozen is not None
+        assert entry.adapted is not None
+        assert entry.gain == pytest.approx(entry.adapted - entry.frozen)
+        assert entry.p_value is not None
+        assert entry.p_value_holm is not None
+        assert entry.p_value_holm >= entry.p_value
+    assert json.loads(run.results.read_text(encoding="utf-8"))["tasks"] == []
+    values = pq.read_table(run.values).to_pylist()
+    assert {
+        (row["column"], row["width"]) for row in values if row["metric"] == "spearman" and row["slice"] is None
+    } == {
+        ("frozen", None),
+        ("frozen", 8),
+        ("adapted", None),
+        ("adapted", 8),
+    }
+    shown = CliRunner().invoke(lorafleet, ["show", str(run.root)])
+    assert shown.exit_code == 0, shown.output
+    assert "Adapted against frozen" in shown.output
+    assert "spearman" in shown.output
+    page = run.report.read_text(encoding="utf-8")
+    assert "LoRA embedding adapters" in page
+    assert "ROC, test pairs" in page
+    assert "spearman by width" in page
+
+
+def test_it_is_published_verified_and_a_planted_loss_is_blocked(
+    runs: dict[str, RunFolder], encoder_folder: Folders, tmp_path: Path
+) -> None:
+    to = str(tmp_path / "published")
+    first = publish(runs["good"].root, PublishConfig(to=to))
+    assert [decision.decision for decision in first.decisions] == ["promote", "promote"]
+    verified = verify(to, encoder=str(encoder_folder("bert")), offline=True)
+    assert {found.name for found in verified} == {"Same", "Graded"}
+    assert {found.name: found.effect > 0 for found in verified}["Same"]
+    card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    assert "Scores of the embedding adapters" in card
+    assert "sentence-similarity" in card
+    (before,) = find_adapters([f"{to}#Same"], offline=True)
+    second = publish(runs["harmful"].root, PublishConfig(to=to))
+    decisions = {decision.mteb_task: decision for decision in second.decisions}
+    assert decisions["Same"].decision == "block", decisions["Same"].reason
+    assert decisions["Same"].metric == "average_precision"
+    assert "average precision" in decisions["Same"].reason
+    assert decisions["Graded"].decision == "keep"
+    assert [found.metric for found in read_gate(runs["harmful"].gate)] == [d.metric for d in second.decisions]
+    (after,) = find_adapters([f"{to}#Same"], offline=True)
+    assert after.sha256 == before.sha256
