@@ -211,15 +211,13 @@ def test_clusters_score_as_mteb_scores_them_and_are_kept_by_text(bert: Encoder, 
     assert found.arrays["few_shot_accuracy"].shape == (2, 10)
 
 
-def test_prefixes_stand_before_the_texts_of_their_side_and_each_side_can_have_its_own_encoder(
-    bert: Encoder, tmp_path: Path
-) -> None:
+def test_prefixes_stand_before_the_texts_of_their_side_and_each_side_can_have_its_own_encoder(bert: Encoder) -> None:
     data = pairs_of("positives", objective="retrieval", prefixes=("near ", "soup "))
     texts = side_texts(data)
     assert texts.first == [f"near {query}" for query in search_data(data).queries]
     assert texts.second == [f"soup {passage}" for passage in data.corpus]
     one, other = TextVectors(bert), TextVectors(bert)
-    one(texts.first)
+    one([*texts.first, *texts.second])
     shared = measure_vectors(data, TextVectors(bert)).arrays["ndcg_at_10"]
     give_effect(Adapter(bert, AdapterConfig(), ("a", "b")))
     other(texts.second)

@@ -40,14 +40,15 @@ def spearman(weights: Floats, *, gold: Floats, series: Floats) -> Array:
     half = weights.sum(axis=0) / 2
     (ranked,) = _groups(gold[np.newaxis])
     centred = np.empty_like(weights)
-    centred[ranked.order] = (ranked.middles(weights) - half)[ranked.number]
+    centred[ranked.order] = (_middles(ranked.sums(weights)) - half)[ranked.number]
     weighted = weights * centred
     gold_square = (weighted * centred).sum(axis=0)
     found = []
     for group in _groups(series):
-        rank = group.middles(weights) - half
-        together = (group.sums(weighted) * rank).sum(axis=0)
-        square = (group.sums(weights) * rank**2).sum(axis=0)
+        sums = group.sums(weights)
+        rank = _middles(sums) - half
+        together = np.einsum("gs,gs->s", group.sums(weighted), rank)
+        square = np.einsum("gs,gs,gs->s", sums, rank, rank)
         found.append(_ratio(together, np.sqrt(square * gold_square)))
     return np.where(gold_square > 0, np.stack(found), np.nan)
 
@@ -156,12 +157,8 @@ class _Groups:
 
     def sums(self, weights: Floats) -> Array:
         """Sum of the weights of each group, (groups, samples)."""
-        return np.add.reduceat(weights[self.order], self.starts, axis=0)
-
-    def middles(self, weights: Floats) -> Array:
-        """Middle of the ranks of each group in each sample, (groups, samples)."""
-        sums = self.sums(weights)
-        return sums.cumsum(axis=0) - sums / 2
+        in_order = weights[self.order]
+        return in_order if len(self.starts) == len(self.order) else np.add.reduceat(in_order, self.starts, axis=0)
 
 
 def _groups(series: Floats) -> Iterator[_Groups]:
@@ -169,6 +166,11 @@ def _groups(series: Floats) -> Iterator[_Groups]:
         order = np.argsort(values, kind="stable")
         is_start: Bools = np.concatenate([[True], np.diff(values[order]) > 0])
         yield _Groups(order, np.flatnonzero(is_start), np.cumsum(is_start) - 1)
+
+
+def _middles(sums: Floats) -> Array:
+    """Middle of the ranks of each group in each sample, from the sums of their weights, (groups, samples)."""
+    return np.asarray(sums.cumsum(axis=0) - sums / 2)
 
 
 def _ratio(part: Floats, whole: Floats) -> Array:
