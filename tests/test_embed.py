@@ -25,7 +25,8 @@ from commands import PLANTED, Command, bulk_rows, write_bulk_input
 
 from pipeline.adapter.files import load_adapter
 from pipeline.bulk.output import FOOTER_KEY, JOB, PLAN
-from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, VectorOptions
+from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, Receipt, VectorLoss, VectorOptions
+from pipeline.bulk.summary import summarise
 from pipeline.bulk.vectors import VectorFormat
 from pipeline.bulk.worker import UnitWorker
 from pipeline.errors import AdapterError, InputError
@@ -306,6 +307,8 @@ def test_readers_of_parquet_see_a_fixed_size_list(dtype: str, setting: Setting) 
     assert polars.dtype == pl.Array(polars.dtype.inner, size)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(np.array(polars[:20].to_list(), vectors.dtype), vectors)
     assert polars[20] is None
+    encodings = [pq.read_metadata(setting.root / "out" / "a-00000.parquet").row_group(0).column(i) for i in (0, 1)]
+    assert ["RLE_DICTIONARY" in column.encodings for column in encodings] == [True, False]
     query = f"select array_cosine_similarity(a.T_vector::float[{size}], b.T_vector::float[{size}])"
     query += f" from '{files}' a, '{files}' b where a.text = '{TEXTS[0]}' and b.text = '{TEXTS[1]}'"
     ((cosine,),) = duckdb.sql(query).fetchall()
@@ -389,8 +392,24 @@ def test_a_stopped_job_goes_on_and_ends_like_an_undisturbed_one(setting: Setting
     done(going_on)
     names = files_below(setting.root / "out")
     assert names == files_below(setting.root / "undisturbed")
+    assert summary_of(setting.root / "out")["vectors"] == summary_of(setting.root / "undisturbed")["vectors"]
     for name in [unit.output for unit in undisturbed.source.units]:
         assert (setting.root / "out" / name).read_bytes() == (setting.root / "undisturbed" / name).read_bytes()
+
+
+def test_the_loss_of_all_units_does_not_depend_on_which_start_did_them(setting: Setting) -> None:
+    setting.write({"text": TEXTS})
+    bulk = setting.start(dtype="int8", rows_per_unit=20)
+    receipts = [
+        Receipt(unit=number, vector_loss={"T": VectorLoss(texts=1, cosine=cosine, neighbours=cosine, clipped=number)})
+        for number, cosine in enumerate((0.1, 0.2, 0.3))  # their sum is another from right to left
+    ]
+    one, two = (
+        summarise(bulk.job, bulk.source, order, units_done_before=0, failures=0, seconds=1.0, rows_per_second=None)
+        for order in (receipts, receipts[::-1])
+    )
+    assert one == two
+    assert one.vectors["T"].loss == VectorLoss(texts=3, cosine=0.6 / 3, neighbours=0.6 / 3, clipped=3)
 
 
 def test_another_width_or_format_is_another_job(setting: Setting) -> None:

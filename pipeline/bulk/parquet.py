@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,21 @@ _CODECS = {"UNCOMPRESSED": "NONE", "UNKNOWN": "LZ4"}
 class UnitFile:
     """A Parquet file under construction. Small tables are collected into row groups of a good size."""
 
-    def __init__(self, path: Path, how: WrittenAs, codecs: dict[str, str]) -> None:
-        compression = {
-            name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in _leaves(how.schema)
-        }
-        self._writer = pq.ParquetWriter(path, how.schema, compression=compression, **how.options)
+    def __init__(self, path: Path, how: WrittenAs, codecs: dict[str, str], *, vectors: Collection[str] = ()) -> None:
+        """Open the file.
+
+        Args:
+            path: Path of the file.
+            how: Settings of the writer.
+            codecs: Codec of each column, and under ``*`` that of new ones.
+            vectors: Columns of vectors. They get no dictionary, because their values hardly repeat.
+        """
+        leaves, options = _leaves(how.schema), dict(how.options)
+        compression = {name: codecs.get(name, codecs.get(name.split(".")[0], codecs["*"])) for name in leaves}
+        if vectors:
+            inside = tuple(f"{name}." for name in vectors)
+            options["use_dictionary"] = [leaf for leaf in leaves if not leaf.startswith(inside)]
+        self._writer = pq.ParquetWriter(path, how.schema, compression=compression, **options)
         self._how = how
         self._pending: list[pa.Table] = []
         self._rows = self._bytes = 0

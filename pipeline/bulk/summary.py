@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import fsum
 from typing import Any
 
 from pipeline.bulk.records import BulkJob, BulkSummary, Receipt, VectorLoss, VectorSummary
@@ -44,13 +45,13 @@ def _vectors(name: str, job: BulkJob, receipts: Sequence[Receipt]) -> VectorSumm
 
 
 def _mean(losses: Sequence[VectorLoss]) -> VectorLoss:
-    """The loss over all units. Each unit counts by its number of compared texts."""
+    """The loss over all units, whatever their order. Each unit counts by its number of compared texts."""
     texts = sum(loss.texts for loss in losses)
     ranked = [(loss.texts, loss.neighbours) for loss in losses if loss.neighbours is not None]
     return VectorLoss(
         texts=texts,
-        cosine=sum(loss.texts * loss.cosine for loss in losses) / texts if texts else 1.0,
-        neighbours=sum(n * shared for n, shared in ranked) / sum(n for n, _ in ranked) if ranked else None,
+        cosine=fsum(loss.texts * loss.cosine for loss in losses) / texts if texts else 1.0,
+        neighbours=fsum(n * shared for n, shared in ranked) / sum(n for n, _ in ranked) if ranked else None,
         clipped=sum(loss.clipped for loss in losses),
     )
 

@@ -94,6 +94,7 @@ class UnitWorker:
             AdapterColumns(a, found, self.job) for a, found in zip(self.job.adapters, adapters, strict=True)
         ]
         self.formats = [column.format for column in self.columns if column.format is not None]
+        self._vectors = [f"{column.adapter.name}_vector" for column in self.columns if column.format is not None]
 
     def label(self, unit: Unit) -> Receipt:
         """Label a unit, unless its output exists. A fault of its file is reported in the receipt, not raised."""
@@ -145,9 +146,8 @@ class UnitWorker:
                 coerce_int96_timestamp_unit=self.spec.int96_unit,
             )
             read = self._columns_in(parquet, unit)
-            with closing(
-                UnitFile(path, self._written_as(parquet), input_codecs(parquet, self.job.options.text_column))
-            ) as output:
+            codecs = input_codecs(parquet, self.job.options.text_column)
+            with closing(UnitFile(path, self._written_as(parquet), codecs, vectors=self._vectors)) as output:
                 memory = LabelledTexts(len(self.columns), self.formats)
                 for block in read_ahead(self._blocks(parquet, unit, read, memory)):
                     memory.learn(block.tokens.truncated, self._compute(block.tokens))
