@@ -176,6 +176,7 @@ def test_a_clustering_is_learnt_from_a_mirror_with_train_texts_and_refused_witho
         write(tmp_path / "TwentyNewsgroupsClustering.v2" / f"{split}.parquet", **TWO_CLASSES)
     loaded = load_mteb_task(plan("TwentyNewsgroupsClustering.v2", mirror=tmp_path), offline=True)
     assert (loaded.task.objective, loaded.splits["train"].num_rows) == ("separation", 20)
+    assert loaded.mteb_task.metadata.type == "Classification"  # it holds texts and labels for the few-shot protocol
 
 
 def test_a_requested_subset_is_used() -> None:
