@@ -157,7 +157,7 @@ class _Groups:
 
     def sums(self, weights: Floats) -> Array:
         """Sum of the weights of each group, (groups, samples)."""
-        in_order = weights[self.order]
+        in_order: Array = weights[self.order]
         return in_order if len(self.starts) == len(self.order) else np.add.reduceat(in_order, self.starts, axis=0)
 
 
