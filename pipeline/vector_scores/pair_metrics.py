@@ -157,7 +157,7 @@ class _Groups:
 
     def sums(self, weights: Floats) -> Array:
         """Sum of the weights of each group, (groups, samples)."""
-        in_order: Array = weights[self.order]
+        in_order: Array = np.asarray(weights[self.order], dtype=np.float64)
         return in_order if len(self.starts) == len(self.order) else np.add.reduceat(in_order, self.starts, axis=0)
 
 
