@@ -69,7 +69,6 @@ def changed(record: Any, **values: Any) -> Any:
         {"mteb_task": changed(TASK, max_epochs=4)},
         {"mteb_task": changed(TASK, objective="separation")},
         {"mteb_task": changed(TASK, loss="infonce")},
-        {"mteb_task": changed(TASK, sides="query-passage")},
         {"mteb_task": changed(TASK, prefixes=("query: ", "passage: "))},
         {"mteb_task": changed(TASK, slices=("genre",))},
         {"encoder": changed(ENCODER, revision="sha256:2")},

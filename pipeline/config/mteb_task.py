@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -52,8 +52,6 @@ class MtebTaskConfig(Section):
     Default: ``sentence1, sentence2``, or ``query, passage``, or ``anchor, positive``, and then each ``negative…``."""
     score_column: _Name | None = None
     """Column of the similarity, or of the 0/1 label, of each pair. Default: ``score``, ``similarity`` or ``label``."""
-    sides: Literal["shared", "query-passage"] | None = None
-    """Adapters of a retrieval task: one for both sides (``shared``, the default), or one for each."""
     prefixes: Annotated[tuple[str, str], *NON_REPEATING] | None = None
     """Texts to put before each query and before each passage."""
     slices: Annotated[tuple[_SliceName, ...], Field(max_length=16), *NON_REPEATING] | None = None

@@ -177,7 +177,6 @@ def _family_fields(config: MtebTaskConfig, known: Family | None) -> dict[str, An
         "objective": decision.objective,
         "loss": decision.loss,
         "undecided": decision.undecided,
-        "sides": config.sides or "shared",
         "prefixes": config.prefixes,
         "slices": config.slices or (),
     }

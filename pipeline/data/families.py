@@ -41,7 +41,6 @@ _FAMILIES_OF_KEY: dict[str, tuple[Family, ...]] = {
     "label_column": _LABELLED,
     "columns": _PAIRED,
     "score_column": ("text-matching",),
-    "sides": ("retrieval",),
     "prefixes": ("retrieval",),
     "slices": _PAIRED,
     "corpus": ("retrieval",),

@@ -49,8 +49,6 @@ class MtebTask(Record):
     """Columns of texts, if an example has several: the two sides, then the given negatives."""
     score_column: str | None = None
     """Column of the similarity, or of the 0/1 label, of each pair. None: every pair is positive."""
-    sides: Literal["shared", "query-passage"] = "shared"
-    """Whether queries and passages share one adapter, or have one each."""
     prefixes: tuple[str, str] | None = None
     """Texts put before each query and before each passage."""
     slices: tuple[str, ...] = ()

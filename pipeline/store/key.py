@@ -17,9 +17,7 @@ from pipeline.records import EncoderRef, MtebTask, Runtime
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
 """Libraries whose versions may change a weight or a score."""
 
-_TASK_FIELDS = {
-    *("name", "subset", "max_epochs", "samples_per_label", "objective", "loss", "sides", "prefixes", "slices")
-}
+_TASK_FIELDS = {*("name", "subset", "max_epochs", "samples_per_label", "objective", "loss", "prefixes", "slices")}
 _WORKERS_JOB = "pipeline.run.job"
 _PACKAGE = Path(pipeline.__file__).parent
 
