@@ -249,14 +249,14 @@ def test_the_gradient_of_slices_is_that_of_one_pass(
 
 def test_a_batch_on_a_cpu_is_embedded_in_passes_of_similar_length_and_one_gradient(encoder_folder: Folders) -> None:
     encoder = load_encoder(encoder_folder("bert"))
-    rows = np.arange(64)
-    widths, texts = [], []
+    shapes = []
     for size in (1000, None):
-        _, _, *passes = retrieval(encoder, texts_per_pass=size).inputs(rows, encoder, length_step=1)
-        widths.append(sum(batch.ids.numel() for batch in passes if isinstance(batch, Batch)))
-        texts.append([len(batch.ids) for batch in passes if isinstance(batch, Batch)])
-    assert texts == [[192], [64, 64, 64]]
-    assert widths[1] < 0.8 * widths[0], "padding"
+        objective = matching(encoder, texts_per_pass=size)
+        _, _, *passes = objective.inputs(np.arange(96), encoder, length_step=1)
+        shapes.append([tuple(batch.ids.shape) for batch in passes if isinstance(batch, Batch)])
+    lengths = np.sort(objective._tokens.lengths[objective.texts_of(np.arange(96))]).tolist()
+    assert lengths[63] < lengths[127] < lengths[191]
+    assert shapes == [[(192, lengths[191])], [(64, lengths[63]), (64, lengths[127]), (64, lengths[191])]]
     whole, passed = (gradient(retrieval, load_encoder(encoder_folder("bert")), texts_per_pass=s) for s in (1000, None))
     assert (passed - whole).norm() / whole.norm() <= 1e-5
 
