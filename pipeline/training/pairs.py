@@ -178,7 +178,7 @@ class PairObjective(EmbeddingObjective):
 
 
 class _Belonging:
-    """Which texts belong together: equal texts, and the two sides of a positive pair, in either order."""
+    """Relation of the texts that belong together: equal texts, and the sides of a positive pair in either order."""
 
     def __init__(self, pairs: TokenPairs) -> None:
         from scipy.sparse import csr_array, eye_array
