@@ -34,7 +34,7 @@ from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
 from pipeline.publishing.publish import PublishResult, publish
 from pipeline.records import AdapterRef, ClassificationResults, Publication, ReferenceOutputs, TaskResult
-from pipeline.reports.summary import summarise
+from pipeline.reports.summary import summarise, summarise_all
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.manifest import RunManifest, read_manifest, write_manifest
 from pipeline.store.run_folder import RunFolder
@@ -267,8 +267,9 @@ def rewrite_results(folder: RunFolder, results: Sequence[TaskResult], **config: 
     names = [result.mteb_task.name for result in results]
     for result in results:
         folder.task(result.mteb_task.name).result.write_text(result.model_dump_json(indent=1), encoding="utf-8")
-    summary = summarise(results, (), encoder=old.encoder, run_id=run_id, created_at=old.created_at)
-    folder.results.write_text(summary.model_dump_json(indent=1), encoding="utf-8")
+    facts: dict[str, Any] = {"encoder": old.encoder, "run_id": run_id, "created_at": old.created_at}
+    folder.results.write_text(summarise(results, (), **facts).model_dump_json(indent=1), encoding="utf-8")
+    folder.all_results.write_text(summarise_all(results, (), **facts).model_dump_json(indent=1), encoding="utf-8")
     changes = {
         "run_id": run_id,
         "config": old.config.model_dump() | config,

@@ -62,6 +62,9 @@ def test_equal_similarities_correlate_with_nothing_and_equal_scores_define_no_co
     weights = np.ones((5, 1))
     assert metric_of(name, gold, flat)(weights)[0, 0] == 0
     assert np.isnan(metric_of(name, np.full(5, 0.2), varied)(weights)[0, 0])
+    partly, without_last = np.array([[0.7, 0.7, 0.7, 0.7, 0.9]]), np.arange(250.0).reshape(5, 50) % 7 + 1
+    without_last[-1] = 0
+    assert (metric_of(name, gold, partly)(without_last) == 0).all()
     assert metric_of(name, gold, gold[np.newaxis])(weights)[0, 0] == pytest.approx(1, abs=1e-15)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,14 +52,14 @@ def run_mteb(
     import mteb
 
     mteb_task.rng_state = random.Random(mteb_task.seed)  # an evaluation of clusters uses it up
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         (task_result,) = mteb.evaluate(
             _mteb_encoder(embed, texts_by_id or {}),
             mteb_task,
             cache=None,
             co2_tracker=False,
             show_progress_bar=False,
-            encode_kwargs={"batch_size": 1024},
+            encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
             prediction_folder=folder if keep_predictions else None,
         ).task_results
         (entry,) = task_result.scores["test"]
@@ -66,6 +67,20 @@ def run_mteb(
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     predictions = None if saved is None else saved[entry["hf_subset"]]["test"]
     return MtebRun(entry, task_result.model_dump(mode="json"), predictions)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of ``datasets`` off the log."""
+    import datasets
+
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
 
 
 def _mteb_encoder(embed: Embed, texts_by_id: Mapping[str, str]) -> Any:
