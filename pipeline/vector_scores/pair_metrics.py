@@ -157,15 +157,10 @@ class _Groups:
 
     def sums(self, weights: Floats) -> Array:
         """Sum of the weights of each group, (groups, samples)."""
-<<<<<<< HEAD:pipeline/vector_scores/pair_metrics.py
-        in_order: Array = np.asarray(weights[self.order], dtype=np.float64)
-        return in_order if len(self.starts) == len(self.order) else np.add.reduceat(in_order, self.starts, axis=0)
-=======
         in_order: Array = weights[self.order].astype(np.float64, copy=False)
         if len(self.starts) == len(self.order):
             return in_order
         return np.add.reduceat(in_order, self.starts, axis=0)
->>>>>>> h-data:pipeline/vector_scores/pair_metrics.py
 
 
 def _groups(series: Floats) -> Iterator[_Groups]:
