@@ -17,7 +17,12 @@ PROGRAMS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 TEXTS = sorted(path for ending in ("*.toml", "*.j2", "*.yaml", "*.yml") for path in (ROOT / "pipeline").rglob(ending))
 DOORS = {
     "peft": {"pipeline/adapter/peft_form.py"},
-    "mteb": {"pipeline/data/mteb_tasks.py", "pipeline/evaluation/few_shot.py", "pipeline/reports/outputs.py"},
+    "mteb": {
+        "pipeline/data/mteb_tasks.py",
+        "pipeline/evaluation/mteb_runs.py",
+        "pipeline/pairs/filled_tasks.py",
+        "pipeline/reports/outputs.py",
+    },
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules

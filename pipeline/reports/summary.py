@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from pipeline.evaluation.metrics import title_of
 from pipeline.history.values import find_value, main_value, values_of
 from pipeline.records import (
     ClassificationResults,
@@ -116,6 +115,8 @@ def measured(result: TaskResult, column: Column, metric: str = "accuracy") -> fl
 
 def headline(values: Sequence[ValueRow]) -> str:
     """Accuracy of each column of a classifier, or the main metric of each other column, in words."""
+    from pipeline.evaluation.metrics import title_of  # late, because it computes, and the driver starts sooner without
+
     whole = [row for row in values if row.slice is None and row.width is None]
     is_of_vectors = any(row.column in ("frozen", "adapted") for row in whole)
     shown = [row for row in whole if (row.main if is_of_vectors else row.metric == "accuracy")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipeline.evaluation.metrics import title_of
 from pipeline.records import SIGNIFICANCE, TaskEntry
 from pipeline.reports.formatting import percent, points
 
@@ -56,6 +55,8 @@ def verdict(entry: TaskEntry) -> str:
 
 
 def _cells(entry: TaskEntry) -> tuple[str, ...]:
+    from pipeline.evaluation.metrics import title_of  # late, because it computes, and the driver starts sooner without
+
     return (
         entry.task,
         entry.family,

@@ -33,10 +33,10 @@ class Training:
     refitted: bool
     start_score: float | None
     """Selection score before the first epoch. None without a selection, or if the start was trained on it."""
-    selection_metric: str
-    """Name of the metric that selected the epoch."""
     learnt_selection: bool
     """Whether this adapter, or one it started from, was trained on a selection. Scores on it are then optimistic."""
+    selection_metric: str = "accuracy"
+    """Name of the metric that selected the epoch."""
 
 
 def train_adapter(
@@ -105,8 +105,8 @@ def train_adapter(
         train_config.early_stopping_split if objective.has_selection else "last_epoch",
         refit,
         state.start_score,
-        objective.selection_metric,
         refit or state.start_knows,
+        objective.selection_metric,
     )
 
 
