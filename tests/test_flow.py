@@ -335,7 +335,7 @@ def gated(
     earlier = copy_run(finished_run.root, cwd / "runs" / "earlier")
     change_adapter(earlier, "Topics", encoder_folder("bert"), lambda adapter: adapter.head[1].weight.data.neg_())
     pairs = earlier.task("Pairs")
-    for path in (pairs.labels, pairs.result):
+    for path in (pairs.labels, pairs.meta, pairs.result):
         path.write_text(path.read_text(encoding="utf-8").replace('"sea"', '"ocean"'), encoding="utf-8")
     publish(earlier.root, PublishConfig(to=str(cwd / "out")))
     before = {path.name: path.read_bytes() for path in (cwd / "out" / "Pairs").iterdir()}
