@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -25,18 +27,47 @@ class RunCancelledError(LorafleetError):
 def interrupted_if_cancelled() -> Iterator[None]:
     """While open, interrupt the flow run on SIGTERM, or when its state becomes Cancelling, as Ctrl-C does.
 
-    Must be opened in the main thread. It has no effect on runs started by a Prefect worker, which stops them with
-    SIGTERM itself. Without a worker, Prefect's engine would take SIGTERM for a crash.
+    Must be opened in the main thread. A run started by a Prefect worker keeps Prefect's answer to SIGTERM, because the
+    worker stops it with SIGTERM itself. Without a worker, Prefect's engine would take SIGTERM for a crash.
 
     Raises:
         RunCancelledError: the run was cancelled. Raised instead of the KeyboardInterrupt.
     """
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
-        yield
+        with _sigterm_calls(signal.getsignal(signal.SIGTERM)):
+            yield
         return
     interrupt = signal.getsignal(signal.SIGINT)
     # A shell has background processes ignore SIGINT.
-    previous = signal.signal(signal.SIGTERM, interrupt if callable(interrupt) else signal.default_int_handler)
+    with _sigterm_calls(interrupt if callable(interrupt) else signal.default_int_handler), _watched():
+        yield
+
+
+@contextmanager
+def _sigterm_calls(handler: Any) -> Iterator[None]:
+    """While open, have SIGTERM call a handler, without the alarm by which Ray's core aborts the process."""
+
+    def without_alarm(number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # set by Ray's core, which takes SIGTERM for a crash: it aborts after three seconds
+        handler(number, frame)
+
+    if not callable(handler):  # the default, ignored, or a handler that is not Python's
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, without_alarm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """While open, send SIGTERM to this process when the state of the flow run becomes Cancelling.
+
+    Raises:
+        RunCancelledError: the run was cancelled. Raised instead of the KeyboardInterrupt.
+    """
     ended, cancelled = threading.Event(), threading.Event()
     watch = threading.Thread(
         target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True
@@ -52,7 +83,6 @@ def interrupted_if_cancelled() -> Iterator[None]:
         raise
     finally:
         ended.set()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> None:
