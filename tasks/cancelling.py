@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -27,15 +27,14 @@ class RunCancelledError(LorafleetError):
 def interrupted_if_cancelled() -> Iterator[None]:
     """While open, interrupt the flow run on SIGTERM, or when its state becomes Cancelling, as Ctrl-C does.
 
-    Must be opened in the main thread. A run started by a Prefect worker keeps Prefect's answer to SIGTERM, because the
-    worker stops it with SIGTERM itself. Without a worker, Prefect's engine would take SIGTERM for a crash.
+    Must be opened in the main thread. It has no effect on runs started by a Prefect worker, which stops them with
+    SIGTERM itself. Without a worker, Prefect's engine would take SIGTERM for a crash.
 
     Raises:
         RunCancelledError: the run was cancelled. Raised instead of the KeyboardInterrupt.
     """
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
-        with _sigterm_calls(signal.getsignal(signal.SIGTERM)):
-            yield
+        yield
         return
     interrupt = signal.getsignal(signal.SIGINT)
     # A shell has background processes ignore SIGINT.
@@ -44,16 +43,13 @@ def interrupted_if_cancelled() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_calls(handler: Any) -> Iterator[None]:
+def _sigterm_calls(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """While open, have SIGTERM call a handler, without the alarm by which Ray's core aborts the process."""
 
     def without_alarm(number: int, frame: FrameType | None) -> None:
         signal.alarm(0)  # set by Ray's core, which takes SIGTERM for a crash: it aborts after three seconds
         handler(number, frame)
 
-    if not callable(handler):  # the default, ignored, or a handler that is not Python's
-        yield
-        return
     previous = signal.signal(signal.SIGTERM, without_alarm)
     try:
         yield
