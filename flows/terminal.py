@@ -127,6 +127,7 @@ class _Stop:
         self._first: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # on SIGTERM, Ray's core sets an alarm that aborts this process after three seconds
         now = time.monotonic()
         if self._first is None:
             self._first = now

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -36,7 +38,32 @@ def interrupted_if_cancelled() -> Iterator[None]:
         return
     interrupt = signal.getsignal(signal.SIGINT)
     # A shell has background processes ignore SIGINT.
-    previous = signal.signal(signal.SIGTERM, interrupt if callable(interrupt) else signal.default_int_handler)
+    with _sigterm_calls(interrupt if callable(interrupt) else signal.default_int_handler), _watched():
+        yield
+
+
+@contextmanager
+def _sigterm_calls(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """While open, have SIGTERM call a handler, without the alarm by which Ray's core aborts the process."""
+
+    def without_alarm(number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # set by Ray's core, which takes SIGTERM for a crash: it aborts after three seconds
+        handler(number, frame)
+
+    previous = signal.signal(signal.SIGTERM, without_alarm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """While open, send SIGTERM to this process when the state of the flow run becomes Cancelling.
+
+    Raises:
+        RunCancelledError: the run was cancelled. Raised instead of the KeyboardInterrupt.
+    """
     ended, cancelled = threading.Event(), threading.Event()
     watch = threading.Thread(
         target=_watch, args=(UUID(flow_run.id), ended, cancelled), name="watch-for-cancellation", daemon=True
@@ -52,7 +79,6 @@ def interrupted_if_cancelled() -> Iterator[None]:
         raise
     finally:
         ended.set()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _watch(run_id: UUID, ended: threading.Event, cancelled: threading.Event) -> None:

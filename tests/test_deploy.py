@@ -451,7 +451,8 @@ def test_a_run_that_overlaps_is_cancelled_and_one_that_fails_is_told_of(
         process.send_signal(signal.SIGCONT)
     eventually(lambda: api.state(first)["type"] == "FAILED", seconds=60, what="the first run fails")
     message = api.state(first)["message"]
-    assert message.startswith("nothing was trained: preflight: Topics: train has no column 'text'")
+    assert message.startswith("nothing was trained: preflight: Topics: train: ")
+    assert "train.parquet has no column 'text', but 'sentence', 'label'; set text_column" in message
     logs = [log["message"] for log in api.post("/logs/filter", logs={"flow_run_id": {"any_": [first]}})]
     assert [line for line in logs if "Traceback" in line] == []
     assert any(message.endswith(line) for line in logs)

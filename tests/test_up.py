@@ -274,7 +274,7 @@ def test_a_scheduled_run_trains_on_the_ray_of_up_and_nothing_is_left_when_it_is_
     assert len(up.family("gcs_server")) == 1  # the run has not started another Ray
     (folder_of_ray,) = {argument for process in up.family("gcs_server") for argument in session_folders(process)}
     assert stat.S_IMODE(folder_of_ray.stat().st_mode) == 0o700
-    assert up.wait_until(done, seconds=200)[0] == "1 adapters trained, 0 unchanged"
+    assert up.wait_until(done, seconds=200)[0] == "1 adapter trained, 0 unchanged"
 
     write_training(tmp_path, encoder_folder("bert"), "Quick", "Long")
     up.wait_until(lambda: epochs_done(tmp_path / "runs"), seconds=120)
