@@ -357,3 +357,19 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert command.process.poll() is None
     command.process.send_signal(signal.SIGTERM)
     assert command.wait(seconds=20).code == 130
+
+
+def test_the_signal_that_stops_a_command_disarms_the_alarm_that_rays_core_sets_on_it() -> None:
+    program = """
+import os, signal
+from flows.terminal import stop_on_signals
+stop_on_signals()
+signal.alarm(50)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+except KeyboardInterrupt:
+    print(signal.getitimer(signal.ITIMER_REAL)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "0.0\n"
