@@ -23,8 +23,9 @@ from flows.commands.show import show
 from flows.commands.train import train
 from flows.commands.up import up
 from flows.commands.verify import verify
-from flows.terminal import complain, leave_on_signals, secure_streams, stop_on_signals
+from flows.terminal import complain, secure_streams
 from pipeline.errors import InputError, LorafleetError, refused_by_machine
+from tasks.interrupts import leave_on_signals, stop_on_signals
 
 _INTERRUPTED = 130
 

@@ -8,19 +8,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from pipeline.errors import InputError
 from pipeline.printable import printable
 
 _LOG_COLUMNS = 180
-_ONE_STOP_SECONDS = 1.0
 
 
 class OutputError(InputError):
@@ -69,19 +64,6 @@ def secure_streams() -> None:
     sys.stderr = _stream(2, getattr(sys.stderr, "encoding", None), is_error=True)
 
 
-def stop_on_signals() -> None:
-    """Have SIGTERM and SIGHUP interrupt the command as Ctrl-C does. A second signal ends it at once.
-
-    Signals that are already ignored, as under `nohup`, stay ignored.
-    """
-    _handle_signals(_Stop())
-
-
-def leave_on_signals() -> None:
-    """Have the next signal end the process at once, after the command has reported its result."""
-    _handle_signals(_leave)
-
-
 def _write(stream: TextIO, *lines: str) -> None:
     stream.write("\n".join((*lines, "")))
     stream.flush()
@@ -118,31 +100,3 @@ class _Standard(io.FileIO):
                         f"standard output cannot be written: {error.strerror}; finished work is kept"
                     ) from None
         return len(memoryview(content).cast("B"))
-
-
-class _Stop:
-    """Handler of the signals that end a command."""
-
-    def __init__(self) -> None:
-        self._first: float | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.alarm(0)  # on SIGTERM, Ray's core sets an alarm that aborts this process after three seconds
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-            raise KeyboardInterrupt
-        if now - self._first > _ONE_STOP_SECONDS:  # else it may be the same key press, passed on by a parent
-            with suppress(OSError):
-                os.write(2, b"stopped at once; finished work is kept\n")
-            _leave(number, frame)
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    os._exit(128 + signal.SIGINT)
-
-
-def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)

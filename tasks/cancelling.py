@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from pipeline.errors import LorafleetError
+from tasks.interrupts import Handler, Interrupt, without_alarm
 
 _LOOK_UP_SECONDS = 2.0
 
@@ -36,21 +35,15 @@ def interrupted_if_cancelled() -> Iterator[None]:
     if os.environ.get("PREFECT__FLOW_RUN_ID"):
         yield
         return
-    interrupt = signal.getsignal(signal.SIGINT)
-    # A shell has background processes ignore SIGINT.
-    with _sigterm_calls(interrupt if callable(interrupt) else signal.default_int_handler), _watched():
+    on_ctrl_c = signal.getsignal(signal.SIGINT)  # ignored by processes that a shell starts in the background
+    handler = on_ctrl_c if callable(on_ctrl_c) else signal.default_int_handler
+    with _sigterm_calls(without_alarm(handler)), _watched():
         yield
 
 
 @contextmanager
-def _sigterm_calls(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """While open, have SIGTERM call a handler, without the alarm by which Ray's core aborts the process."""
-
-    def without_alarm(number: int, frame: FrameType | None) -> None:
-        signal.alarm(0)  # set by Ray's core, which takes SIGTERM for a crash: it aborts after three seconds
-        handler(number, frame)
-
-    previous = signal.signal(signal.SIGTERM, without_alarm)
+def _sigterm_calls(handler: Handler) -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -71,8 +64,10 @@ def _watched() -> Iterator[None]:
     watch.start()
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if cancelled.is_set():
+            if isinstance(interrupt, Interrupt):
+                interrupt.settle()
             raise RunCancelledError(
                 "cancelled in the Prefect UI; finished work is kept, run the same command to resume"
             ) from None

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -296,64 +294,3 @@ def test_a_value_that_a_second_one_replaces_is_said(tmp_path: Path) -> None:
     ended = shell("lorafleet train --dry-run --runs a --runs b", tmp_path)
     assert ended.returncode == 0
     assert ended.stderr == "warning: --runs is given 2 times; only the last one counts\n"
-
-
-# --- signals ---
-
-SLOW = """
-import signal, sys, time
-from flows.terminal import leave_on_signals, secure_streams, stop_on_signals
-from flows import cli
-def slow(*_, **__):
-    print("begun", flush=True)
-    try: time.sleep(60)
-    finally:
-        print("stopping", flush=True)
-        time.sleep({stopping})
-cli.{name}.callback = slow
-import atexit; atexit.register(lambda: time.sleep({leaving}))
-sys.argv = ["lorafleet", "show", "x"]
-cli.main()
-"""
-
-
-def start_slow(tmp_path: Path, *, stopping: float = 0, leaving: float = 0, ignored: str = "") -> Command:
-    """A command that sleeps, then takes its time to stop."""
-    program = SLOW.format(name="show", stopping=stopping, leaving=leaving)
-    ignore = f"import signal; signal.signal(signal.{ignored}, signal.SIG_IGN)\n" if ignored else ""
-    command = Command(program=(sys.executable, "-P", "-c", ignore + program), cwd=tmp_path)
-    command.wait_until(lambda: "begun" in command.said(), seconds=30)
-    return command
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_each_signal_that_ends_a_program_stops_a_command_as_ctrl_c_does(number: signal.Signals, tmp_path: Path) -> None:
-    command = start_slow(tmp_path)
-    command.process.send_signal(number)
-    ended = command.wait(seconds=20)
-    assert (ended.code, ended.out.splitlines()) == (130, ["begun", "stopping"])
-    assert ended.err.lstrip() == "interrupted; finished work is kept, run the same command to resume\n"
-
-
-@pytest.mark.parametrize("gap", [0.05, 0.6, 1.2])
-@pytest.mark.parametrize(("stopping", "leaving"), [(5, 0), (0, 5)])
-def test_three_ctrl_c_leave_no_traceback(gap: float, stopping: float, leaving: float, tmp_path: Path) -> None:
-    command = start_slow(tmp_path, stopping=stopping, leaving=leaving)
-    for _ in range(3):
-        if command.process.poll() is None:
-            command.process.send_signal(signal.SIGINT)
-        time.sleep(gap)
-    ended = command.wait(seconds=20)
-    assert ended.code == 130
-    assert "Traceback" not in ended.err
-    assert "finished work is kept" in ended.err
-
-
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    """The command runs as under nohup."""
-    command = start_slow(tmp_path, ignored="SIGHUP")
-    command.process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert command.process.poll() is None
-    command.process.send_signal(signal.SIGTERM)
-    assert command.wait(seconds=20).code == 130
