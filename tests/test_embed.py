@@ -446,6 +446,32 @@ def test_what_cannot_be_embedded_is_refused_before_anything_is_written(setting: 
     assert not (setting.root / "out").exists()
 
 
+PREFIXES = ("ship ", "soup flower ")
+
+
+def test_each_side_of_an_adapter_with_prefixes_is_a_job_of_its_own(setting: Setting, encoder: Path) -> None:
+    texts = [*TEXTS[:30], ""]
+    setting.write({"text": texts})
+    folder = save_bulk_adapter(setting.root / "FAQ", encoder, labels=None)
+    meta = TaskFolder(folder).meta
+    meta.write_text(json.dumps(json.loads(meta.read_text(encoding="utf-8")) | {"prefixes": PREFIXES}), encoding="utf-8")
+    jobs = []
+    for side, prefix in zip(("query", "passage"), PREFIXES, strict=True):
+        named = [f"v={folder}.{side}"]
+        bulk = done(setting.start(side, adapters=named))
+        expected = unit(expected_vectors(folder, encoder, [prefix + text for text in texts[:30]]))
+        found = matrix(rows_of(bulk), "v_vector")
+        np.testing.assert_allclose(found, expected, atol=0.03)  # bfloat16
+        assert np.abs(found - unit(expected_vectors(folder, encoder, texts[:30]))).max() > 0.1
+        assert bulk.job.adapters[0].prefix == prefix
+        jobs.append(bulk.job.fingerprint)
+    assert len(set(jobs)) == 2
+    with pytest.raises(InputError, match=r"say which your texts are: FAQ\.query or FAQ\.passage"):
+        setting.start("none", adapters=[folder])
+    with pytest.raises(InputError, match=r"FAQ\.query and FAQ\.passage put different texts .* use a job for each"):
+        setting.start("none", adapters=[f"{folder}.query", f"{folder}.passage"])
+
+
 def test_footer_entries_of_pandas_and_spark_name_the_vectors(setting: Setting) -> None:
     spark = b"org.apache.spark.sql.parquet.row.metadata"
     fields = [{"name": "text", "type": "string", "nullable": True, "metadata": {}}]

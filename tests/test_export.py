@@ -226,6 +226,87 @@ def test_on_real_texts_every_export_of_minilm_gives_our_vectors_and_labels(tmp_p
     assert written["encoder"] == "sentence-transformers/all-MiniLM-L6-v2"
 
 
+# Adapters without a head
+
+PREFIXES = ("ship ", "soup flower ")
+
+
+def saved_embedder(folder: Path, encoder: str | Path, *, prefixes: tuple[str, str] | None = None) -> FoundAdapter:
+    """Save an adapter without a head that has an effect."""
+    adapter = give_effect(Adapter(load_encoder(encoder), AdapterConfig()))
+    meta: dict[str, Any] = {"task": folder.name, "prefixes": prefixes}
+    save_adapter(adapter, TaskFolder(folder), meta=meta)
+    return find_adapters([str(folder)], offline=True)[0]
+
+
+def vectors_of(adapter: FoundAdapter, encoder: str | Path, texts: list[str], *, width: int | None) -> FloatArray:
+    loaded = load_adapter(adapter.folder, load_encoder(encoder))
+    return normalize(loaded.encoder.embed(loaded.encoder.tokenise(texts))[:, :width])
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_an_embedder_gives_our_unit_vectors_with_its_prompts(
+    width: int | None, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = encoder_folder("bert")
+    adapter = saved_embedder(tmp_path / "FAQ", encoder, prefixes=PREFIXES)
+    result = export_adapter(
+        adapter, tmp_path / "out", form="sentence-transformers", encoder=str(encoder), offline=True, width=width
+    )
+    model: Any = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    for encode, prefix in (
+        (model.encode, ""),
+        (model.encode_query, "ship "),
+        (model.encode_document, "soup flower "),
+    ):
+        expected = vectors_of(adapter, encoder, [prefix + text for text in TEXTS], width=width)
+        found = encode(TEXTS)
+        assert found.shape == expected.shape == (len(TEXTS), width or 32)
+        assert 1 - cosine(found, expected) <= 1e-5
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert (result.width, result.prefixes, result.prefix) == (width or 32, PREFIXES, "")
+
+
+def test_an_export_of_one_side_puts_its_prefix_before_every_text(encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = encoder_folder("bert")
+    adapter = saved_embedder(tmp_path / "FAQ", encoder, prefixes=PREFIXES)
+    (side,) = find_adapters([f"{tmp_path}/FAQ.passage"], offline=True)
+    result = exported(side, tmp_path / "out", "sentence-transformers", encoder)
+    expected = vectors_of(adapter, encoder, ["soup flower " + text for text in TEXTS], width=None)
+    np.testing.assert_allclose(by_sentence_transformers(tmp_path / "out"), expected, atol=1e-5)
+    assert (result.adapter, result.prefix) == ("FAQ.passage", "soup flower ")
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_onnx_runtime_gives_our_unit_vectors(width: int | None, encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = encoder_folder("bert")
+    adapter = saved_embedder(tmp_path / "FAQ", encoder)
+    export_adapter(adapter, tmp_path / "out", form="onnx", encoder=str(encoder), offline=True, width=width)
+    expected = vectors_of(adapter, encoder, TEXTS, width=width)
+    np.testing.assert_allclose(by_onnx(tmp_path / "out", TEXTS, at_once=7), expected, atol=1e-5)
+    assert not (tmp_path / "out" / "labels.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "width", "message"),
+    [
+        ("classifier", 8, "--width 8 has no effect on the logits"),
+        ("onnx", 8, "--width 8 has no effect on the logits"),
+        ("sentence-transformers", 33, "--width 33: expected 1 to 32"),
+    ],
+)
+def test_a_width_that_cannot_be_kept_is_refused(
+    form: Form, width: int, message: str, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    encoder = encoder_folder("bert")
+    adapter = saved(tmp_path / "Topics", encoder)
+    with pytest.raises(InputError, match=message):
+        export_adapter(adapter, tmp_path / "out", form=form, encoder=str(encoder), offline=True, width=width)
+    assert not (tmp_path / "out").exists()
+
+
 # What is written
 
 

@@ -151,6 +151,48 @@ def test_a_family_of_adapters_without_heads_is_asked_by_task_and_side(
         router.predict(TEXTS, "FAQ.query")
 
 
+PREFIXES = ("ship ", "soup flower ")
+
+
+def save_with_prefixes(folder: Path, encoder: Encoder) -> dict[str, np.ndarray]:
+    """An adapter without a head that was trained with prefixes; its unit vectors of ``TEXTS`` by side."""
+    adapter = give_effect(Adapter(encoder, AdapterConfig()))
+    save_adapter(adapter, TaskFolder(folder), meta={"task": folder.name, "prefixes": PREFIXES})
+    texts = {side: [before + text for text in TEXTS] for side, before in zip(SIDES, PREFIXES, strict=True)}
+    vectors = {side: unit(encoder.embed(encoder.tokenise(texts[side]))) for side in SIDES}
+    adapter.detach()
+    return vectors
+
+
+SIDES = ("query", "passage")
+
+
+@pytest.mark.parametrize("form", ["{root}#FAQ.{side}", "{root}/FAQ.{side}", "mine={root}#FAQ.{side}"])
+def test_an_adapter_with_prefixes_puts_that_of_the_named_side_before_each_text(
+    form: str, bert: Encoder, bert_folder: Path, tmp_path: Path
+) -> None:
+    expected = save_with_prefixes(tmp_path / "run" / "FAQ", bert)
+    for side in SIDES:
+        router = router_of([form.format(root=tmp_path / "run", side=side)], bert_folder)
+        (name,) = router.names
+        assert name == ("mine" if form.startswith("mine") else f"FAQ.{side}")
+        np.testing.assert_allclose(router.embed(TEXTS, name), expected[side], atol=1e-4)
+    both = router_of([f"{tmp_path}/run#FAQ.{side}" for side in SIDES], bert_folder)
+    names = [f"FAQ.{SIDES[row % 2]}" for row in range(len(TEXTS))]
+    of_each = np.stack([expected[SIDES[row % 2]][row] for row in range(len(TEXTS))])
+    np.testing.assert_allclose(both.embed(TEXTS, names), of_each, atol=1e-4)
+    assert np.abs(expected["query"] - expected["passage"]).max() > 0.01
+
+
+def test_an_adapter_with_prefixes_is_not_used_without_a_side(bert: Encoder, bert_folder: Path, tmp_path: Path) -> None:
+    save_with_prefixes(tmp_path / "run" / "FAQ", bert)
+    router = router_of([f"{tmp_path}/run#FAQ"], bert_folder)
+    with pytest.raises(AdapterError, match=r"'ship ' before a query.*say which.*FAQ\.query or FAQ\.passage"):
+        router.embed(TEXTS, "FAQ")
+    with pytest.raises(AdapterError, match=r"it has no adapter FAQ\.other; it has FAQ"):
+        router_of([f"{tmp_path}/run#FAQ.other"], bert_folder)
+
+
 def test_vectors_are_of_length_1_where_the_encoders_own_definition_says_so(bert_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert_folder, tmp_path / "normalising")
     (folder / "modules.json").write_text(

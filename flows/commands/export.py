@@ -26,9 +26,10 @@ if TYPE_CHECKING:
         "or ONNX Runtime."
     ),
 )
+@click.option("--width", type=click.IntRange(min=1), metavar="W", help="Leading dimensions of the vectors to keep.")
 @click.option("--encoder", metavar="NAME", help=ENCODER)
 @click.option("--offline", is_flag=True, help=OFFLINE)
-def export(ref: str, target: Path, form: Form, encoder: str | None, offline: bool) -> None:
+def export(ref: str, target: Path, form: Form, width: int | None, encoder: str | None, offline: bool) -> None:
     """Export an adapter for other tools.
 
     The adapter is merged into its encoder. The exported model is then loaded and compared with the original.
@@ -41,5 +42,5 @@ def export(ref: str, target: Path, form: Form, encoder: str | None, offline: boo
 
     prepare_http()
     (adapter,) = find_adapters([ref], offline=offline)
-    exported = export_adapter(adapter, target, form=form, encoder=encoder, offline=offline)
+    exported = export_adapter(adapter, target, form=form, encoder=encoder, offline=offline, width=width)
     say(f"exported {exported.adapter} to {target}: within {exported.largest_difference:.2g} of the adapter itself")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import AdapterConfig, EncoderConfig
 from pipeline.errors import AdapterError
-from pipeline.records import AdapterMeta, Calibration, LabelNames
+from pipeline.records import AdapterMeta, Calibration, LabelNames, Side
 from pipeline.store.files import LARGEST_RECORD_BYTES, parse_record, read_file
 from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
@@ -38,6 +38,8 @@ class FoundAdapter:
     """Label names in the order of the head's outputs. Empty for an adapter without a head."""
     calibration: Calibration | None
     """Calibration of the head. None if the adapter has none: its probabilities are then used uncalibrated."""
+    side: Side | None = None
+    """Side of a pair that its texts are on. None: the reference names none."""
 
     @property
     def has_head(self) -> bool:
@@ -48,6 +50,22 @@ class FoundAdapter:
         """Raises: AdapterError: the adapter has no head, so it cannot classify."""
         if not self.has_head:
             raise AdapterError(f"adapter {self.name}: {CANNOT_CLASSIFY}")
+
+    @property
+    def prefix(self) -> str:
+        """Text to put before every text, as in the training.
+
+        Raises: AdapterError: each side has another prefix, and the reference names no side.
+        """
+        prefixes = self.meta.prefixes
+        if prefixes is None:
+            return ""
+        if self.side is None:
+            raise AdapterError(
+                f"adapter {self.name}: was trained with {prefixes[0]!r} before a query and {prefixes[1]!r} before a "
+                f"passage; say which your texts are: {self.name}.query or {self.name}.passage"
+            )
+        return prefixes[("query", "passage").index(self.side)]
 
     @property
     def labels_sha256(self) -> str:

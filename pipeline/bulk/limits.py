@@ -14,6 +14,7 @@ from pipeline.bulk.records import BulkJob
 from pipeline.bulk.texts import LabelledTexts
 from pipeline.bulk_input.units import BulkInput, Unit
 from pipeline.inference.classifier import load_classifier
+from pipeline.inference.reference import common_prefix
 from pipeline.storage.place import open_file, store_errors
 
 _SAMPLED_UNITS, _SAMPLED_ROWS = 8, 1024
@@ -52,7 +53,8 @@ def measure_limits(
     kernel = load_classifier(adapters, encoder=encoder, threads=threads, use_gpu=use_gpu, offline=offline, labels=False)
     memory = LabelledTexts(0)
     tokens = kernel.tokenise(
-        [text for column in _sample(source, job.options.text_column) for text in memory.recognise(column)[1]]
+        [text for column in _sample(source, job.options.text_column) for text in memory.recognise(column)[1]],
+        prefix=common_prefix(adapters),
     )
     outputs = kernel.compute(tokens, labels=False, width=job.options.vectors.width)
     limits = dict[str, float]()

@@ -20,7 +20,7 @@ from pipeline.bulk_input.units import BulkInput, plan_input
 from pipeline.errors import AdapterError, InputError, first_line
 from pipeline.hub_address import is_on_hub
 from pipeline.inference.encoder_of_adapter import find_encoder_of
-from pipeline.inference.reference import NAME, find_adapters, threshold_for
+from pipeline.inference.reference import NAME, common_prefix, find_adapters, threshold_for
 from pipeline.machine import local_cpus
 from pipeline.parquet.footers import start_ahead
 from pipeline.printable import concealed
@@ -87,6 +87,7 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         ) from None
     adapters = _find_adapters(request)
     options = _with_width(request.options, adapters)
+    common_prefix(adapters)
     find_encoder_of(adapters[0], request.encoder, offline=request.offline)
     source = plan_input(
         request.source,
@@ -163,7 +164,8 @@ def _measured(
 
 def _ref_for_worker(ref: str, adapter: FoundAdapter) -> str:
     """Return a reference that any machine understands: each fetches an adapter on the Hub by itself."""
-    return ref if is_on_hub(ref.rpartition("=")[2]) else f"{adapter.name}={adapter.folder.root.resolve()}"
+    side = f".{adapter.side}" if adapter.side else ""
+    return ref if is_on_hub(ref.rpartition("=")[2]) else f"{adapter.name}={adapter.folder.root.resolve()}{side}"
 
 
 def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:
@@ -183,6 +185,7 @@ def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: B
             encoder_revision=adapter.encoder.revision or "",
             labels_sha256=adapter.labels_sha256,
             threshold=threshold(adapter),
+            prefix=adapter.prefix,
         )
         for adapter in adapters
     )

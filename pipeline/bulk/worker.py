@@ -77,7 +77,7 @@ class UnitWorker:
         self._files = {file.path: file for file in spec.job.files}
         adapters = find_adapters(spec.refs, offline=spec.offline)
         for planned, found in zip(self.job.adapters, adapters, strict=True):
-            facts = ("name", "sha256", "labels_sha256", "described_sha256")
+            facts = ("name", "sha256", "labels_sha256", "described_sha256", "prefix")
             if any(getattr(planned, fact) != getattr(found, fact) for fact in facts):
                 raise AdapterError(f"adapter {planned.name}: has changed since the job was planned; start it again")
         self.classifier = load_classifier(
@@ -162,6 +162,9 @@ class UnitWorker:
                 output.describe(footer(self.job, unit, receipt))
         return receipt
 
+    def _tokenise(self, texts: list[str]) -> Tokens:
+        return self.classifier.tokenise(texts, prefix=self.job.adapters[0].prefix)  # the adapters share it
+
     def _compute(self, tokens: Tokens) -> list[Outputs]:
         width = self.formats[0].width if self.formats else 0  # adapters of one encoder have one width
         return self.classifier.compute(tokens, labels=self.job.options.labels, width=width)
@@ -213,7 +216,7 @@ class UnitWorker:
             if options.sample is not None:
                 rows = chosen_rows(rows, random.random(len(rows)) < options.sample)
             ids, new_texts = memory.recognise(rows.column(options.text_column))
-            yield _Block(self._fitted(rows), ids, self.classifier.tokenise(new_texts))
+            yield _Block(self._fitted(rows), ids, self._tokenise(new_texts))
             if position >= end:
                 return
         raise DataError(

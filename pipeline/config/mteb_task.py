@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.values import NAME_IN_WORDS, NON_REPEATING, Section, like
-from pipeline.records import Family, Loss
+from pipeline.records import LONGEST_PREFIX, Family, Loss
 
 
 def _checked_location(location: str) -> str:
@@ -19,6 +19,7 @@ def _checked_location(location: str) -> str:
 
 _Name = Annotated[str, Field(min_length=1)]
 _SliceName = Annotated[str, Field(min_length=1, max_length=128)]  # also a value in a table of scores
+_Prefix = Annotated[str, Field(max_length=LONGEST_PREFIX)]
 _Location = Annotated[_Name, AfterValidator(_checked_location)]
 
 
@@ -52,7 +53,7 @@ class MtebTaskConfig(Section):
     Default: ``sentence1, sentence2``, or ``query, passage``, or ``anchor, positive``, and then each ``negative…``."""
     score_column: _Name | None = None
     """Column of the similarity, or of the 0/1 label, of each pair. Default: ``score``, ``similarity`` or ``label``."""
-    prefixes: Annotated[tuple[str, str], *NON_REPEATING] | None = None
+    prefixes: Annotated[tuple[_Prefix, _Prefix], *NON_REPEATING] | None = None
     """Texts to put before each query and before each passage."""
     slices: Annotated[tuple[_SliceName, ...], Field(max_length=16), *NON_REPEATING] | None = None
     """Columns of the test file. The scores are also given for each of their values. Only for pairs."""

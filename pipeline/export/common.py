@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Encoder
 from pipeline.inference.reload import REFERENCE_TEXTS
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The vectors that an export computes, where it computes vectors."""
+
+    width: int | None
+    """Number of leading dimensions to keep (Matryoshka). None: all."""
+    unit: bool
+    """Whether to scale them to length 1, after the cut."""
+    prompts: Mapping[str, str]
+    """Texts put before a ``query`` and before a ``document``. Empty if there are none."""
+    prompt: str | None
+    """Key of the prompt that is put before every text. None: no prompt."""
+
+    @property
+    def prefix(self) -> str:
+        """Text that is put before every text."""
+        return self.prompts[self.prompt] if self.prompt else ""
+
+    def of(self, pooled: Tensor) -> Tensor:
+        """Cut and scale pooled vectors, float32 (texts, width)."""
+        cut = pooled if self.width is None else pooled[:, : self.width]
+        return nn.functional.normalize(cut) if self.unit else cut
+
 
 COMPARED_TEXTS = (*REFERENCE_TEXTS, " ".join(REFERENCE_TEXTS))
 """Texts on which an export is compared with its adapter. Most encoders cut the last one."""

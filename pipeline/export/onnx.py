@@ -1,4 +1,4 @@
-"""Export as an ONNX graph from token ids to logits."""
+"""Export as an ONNX graph from token ids to logits, or to vectors if the adapter has no head."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from torch import Tensor, nn
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import Batch, FloatArray
 from pipeline.errors import AdapterError, first_line
-from pipeline.export.common import save_tokenizer, text_batches
+from pipeline.export.common import Vectors, save_tokenizer, text_batches
 from pipeline.inference.reload import REFERENCE_TEXTS
 
 
-class _Logits(nn.Module):
-    """Encoder, pooling and head as one module."""
+class _Graph(nn.Module):
+    """Encoder, pooling and head, or what is done to vectors, as one module."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, vectors: Vectors) -> None:
         super().__init__()
         self.model, self.head = adapter.encoder.model, adapter.head
-        self._adapter = adapter
+        self._adapter, self._vectors = adapter, vectors
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits, float32 (texts, classes), of ids and mask, each int64 (texts, tokens)."""
-        return self._adapter.logits(Batch(input_ids, attention_mask))
+        """Return logits (texts, classes) or vectors (texts, width) of ids and mask, each int64 (texts, tokens)."""
+        batch = Batch(input_ids, attention_mask)
+        if self._adapter.head is not None:
+            return self._adapter.logits(batch)
+        return self._vectors.of(self._adapter.vectors(batch))
 
 
-def write_onnx(adapter: Adapter, folder: Path) -> None:
+def write_onnx(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
     """Write the ONNX graph of a merged adapter, with its tokenizer.
 
     Raises: AdapterError: torch cannot export this architecture.
@@ -44,10 +47,10 @@ def write_onnx(adapter: Adapter, folder: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
-                _Logits(adapter).eval(),
+                _Graph(adapter, vectors).eval(),
                 (example.ids, example.mask),
                 input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                output_names=[adapter.kind_of_outputs],
                 dynamic_shapes=(axes, axes),
                 dynamo=True,
                 verbose=False,
@@ -64,18 +67,18 @@ def write_onnx(adapter: Adapter, folder: Path) -> None:
 
 
 def read_onnx(folder: Path) -> FloatArray:
-    """Return ONNX Runtime's logits of the compared texts, float32 (texts, classes)."""
+    """Return ONNX Runtime's logits (texts, classes) or vectors (texts, width) of the compared texts, float32."""
     import onnxruntime  # type: ignore[import-untyped]
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    logits: list[FloatArray] = []
+    outputs: list[FloatArray] = []
     for texts in text_batches():
         encodings = tokenizer.encode_batch(texts)
         inputs = {
             "input_ids": np.array([e.ids for e in encodings]),
             "attention_mask": np.array([e.attention_mask for e in encodings]),
         }
-        logits.append(session.run(["logits"], inputs)[0])
-    return np.concatenate(logits)
+        outputs.append(session.run(None, inputs)[0])
+    return np.concatenate(outputs)

@@ -8,21 +8,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import FloatArray
-from pipeline.export.common import COMPARED_TEXTS, TEXTS_AT_ONCE, head_tensors, save_tokenizer
+from pipeline.export.common import COMPARED_TEXTS, TEXTS_AT_ONCE, Vectors, head_tensors, save_tokenizer
 
 
-def write_embedder(adapter: Adapter, folder: Path) -> None:
-    """Write the merged encoder as a SentenceTransformer."""
-    from sentence_transformers.sentence_transformer.modules import Normalize
+def write_embedder(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
+    """Write the merged encoder as a SentenceTransformer, with its prompts."""
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
-    _write_modules(adapter, folder, [Normalize()] if adapter.encoder.normalize else [])
+    last: list[nn.Module] = []
+    if vectors.width is not None:
+        # A cut after the scaling, as by ``truncate_dim``, would leave vectors that are shorter than 1.
+        first_dimensions = torch.eye(vectors.width, adapter.encoder.hidden_size)
+        last.append(
+            Dense(
+                adapter.encoder.hidden_size,
+                vectors.width,
+                bias=False,
+                activation_function=nn.Identity(),
+                init_weight=first_dimensions,
+            )
+        )
+    if vectors.unit:
+        last.append(Normalize())
+    _write_modules(adapter, folder, last, prompts=dict(vectors.prompts), default_prompt_name=vectors.prompt)
 
 
-def write_classifier(adapter: Adapter, folder: Path) -> None:
+def write_classifier(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
     """Write the merged encoder and the head as a SentenceTransformer whose vectors are logits."""
     from sentence_transformers.sentence_transformer.modules import Dense
 
@@ -33,7 +49,7 @@ def write_classifier(adapter: Adapter, folder: Path) -> None:
     _write_modules(adapter, folder, [head])
 
 
-def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) -> None:
+def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module], **model_options: Any) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -47,9 +63,8 @@ def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module]) ->
         transformer: Any = Transformer(merged, model_kwargs=options.copy())
         transformer.model_kwargs, transformer.config_keys = options, [*transformer.config_keys, "model_kwargs"]
         pooling = Pooling(encoder.hidden_size, encoder.config.pooling)
-        SentenceTransformer(modules=[transformer, pooling, *last], device="cpu").save(
-            str(folder), create_model_card=False
-        )
+        model = SentenceTransformer(modules=[transformer, pooling, *last], device="cpu", **model_options)
+        model.save(str(folder), create_model_card=False)
 
 
 def read_sentence_transformers(folder: Path) -> FloatArray:

@@ -11,13 +11,13 @@ from torch import nn
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.encoder.encoder import FloatArray
-from pipeline.export.common import head_tensors, save_tokenizer, text_batches
+from pipeline.export.common import Vectors, head_tensors, save_tokenizer, text_batches
 
 EUROBERT_POOLING = {"mean": "mean", "cls": "bos"}
 """lorafleet's name of a pooling -> its name in EuroBERT's classification head."""
 
 
-def write_transformers(adapter: Adapter, folder: Path) -> None:
+def write_transformers(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
     """Write the merged encoder with the head as that of EuroBERT, ``classifier(GELU(dense(x)))``.
 
     With ``dense = [W; -W]`` and ``classifier = [I, -I]``, it equals the linear head: ``z = GELU(z) - GELU(-z)``.

@@ -59,9 +59,9 @@ class Classifier:
             if not finite.all():
                 raise AdapterError(f"adapter {found.name}: its weights overflow: outputs for a text are not finite")
 
-    def tokenise(self, texts: Sequence[str]) -> Tokens:
-        """Tokenise texts, once for all adapters."""
-        return self.encoder.tokenise(texts)
+    def tokenise(self, texts: Sequence[str], *, prefix: str = "") -> Tokens:
+        """Tokenise texts, each after a prefix, once for all adapters that share the prefix."""
+        return self.encoder.tokenise([prefix + text for text in texts] if prefix else texts)
 
     def classify(self, tokens: Tokens) -> list[Answers]:
         """Classify texts with every adapter.

@@ -1,5 +1,6 @@
 """References to trained adapters: a folder, ``FOLDER#TASK`` or ``hf:OWNER/NAME[@REVISION]#TASK``.
 
+A reference may end with ``.query`` or ``.passage``, the side of a pair that the texts are on.
 Adapters are found and described without torch.
 """
 
@@ -16,11 +17,13 @@ from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import AdapterError, InputError
 from pipeline.hub_address import HUB_REF, is_on_hub
 from pipeline.hub_client import download
+from pipeline.records import Side
 from pipeline.store.folders import adapters_in, explain, is_folder
 from pipeline.store.run_folder import TaskFolder
 
 NAME = re.compile(r"[^=/#@:]+")
 """Pattern of NAME in ``NAME=REF``."""
+_SIDES: tuple[Side, ...] = ("query", "passage")
 _NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
 
 
@@ -32,8 +35,10 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
     adapters: list[FoundAdapter] = []
     for ref in refs:
         named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may contain "="
-        adapter = describe_adapter(_folder(named["ref"] if named else ref, offline=offline))
-        adapters.append(replace(adapter, name=named["name"]) if named else adapter)
+        folder, side = _folder(named["ref"] if named else ref, offline=offline)
+        adapter = describe_adapter(folder)
+        name = named["name"] if named else _with_side(adapter.name, side)
+        adapters.append(replace(adapter, name=name, side=side))
     # To many readers of Parquet, columns whose names differ only in case are the same.
     names = [adapter.name.casefold() for adapter in adapters]
     twice = sorted({adapter.name for adapter in adapters if names.count(adapter.name.casefold()) > 1})
@@ -46,7 +51,7 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
     return tuple(adapters)
 
 
-def _folder(ref: str, *, offline: bool) -> TaskFolder:
+def _folder(ref: str, *, offline: bool) -> tuple[TaskFolder, Side | None]:
     hub = HUB_REF.fullmatch(ref)
     if hub:
         return _hub_folder(hub, offline=offline)
@@ -66,12 +71,30 @@ def split_folder(ref: str) -> tuple[str, str | None]:
     return folder, task
 
 
-def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
+def _split_side(name: str) -> tuple[str, Side | None]:
+    """Split ``TASK.query`` or ``TASK.passage``. The side is None in other names."""
+    for side in _SIDES:
+        if name.endswith(f".{side}"):
+            return name.removesuffix(f".{side}"), side
+    return name, None
+
+
+def _with_side(name: str, side: Side | None) -> str:
+    return name if side is None or _split_side(name)[1] == side else f"{name}.{side}"
+
+
+def _pick(root: Path, task: str | None, ref: str) -> tuple[TaskFolder, Side | None]:
     existing = adapters_in(root)
+    name, side = _split_side(root.name if task is None else task)
     if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
-        return TaskFolder(root)
-    if task in existing or (task is None and len(existing) == 1):
-        return TaskFolder(root / (task or existing[0]))
+        return TaskFolder(root), side
+    if task in existing:
+        return TaskFolder(root / task), side
+    if task is None and len(existing) == 1:
+        return TaskFolder(root / existing[0]), _split_side(existing[0])[1]
+    of_side = TaskFolder((root.parent if task is None else root) / name)
+    if side and os.path.lexists(of_side.adapter_weights):
+        return of_side, side
     if existing and task:
         fault = f"it has no adapter {task}; it has {', '.join(existing)}"
     elif existing:
@@ -83,10 +106,11 @@ def _pick(root: Path, task: str | None, ref: str) -> TaskFolder:
     raise AdapterError(f"adapter {ref}: {fault}")
 
 
-def _hub_folder(ref: re.Match[str], *, offline: bool) -> TaskFolder:
+def _hub_folder(ref: re.Match[str], *, offline: bool) -> tuple[TaskFolder, Side | None]:
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: name one of the repository's adapters: {ref[0]}#TASK")
-    files = TaskFolder(Path(ref["task"])).published()
+    names = dict.fromkeys((ref["task"], _split_side(ref["task"])[0]))
+    files = [path for name in names for path in TaskFolder(Path(name)).published()]
     root = download(
         ref["repository"],
         ref["revision"],
@@ -106,6 +130,20 @@ def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:
                 f"adapters {first.name} and {other.name} were trained with encoder {what} {one} and {two}; "
                 "use a job for each"
             )
+
+
+def common_prefix(adapters: Sequence[FoundAdapter]) -> str:
+    """Text that several adapters put before each text, so that the texts are tokenised once.
+
+    Raises: AdapterError: they put different texts, or one of them needs a side.
+    """
+    for other in adapters[1:]:
+        if other.prefix != adapters[0].prefix:
+            raise AdapterError(
+                f"adapters {adapters[0].name} and {other.name} put different texts before each text, "
+                f"{adapters[0].prefix!r} and {other.prefix!r}; use a job for each"
+            )
+    return adapters[0].prefix
 
 
 def threshold_for(adapter: FoundAdapter, target_accuracy: float) -> float:

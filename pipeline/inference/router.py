@@ -90,7 +90,7 @@ class Router:
 
         Args:
             refs: References ``[NAME=]REF``. REF is an adapter's folder, ``FOLDER#TASK`` or
-                ``hf:OWNER/NAME[@REVISION]#TASK``.
+                ``hf:OWNER/NAME[@REVISION]#TASK``. It may end with ``.query`` or ``.passage``, the side of the texts.
             encoder: Location of the encoder: a folder, ``package:NAME`` or a Hub id. None: the name in the adapters'
                 files.
             precision: ``auto`` computes in bfloat16 if the hardware multiplies it natively, and decides close calls in
@@ -173,7 +173,7 @@ class Router:
 
         They have the direction of those of sentence-transformers for the merged encoder, and length 1 whether or not
         the encoder's own definition normalises. An empty text has the vector of its special tokens. A text for which
-        the adapter overflows has NaN.
+        the adapter overflows has NaN. An adapter that was trained with prefixes puts that of its side before each text.
 
         Args:
             texts: Strings of any length. Each is cut at the length that the adapters were trained with.
@@ -182,7 +182,7 @@ class Router:
         Returns: float32 (texts, width), in the order of the texts.
 
         Raises:
-            AdapterError: a name is unknown.
+            AdapterError: a name is unknown, or each side has a prefix and the reference names no side.
             DataError: a text is not a string, or the numbers of names and texts differ.
             InputError: ``width`` is less than 1, or more than the encoder's.
         """
@@ -191,10 +191,11 @@ class Router:
             raise InputError(f"width: expected 1 to {widest}, the encoder's, found {width}")
         texts = _checked(texts)
         groups = self._groups(adapter, len(texts))
-        tokens = self._classifier.tokenise(texts)
+        prefixes = {index: self._adapters[index].prefix for index in groups}
+        tokens = {prefix: self._classifier.tokenise(texts, prefix=prefix) for prefix in set(prefixes.values())}
         vectors = np.empty((len(texts), width or widest), dtype=np.float32)
         for index, rows in groups.items():
-            vectors[rows] = self._classifier.embed_with(index, tokens, rows, width=width or widest)
+            vectors[rows] = self._classifier.embed_with(index, tokens[prefixes[index]], rows, width=width or widest)
         return vectors
 
     def _groups(self, adapter: str | Sequence[str], num_texts: int) -> dict[int, IntArray]:

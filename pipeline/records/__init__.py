@@ -2,6 +2,7 @@
 
 from pipeline.records.base import (
     LONGEST_LABEL,
+    LONGEST_PREFIX,
     LONGEST_PUBLIC_NAME,
     MOST_LABEL_BYTES,
     SIGNIFICANCE,
@@ -23,6 +24,7 @@ from pipeline.records.base import (
     RunId,
     SelectedOn,
     Sha256,
+    Side,
     TaskName,
     ValueColumn,
 )
@@ -82,6 +84,7 @@ from pipeline.records.training import (
 
 __all__ = [
     "LONGEST_LABEL",
+    "LONGEST_PREFIX",
     "LONGEST_PUBLIC_NAME",
     "MOST_LABEL_BYTES",
     "SIGNIFICANCE",
@@ -139,6 +142,7 @@ __all__ = [
     "ScoreRow",
     "SelectedOn",
     "Sha256",
+    "Side",
     "SimilarityCounts",
     "TaskEntry",
     "TaskName",

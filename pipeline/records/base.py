@@ -23,6 +23,9 @@ Family = Literal["classification", "text-matching", "retrieval", "separation"]
 Loss = Literal["cross-entropy", "cosent", "cosine", "infonce", "triplet"]
 """Loss of a training."""
 
+Side = Literal["query", "passage"]
+"""Side of a pair of texts: the first text, or the second and all negatives."""
+
 FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
 """A column measured with mteb's few-shot protocol."""
 
@@ -69,6 +72,9 @@ ModulePath = Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=300
 
 LONGEST_LABEL = 10_000
 """Maximum length of a label in characters."""
+
+LONGEST_PREFIX = 2_000
+"""Maximum length of a text that is put before each text of a side, in characters."""
 
 MOST_LABEL_BYTES = 2 * 1024**2
 """Maximum size of all label names of a data set, as JSON. Must be well below ``files.LARGEST_RECORD_BYTES``."""

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, FailFast, Field, RootModel, model_validator
 
-from pipeline.records.base import EncoderRevision, LabelName, ModulePath, PublicName, Record, Sha256, TaskName
+from pipeline.records.base import (
+    LONGEST_PREFIX,
+    EncoderRevision,
+    LabelName,
+    ModulePath,
+    PublicName,
+    Record,
+    Sha256,
+    TaskName,
+)
 
 
 class EncoderRef(Record):
@@ -62,6 +71,9 @@ class AdapterRef(Record):
     encoder_revision: EncoderRevision
 
 
+_Prefix = Annotated[str, Field(max_length=LONGEST_PREFIX)]
+
+
 class AdapterMeta(Record):
     """The content of ``meta.json`` that is needed to load an adapter. Other keys of the file are ignored."""
 
@@ -80,6 +92,8 @@ class AdapterMeta(Record):
     """Paths of the linear layers that have a LoRA pair, in the order of the pairs."""
     task: TaskName | None = None
     """MTEB task. None if the adapter was saved outside a run."""
+    prefixes: tuple[_Prefix, _Prefix] | None = None
+    """Texts that the training put before each query and before each passage. None: nothing."""
     learnt_validation: bool = False
     """Whether the adapter, or one it started from, was also trained on its validation slice (``train.refit``)."""
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.adapter.files import save_adapter
 from pipeline.errors import AdapterError, DataError
@@ -55,7 +56,7 @@ class TaskJob:
     def train(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> AdapterRef:
         """Train, resuming from the last finished epoch, and write the adapter's files."""
         training = self._trained(on_epoch, on_progress)
-        meta = {
+        meta: dict[str, Any] = {
             "task": self.spec.mteb_task.name,
             "epochs": len(training.epochs),
             "best_epoch": training.best_epoch,
@@ -64,6 +65,8 @@ class TaskJob:
             "seed": self.config.train.seed,
             "run_id": self.spec.run_id,
         }
+        if self.spec.mteb_task.prefixes is not None:
+            meta["prefixes"] = self.spec.mteb_task.prefixes
         return save_adapter(training.adapter, self.folder, meta=meta)
 
     def finish(self) -> TaskResult:
