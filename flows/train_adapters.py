@@ -18,6 +18,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.config import RunConfig, load_config, select_tasks
+from pipeline.data.families import check_train_keys
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.history.tables import read_gate
 from pipeline.printable import counted, printable
@@ -76,14 +77,14 @@ def train_adapters(
         )
         store = store_folder(runs)
         with interrupted_if_cancelled(), hold_store(store, run_id):
-            return _run(values, store, run_id, force=force)
+            return _run(values, store, run_id, force=force, has_every_task=not mteb_tasks)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
     except InputError as error:
         return _not_begun(run_id, error)
 
 
-def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[Any]:
+def _run(config: RunConfig, store: Path, run_id: str, *, force: bool, has_every_task: bool) -> State[Any]:
     started = time.monotonic()
     check = None if force else check_of_run(config, store)
     unchanged = None if check is None else stages.find_unchanged_early(check, config.publish, store)
@@ -94,6 +95,8 @@ def _run(config: RunConfig, store: Path, run_id: str, *, force: bool) -> State[A
         plan = _check(config, first, store)
         if isinstance(plan, LorafleetError):
             return _not_begun(run_id, plan)
+        if has_every_task:  # keys of [train] may be for a task that is left out
+            check_train_keys([planned.mteb_task for planned in plan.tasks], plan.config.train)
         if not force and (newest := stages.find_unchanged(plan, store)) is not None:
             return _unchanged(newest, plan.config)
         folder = RunFolder(store / run_id)

@@ -8,16 +8,23 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import mteb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import toy_texts
 from commands import write_config
+from sentence_transformers import SentenceTransformer
 
 from pipeline.adapter.description import describe_adapter
 from pipeline.config import load_config
+from pipeline.data.dataset import TaskData
 from pipeline.encoder.runtime import choose_runtime
+from pipeline.export.export import export_adapter
 from pipeline.history.values import find_value, main_value
+from pipeline.inference.reference import find_adapters
+from pipeline.pairs.data import PairData
+from pipeline.pairs.filled_tasks import clustering_task, pair_task, search_data, search_task
 from pipeline.records import TaskResult
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
@@ -117,7 +124,7 @@ def test_an_embedding_adapter_is_trained_measured_and_reloaded(
     assert found.value == pytest.approx(gain.gain)
 
 
-@pytest.mark.parametrize("kind", ["graded", "searched"])
+@pytest.mark.parametrize("kind", ["graded", "labelled"])
 def test_training_raises_the_score_that_it_is_selected_by(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
     result = job_of(kind, encoder_folder("bert"), tmp_path, max_epochs=6).finish()
     assert result.start_score is not None
@@ -138,3 +145,24 @@ def test_histograms_count_every_test_pair_of_a_label(encoder_folder: Folders, tm
     for counts in result.similarities:
         assert sum(counts.counts) == labels.count(int(counts.group[-1]))
     assert len(result.similarities) == 4
+
+
+@pytest.mark.parametrize("kind", ["graded", "searched", "separated"])
+def test_mteb_gives_our_scores_for_the_exported_model(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
+    encoder = encoder_folder("bert")
+    job = job_of(kind, encoder, tmp_path, precision="float32")
+    result = job.finish()
+    adapted = main_value(result.values, "adapted")
+    assert adapted is not None
+    (adapter,) = find_adapters([str(job.folder.root)], offline=True)
+    export_adapter(adapter, tmp_path / "out", form="sentence-transformers", encoder=str(encoder), offline=True)
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    with_data = mteb_task_of(job.family.data)  # type: ignore[attr-defined]
+    (found,) = mteb.evaluate(model, with_data, cache=None, co2_tracker=False, show_progress_bar=False).task_results
+    assert found.get_score() == pytest.approx(adapted.value, abs=1e-4)
+
+
+def mteb_task_of(data: PairData | TaskData) -> Any:
+    if isinstance(data, TaskData):
+        return clustering_task(data)
+    return search_task(data.task, search_data(data)) if data.kind == "positives" else pair_task(data)

@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import DataConfig, MtebTaskConfig, TrainConfig
 from pipeline.data.catalogue import plan_task
 from pipeline.data.dataset import TaskData
-from pipeline.data.families import check_widths
+from pipeline.data.families import check_train_keys, check_widths
 from pipeline.data.splits import text_key
 from pipeline.errors import ConfigError, DataError
 from pipeline.pairs.data import PairData
@@ -255,6 +255,26 @@ def test_a_width_beyond_that_of_the_encoder_is_refused() -> None:
     check_widths((384, 64), hidden_size=384)
     with pytest.raises(ConfigError, match=r"train\.widths: 512, 768 is larger than 384"):
         check_widths((512, 384, 768), hidden_size=384)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "families", "words"),
+    [
+        ("widths", (64,), ["classification"], r"train\.widths has an effect only with .*\"separation\", and the tasks"),
+        ("distillation", 0.1, ["classification"], r"train\.distillation .* have \"classification\"; leave it out"),
+        ("label_smoothing", 0.2, ["retrieval", "separation"], r'have "retrieval" or "separation"; leave it out'),
+    ],
+)
+def test_a_key_of_the_training_without_an_effect_on_any_task_is_refused(
+    key: str, value: Any, families: list[Any], words: str, tmp_path: Path
+) -> None:
+    own = plan(tmp_path, FOUND, test=FOUND)
+    tasks = [own.changed(objective=family) for family in families]
+    check_train_keys(tasks, TrainConfig())
+    with pytest.raises(ConfigError, match=words):
+        check_train_keys(tasks, TrainConfig(**{key: value}))
+    mixed = [own.changed(objective=family) for family in ("classification", "retrieval")]
+    check_train_keys(mixed, TrainConfig(**{key: value}))
 
 
 def test_separation_needs_two_texts_of_some_label(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ _FAMILIES_OF_KEY: dict[str, tuple[Family, ...]] = {
     "slices": _PAIRED,
     "corpus": ("retrieval",),
 }
+_EMBEDDING: tuple[Family, ...] = (*_PAIRED, "separation")
+_FAMILIES_OF_TRAIN_KEY: dict[str, tuple[Family, ...]] = {
+    "temperature": _EMBEDDING,
+    "widths": _EMBEDDING,
+    "distillation": _EMBEDDING,
+    "texts_per_pass": _EMBEDDING,
+    "head_init": ("classification",),
+    "label_smoothing": ("classification",),
+    "class_weights": ("classification",),
+}
 _BATCH_OF_TWO: tuple[Loss, ...] = ("infonce", "cosent")  # they compare the pairs of a batch with each other
 
 
@@ -143,6 +153,21 @@ def check_training(task: MtebTask, train: TrainConfig) -> None:
             f'{task.name}: loss = "{task.loss}" compares the examples of a batch, so train.batch_size must be at least '
             f"2, not {train.batch_size}"
         )
+
+
+def check_train_keys(tasks: Sequence[MtebTask], train: TrainConfig) -> None:
+    """Check that every key of ``[train]`` that was changed has an effect on one of the tasks of a run.
+
+    Raises: ConfigError: a key has none.
+    """
+    present = {task.objective for task in tasks}
+    for key, families in _FAMILIES_OF_TRAIN_KEY.items():
+        is_changed = getattr(train, key) != TrainConfig.model_fields[key].get_default()
+        if is_changed and present.isdisjoint(families):
+            raise ConfigError(
+                f"train.{key} has an effect only with objective = {_quoted(families)}, and the tasks of this run have "
+                f"{_quoted(sorted(present))}; leave it out"
+            )
 
 
 def check_widths(widths: Sequence[int], *, hidden_size: int) -> None:
