@@ -388,6 +388,8 @@ _TOPICS = {
     "kitchen": "soup oven pepper knife butter plate recipe onion",
     "garden": "flower soil tree seed spade rain hedge bloom",
 }
+TOPIC_WORDS = " ".join(_TOPICS.values()).split()
+"""The words of all topics, one topic after the other."""
 _FILLERS = "the a of with and near some old new small"
 
 

@@ -12,7 +12,7 @@ import mteb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import toy_texts
+from builders import TOPIC_WORDS, toy_texts
 from commands import write_config
 from sentence_transformers import SentenceTransformer
 
@@ -71,6 +71,16 @@ def searched(num_pairs: int, seed: int) -> dict[str, list[Any]]:
     return {"query": [r[0] for r in rows], "passage": [r[1] for r in rows]}
 
 
+def translated(num_pairs: int, seed: int, *, step: int = 1) -> dict[str, list[Any]]:
+    """Queries of three words, and passages of the words of the next topic that stand in the same places."""
+    random, words, size = Random(seed), TOPIC_WORDS, len(TOPIC_WORDS) // 3
+    rows = [random.sample(range(len(words)), 3) for _ in range(num_pairs)]
+    return {
+        "query": [" ".join(words[i] for i in row) for row in rows],
+        "passage": [" ".join(words[(i + step * size) % len(words)] for i in row) for row in rows],
+    }
+
+
 def topical(num_texts: int, seed: int) -> dict[str, list[Any]]:
     texts, labels = toy_texts(num_texts, seed=seed)
     return {"text": texts, "label": [f"topic {label}" for label in labels]}
@@ -80,6 +90,7 @@ TASKS: dict[str, tuple[Callable[[int, int], dict[str, list[Any]]], dict[str, Any
     "graded": (graded, {"slices": ["genre"]}, "spearman"),
     "labelled": (labelled, {}, "average_precision"),
     "searched": (searched, {"prefixes": ["sea ", "garden "]}, "ndcg_at_10"),
+    "two adapters": (translated, {"prefixes": ["sea ", "garden "], "sides": "query-passage"}, "ndcg_at_10"),
     "separated": (topical, {"objective": "separation"}, "v_measure"),
 }
 
@@ -108,7 +119,7 @@ def test_an_embedding_adapter_is_trained_measured_and_reloaded(
     result = job.finish()
     assert read_record(job.folder.result, TaskResult) == result
     assert (result.has_head, result.scores, result.calibration, result.probe_c) == (False, (), None, None)
-    assert not describe_adapter(job.folder).has_head
+    assert [describe_adapter(one).has_head for one in job.folder.adapters] == [False] * (2 if result.has_sides else 1)
     assert json.loads(job.folder.few_shot.read_text(encoding="utf-8")) == {}
     assert result.selection_metric == metric
     assert result.start_score is not None
@@ -124,7 +135,7 @@ def test_an_embedding_adapter_is_trained_measured_and_reloaded(
     assert found.value == pytest.approx(gain.gain)
 
 
-@pytest.mark.parametrize("kind", ["graded", "labelled"])
+@pytest.mark.parametrize("kind", ["graded", "labelled", "two adapters"])
 def test_training_raises_the_score_that_it_is_selected_by(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
     result = job_of(kind, encoder_folder("bert"), tmp_path, max_epochs=6).finish()
     assert result.start_score is not None

@@ -19,7 +19,7 @@ from pipeline.data.splits import text_key
 from pipeline.errors import ConfigError, DataError
 from pipeline.pairs.data import PairData
 from pipeline.pairs.faults import summarise_pairs
-from pipeline.pairs.filled_tasks import read_retrieval, read_sentence_pairs
+from pipeline.pairs.hub_pairs import read_retrieval, read_sentence_pairs
 from pipeline.pairs.loading import load_pairs
 from pipeline.pairs.reading import read_task
 from pipeline.pairs.tables import tables_of_hub

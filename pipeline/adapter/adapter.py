@@ -17,6 +17,7 @@ from pipeline.config import AdapterConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import Tokens
 from pipeline.errors import AdapterError
+from pipeline.records import Side
 
 
 class Adapter:
@@ -117,6 +118,20 @@ class Adapter:
             logits: FloatArray = head(torch.from_numpy(vectors).to(self.encoder.device)).cpu().numpy()
         return logits
 
+    def attach(self) -> None:
+        """Put the pairs back in place, after ``detach``."""
+        for path, lora in self.projections.items():
+            parent, leaf = _parent_of(self.encoder.model, path)
+            setattr(parent, leaf, lora)
+
+    def vectors_of(self, side: Side, batch: Batch) -> Tensor:
+        """As ``vectors``: both sides of pairs of texts have this adapter."""
+        return self.vectors(batch)
+
+    def embed(self, side: Side, tokens: Tokens) -> FloatArray:
+        """Text vectors, float32 (texts, width). Both sides of pairs of texts have this adapter."""
+        return self.encoder.embed(tokens)
+
     def detach(self) -> None:
         """Put the encoder's own projections back in place."""
         for path, lora in self.projections.items():
@@ -137,8 +152,7 @@ class Adapter:
             with torch.no_grad():
                 for path, lora in self.projections.items():
                     lora.base.weight.copy_(kept[path])
-                    parent, leaf = _parent_of(self.encoder.model, path)
-                    setattr(parent, leaf, lora)
+            self.attach()
 
     def merge_difference(self, tokens: Tokens) -> float:
         """Largest absolute difference between the text vectors of the unmerged and the merged adapter."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import AdapterConfig, EncoderConfig
 from pipeline.errors import AdapterError
-from pipeline.records import AdapterMeta, Calibration, LabelNames, Side
+from pipeline.records import SIDES, AdapterMeta, Calibration, LabelNames, Side
 from pipeline.store.files import LARGEST_RECORD_BYTES, parse_record, read_file
 from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
@@ -65,7 +65,7 @@ class FoundAdapter:
                 f"adapter {self.name}: was trained with {prefixes[0]!r} before a query and {prefixes[1]!r} before a "
                 f"passage; say which your texts are: {self.name}.query or {self.name}.passage"
             )
-        return prefixes[("query", "passage").index(self.side)]
+        return prefixes[SIDES.index(self.side)]
 
     @property
     def labels_sha256(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -53,6 +53,8 @@ class MtebTaskConfig(Section):
     Default: ``sentence1, sentence2``, or ``query, passage``, or ``anchor, positive``, and then each ``negative…``."""
     score_column: _Name | None = None
     """Column of the similarity, or of the 0/1 label, of each pair. Default: ``score``, ``similarity`` or ``label``."""
+    sides: Literal["query-passage"] | None = None
+    """``query-passage`` trains two adapters together, one for queries and one for passages. Default: one for both."""
     prefixes: Annotated[tuple[_Prefix, _Prefix], *NON_REPEATING] | None = None
     """Texts to put before each query and before each passage."""
     slices: Annotated[tuple[_SliceName, ...], Field(max_length=16), *NON_REPEATING] | None = None

@@ -178,6 +178,7 @@ def _family_fields(config: MtebTaskConfig, known: Family | None) -> dict[str, An
         "loss": decision.loss,
         "undecided": decision.undecided,
         "prefixes": config.prefixes,
+        "sides": config.sides,
         "slices": config.slices or (),
     }
 

@@ -42,6 +42,7 @@ _FAMILIES_OF_KEY: dict[str, tuple[Family, ...]] = {
     "columns": _PAIRED,
     "score_column": ("text-matching",),
     "prefixes": ("retrieval",),
+    "sides": ("retrieval",),
     "slices": _PAIRED,
     "corpus": ("retrieval",),
 }

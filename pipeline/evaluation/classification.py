@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.head import HeadStart
 from pipeline.config import EvaluateConfig
 from pipeline.data.dataset import TaskData
@@ -188,6 +189,7 @@ def evaluate_adapter(
 ) -> AdapterEvaluation:
     """Evaluate the adapted encoder: mteb's few-shot protocol on its vectors, and the adapter's own head."""
     data, adapter, columns = facts.data, training.adapter, _Columns(facts, config)
+    assert isinstance(adapter, Adapter), "texts with labels have no sides"
     vectors = TextVectors(facts.encoder)
     started = time.perf_counter()
     logits = adapter.logits_of_vectors(vectors(data.test_texts))

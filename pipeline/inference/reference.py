@@ -17,13 +17,12 @@ from pipeline.adapter.description import FoundAdapter, describe_adapter
 from pipeline.errors import AdapterError, InputError
 from pipeline.hub_address import HUB_REF, is_on_hub
 from pipeline.hub_client import download
-from pipeline.records import Side
+from pipeline.records import SIDES, Side
 from pipeline.store.folders import adapters_in, explain, is_folder
 from pipeline.store.run_folder import TaskFolder
 
 NAME = re.compile(r"[^=/#@:]+")
 """Pattern of NAME in ``NAME=REF``."""
-_SIDES: tuple[Side, ...] = ("query", "passage")
 _NAMED = re.compile(rf"(?P<name>{NAME.pattern})=(?P<ref>.+)")
 
 
@@ -37,7 +36,7 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
         named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may contain "="
         folder, side = _folder(named["ref"] if named else ref, offline=offline)
         adapter = describe_adapter(folder)
-        name = named["name"] if named else _with_side(adapter.name, side)
+        name = named["name"] if named else f"{adapter.name}.{side}" if side else adapter.name
         adapters.append(replace(adapter, name=name, side=side))
     # To many readers of Parquet, columns whose names differ only in case are the same.
     names = [adapter.name.casefold() for adapter in adapters]
@@ -51,16 +50,27 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
     return tuple(adapters)
 
 
-def _folder(ref: str, *, offline: bool) -> tuple[TaskFolder, Side | None]:
+def find_task_folder(ref: str, *, offline: bool) -> TaskFolder:
+    """Find the folder of one adapter, or of the adapters of both sides of a task.
+
+    Args:
+        ref: A reference without NAME.
+        offline: Send no request to the Hub.
+    Raises: AdapterError: not found, or not published.
+    """
+    return _folder(ref, offline=offline, both_sides=True)[0]
+
+
+def _folder(ref: str, *, offline: bool, both_sides: bool = False) -> tuple[TaskFolder, Side | None]:
     hub = HUB_REF.fullmatch(ref)
     if hub:
-        return _hub_folder(hub, offline=offline)
+        return _hub_folder(hub, offline=offline, both_sides=both_sides)
     folder, task = split_folder(ref)
     if not folder or is_on_hub(ref):
         raise AdapterError(
             f"adapter {ref!r}: expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
         )
-    return _pick(Path(folder), task, ref)
+    return _pick(Path(folder), task, ref, both_sides=both_sides)
 
 
 def split_folder(ref: str) -> tuple[str, str | None]:
@@ -73,28 +83,36 @@ def split_folder(ref: str) -> tuple[str, str | None]:
 
 def _split_side(name: str) -> tuple[str, Side | None]:
     """Split ``TASK.query`` or ``TASK.passage``. The side is None in other names."""
-    for side in _SIDES:
+    for side in SIDES:
         if name.endswith(f".{side}"):
             return name.removesuffix(f".{side}"), side
     return name, None
 
 
-def _with_side(name: str, side: Side | None) -> str:
-    return name if side is None or _split_side(name)[1] == side else f"{name}.{side}"
+def _side_of(root: Path) -> Side | None:
+    """Side whose adapter is in a folder that is inside that of its task. None for every other folder."""
+    return next((side for side in SIDES if root.name == side and TaskFolder(root.parent).has_sides), None)
 
 
-def _pick(root: Path, task: str | None, ref: str) -> tuple[TaskFolder, Side | None]:
+def _only(folder: TaskFolder, ref: str) -> TaskFolder:
+    """Raises: AdapterError: the folder holds two adapters."""
+    if folder.has_sides:
+        name = folder.root.name
+        raise AdapterError(f"adapter {ref}: {name} has two adapters; choose {name}.query or {name}.passage")
+    return folder
+
+
+def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[TaskFolder, Side | None]:
     existing = adapters_in(root)
     name, side = _split_side(root.name if task is None else task)
     if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
-        return TaskFolder(root), side
-    if task in existing:
-        return TaskFolder(root / task), side
-    if task is None and len(existing) == 1:
-        return TaskFolder(root / existing[0]), _split_side(existing[0])[1]
+        return TaskFolder(root), _side_of(root)
+    if task in existing or (task is None and len(existing) == 1):
+        folder = TaskFolder(root / (task or existing[0]))
+        return folder if both_sides else _only(folder, ref), None
     of_side = TaskFolder((root.parent if task is None else root) / name)
-    if side and os.path.lexists(of_side.adapter_weights):
-        return of_side, side
+    if side and any(os.path.lexists(adapter.adapter_weights) for adapter in of_side.adapters):
+        return of_side.side(side) if of_side.has_sides else of_side, side
     if existing and task:
         fault = f"it has no adapter {task}; it has {', '.join(existing)}"
     elif existing:
@@ -106,11 +124,16 @@ def _pick(root: Path, task: str | None, ref: str) -> tuple[TaskFolder, Side | No
     raise AdapterError(f"adapter {ref}: {fault}")
 
 
-def _hub_folder(ref: re.Match[str], *, offline: bool) -> tuple[TaskFolder, Side | None]:
+def _hub_folder(ref: re.Match[str], *, offline: bool, both_sides: bool) -> tuple[TaskFolder, Side | None]:
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: name one of the repository's adapters: {ref[0]}#TASK")
     names = dict.fromkeys((ref["task"], _split_side(ref["task"])[0]))
-    files = [path for name in names for path in TaskFolder(Path(name)).published()]
+    files = [
+        path
+        for name in names
+        for has_sides in (False, True)
+        for path in TaskFolder(Path(name)).published(has_sides=has_sides)
+    ]
     root = download(
         ref["repository"],
         ref["revision"],
@@ -119,7 +142,7 @@ def _hub_folder(ref: re.Match[str], *, offline: bool) -> tuple[TaskFolder, Side 
         offline=offline,
         kind=AdapterError,
     )
-    return _pick(root, ref["task"], ref[0])
+    return _pick(root, ref["task"], ref[0], both_sides=both_sides)
 
 
 def _check_same_encoder(first: FoundAdapter, other: FoundAdapter) -> None:

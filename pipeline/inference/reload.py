@@ -109,7 +109,7 @@ def check_reload(
     except AdapterError as error:  # not a user's fault: this process has just written the files
         raise VerificationError(str(error)) from None
     reloaded.check(
-        folder.root.name, outputs=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
+        folder.name, outputs=expected, label_names=adapter.label_names, tolerance=TOLERANCE, is_trained=is_trained
     )
     record = ReferenceOutputs(
         texts=REFERENCE_TEXTS, logits=tuple(map(tuple, reference.outputs.tolist())), tolerance=REFERENCE_TOLERANCE
@@ -130,7 +130,7 @@ def reload_elsewhere(requests: Sequence[ReloadRequest], encoder: EncoderConfig, 
     requested = [
         {"folder": str(r.folder.root), "runtime": r.runtime.model_dump(), "texts": list(r.texts)} for r in requests
     ]
-    names = ", ".join(dict.fromkeys(request.folder.root.name for request in requests))
+    names = ", ".join(dict.fromkeys(request.folder.name for request in requests))
     cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
     answer = _answer_of_process({"requests": requested, "encoder": encoder.model_dump(), "offline": offline}, cannot)
     if "fault" in answer:

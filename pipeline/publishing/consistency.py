@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.adapter.description import FoundAdapter, describe_adapter
@@ -30,32 +30,35 @@ from pipeline.reports.outputs import (
 from pipeline.reports.summary import summarise, summarise_all
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
-from pipeline.store.run_folder import RunFolder, TaskFolder
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 
 _OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # these depend on all MTEB tasks in the file
 _TRAINED: tuple[Column, ...] = ("adapted_few_shot", "head")
 
 
-def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
-    """Check that every file of an adapter agrees with its ``result.json``.
+def check_task(folder: TaskFolder) -> tuple[tuple[FoundAdapter, ...], TaskResult]:
+    """Check that every file of a task's adapter, or of the adapters of both its sides, agrees with ``result.json``.
 
     Returns:
-        The adapter and its result.
+        The adapters and the result.
     Raises:
         VerificationError: a file disagrees, or mteb cannot load its results.
         AdapterError, DataError: a file is missing or damaged.
     """
     result = read_record(folder.result, TaskResult)
     name, encoder, labels = result.mteb_task.name, result.encoder, result.data.label_names
-    meta = read_record(folder.meta, AdapterMeta)
     trained_on = EncoderName(name=encoder.public_name, revision=encoder.revision)
     if result.has_head:
         check_fact(name, "labels.json", "label names", read_record(folder.labels, LabelNames).root, labels)
         calibration = read_record(folder.calibration, Calibration)
         check_fact(name, "calibration.json", "calibration", calibration, result.calibration)
-    check_fact(name, "meta.json", "label_names", meta.label_names, labels)
-    check_fact(name, "meta.json", "encoder", meta.encoder, trained_on)
-    check_fact(name, "meta.json", "task", meta.task or name, name)
+    check_fact(name, "result.json", "adapters of sides", folder.has_sides, result.has_sides)
+    for one in folder.adapters:
+        meta = read_record(one.meta, AdapterMeta)
+        check_fact(name, "meta.json", "label_names", meta.label_names, labels)
+        check_fact(name, "meta.json", "encoder", meta.encoder, trained_on)
+        check_fact(name, "meta.json", "task", meta.task or name, name)
+        check_fact(name, "meta.json", "prefixes", meta.prefixes, result.mteb_task.prefixes)
     check_fact(name, "result.json", "adapter.encoder_revision", result.adapter.encoder_revision, encoder.revision)
     _check_rows(result)
     _check_values(result)
@@ -63,16 +66,16 @@ def check_task(folder: TaskFolder) -> tuple[FoundAdapter, TaskResult]:
     check_fact(name, "few_shot.json", "columns", sorted(few_shot), sorted(few_shot_columns(result)))
     for column, scores in few_shot.items():
         check_few_shot(f"few_shot.json, {column}", scores, result, column)
-    adapter = describe_adapter(folder)
-    if adapter.sha256 != result.adapter.sha256:
+    sha256 = adapter_sha256(folder.root)
+    if sha256 != result.adapter.sha256:
         raise VerificationError(
-            f"{name}: the adapter's files have sha256 {adapter.sha256}, but {result.adapter.sha256} was trained"
+            f"{name}: the adapter's files have sha256 {sha256}, but {result.adapter.sha256} was trained"
         )
-    return adapter, result
+    return tuple(describe_adapter(one) for one in folder.adapters), result
 
 
-def check_run(manifest: RunManifest, adapter: FoundAdapter, result: TaskResult) -> None:
-    """Compare a run's manifest with one of the run's adapters.
+def check_run(manifest: RunManifest, adapters: Sequence[FoundAdapter], result: TaskResult) -> None:
+    """Compare a run's manifest with the adapters of one of its tasks.
 
     Raises:
         VerificationError: they disagree.
@@ -80,8 +83,9 @@ def check_run(manifest: RunManifest, adapter: FoundAdapter, result: TaskResult) 
     name, encoder = result.mteb_task.name, manifest.config.encoder
     check_fact(name, "manifest.json", "adapters", manifest.adapters.get(name), result.adapter.sha256)
     _check_encoder(name, "manifest.json", manifest.encoder, result)
-    check_fact(name, "meta.json", "pooling", adapter.meta.pooling, encoder.pooling)
-    check_fact(name, "meta.json", "max_tokens", adapter.meta.max_tokens, encoder.max_tokens)
+    for adapter in adapters:
+        check_fact(name, "meta.json", "pooling", adapter.meta.pooling, encoder.pooling)
+        check_fact(name, "meta.json", "max_tokens", adapter.meta.max_tokens, encoder.max_tokens)
 
 
 def check_publication(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:

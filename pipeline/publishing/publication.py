@@ -78,7 +78,8 @@ def read_candidate(run: Path) -> Candidate:
     for name in tasks:
         task = folder.task(name)
         _check_files(folder.root, (task.result,))
-        _check_files(folder.root, task.published(has_head=read_record(task.result, TaskResult).has_head))
+        result = read_record(task.result, TaskResult)
+        _check_files(folder.root, task.published(has_head=result.has_head, has_sides=result.has_sides))
         found, results[name] = check_task(task)
         check_run(manifest, found, results[name])
     check_summary(folder, results, listed=manifest)
@@ -108,12 +109,13 @@ def stage(candidate: Candidate, promoted: Sequence[str], base: PublishedState, s
     for task in stay:
         _copy_what_stays(base, task, staging)
     for task in promoted:
-        for path in candidate.folder.task(task).published(has_head=candidate.results[task].has_head):
-            _copy(candidate.folder, f"{task}/{path.name}", staging)
+        of_task, result = candidate.folder.task(task), candidate.results[task]
+        for path in of_task.published(has_head=result.has_head, has_sides=result.has_sides):
+            _copy(candidate.folder, path.relative_to(candidate.folder.root).as_posix(), staging)
         results[task] = _public(candidate.results[task])
         write_atomically(staging.task(task).result, results[task].model_dump_json(indent=1))
     ordered = [results[task] for task in dict.fromkeys([*base.tasks(), *promoted])]
-    meta = read_record(staging.task(ordered[-1].mteb_task.name).meta, AdapterMeta)
+    meta = read_record(staging.task(ordered[-1].mteb_task.name).adapters[0].meta, AdapterMeta)
     write_outputs(
         ordered,
         candidate.summary.failures,

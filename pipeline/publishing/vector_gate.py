@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from pipeline.adapter.description import FoundAdapter
+from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.files import load_adapter
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.data.dataset import TaskData
@@ -16,14 +17,15 @@ from pipeline.errors import DataError
 from pipeline.evaluation.scores import Interval
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.inference.encoder_of_adapter import find_encoder_of
-from pipeline.inference.reference import find_adapters
+from pipeline.inference.reference import find_task_folder
 from pipeline.machine import local_cpus
 from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
 from pipeline.publishing.measurement import GateMeasurement
 from pipeline.publishing.publication import Candidate
+from pipeline.store.run_folder import TaskFolder
 from pipeline.vector_scores.comparison import compare
-from pipeline.vector_scores.measuring import Measured, measure_vectors
+from pipeline.vector_scores.measuring import Measured, measure_vectors, side_texts
 
 
 def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> GateMeasurement:
@@ -41,9 +43,9 @@ def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> 
         raise DataError(
             f"{task}: the data set has changed since run {candidate.summary.run_id}; retrain before publishing"
         )
-    (new,) = find_adapters([f"{candidate.folder.root}#{task}"], offline=True)
-    (old,) = find_adapters([published], offline=config.data.offline)
-    first, second = (_measure(found, data, config, is_own=found is new) for found in (new, old))
+    new = find_task_folder(f"{candidate.folder.root}#{task}", offline=True)
+    old = find_task_folder(published, offline=config.data.offline)
+    first, second = (_measure(folder, data, config, is_own=folder is new) for folder in (new, old))
     compared = compare(data, second, first, config=config.evaluate, seed=config.train.seed, run_id="gate")
     whole = compared.differences[0]
     # Too few independent texts give no interval: then anything is possible, and nothing is decided.
@@ -58,12 +60,24 @@ def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> 
     )
 
 
-def _measure(found: FoundAdapter, data: PairData | TaskData, config: RunConfig, *, is_own: bool) -> Measured:
-    """Measure an adapter at full width, on the encoder that it was trained on."""
+def _measure(folder: TaskFolder, data: PairData | TaskData, config: RunConfig, *, is_own: bool) -> Measured:
+    """Measure the adapters of a task at full width, on the encoder and with the prefixes that they were trained on."""
+    adapters = [describe_adapter(one) for one in folder.adapters]
+    found = adapters[0]
+    if isinstance(data, PairData):
+        data = replace(data, task=data.task.changed(prefixes=found.meta.prefixes))
     threads = local_cpus()
     torch.set_num_threads(threads)
     location = config.encoder.name if is_own and Path(config.encoder.name).is_dir() else None
     files, encoder_config = find_encoder_of(found, location, offline=config.data.offline)
     encoder = Encoder(files, encoder_config, choose_runtime(TrainConfig(), threads=threads, use_gpu=True))
-    load_adapter(found.folder, encoder, found=found)
-    return measure_vectors(data, TextVectors(encoder))
+    if not folder.has_sides:
+        load_adapter(found.folder, encoder, found=found)
+        return measure_vectors(data, TextVectors(encoder))
+    assert isinstance(data, PairData), "only pairs have sides"
+    texts, vectors = side_texts(data), (TextVectors(encoder), TextVectors(encoder))
+    for adapter, of_side, embed in zip(adapters, (texts.first, texts.second), vectors, strict=True):
+        attached = load_adapter(adapter.folder, encoder, found=adapter)
+        embed(of_side)
+        attached.detach()
+    return measure_vectors(data, vectors[0], second=vectors[1])

@@ -22,7 +22,7 @@ from pipeline.machine import local_cpus
 from pipeline.publishing.card_claims import check_card
 from pipeline.publishing.consistency import check_publication, check_run, check_summary, check_task
 from pipeline.publishing.publication import file_sha256
-from pipeline.records import Publication, ReferenceOutputs, TaskResult
+from pipeline.records import SIDES, Publication, ReferenceOutputs, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.store.manifest import read_manifest
@@ -101,9 +101,9 @@ def verify_folder(
         named = f" {', '.join(missing)}" if missing else ""
         raise AdapterError(f"{root}: there is no adapter{named} in it; it has {', '.join(existing) or 'none'}")
     checked = {task: check_task(folder.task(task)) for task in requested}
-    for adapter, result in checked.values():
+    for adapters, result in checked.values():
         if manifest is not None:
-            check_run(manifest, adapter, result)
+            check_run(manifest, adapters, result)
     results = {task: result for task, (_, result) in checked.items()}
     if publication is not None:
         check_publication(folder, publication, results)
@@ -111,7 +111,8 @@ def verify_folder(
         check_summary(folder, results, listed=listed)
         if results.keys() == listed.adapters.keys():
             check_card(folder, results)
-    return _verify_logits(list(checked.values()), encoder, offline=offline)
+    every = [(adapter, result) for adapters, result in checked.values() for adapter in adapters]
+    return _verify_logits(every, encoder, offline=offline)
 
 
 def _verify_logits(
@@ -129,7 +130,7 @@ def _verify_logits(
     verified = []
     answers = reload_elsewhere(asks, config, offline=offline)
     for adapter, trained, probe, reloaded in zip(adapters, is_trained, probes, answers, strict=True):
-        logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.root.name
+        logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.name
         difference = reloaded.check(
             name, outputs=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
         )
@@ -146,9 +147,10 @@ def check_files(folder: RunFolder, publication: Publication) -> None:
     for name in publication.adapters:
         task = folder.task(name)
         has_head = f"{name}/{task.labels.name}" in publication.files
-        for file in (*task.published(has_head=has_head), task.result):
-            if f"{name}/{file.name}" not in publication.files:
-                raise VerificationError(f"{name}/{file.name}: publication.json has no hash of it")
+        has_sides = f"{name}/{SIDES[0]}/{task.meta.name}" in publication.files
+        for file in (*task.published(has_head=has_head, has_sides=has_sides), task.result):
+            if (inside := file.relative_to(folder.root).as_posix()) not in publication.files:
+                raise VerificationError(f"{inside}: publication.json has no hash of it")
     ours = [path for part in (folder.metrics, folder.mteb_results) for path in part.rglob("*") if not is_folder(path)]
     for path in (*folder.published(), *ours):
         if (name := path.relative_to(folder.root).as_posix()) not in publication.files:

@@ -26,6 +26,9 @@ Loss = Literal["cross-entropy", "cosent", "cosine", "infonce", "triplet"]
 Side = Literal["query", "passage"]
 """Side of a pair of texts: the first text, or the second and all negatives."""
 
+SIDES: tuple[Side, Side] = ("query", "passage")
+"""Both sides, in the order of the columns."""
+
 FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
 """A column measured with mteb's few-shot protocol."""
 

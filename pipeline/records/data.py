@@ -51,6 +51,8 @@ class MtebTask(Record):
     """Column of the similarity, or of the 0/1 label, of each pair. None: every pair is positive."""
     prefixes: tuple[str, str] | None = None
     """Texts put before each query and before each passage."""
+    sides: Literal["query-passage"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """``query-passage``: one adapter for queries and another for passages."""
     slices: tuple[str, ...] = ()
     """Columns of test by whose values the scores are also given."""
     validation_location: str | None = None

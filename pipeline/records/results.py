@@ -74,6 +74,11 @@ class TaskResult(Record):
         """Whether the adapter can classify."""
         return self.num_head_parameters > 0
 
+    @property
+    def has_sides(self) -> bool:
+        """Whether each side of the task's pairs has an adapter of its own."""
+        return self.mteb_task.sides is not None
+
     @model_validator(mode="before")
     @classmethod
     def _move_start_accuracy_of_older_versions(cls, values: Any) -> Any:

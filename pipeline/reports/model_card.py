@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pipeline.evaluation.metrics import title_of
 from pipeline.history.values import find_value, main_value, values_of
 from pipeline.printable import markdown
-from pipeline.records import ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
+from pipeline.records import SIDES, ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
 from pipeline.reports.summary import data_source, is_of_mteb, score_row, task_entry
@@ -62,8 +62,10 @@ def render_card(
             )
         )
     if vectors:
-        example = vectors[0].mteb_task.name
-        snippets.append(vector_snippet(task=example, encoder=encoder, trust_remote_code=trust_remote_code))
+        example, has_sides = vectors[0].mteb_task.name, vectors[0].has_sides
+        snippets.append(
+            vector_snippet(task=example, has_sides=has_sides, encoder=encoder, trust_remote_code=trust_remote_code)
+        )
     rows = [line.cells() for line in table.lines] + ([table.average_cells()] if len(table.lines) > 1 else [])
     text = _environment().get_template("card.md.j2")
     return text.render(
@@ -119,21 +121,23 @@ def usage_snippet(
     )
 
 
-def vector_snippet(*, task: str, encoder: EncoderRef, trust_remote_code: bool = False) -> str:
+def vector_snippet(*, task: str, has_sides: bool, encoder: EncoderRef, trust_remote_code: bool = False) -> str:
     """Render a Python program that compares two texts with an embedding adapter, by PEFT.
 
     Args:
         task: MTEB task whose folder the program reads.
+        has_sides: Whether the folder holds an adapter for queries and one for passages.
         encoder: Encoder that the program loads by ``public_name`` and ``revision``.
         trust_remote_code: Whether the encoder needs its own code.
     """
     pinned = _COMMIT.fullmatch(encoder.revision) is not None
+    folders = [f"{task}/{side}" for side in SIDES] if has_sides else [task, task]
     template = _environment().get_template("vector_snippet.py.j2")
     return template.render(
         encoder=_literal(encoder.public_name),
         revision=_literal(encoder.revision) if pinned else "",
         fingerprint=encoder.revision,
-        folder=_literal(task),
+        folders=f"({", ".join(map(_literal, folders))})",
         trust=", trust_remote_code=True" if trust_remote_code else "",
     )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import AdapterError, DataError, EncoderError
-from pipeline.inference.reference import find_adapters
+from pipeline.inference.reference import find_task_folder
 from pipeline.records import Runtime
 from pipeline.run.plan import JobSpec
 from pipeline.store.files import read_record, write_atomically
-from pipeline.store.run_folder import TaskFolder
+from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
 
 class JobInputs:
@@ -47,10 +47,10 @@ class JobInputs:
         start = self.spec.warm_start
         if start is None:
             return None
-        (adapter,) = find_adapters([start.path], offline=self.config.data.offline)
-        if adapter.sha256 != start.sha256:
+        folder = find_task_folder(start.path, offline=self.config.data.offline)
+        if adapter_sha256(folder.root) != start.sha256:
             raise AdapterError(f"adapter {start.path} has changed since this run checked it; start it again")
-        return adapter.folder
+        return folder
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Check that the data are those that the run has checked.

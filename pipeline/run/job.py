@@ -6,21 +6,23 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
+from pipeline.adapter.sided import SidedAdapter
 from pipeline.errors import AdapterError, DataError
 from pipeline.inference.reload import check_reload
-from pipeline.records import AdapterRef, DataSummary, EpochRow, Progress, TaskResult, ValueRow, WarmStart
+from pipeline.records import SIDES, AdapterRef, DataSummary, EpochRow, Progress, TaskResult, ValueRow, WarmStart
 from pipeline.run.classification_work import ClassificationWork
 from pipeline.run.embedding_work import PairWork, SeparationWork
 from pipeline.run.family import Evaluation, FamilyWork
 from pipeline.run.inputs import JobInputs
 from pipeline.run.plan import JobSpec
 from pipeline.store.files import read_record, write_atomically
-from pipeline.store.run_folder import RunFolder, adapter_sha256
+from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 from pipeline.training.train import Training, train_adapter
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +69,9 @@ class TaskJob:
         }
         if self.spec.mteb_task.prefixes is not None:
             meta["prefixes"] = self.spec.mteb_task.prefixes
-        return save_adapter(training.adapter, self.folder, meta=meta)
+        for adapter, folder in self._parts(training):
+            ref = save_adapter(adapter, folder, meta=meta)
+        return ref.changed(path=self.folder.root.name, sha256=adapter_sha256(self.folder.root))
 
     def finish(self) -> TaskResult:
         """Evaluate the adapter, verify its files in a fresh process, and write the result.
@@ -83,7 +87,8 @@ class TaskJob:
         started = time.perf_counter()
         evaluation = self.family.evaluate(training, adapter, self.folder)
         texts, is_trained = self.family.texts_to_reload(), training.best_epoch > 0
-        check_reload(training.adapter, self.folder, texts, is_trained=is_trained, offline=self.config.data.offline)
+        for part, folder in self._parts(training):
+            check_reload(part, folder, texts, is_trained=is_trained, offline=self.config.data.offline)
         _LOG.info("evaluated and reloaded in a fresh process in %.1f s", time.perf_counter() - started)
         write_atomically(self.folder.few_shot, json.dumps(evaluation.few_shot, indent=1))
         result = self._result(training, adapter, evaluation, started=started)
@@ -91,9 +96,17 @@ class TaskJob:
         shutil.rmtree(self.inputs.work, ignore_errors=True)
         return result
 
+    def _parts(self, training: Training) -> Iterator[tuple[Adapter, TaskFolder]]:
+        """Yield each trained adapter, one or one per side, and its folder. Each is attached when it is yielded."""
+        if isinstance(training.adapter, SidedAdapter):
+            for side in SIDES:
+                yield training.adapter.use(side), self.folder.side(side)
+        else:
+            yield training.adapter, self.folder
+
     def _result(self, training: Training, adapter: AdapterRef, evaluation: Evaluation, *, started: float) -> TaskResult:
         encoder, trained = self.inputs.encoder, training.adapter
-        data = self.load()
+        data, tokens = self.load(), encoder.tokenise(self.family.texts_to_reload())
         is_accuracy = training.selection_metric == "accuracy"
         return TaskResult(
             mteb_task=self.family.task,
@@ -105,7 +118,7 @@ class TaskJob:
             adapter=adapter,
             num_lora_parameters=sum(p.numel() for p in trained.lora_parameters),
             num_head_parameters=0 if trained.head is None else sum(p.numel() for p in trained.head.parameters()),
-            merge_difference=trained.merge_difference(encoder.tokenise(self.family.texts_to_reload())),
+            merge_difference=max(part.merge_difference(tokens) for part, _ in self._parts(training)),
             probe_c=evaluation.probe_c,
             epochs=training.epochs,
             best_epoch=training.best_epoch,

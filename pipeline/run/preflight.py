@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig
 from pipeline.data.catalogue import plan_tasks
@@ -12,12 +13,13 @@ from pipeline.data.families import check_widths
 from pipeline.encoder.files import EncoderFiles, find_encoder
 from pipeline.encoder.loading import empty_model, load_tokenizer
 from pipeline.errors import AdapterError, DataError, InputError
-from pipeline.inference.reference import find_adapters
+from pipeline.inference.reference import find_task_folder
 from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
 from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
 from pipeline.run.plan import Plan, PlannedTask
 from pipeline.store.key import library_versions, task_key
+from pipeline.store.run_folder import adapter_sha256
 
 
 def preflight(config: RunConfig, runtime: Runtime) -> Plan:
@@ -67,7 +69,7 @@ def _check_task(
         runtime=runtime,
         versions=library_versions(),
     )
-    start = _find_warm_start(config, mteb_task.name, encoder, paths)
+    start = _find_warm_start(config, mteb_task, encoder, paths)
     notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
     warm_start = start if isinstance(start, AdapterRef) else None
     if isinstance(data, PairData):
@@ -76,14 +78,15 @@ def _check_task(
 
 
 def _find_warm_start(
-    config: RunConfig, name: str, encoder: EncoderRef, paths: Sequence[str]
+    config: RunConfig, mteb_task: MtebTask, encoder: EncoderRef, paths: Sequence[str]
 ) -> AdapterRef | str | None:
     """The adapter to start from, or the reason why it is impossible. None if the config requests no warm start."""
     if config.train.warm_start is None:
         return None
-    ref = f"{config.train.warm_start}#{name}"
+    ref = f"{config.train.warm_start}#{mteb_task.name}"
     try:
-        (adapter,) = find_adapters([ref], offline=config.data.offline)
+        folder = find_task_folder(ref, offline=config.data.offline)
+        adapter, *_ = (describe_adapter(part) for part in folder.adapters)
     except AdapterError as error:
         return f"nothing to start from: {error}"
     expected = {
@@ -93,11 +96,13 @@ def _find_warm_start(
         "pooling": config.encoder.pooling,
     }
     other = [what for what, value in expected.items() if getattr(adapter.meta, what) != value]
+    if folder.has_sides != (mteb_task.sides is not None):
+        other.append("number of adapters")
     if adapter.encoder.revision != encoder.revision:
         other.append("encoder revision")
     if other:
         return f"{ref} has another {' and another '.join(other)}"
-    return AdapterRef(path=ref, sha256=adapter.sha256, encoder_revision=encoder.revision)
+    return AdapterRef(path=ref, sha256=adapter_sha256(folder.root), encoder_revision=encoder.revision)
 
 
 def _pin(config: RunConfig, files: EncoderFiles) -> RunConfig:

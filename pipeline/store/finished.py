@@ -86,7 +86,7 @@ def _whole_result(folder: TaskFolder, keys: Collection[str]) -> TaskResult | Non
         result = read_record(folder.result, TaskResult)
         is_whole = (
             result.key in keys
-            and all(file.is_file() for file in folder.published(has_head=result.has_head))
+            and all(file.is_file() for file in folder.published(has_head=result.has_head, has_sides=result.has_sides))
             and adapter_sha256(folder.root) == result.adapter.sha256
         )
     except (DataError, AdapterError):

@@ -38,8 +38,12 @@ def is_folder(path: Path | str) -> bool:
 
 def adapters_in(root: Path) -> list[str]:
     """Sorted names of the adapter folders in a run or a publication. Dot folders are incomplete copies and skipped."""
-    names = root.glob(f"[!.]*/{TaskFolder(root).adapter_weights.name}") if is_folder(root) else ()
-    return sorted(path.parent.name for path in names)
+    folders = root.glob("[!.]*/") if is_folder(root) else ()
+    return sorted(
+        folder.name
+        for folder in folders
+        if any(os.path.lexists(adapter.adapter_weights) for adapter in TaskFolder(folder).adapters)
+    )
 
 
 def explain(root: Path, *, task: str | None = None) -> str:

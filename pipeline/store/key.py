@@ -17,7 +17,8 @@ from pipeline.records import EncoderRef, MtebTask, Runtime
 VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-learn", "scipy", "numpy")
 """Libraries whose versions may change a weight or a score."""
 
-_TASK_FIELDS = {*("name", "subset", "max_epochs", "samples_per_label", "objective", "loss", "prefixes", "slices")}
+_TASK_FIELDS = {*("name", "subset", "max_epochs", "samples_per_label")}
+_TASK_FIELDS |= {*("objective", "loss", "prefixes", "sides", "slices")}
 _WORKERS_JOB = "pipeline.run.job"
 _PACKAGE = Path(pipeline.__file__).parent
 

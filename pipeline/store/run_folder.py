@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import AdapterError, ConfigError
+from pipeline.records import SIDES, Side
 from pipeline.store.files import add_file
 
 
@@ -16,6 +17,26 @@ class TaskFolder:
     """Paths of one MTEB task's files, in lorafleet's own layout and in formats that other libraries load."""
 
     root: Path
+
+    def side(self, side: Side) -> TaskFolder:
+        """Folder of the adapter of one side, if each side of its pairs has an adapter of its own."""
+        return TaskFolder(self.root / side)
+
+    @property
+    def name(self) -> str:
+        """Name of the task, with the side if this is the folder of one."""
+        is_of_side = self.root.name in SIDES and TaskFolder(self.root.parent).has_sides
+        return f"{self.root.parent.name}.{self.root.name}" if is_of_side else self.root.name
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether the folder holds an adapter for each side of its pairs."""
+        return not os.path.lexists(self.adapter_weights) and os.path.lexists(self.side("query").adapter_weights)
+
+    @property
+    def adapters(self) -> tuple[TaskFolder, ...]:
+        """Folders of the task's adapters: this folder, or those of both sides, queries first."""
+        return tuple(map(self.side, SIDES)) if self.has_sides else (self,)
 
     @property
     def lora_adapter_pt(self) -> Path:
@@ -72,15 +93,19 @@ class TaskFolder:
         """A ``TaskResult`` record. Written last, it marks the MTEB task as finished. Published without local paths."""
         return self.root / "result.json"
 
-    def published(self, *, has_head: bool = True) -> tuple[Path, ...]:
+    def published(self, *, has_head: bool = True, has_sides: bool = False) -> tuple[Path, ...]:
         """Files that are published unchanged.
 
         Args:
             has_head: An adapter without a head has no file of one.
+            has_sides: Whether each side of the task's pairs has an adapter of its own.
         """
+        folders = tuple(map(self.side, SIDES)) if has_sides else (self,)
+        return (*(path for folder in folders for path in folder._of_adapter(has_head=has_head)), self.few_shot)
+
+    def _of_adapter(self, *, has_head: bool) -> tuple[Path, ...]:
         of_head = (self.classifier_head_pt, self.head, self.labels, self.calibration) if has_head else ()
-        pairs = (self.lora_adapter_pt, self.meta, self.adapter_weights, self.adapter_config, self.probe, self.few_shot)
-        return (*pairs, *of_head)
+        return (self.lora_adapter_pt, self.meta, self.adapter_weights, self.adapter_config, self.probe, *of_head)
 
 
 @dataclass(frozen=True)
@@ -191,14 +216,16 @@ class RunFolder:
 def adapter_sha256(folder: Path) -> str:
     """Identity of an adapter: SHA-256 over ``adapter_model.safetensors``, then ``head.safetensors``, in hex.
 
-    A folder with neither a head nor labels is an adapter without a head. The first file alone identifies it.
+    A folder with neither a head nor labels is an adapter without a head. The first file alone identifies it. Two
+    adapters, one for each side of pairs, are identified together, by the files of both.
 
     Raises:
         AdapterError: one of the two files is missing or cannot be read.
     """
     digest, files = hashlib.sha256(), TaskFolder(folder)
     has_head = os.path.lexists(files.head) or os.path.lexists(files.labels)
-    for path in (files.adapter_weights, *((files.head,) if has_head else ())):
+    weights = [adapter.adapter_weights for adapter in files.adapters]
+    for path in (*weights, *((files.head,) if has_head else ())):
         try:
             add_file(digest, path)
         except OSError as error:

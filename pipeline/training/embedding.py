@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError
+from pipeline.records import SIDES
 from pipeline.training.losses import over_widths, relational_distance
 from pipeline.training.objective import BatchLoss, Objective
 from pipeline.training.step_graphs import Inputs
@@ -35,13 +37,18 @@ _SLICE_LENGTH_STEPS = 4  # on a GPU slices are padded to a larger step, so that 
 class EmbeddingObjective(Objective):
     """An objective on the vectors of all texts of a batch, whose columns pass through the encoder together."""
 
-    def __init__(self, tokens: Tokens, *, config: TrainConfig) -> None:
+    def __init__(self, tokens: Tokens, *, config: TrainConfig, has_sides: bool = False) -> None:
         """Compute nothing yet.
 
         Args:
             tokens: All texts of an epoch.
             config: Temperature, widths, distillation and texts per pass.
+            has_sides: Whether the first text of each example has an adapter of its own.
+        Raises: ConfigError: the sides cannot be compiled.
         """
+        if has_sides and config.compile:
+            raise ConfigError("train.compile cannot compile two adapters that take turns; leave it out, or sides")
+        self.has_sides = has_sides
         self._tokens = tokens
         self._config = config
         self._temperature: _Temperature | None = None
@@ -57,7 +64,7 @@ class EmbeddingObjective(Objective):
         """The learned temperature, if there is one."""
         return () if self._temperature is None else (self._temperature.exponent,)
 
-    def start(self, adapter: Adapter) -> None:
+    def start(self, adapter: AnyAdapter) -> None:
         """Make the learned temperature, and embed the texts for the distillation while the adapter has no effect."""
         if self._config.temperature == "learned":
             self._temperature = _Temperature(adapter.encoder.device)
@@ -67,28 +74,37 @@ class EmbeddingObjective(Objective):
     def inputs(self, rows: IntArray, encoder: Encoder, *, length_step: int) -> Inputs:
         """Targets of the examples, the order of the texts, the frozen vectors if needed, and batches of the texts."""
         texts = self.texts_of(rows)
-        on_cpu = encoder.device.type == "cpu"
-        slices, order = self._slices(
-            texts, size=self._config.texts_per_pass or (_TEXTS_AT_ONCE if on_cpu else len(texts))
-        )
+        num_first = len(rows) if self.has_sides else 0
+        slices, order = self._slices(texts[num_first:], size=self._texts_at_once(encoder, len(texts)))
+        if self.has_sides:
+            first, first_order = self._slices(texts[:num_first], size=self._texts_at_once(encoder, len(texts)))
+            slices, order = [*first, *slices], np.concatenate([first_order, num_first + order])
         step = length_step if len(slices) == 1 or length_step == 1 else _SLICE_LENGTH_STEPS * length_step
         arrays = [self.targets(rows), order, *(() if self._frozen is None else (self._frozen[texts],))]
         tensors = [encoder.to_device(torch.from_numpy(array)) for array in arrays]
         return *tensors, *(encoder.batch(self._tokens, part, length_step=step) for part in slices)
 
-    def loss(self, adapter: Adapter) -> BatchLoss:
+    def loss(self, adapter: AnyAdapter) -> BatchLoss:
         """Mean loss over the widths, plus the distillation term.
 
         Raises: ConfigError: a width is larger than the encoder's.
         """
         self._check_widths(adapter.encoder)
         # Dynamic, because the batches of an epoch have many shapes.
-        embed = torch.compile(adapter.vectors, dynamic=True) if adapter.encoder.runtime.compiled else adapter.vectors
+        embed = adapter.vectors_of
+        if adapter.encoder.runtime.compiled:
+            embed = torch.compile(embed, dynamic=True)
         recompute = self._config.texts_per_pass is not None
 
         def loss(targets: Tensor, order: Tensor, *parts: Tensor | Batch) -> Tensor:
             slices = [part for part in parts if isinstance(part, Batch)]
-            vectors = embed_slices(embed, slices, recompute=recompute).index_select(0, order)
+            num_first = 0
+            if self.has_sides:
+                num_first = -(-len(targets) // self._texts_at_once(adapter.encoder, len(order)))
+            of_sides = ((SIDES[0], slices[:num_first]), (SIDES[1], slices[num_first:]))
+            vectors = torch.cat(
+                [embed_slices(partial(embed, side), some, recompute=recompute) for side, some in of_sides if some]
+            ).index_select(0, order)
             temperature = self._current_temperature()
             value = over_widths(
                 lambda narrow: self.vector_loss(narrow, targets, temperature), vectors, widths=self._config.widths
@@ -111,6 +127,10 @@ class EmbeddingObjective(Objective):
     @abstractmethod
     def vector_loss(self, vectors: Tensor, targets: Tensor, temperature: float | Tensor) -> Tensor:
         """Loss of the vectors of one batch, float32 (texts, any width), as a scalar."""
+
+    def _texts_at_once(self, encoder: Encoder, num_texts: int) -> int:
+        """Number of texts of each pass, for a batch of so many texts."""
+        return self._config.texts_per_pass or (_TEXTS_AT_ONCE if encoder.device.type == "cpu" else num_texts)
 
     def _slices(self, texts: IntArray, *, size: int) -> tuple[list[IntArray], IntArray]:
         """Texts of each pass, of similar length, and the position of each text of the batch among them."""

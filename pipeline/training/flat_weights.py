@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.lora import Factors
+from pipeline.adapter.sided import AnyAdapter
 
 
 class WorkingCopy:
@@ -16,7 +16,7 @@ class WorkingCopy:
 
     One operation per step updates the copy, and another returns its gradients."""
 
-    def __init__(self, adapter: Adapter, weights: nn.Parameter) -> None:
+    def __init__(self, adapter: AnyAdapter, weights: nn.Parameter) -> None:
         """Make the copy. ``weights`` begins with A and B of every pair, in the layout of ``flatten``."""
         self.loras = list(adapter.projections.values())
         length = sum(p.numel() for p in adapter.lora_parameters)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch
 from pipeline.encoder.tokeniser import IntArray
@@ -30,7 +30,7 @@ class Loop:
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: AnyAdapter,
         objective: Objective,
         config: TrainConfig,
         max_epochs: int,

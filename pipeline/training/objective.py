@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.head import HeadStart
+from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.tokeniser import IntArray
@@ -39,6 +40,9 @@ class Objective(ABC):
 
     selection_metric: str
     """Name of the metric that selects the epoch."""
+
+    has_sides: bool = False
+    """Whether each side of pairs of texts has an adapter of its own."""
 
     examples: str = "texts"
     """Word for several examples, in log lines."""
@@ -82,11 +86,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, adapter: Adapter) -> BatchLoss:
+    def loss(self, adapter: AnyAdapter) -> BatchLoss:
         """Make the loss function for an adapter. Called once, before the first step."""
 
     @abstractmethod
-    def score(self, adapter: Adapter) -> float:
+    def score(self, adapter: AnyAdapter) -> float:
         """Value of the selection metric on the selection's examples. Larger is better."""
 
     @abstractmethod
@@ -104,7 +108,7 @@ class Objective(ABC):
         """Fields of ``EpochRow`` for the value of the selection metric."""
         return {"validation_score": score}
 
-    def start(self, adapter: Adapter) -> None:  # noqa: B027 - most objectives start at random
+    def start(self, adapter: AnyAdapter) -> None:  # noqa: B027 - most objectives start at random
         """Replace random initial weights. Called once, before a warm start."""
 
 
@@ -171,8 +175,9 @@ class Classification(Objective):
         labels = encoder.to_device(torch.from_numpy(self._train.labels[rows]))
         return encoder.batch(self._train.tokens, rows, length_step=length_step), labels
 
-    def loss(self, adapter: Adapter) -> BatchLoss:
+    def loss(self, adapter: AnyAdapter) -> BatchLoss:
         """Cross-entropy with class weights and label smoothing."""
+        assert isinstance(adapter, Adapter)
         # Dynamic, because the batches of an epoch have many shapes.
         logits_of = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         weights = class_weights(self._train.labels, len(adapter.label_names), self._config).to(adapter.encoder.device)
@@ -182,9 +187,10 @@ class Classification(Objective):
 
         return loss
 
-    def score(self, adapter: Adapter) -> float:
+    def score(self, adapter: AnyAdapter) -> float:
         """Accuracy on the selection's texts."""
         assert self._selection is not None
+        assert isinstance(adapter, Adapter)
         return accuracy(adapter, self._selection)
 
     def epoch_fields(self, score: float | None) -> dict[str, float | None]:
@@ -202,9 +208,10 @@ class Classification(Objective):
             head_start=self._head_start,
         )
 
-    def start(self, adapter: Adapter) -> None:
+    def start(self, adapter: AnyAdapter) -> None:
         """Set the head's initial weights."""
         if self._head_start is not None:
+            assert isinstance(adapter, Adapter)
             adapter.classifier.start_from(self._head_start)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError, DataError
 from pipeline.pairs.data import PairSplit
-from pipeline.records import Loss
+from pipeline.records import SIDES, Loss
 from pipeline.training.batches import arrays_sha256, chosen, epoch_batches, joined
 from pipeline.training.embedding import EmbeddingObjective
 from pipeline.training.losses import cosent, cosine_mse, infonce, triplet
@@ -90,6 +90,7 @@ class PairObjective(EmbeddingObjective):
         family: Literal["text-matching", "retrieval"],
         loss: Loss,
         config: TrainConfig,
+        has_sides: bool = False,
     ) -> None:
         """Find out which texts may not be negatives of each other.
 
@@ -99,11 +100,12 @@ class PairObjective(EmbeddingObjective):
             family: Task family.
             loss: ``cosent`` or ``cosine`` for pairs with scores, ``infonce`` or ``triplet`` for positive pairs.
             config: Temperature, widths, distillation and texts per pass.
+            has_sides: Whether queries and passages have an adapter each.
         Raises:
             ConfigError: the loss does not fit the data, or the batch is too small for it.
             DataError: the scores of the selection are all equal.
         """
-        super().__init__(joined(train.columns), config=config)
+        super().__init__(joined(train.columns), config=config, has_sides=has_sides)
         self._train, self._selection, self._family, self._loss = train, selection, family, loss
         _check_loss(loss, train)
         if config.batch_size < 2 and loss != "cosine":
@@ -129,6 +131,7 @@ class PairObjective(EmbeddingObjective):
         return {
             "family": self._family,
             "loss": self._loss,
+            "sides": self.has_sides,
             "training pairs": self._train.sha256,
             "selection pairs": None if self._selection is None else self._selection.sha256,
         }
@@ -159,12 +162,14 @@ class PairObjective(EmbeddingObjective):
             case _:
                 return infonce(first, others, targets, temperature=temperature)
 
-    def score(self, adapter: Adapter) -> float:
+    def score(self, adapter: AnyAdapter) -> float:
         """Value of the selection metric on the selection's pairs. Not a number if a vector is not finite."""
         assert self._selection is not None
         if self._selection.scores is None:
-            return _search_score(adapter.encoder, self._selection)
-        first, second = (adapter.encoder.embed(column) for column in self._selection.columns[:2])
+            return _search_score(adapter, self._selection)
+        first, second = (
+            adapter.embed(side, column) for side, column in zip(SIDES, self._selection.columns[:2], strict=True)
+        )
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
             return float("nan")
         return _agreement(_cosines(first, second), self._selection.scores, metric=self.selection_metric)
@@ -173,7 +178,12 @@ class PairObjective(EmbeddingObjective):
         """The same objective, trained on the selection's pairs as well."""
         assert self._selection is not None
         return PairObjective(
-            self._train + self._selection, None, family=self._family, loss=self._loss, config=self._config
+            self._train + self._selection,
+            None,
+            family=self._family,
+            loss=self._loss,
+            config=self._config,
+            has_sides=self.has_sides,
         )
 
 
@@ -230,13 +240,13 @@ def _agreement(cosines: FloatArray, scores: FloatArray, *, metric: str) -> float
     return float(average_precision_score(scores, cosines))
 
 
-def _search_score(encoder: Encoder, pairs: TokenPairs) -> float:
+def _search_score(adapter: AnyAdapter, pairs: TokenPairs) -> float:
     """Mean nDCG of the distinct queries in the distinct passages, given negatives included."""
     _, query_rows, query_numbers = np.unique(pairs.text_ids[0], return_index=True, return_inverse=True)
     passage_ids = np.concatenate(pairs.text_ids[1:])
     _, passage_rows, passage_numbers = np.unique(passage_ids, return_index=True, return_inverse=True)
-    queries = encoder.embed(chosen(pairs.columns[0], query_rows))
-    passages = encoder.embed(chosen(joined(pairs.columns[1:]), passage_rows))
+    queries = adapter.embed("query", chosen(pairs.columns[0], query_rows))
+    passages = adapter.embed("passage", chosen(joined(pairs.columns[1:]), passage_rows))
     if not (np.isfinite(queries).all() and np.isfinite(passages).all()):
         return float("nan")
     relevant = np.unique(np.stack([query_numbers, passage_numbers[: len(pairs)]]), axis=1)

@@ -12,6 +12,7 @@ import torch
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.files import start_from
+from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
@@ -25,7 +26,7 @@ from pipeline.training.objective import Objective
 class Training:
     """A trained adapter, still attached to its encoder, with the best weights."""
 
-    adapter: Adapter
+    adapter: AnyAdapter
     epochs: tuple[EpochRow, ...]
     best_epoch: int
     """Epoch whose weights these are. 0: the start, because every epoch was below it."""
@@ -77,14 +78,21 @@ def train_adapter(
     conditions |= objective.conditions()
 
     def make_loop(objective: Objective, path: Path | None, *, stop_after: int | None = None) -> Loop:
-        adapter = Adapter(encoder, adapter_config, objective.label_names, seed=train_config.seed)
+        adapter: AnyAdapter
+        if objective.has_sides:
+            adapter = SidedAdapter(encoder, adapter_config, seed=train_config.seed)
+            starting = [*adapter.sides.values()]
+        else:
+            adapter = Adapter(encoder, adapter_config, objective.label_names, seed=train_config.seed)
+            starting = [adapter]
         objective.start(adapter)
         if warm_start is not None:
-            start_from(adapter, warm_start)
+            for one, folder in zip(starting, warm_start.adapters, strict=True):
+                start_from(one, folder)
         file = Checkpoint(path, conditions) if path else None
         return Loop(adapter, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
-    start_knows = warm_start is not None and describe_adapter(warm_start).meta.learnt_validation
+    start_knows = warm_start is not None and describe_adapter(warm_start.adapters[0]).meta.learnt_validation
     loop = make_loop(objective, checkpoint)
     loop.run(on_epoch, start_knows=start_knows)
     state = loop.state

@@ -1,0 +1,90 @@
+"""Two sets of LoRA pairs on one frozen encoder, one for each side of pairs of texts. They are trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pipeline.adapter.adapter import Adapter
+from pipeline.adapter.lora import LoraLinear
+from pipeline.config import AdapterConfig
+from pipeline.encoder.encoder import Batch, Encoder, FloatArray
+from pipeline.encoder.tokeniser import Tokens
+from pipeline.records import SIDES, Side
+
+
+class SidedAdapter:
+    """An adapter for queries and an adapter for passages, neither with a head. One of the two is attached at a time."""
+
+    head = None
+    kind_of_outputs = "vectors"
+    label_names: tuple[str, ...] = ()
+
+    def __init__(self, encoder: Encoder, config: AdapterConfig, *, seed: int = 0) -> None:
+        """Make both sets of pairs, with equal initial weights, and attach that of the queries.
+
+        Args:
+            encoder: The frozen base.
+            config: Rank, scaling and layers of the pairs.
+            seed: Seed of the initial weights.
+        Raises: AdapterError: as ``Adapter``.
+        """
+        self.encoder = encoder
+        self.config = config
+        self._attached: Side = "passage"
+        made = []
+        for _ in SIDES:
+            made.append(Adapter(encoder, config, seed=seed))
+            made[-1].detach()
+        self.sides: Mapping[Side, Adapter] = dict(zip(SIDES, made, strict=True))
+        self.sides[self._attached].attach()
+        self.use("query")
+
+    def use(self, side: Side) -> Adapter:
+        """Attach the adapter of a side instead of the other, and return it."""
+        if side != self._attached:
+            self.sides[self._attached].detach()
+            self.sides[side].attach()
+            self._attached = side
+        return self.sides[side]
+
+    @property
+    def projections(self) -> dict[str, LoraLinear]:
+        """The pairs of both sides, by side and module path."""
+        return {
+            f"{side}/{path}": lora for side, adapter in self.sides.items() for path, lora in adapter.projections.items()
+        }
+
+    @property
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """A and B of every pair of both sides, those of the queries first."""
+        return [parameter for adapter in self.sides.values() for parameter in adapter.lora_parameters]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained weights."""
+        return self.lora_parameters
+
+    def train(self, mode: bool = True) -> None:
+        """Do nothing: there is no dropout."""
+
+    def eval(self) -> None:
+        """Do nothing: there is no dropout."""
+
+    def vectors_of(self, side: Side, batch: Batch) -> Tensor:
+        """Text vectors of one side, float32 (texts, width), differentiable."""
+        return self.use(side).vectors(batch)
+
+    def embed(self, side: Side, tokens: Tokens) -> FloatArray:
+        """Text vectors of one side, float32 (texts, width)."""
+        self.use(side)
+        return self.encoder.embed(tokens)
+
+    def detach(self) -> None:
+        """Put the encoder's own projections back in place."""
+        self.sides[self._attached].detach()
+
+
+AnyAdapter = Adapter | SidedAdapter
+"""An adapter for all texts, or one for each side of pairs of texts."""
