@@ -7,21 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from commands import write_config as write_toml
-from test_embedding_job import graded, labelled
+from sentence_transformers import SentenceTransformer
+from test_embedding_job import graded, labelled, translated
 
 from flows.cli import lorafleet
 from pipeline.config import PublishConfig, load_config
 from pipeline.encoder.runtime import choose_runtime
+from pipeline.errors import AdapterError
+from pipeline.export.export import export_adapter
 from pipeline.history.tables import read_gate
 from pipeline.inference.reference import find_adapters
+from pipeline.inference.router import Router
 from pipeline.publishing.publish import publish
 from pipeline.publishing.verify import verify
-from pipeline.records import RunResults
+from pipeline.records import SIDES, RunResults
 from pipeline.run.collect import collect, finish_run
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
@@ -31,6 +36,7 @@ from pipeline.store.manifest import write_config
 from pipeline.store.run_folder import RunFolder
 
 Folders = Callable[[str], Path]
+Make = Callable[[int, int], dict[str, list[Any]]]
 
 
 def inverted(num_pairs: int, seed: int) -> dict[str, list[Any]]:
@@ -39,15 +45,26 @@ def inverted(num_pairs: int, seed: int) -> dict[str, list[Any]]:
     return rows | {"label": [1 - label for label in rows["label"]]}
 
 
+def misled(num_pairs: int, seed: int) -> dict[str, list[Any]]:
+    """Queries whose passages stand in the other direction from that of ``translated``."""
+    return translated(num_pairs, seed, step=2)
+
+
 def finished_run(encoder: Path, folder: Path, run_id: str, *, is_harmful: bool = False) -> RunFolder:
-    """A run of two tasks of pairs. A harmful one has learnt the opposite, and was selected by it."""
-    entries = []
-    for name, make in (("Same", inverted if is_harmful else labelled), ("Graded", graded)):
-        entry = {"name": name} | ({"columns": ["sentence1", "sentence2"]} if name == "Graded" else {})
+    """A run of three tasks of pairs. A harmful one has learnt the opposite of two, and was selected by it."""
+    entries: list[dict[str, Any]] = []
+    kinds: dict[str, tuple[Make, Make, dict[str, Any]]] = {
+        "Same": (labelled, inverted, {}),
+        "Find": (translated, misled, {"sides": "query-passage", "prefixes": ["sea ", "garden "]}),
+        "Graded": (graded, graded, {"columns": ["sentence1", "sentence2"]}),
+    }
+    for name, (right, wrong, extra) in kinds.items():
+        entry = {"name": name} | extra
         for split, number, seed in (("train", 300, 1), ("validation", 120, 2), ("test", 300, 3)):
             entry[split] = str(folder / f"{run_id}-{name}-{split}.parquet")
-            rows = labelled if name == "Same" and split == "test" else make
-            pq.write_table(pa.table(rows(number, seed)), entry[split])
+            rows = wrong if is_harmful and split != "test" else right
+            more = 5 if (name, split) == ("Same", "test") else 1  # a loss in average precision takes many to be seen
+            pq.write_table(pa.table(rows(more * number, seed)), entry[split])
         entries.append(entry)
     train = {"learning_rate": 3e-3, "batch_size": 16, "max_epochs": 5, "widths": [8]}
     config = load_config(str(write_toml(folder / f"{run_id}.toml", encoder, entries, train=train, evaluate={})))
@@ -74,6 +91,7 @@ def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
     assert {(name, entry.family, entry.metric) for name, entry in entries.items()} == {
         ("Same", "text-matching", "average_precision"),
         ("Graded", "text-matching", "spearman"),
+        ("Find", "retrieval", "ndcg_at_10"),
     }
     for entry in entries.values():
         assert entry.frozen is not None
@@ -107,9 +125,9 @@ def test_it_is_published_verified_and_a_planted_loss_is_blocked(
 ) -> None:
     to = str(tmp_path / "published")
     first = publish(runs["good"].root, PublishConfig(to=to))
-    assert [decision.decision for decision in first.decisions] == ["promote", "promote"]
+    assert [decision.decision for decision in first.decisions] == ["promote"] * 3
     verified = verify(to, encoder=str(encoder_folder("bert")), offline=True)
-    assert {found.name for found in verified} == {"Same", "Graded"}
+    assert {found.name for found in verified} == {"Same", "Graded", "Find.query", "Find.passage"}
     assert {found.name: found.effect > 0 for found in verified}["Same"]
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "Scores of the embedding adapters" in card
@@ -121,6 +139,35 @@ def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     assert decisions["Same"].metric == "average_precision"
     assert "average precision" in decisions["Same"].reason
     assert decisions["Graded"].decision == "keep"
+    assert (decisions["Find"].decision, decisions["Find"].metric) == ("block", "ndcg_at_10"), decisions["Find"].reason
     assert [found.metric for found in read_gate(runs["harmful"].gate)] == [d.metric for d in second.decisions]
     (after,) = find_adapters([f"{to}#Same"], offline=True)
     assert after.sha256 == before.sha256
+
+
+def test_each_side_of_a_task_is_loaded_and_exported_by_its_name(
+    runs: dict[str, RunFolder], encoder_folder: Folders, tmp_path: Path
+) -> None:
+    run, encoder = runs["good"], str(encoder_folder("bert"))
+    splits = {
+        split: pq.read_table(run.root.parents[1] / f"{run.root.name}-Find-{split}.parquet").to_pydict()
+        for split in ("train", "validation", "test")
+    }
+    router = Router([f"{run.root}#Find.{side}" for side in SIDES], encoder=encoder, precision="float32", offline=True)
+    rows, corpus = splits["test"], sorted({text for columns in splits.values() for text in columns["passage"]})
+    queries, passages = router.embed(rows["query"], "Find.query"), router.embed(corpus, "Find.passage")
+    similarities = queries @ passages.T
+    right = similarities[np.arange(len(queries)), [corpus.index(text) for text in rows["passage"]]]
+    ranks = (similarities > right[:, np.newaxis] + 1e-6).sum(axis=1)
+    found = np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean()
+    entry = next(e for e in read_record(run.all_results, RunResults).tasks if e.task == "Find")
+    assert entry.adapted == pytest.approx(found, abs=0.02)
+    assert entry.frozen is not None
+    assert found > entry.frozen + 0.03
+    with pytest.raises(AdapterError, match=r"Find has two adapters; choose Find\.query or Find\.passage"):
+        find_adapters([f"{run.root}#Find"], offline=True)
+    (passage,) = find_adapters([str(run.root / "Find" / "passage")], offline=True)
+    assert (passage.name, passage.prefix) == ("Find.passage", "garden ")
+    export_adapter(passage, tmp_path / "out", form="sentence-transformers", encoder=encoder, offline=True)
+    vectors = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(corpus)
+    np.testing.assert_allclose(vectors, passages, atol=1e-4)

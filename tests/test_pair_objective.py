@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
+from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.files import find_encoder
@@ -76,12 +77,16 @@ def matching(encoder: Encoder, *, grades: bool = True, loss: Any = "cosent", **s
     return PairObjective(train, selection, family="text-matching", loss=loss, config=config(**settings))
 
 
-def retrieval(encoder: Encoder, *, negatives: bool = True, loss: Any = "infonce", **settings: Any) -> PairObjective:
+def retrieval(
+    encoder: Encoder, *, negatives: bool = True, loss: Any = "infonce", has_sides: bool = False, **settings: Any
+) -> PairObjective:
     train, selection = (
         tokenise_pairs(searched(count, seed=seed, negatives=negatives), encoder, prefixes=PREFIXES)
         for count, seed in ((240, 0), (60, 1))
     )
-    return PairObjective(train, selection, family="retrieval", loss=loss, config=config(**settings))
+    return PairObjective(
+        train, selection, family="retrieval", loss=loss, config=config(**settings), has_sides=has_sides
+    )
 
 
 def separation(encoder: Encoder, **settings: Any) -> Separation:
@@ -93,6 +98,7 @@ Make = Callable[..., EmbeddingObjective]
 FAMILIES: dict[str, tuple[Make, dict[str, Any]]] = {
     "text-matching": (matching, {"temperature": "learned", "widths": (8, 4), "distillation": 1.0}),
     "retrieval": (retrieval, {"temperature": "learned", "texts_per_pass": 7}),
+    "two adapters": (retrieval, {"has_sides": True, "temperature": "learned", "texts_per_pass": 7}),
     "separation": (separation, {"temperature": "learned", "distillation": 1.0, "texts_per_pass": 3}),
 }
 
@@ -215,12 +221,17 @@ def load_in(dtype: str, folder: Path) -> Encoder:
     return Encoder(find_encoder(settings, offline=True), settings, CPU_FLOAT32.model_copy(update={"dtype": dtype}))
 
 
+def adapter_for(objective: EmbeddingObjective, encoder: Encoder) -> AnyAdapter:
+    return SidedAdapter(encoder, AdapterConfig()) if objective.has_sides else Adapter(encoder, AdapterConfig())
+
+
 def gradient(make: Make, encoder: Encoder, **settings: Any) -> torch.Tensor:
     """Flat gradient of one step, as the loop computes it."""
     objective = make(encoder, **settings)
-    adapter = Adapter(encoder, AdapterConfig())
+    adapter = adapter_for(objective, encoder)
     objective.start(adapter)
-    give_effect(adapter)
+    for one in adapter.sides.values() if isinstance(adapter, SidedAdapter) else (adapter,):
+        give_effect(one)
     weights = flatten([*adapter.parameters, *objective.parameters])
     working = WorkingCopy(adapter, weights)
     working.attach()
@@ -245,6 +256,14 @@ def test_the_gradient_of_slices_is_that_of_one_pass(
     assert whole.norm() > 0.01
     assert whole[-1] != 0, "the temperature's"
     assert (sliced - whole).norm() / whole.norm() <= largest
+
+
+def test_two_adapters_share_the_gradient_of_one_with_their_weights(encoder_folder: Folders) -> None:
+    one = gradient(retrieval, load_encoder(encoder_folder("bert")), texts_per_pass=10)
+    two = gradient(retrieval, load_encoder(encoder_folder("bert")), texts_per_pass=10, has_sides=True)
+    of_queries, of_passages = two.view(2, -1)
+    assert (of_queries + of_passages - one).norm() / one.norm() <= 1e-5
+    assert min(of_queries.norm(), of_passages.norm()) > 0.1 * one.norm()
 
 
 def test_a_batch_on_a_cpu_is_embedded_in_passes_of_similar_length_and_one_gradient(encoder_folder: Folders) -> None:

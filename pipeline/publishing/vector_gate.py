@@ -45,7 +45,8 @@ def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> 
         )
     new = find_task_folder(f"{candidate.folder.root}#{task}", offline=True)
     old = find_task_folder(published, offline=config.data.offline)
-    first, second = (_measure(folder, data, config, is_own=folder is new) for folder in (new, old))
+    revision = candidate.manifest.encoder.revision
+    first, second = (_measure(folder, data, config, revision=revision) for folder in (new, old))
     compared = compare(data, second, first, config=config.evaluate, seed=config.train.seed, run_id="gate")
     whole = compared.differences[0]
     # Too few independent texts give no interval: then anything is possible, and nothing is decided.
@@ -60,15 +61,19 @@ def measure_vector_adapters(candidate: Candidate, task: str, published: str) -> 
     )
 
 
-def _measure(folder: TaskFolder, data: PairData | TaskData, config: RunConfig, *, is_own: bool) -> Measured:
-    """Measure the adapters of a task at full width, on the encoder and with the prefixes that they were trained on."""
+def _measure(folder: TaskFolder, data: PairData | TaskData, config: RunConfig, *, revision: str) -> Measured:
+    """Measure the adapters of a task at full width, on the encoder and with the prefixes that they were trained on.
+
+    The encoder of the run's config is theirs if it has the same revision. A local folder is found by no other name.
+    """
     adapters = [describe_adapter(one) for one in folder.adapters]
     found = adapters[0]
     if isinstance(data, PairData):
         data = replace(data, task=data.task.changed(prefixes=found.meta.prefixes))
     threads = local_cpus()
     torch.set_num_threads(threads)
-    location = config.encoder.name if is_own and Path(config.encoder.name).is_dir() else None
+    is_of_run = found.encoder.revision == revision and Path(config.encoder.name).is_dir()
+    location = config.encoder.name if is_of_run else None
     files, encoder_config = find_encoder_of(found, location, offline=config.data.offline)
     encoder = Encoder(files, encoder_config, choose_runtime(TrainConfig(), threads=threads, use_gpu=True))
     if not folder.has_sides:

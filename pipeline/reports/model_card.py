@@ -137,7 +137,7 @@ def vector_snippet(*, task: str, has_sides: bool, encoder: EncoderRef, trust_rem
         encoder=_literal(encoder.public_name),
         revision=_literal(encoder.revision) if pinned else "",
         fingerprint=encoder.revision,
-        folders=f"({", ".join(map(_literal, folders))})",
+        folders=f"({', '.join(map(_literal, folders))})",
         trust=", trust_remote_code=True" if trust_remote_code else "",
     )
 
