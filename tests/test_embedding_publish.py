@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from commands import write_config as write_toml
+from publishing import REPO, Place, hub_of_our_own
 from sentence_transformers import SentenceTransformer
 from test_embedding_job import graded, labelled, translated
 
 from flows.cli import lorafleet
-from pipeline.config import PublishConfig, load_config
+from pipeline.config import GateConfig, PublishConfig, load_config
 from pipeline.encoder.runtime import choose_runtime
 from pipeline.errors import AdapterError
 from pipeline.export.export import export_adapter
 from pipeline.history.tables import read_gate
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.router import Router
-from pipeline.publishing.publish import publish
+from pipeline.publishing.publish import publish, rollback
 from pipeline.publishing.verify import verify
 from pipeline.records import SIDES, RunResults
 from pipeline.run.collect import collect, finish_run
@@ -76,6 +77,12 @@ def finished_run(encoder: Path, folder: Path, run_id: str, *, is_harmful: bool =
     _, corrected = collect(plan, results, [], run_id=run_id, folder=run)
     finish_run(plan, corrected, [], run_id=run_id, folder=run, seconds=1.0)
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Place]:
+    with hub_of_our_own(tmp_path) as place:
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +178,21 @@ def test_each_side_of_a_task_is_loaded_and_exported_by_its_name(
     export_adapter(passage, tmp_path / "out", form="sentence-transformers", encoder=encoder, offline=True)
     vectors = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(corpus)
     np.testing.assert_allclose(vectors, passages, atol=1e-4)
+
+
+def test_a_pair_of_adapters_on_the_hub_is_replaced_and_rolled_back_to(
+    runs: dict[str, RunFolder], hub: Place, encoder_folder: Folders
+) -> None:
+    encoder, names = str(encoder_folder("bert")), ["Find.query", "Find.passage"]
+    hub.publish(runs["good"].root)
+    first = hub.hub.head(REPO)
+    hub.publish(runs["harmful"].root, PublishConfig(gate=GateConfig(enabled=False)))
+    refs = [f"hf:{REPO}@{revision}#{name}" for revision in (first, "main") for name in names]
+    old, new = ([found.sha256 for found in find_adapters(some, offline=False)] for some in (refs[:2], refs[2:]))
+    assert not set(old) & set(new)
+    landed, verified = rollback(f"hf:{REPO}", first, encoder=encoder, offline=False)
+    assert {"Same", "Graded", *names} == {adapter.name for adapter in verified}
+    assert hub.hub.head(REPO) == landed
+    back = find_adapters([f"hf:{REPO}@{landed}#{name}" for name in names], offline=False)
+    assert [found.sha256 for found in back] == old
+    assert [(found.name, found.prefix) for found in back] == list(zip(names, ["sea ", "garden "], strict=True))
