@@ -15,10 +15,10 @@ from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.runtime import choose_runtime
+from pipeline.objectives.batches import LabelledTokens
+from pipeline.objectives.objective import Classification
 from pipeline.records import EpochRow, Runtime
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.batches import LabelledTokens
-from pipeline.training.objective import Classification
 from pipeline.training.step_graphs import RECORDABLE, is_recordable
 from pipeline.training.train import Training, train_adapter
 

@@ -37,10 +37,10 @@ from pipeline.evaluation.classification import AdapterEvaluation, Baselines, Row
 from pipeline.evaluation.few_shot import few_shot
 from pipeline.evaluation.probe import _hold_out
 from pipeline.evaluation.vectors import TextVectors, normalize
+from pipeline.objectives.batches import LabelledTokens
+from pipeline.objectives.objective import Classification
 from pipeline.records import Column, ScoreRow, SelectedOn
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.batches import LabelledTokens
-from pipeline.training.objective import Classification
 from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.losses import (
+from pipeline.objectives.losses import (
     cosent,
     cosine_mse,
     infonce,
@@ -20,7 +20,7 @@ from pipeline.training.losses import (
     supervised_infonce,
     triplet,
 )
-from pipeline.training.ranking import ndcg_at, relevant_ranks
+from pipeline.objectives.ranking import ndcg_at, relevant_ranks
 
 WIDTH = 16
 TEMPERATURE = 0.05

@@ -24,9 +24,9 @@ from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import LorafleetError, ResumeError
+from pipeline.objectives.batches import arrays_sha256, epoch_batches
+from pipeline.objectives.objective import BatchLoss, Objective
 from pipeline.records import EpochRow, Progress
-from pipeline.training.batches import arrays_sha256, epoch_batches
-from pipeline.training.objective import BatchLoss, Objective
 from pipeline.training.step_graphs import Inputs
 from pipeline.training.train import Training, train_adapter
 

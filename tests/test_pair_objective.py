@@ -25,14 +25,14 @@ from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.errors import ConfigError, DataError, LorafleetError, ResumeError
+from pipeline.objectives.batches import LabelledTokens
+from pipeline.objectives.embedding import EmbeddingObjective
+from pipeline.objectives.pairs import PairObjective, TokenPairs, tokenise_pairs
+from pipeline.objectives.separation import Separation
 from pipeline.pairs.data import PairSplit
 from pipeline.records import Progress
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.batches import LabelledTokens
-from pipeline.training.embedding import EmbeddingObjective
 from pipeline.training.flat_weights import WorkingCopy, flatten
-from pipeline.training.pairs import PairObjective, TokenPairs, tokenise_pairs
-from pipeline.training.separation import Separation
 from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]

@@ -27,11 +27,11 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import AdapterError, LorafleetError, ResumeError
+from pipeline.objectives.batches import LabelledTokens, epoch_batches
+from pipeline.objectives.objective import Classification, accuracy, class_weights, cross_entropy
 from pipeline.records import EpochRow, Progress
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.batches import LabelledTokens, epoch_batches
 from pipeline.training.checkpoint import Checkpoint, LoopState, tensor_file
-from pipeline.training.objective import Classification, accuracy, class_weights, cross_entropy
 from pipeline.training.train import Training, train_adapter
 
 Folders = Callable[[str], Path]

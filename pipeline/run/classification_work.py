@@ -12,14 +12,14 @@ import numpy as np
 
 from pipeline.data.dataset import TaskData, load_data
 from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
+from pipeline.objectives.batches import LabelledTokens
+from pipeline.objectives.objective import Classification, Objective
 from pipeline.records import AdapterRef, DataSummary, MtebTask, ValueRow
 from pipeline.run.baselines_file import BaselinesFile
 from pipeline.run.family import Evaluation, FamilyWork
 from pipeline.run.inputs import JobInputs
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.batches import LabelledTokens
-from pipeline.training.objective import Classification, Objective
 from pipeline.training.train import Training
 
 RELOADED_TEXTS = 32

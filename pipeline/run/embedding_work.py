@@ -16,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.data.dataset import TaskData
 from pipeline.evaluation.vectors import TextVectors
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.pairs import PairObjective, TokenPairs, tokenise_pairs
+from pipeline.objectives.separation import Separation
 from pipeline.pairs.data import PairData
 from pipeline.pairs.faults import summarise_pairs
 from pipeline.pairs.loading import load_pairs
@@ -26,9 +29,6 @@ from pipeline.run.inputs import JobInputs
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.checkpoint import tensor_file
-from pipeline.training.objective import Objective
-from pipeline.training.pairs import PairObjective, TokenPairs, tokenise_pairs
-from pipeline.training.separation import Separation
 from pipeline.training.train import Training
 from pipeline.vector_scores.comparison import compare
 from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, kind_of, measure_vectors, side_texts

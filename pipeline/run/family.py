@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.objectives.objective import Objective
 from pipeline.records import (
     AdapterRef,
     Calibration,
@@ -21,7 +22,6 @@ from pipeline.records import (
 )
 from pipeline.run.inputs import JobInputs
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.objective import Objective
 from pipeline.training.train import Training
 
 

@@ -16,10 +16,10 @@ from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import LorafleetError
+from pipeline.objectives.objective import Objective
 from pipeline.records import EpochRow, Progress
 from pipeline.training.checkpoint import Checkpoint, LoopState
 from pipeline.training.flat_weights import WorkingCopy, flatten
-from pipeline.training.objective import Objective
 from pipeline.training.step_graphs import LENGTH_STEP, Step, StepGraphs, is_recordable
 
 _STEPS_PER_REPORT = 20

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.encoder.encoder import Batch, Encoder
+from pipeline.objectives.batches import Inputs
 
 LENGTH_STEP = 8
 """Batches are padded to a multiple of this many tokens, so that an epoch has few shapes."""
@@ -22,9 +23,6 @@ RECORDABLE = frozenset({"bert", "distilbert", "electra", "eurobert", "modernbert
 """Model types whose replayed steps were compared with launched ones in tests/test_devices.py.
 
 Others may copy from the host within a step, which cannot be recorded."""
-
-Inputs = tuple[Batch | Tensor, ...]
-"""Tensors of one batch on the encoder's device. The first has one row per example."""
 
 Step = Callable[..., Tensor]
 """Function that trains on the ``Inputs`` of one batch and returns the loss."""

@@ -15,11 +15,11 @@ from pipeline.adapter.files import start_from
 from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder.encoder import Encoder
+from pipeline.objectives.objective import Objective
 from pipeline.records import EpochRow, Progress, Record, SelectedOn
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import Loop
-from pipeline.training.objective import Objective
 
 
 @dataclass(frozen=True)

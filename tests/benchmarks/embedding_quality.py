@@ -24,12 +24,12 @@ from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.runtime import choose_runtime
 from pipeline.evaluation.vectors import TextVectors
+from pipeline.objectives.batches import LabelledTokens
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.pairs import PairObjective, tokenise_pairs
+from pipeline.objectives.separation import Separation
 from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
-from pipeline.training.batches import LabelledTokens
-from pipeline.training.objective import Objective
-from pipeline.training.pairs import PairObjective, tokenise_pairs
-from pipeline.training.separation import Separation
 from pipeline.training.train import train_adapter
 from pipeline.vector_scores.comparison import compare
 from pipeline.vector_scores.measuring import Measured, measure_vectors

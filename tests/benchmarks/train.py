@@ -160,9 +160,9 @@ def train_ours(data: TaskData, settings: Settings, seed: int, *, probe: bool = F
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
     from pipeline.encoder.encoder import Batch, Encoder
     from pipeline.encoder.runtime import choose_runtime
+    from pipeline.objectives.batches import LabelledTokens
+    from pipeline.objectives.objective import Classification
     from pipeline.training import loop
-    from pipeline.training.batches import LabelledTokens
-    from pipeline.training.objective import Classification
     from pipeline.training.train import train_adapter
 
     config = TrainConfig.model_validate(

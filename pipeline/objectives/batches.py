@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from pipeline.encoder.encoder import Batch
 from pipeline.encoder.tokeniser import IntArray, Tokens
 
 _BATCHES_PER_BUCKET = 256
+
+Inputs = tuple[Batch | Tensor, ...]
+"""Tensors of one batch on the encoder's device. The first has one row per example."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError, DataError
+from pipeline.objectives.batches import arrays_sha256, chosen, epoch_batches, joined
+from pipeline.objectives.embedding import EmbeddingObjective
+from pipeline.objectives.losses import cosent, cosine_mse, infonce, triplet
+from pipeline.objectives.ranking import ndcg_at, relevant_ranks
 from pipeline.pairs.data import PairSplit
 from pipeline.records import SIDES, Loss
-from pipeline.training.batches import arrays_sha256, chosen, epoch_batches, joined
-from pipeline.training.embedding import EmbeddingObjective
-from pipeline.training.losses import cosent, cosine_mse, infonce, triplet
-from pipeline.training.ranking import ndcg_at, relevant_ranks
 
 _LOOKED_AT = 10  # passages
 _LOSSES_OF_SCORES = ("cosent", "cosine")

@@ -20,8 +20,7 @@ from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.tokeniser import IntArray
-from pipeline.training.batches import LabelledTokens, arrays_sha256, epoch_batches, token_arrays
-from pipeline.training.step_graphs import Inputs
+from pipeline.objectives.batches import Inputs, LabelledTokens, arrays_sha256, epoch_batches, token_arrays
 
 BatchLoss = Callable[..., Tensor]
 """Function from the ``Inputs`` of one batch to its loss, a float32 scalar.

@@ -14,9 +14,9 @@ from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.tokeniser import IntArray
 from pipeline.errors import ConfigError
-from pipeline.training.batches import LabelledTokens, arrays_sha256, token_arrays
-from pipeline.training.embedding import EmbeddingObjective
-from pipeline.training.losses import supervised_infonce
+from pipeline.objectives.batches import LabelledTokens, arrays_sha256, token_arrays
+from pipeline.objectives.embedding import EmbeddingObjective
+from pipeline.objectives.losses import supervised_infonce
 
 _BATCHES_PER_BUCKET = 256
 _LEAST_TEXTS = 4

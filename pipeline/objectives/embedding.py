@@ -16,10 +16,10 @@ from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError
+from pipeline.objectives.batches import Inputs
+from pipeline.objectives.losses import over_widths, relational_distance
+from pipeline.objectives.objective import BatchLoss, Objective
 from pipeline.records import SIDES
-from pipeline.training.losses import over_widths, relational_distance
-from pipeline.training.objective import BatchLoss, Objective
-from pipeline.training.step_graphs import Inputs
 
 START_TEMPERATURE = 0.05
 """First value of a learned temperature."""
