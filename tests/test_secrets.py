@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.parquet as pq
@@ -91,7 +92,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def classify(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> Callable[..., Ended]:
+def ray_folder() -> Iterator[Path]:
+    """A folder for Ray's files, with a path that is short enough for its sockets."""
+    with TemporaryDirectory(prefix="r", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def classify(encoder_folder: Folders, prefect_api: str, ray_folder: Path, tmp_path: Path) -> Callable[..., Ended]:
     adapter = save_bulk_adapter(tmp_path / "topics", encoder_folder("bert"))
 
     def start(source: str, output: str, *options: str) -> Ended:
@@ -106,7 +114,7 @@ def classify(encoder_folder: Folders, prefect_api: str, tmp_path: Path) -> Calla
             "1",
             *options,
         )
-        environment = {"PREFECT_API_URL": prefect_api, "RAY_TMPDIR": str(tmp_path / "ray")}
+        environment = {"PREFECT_API_URL": prefect_api, "RAY_TMPDIR": str(ray_folder)}
         return run("classify", source, output, *options, cwd=tmp_path, program=SCRIPT, **environment)
 
     return start
@@ -128,6 +136,7 @@ def test_a_job_reads_with_the_secret_and_leaves_it_nowhere(
     where: str,
     store: Store,
     classify: Callable[..., Ended],
+    ray_folder: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -152,7 +161,7 @@ def test_a_job_reads_with_the_secret_and_leaves_it_nowhere(
     assert "none.parquet" in damaged.err
     homes = list(tmp_path_factory.getbasetemp().glob("prefect*"))  # of the Prefect server, its database with it
     assert files_with("classify-datasets", *homes)  # what is looked for would be found
-    assert files_with(secret, tmp_path, *homes) == []
+    assert files_with(secret, tmp_path, ray_folder, *homes) == []
 
 
 def test_a_file_with_a_new_signature_is_the_same_file(
