@@ -127,6 +127,30 @@ def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
     assert "spearman by width" in page
 
 
+def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> None:
+    store = runs["good"].root.parent
+    shown = CliRunner().invoke(lorafleet, ["show", str(store)])
+    assert shown.exit_code == 0, shown.output
+    lines = [line.split() for line in shown.output.splitlines()]
+    assert lines[0] == ["MTEB", "task", "run", "metric", "frozen", "adapted"]
+    entries = {entry.task: entry for entry in read_record(runs["good"].all_results, RunResults).tasks}
+    metrics = {"Find": "ndcg_at_10", "Graded": "spearman", "Same": "average_precision"}
+    expected = [
+        [name, run.root.name, metrics[name]] for name in sorted(metrics) for run in (runs["good"], runs["harmful"])
+    ]
+    assert [line[:3] for line in lines[1:]] == expected
+    for line in lines[1::2]:
+        entry = entries[line[0]]
+        assert [float(cell) / 100 for cell in line[3:5]] == pytest.approx([entry.frozen, entry.adapted], abs=6e-4)
+    facts = json.loads(CliRunner().invoke(lorafleet, ["show", str(store), "--json"]).output)
+    assert {(row["mteb_task"], row["column"], row["test_data_changed"]) for row in facts} == {
+        (name, column, False) for name in metrics for column in ("frozen", "adapted")
+    }
+    page = (store / "history.html").read_text(encoding="utf-8")
+    assert "adapted, spearman" in page
+    assert "300 training and 300 test examples" in page
+
+
 def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     runs: dict[str, RunFolder], encoder_folder: Folders, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from flows.terminal import complain, say, say_json, say_table
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.records import ScoreRow, ValueRow
     from pipeline.reports.score_table import ScoreTable
     from pipeline.store.run_folder import RunFolder
 
@@ -95,29 +97,47 @@ def _print_table(table: ScoreTable) -> None:
 
 
 def _show_history(runs: Path, *, as_json: bool) -> None:
-    from pipeline.history.tables import read_history
+    from pipeline.history.tables import read_history, read_task_history, read_vector_history
     from pipeline.history.timeline import changed_test_data
-    from pipeline.reports.formatting import percent
     from pipeline.store.folders import explain
 
-    rows = read_history(runs)
-    if not rows:
+    scores, vectors = read_history(runs), read_vector_history(runs)
+    if not scores and not vectors:
         raise InputError(f"cannot show it: {explain(runs)}; expected a run, a publication, or a run store")
-    changed = changed_test_data(rows)
+    changed = changed_test_data(scores, read_task_history(runs))
     if as_json:
-        facts = [
-            row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed} for row in rows
-        ]
-        say_json(facts)
+        rows: list[ScoreRow | ValueRow] = [*scores, *vectors]
+        say_json(
+            [
+                row.model_dump(mode="json") | {"test_data_changed": (row.mteb_task, row.run_id) in changed}
+                for row in rows
+            ]
+        )
         return
-    by_run: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
-    columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+    if scores:
+        columns = ("frozen_few_shot", "adapted_few_shot", "frozen_full_data", "head")
+        by_run: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in scores:
+            by_run.setdefault((row.mteb_task, row.run_id), {})[row.column] = row.accuracy
+        _say_history(("MTEB task", "run"), columns, by_run, changed)
+    if vectors:
+        of_vectors: dict[tuple[str, ...], dict[str, float]] = {}
+        for value in vectors:
+            of_vectors.setdefault((value.mteb_task, value.run_id, value.metric), {})[value.column] = value.value
+        _say_history(("MTEB task", "run", "metric"), ("frozen", "adapted"), of_vectors, changed)
+
+
+def _say_history(
+    headings: Sequence[str],
+    columns: Sequence[str],
+    by_run: Mapping[tuple[str, ...], Mapping[str, float]],
+    changed: Collection[tuple[str, str]],
+) -> None:
+    """Print one line per task and run, sorted by task. The runs of each task stay oldest first."""
+    from pipeline.reports.formatting import percent
+
     lines = []
-    for (mteb_task, run_id), scores in sorted(
-        by_run.items(), key=lambda line: line[0][0]
-    ):  # stable: the runs of each MTEB task stay oldest first
-        note = "test data changed" if (mteb_task, run_id) in changed else ""  # not comparable with the previous line
-        lines.append((mteb_task, run_id, *(percent(scores[c]) if c in scores else "" for c in columns), note))
-    say_table(("MTEB task", "run", *columns, ""), lines)
+    for key, values in sorted(by_run.items(), key=lambda line: line[0][0]):
+        note = "test data changed" if key[:2] in changed else ""  # not comparable with the previous line
+        lines.append((*key, *(percent(values[c]) if c in values else "" for c in columns), note))
+    say_table((*headings, *columns, ""), lines)

@@ -154,6 +154,29 @@ def read_history(runs: Path) -> list[ScoreRow]:
     return [row for run_id in runs_in_history(runs) for row in read_scores(scores_of_run(runs, run_id))]
 
 
+def read_vector_history(runs: Path) -> list[ValueRow]:
+    """Read the main metric of the vectors of all runs, frozen and adapted at full width, oldest run first.
+
+    Raises: DataError: as ``read_history``.
+    """
+    files = [path for run_id in runs_in_history(runs) if (path := values_of_run(runs, run_id)).exists()]
+    return [
+        row
+        for path in files
+        for row in read_values(path)
+        if row.column in ("frozen", "adapted") and row.main and row.width is None and row.slice is None
+    ]
+
+
+def read_task_history(runs: Path) -> list[MtebTaskRow]:
+    """Read the task rows of all runs that recorded them, oldest run first.
+
+    Raises: DataError: as ``read_history``.
+    """
+    files = [path for run_id in runs_in_history(runs) if (path := mteb_tasks_of_run(runs, run_id)).exists()]
+    return [row for path in files for row in read_mteb_tasks(path)]
+
+
 def runs_in_history(runs: Path) -> list[str]:
     """Ids of the runs in the history, oldest first."""
     return oldest_first(path.stem.removeprefix("scores-") for path in (runs / "metrics").glob("scores-*.parquet"))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import DataError
 from pipeline.history.tables import (
@@ -18,11 +19,13 @@ from pipeline.history.tables import (
     scores_of_run,
     values_of_run,
 )
-from pipeline.history.values import find_value
-from pipeline.records import Column, MtebTaskRow, ScoreRow, ValueRow
+from pipeline.history.values import find_value, main_value
+from pipeline.records import Column, MtebTaskRow, ScoreRow, ValueColumn, ValueRow
 from pipeline.store.lock import oldest_first
 from pipeline.store.manifest import RunManifest, read_manifest
 from pipeline.store.run_folder import RunFolder
+
+_OF_VECTORS = ("frozen", "adapted")
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Point:
             return None if self.facts is None else self.facts.reused_from
         return next(row.reused_from for row in self.scores.values())
 
-    def value(self, column: Column, metric: str = "accuracy") -> ValueRow | None:
-        """The number of one column; None if it was not measured."""
-        return find_value(self.values, column, metric)
+    def value(self, column: ValueColumn) -> ValueRow | None:
+        """Accuracy of a column of the score table, or main metric of vectors; None if it was not measured."""
+        return main_value(self.values, column) if column in _OF_VECTORS else find_value(self.values, column)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def task_histories(
         tasks: Task rows of the runs that recorded them, in any order.
         when: Run id -> time at which the run finished.
     """
-    changed = changed_test_data(scores)
+    changed = changed_test_data(scores, tasks)
     facts = {(row.mteb_task, row.run_id): row for row in tasks}
     rows: dict[tuple[str, str], dict[Column, ScoreRow]] = {}
     for row in scores:
@@ -190,19 +193,22 @@ def task_histories(
     return tuple(histories)
 
 
-def changed_test_data(scores: Sequence[ScoreRow]) -> frozenset[tuple[str, str]]:
+def changed_test_data(scores: Sequence[ScoreRow], tasks: Sequence[MtebTaskRow] = ()) -> frozenset[tuple[str, str]]:
     """Find the points at which the test data changed, compared with the previous run of the same MTEB task.
 
     Older versions recorded only the number of test texts. A hash is compared with the newest earlier hash.
 
     Args:
         scores: Score rows, in any order.
+        tasks: Task rows, in any order. Tasks without a score, those of vectors, are looked up here.
     Returns:
         Pairs of MTEB task and run id.
     """
-    by_run: dict[str, dict[str, ScoreRow]] = {}
-    for row in scores:
-        by_run.setdefault(row.run_id, {})[row.mteb_task] = row
+    by_run: dict[str, dict[str, _TestData]] = {}
+    for task in tasks:
+        by_run.setdefault(task.run_id, {})[task.mteb_task] = _TestData(task.num_test, task.test_sha256)
+    for score in scores:
+        by_run.setdefault(score.run_id, {})[score.mteb_task] = _TestData(score.num_texts, score.test_sha256)
     previous: dict[str, tuple[int, str | None]] = {}  # MTEB task -> number and hash of its newest test texts so far
     changed = set()
     for run_id in oldest_first(by_run):
@@ -213,6 +219,13 @@ def changed_test_data(scores: Sequence[ScoreRow]) -> frozenset[tuple[str, str]]:
                 sha256 = None  # unknown until a later row records it
             previous[mteb_task] = row.num_texts, row.test_sha256 or sha256
     return frozenset(changed)
+
+
+class _TestData(NamedTuple):
+    """Size and hash of the test data of one task in one run."""
+
+    num_texts: int
+    test_sha256: str | None
 
 
 def shares_of(point: Point) -> dict[str, float]:
@@ -254,7 +267,8 @@ def _run_facts(runs: Path, run_id: str, scores: Sequence[ScoreRow], tasks: Seque
     manifest: RunManifest | None = None
     with suppress(DataError):  # the history outlives a pruned or damaged folder
         manifest = read_manifest(folder)
-    origins = {row.mteb_task: row.reused_from for row in scores}
+    origins = {task.mteb_task: task.reused_from for task in tasks}
+    origins |= {row.mteb_task: row.reused_from for row in scores}
     measured = [row for row in tasks if row.reused_from is None]
     times = (
         [*(row.created_at for row in tasks), *(row.created_at for row in scores)]

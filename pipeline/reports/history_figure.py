@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.evaluation.metrics import title_of
 from pipeline.history.timeline import Point, TaskHistory, most_moved_labels, shares_of
-from pipeline.records import Column, ValueRow
+from pipeline.records import ValueColumn, ValueRow
 from pipeline.reports.page import ADAPTED, BAD, FROZEN, INK, PAGE_WIDTH, PAPER, SERIES, STYLE, inline_svg, shorten
 
 _HEIGHT = 410
@@ -25,7 +26,7 @@ _LABELS_SHOWN = len(SERIES)
 class _Line:
     """Style of a column of the score table."""
 
-    column: Column
+    column: ValueColumn
     name: str
     colour: str
     style: str
@@ -36,6 +37,10 @@ _LINES = (
     _Line("head", "LoRA, own head", ADAPTED, "-", "o"),
     _Line("frozen_full_data", "frozen, full-data probe", FROZEN, "-", "s"),
     _Line("adapted_few_shot", "LoRA, few-shot", SERIES[1], "--", "^"),
+)
+_VECTOR_LINES = (
+    _Line("adapted", "adapted", ADAPTED, "-", "o"),
+    _Line("frozen", "frozen", FROZEN, "-", "s"),
 )
 
 
@@ -54,7 +59,9 @@ def draw_history(task: TaskHistory) -> Markup:
             _mark_runs(axes, task.points)
             return axes
 
-        _draw_scores(panel("accuracy on test, per cent", left=50, top=48, width=590, height=200, pad=21), task.points)
+        vectors = next(filter(None, (point.value("adapted") for point in reversed(task.points))), None)
+        metric = "accuracy" if vectors is None else title_of(vectors.metric)
+        _draw_scores(panel(f"{metric} on test, per cent", left=50, top=48, width=590, height=200, pad=21), task.points)
         _draw_seconds(panel("worker time", left=50, top=300, width=590, height=84), task.points)
         _draw_labels(
             panel("most moved labels, per cent of train", left=712, top=24, width=300, height=114), task.points
@@ -70,7 +77,8 @@ def draw_history(task: TaskHistory) -> Markup:
 
 
 def _draw_scores(axes: Axes, every: Sequence[Point]) -> None:
-    for line in _LINES:
+    has_vectors = any(point.value("adapted") is not None for point in every)
+    for line in _VECTOR_LINES if has_vectors else _LINES:
         _draw_line(axes, every, line)
     axes.yaxis.set_major_locator(_few_ticks(6))
     axes.legend(
@@ -117,7 +125,7 @@ def _draw_line(axes: Axes, every: Sequence[Point], line: _Line) -> None:
             linewidth=1.4,
         )
         measured = [(position, row) for position, row in shown if every[position].reused_from is None]
-        if line.column == "head":
+        if line.column in ("head", "adapted"):
             _draw_intervals(axes, measured, line.colour)
         reused = [pair for pair in shown if pair not in measured]
         for rows, fill in ((measured, line.colour), (reused, PAPER)):

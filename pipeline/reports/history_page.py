@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from pipeline.evaluation.metrics import title_of
 from pipeline.history.timeline import RunFacts, StoreHistory, TaskHistory, read_store
-from pipeline.records import ScoreRow
+from pipeline.records import ScoreRow, ValueColumn
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.history_figure import draw_history
 from pipeline.reports.page import (
@@ -117,18 +118,21 @@ def _newest(task: TaskHistory) -> str:
     """Score and data of the newest run, in a few words."""
     now, previous = task.points[-1], task.points[-2] if len(task.points) > 1 else None
     parts = []
-    if (head := now.value("head")) is not None:
-        parts.append(f"head {percent(head.value)} ({percent(head.low)}–{percent(head.high)})")
+    column: ValueColumn = "adapted" if now.value("adapted") is not None else "head"
+    if (head := now.value(column)) is not None:
+        name = "head" if column == "head" else f"adapted, {title_of(head.metric)}"
+        interval = "" if head.low is None else f" ({percent(head.low)}–{percent(head.high)})"
+        parts.append(f"{name} {percent(head.value)}{interval}")
         if now.test_changed:
             parts.append("test data differ from the previous run")
         elif now.reused_from is not None:
             parts.append(f"reused from run {now.reused_from}")
-        elif previous is not None and (earlier := previous.value("head")) is not None:
+        elif previous is not None and (earlier := previous.value(column)) is not None:
             parts.append(f"{points(head.value - earlier.value)} against the previous run")
     if now.facts is not None:
-        parts.append(
-            f"{now.facts.num_train:,} training and {now.facts.num_test:,} test texts, {now.facts.num_classes} classes"
-        )
+        size = f"{now.facts.num_train:,} training and {now.facts.num_test:,} test"
+        classes = now.facts.num_classes
+        parts.append(f"{size} texts, {classes} classes" if classes else f"{size} examples")
     return f"newest of {len(task.points)}, {now.when:%Y-%m-%d}: {', '.join(parts)}"
 
 
