@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_task
 
-from flows.commands.bulk_job import _print_summary
+from flows.commands.classify import _print_summary
 from flows.commands.run_flow import is_worth_logging
 from pipeline.bulk.records import BulkSummary
 from pipeline.config import load_config, preset_names
@@ -318,11 +318,7 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
     gate = pd.read_parquet(own / "metrics" / "gate.parquet")
     assert list(gate.decision) == ["promote", "promote"]
     encoder = load_config(str(finished_run.config)).encoder.name
-    refused(
-        run("publish", "out", "--to", "elsewhere", cwd=tmp_path),
-        tmp_path,
-        "out is a publication; expected the folder of a finished run",
-    )
+    refused(run("publish", "out", "--to", "elsewhere", cwd=tmp_path), tmp_path, "out is a publication; expected")
     verified = run("verify", "out", "--encoder", encoder, "--offline", cwd=tmp_path)
     assert (verified.code, verified.out.splitlines()) == (0, lines[2:4])
 
