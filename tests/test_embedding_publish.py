@@ -143,8 +143,12 @@ def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> No
         entry = entries[line[0]]
         assert [float(cell) / 100 for cell in line[3:5]] == pytest.approx([entry.frozen, entry.adapted], abs=6e-4)
     facts = json.loads(CliRunner().invoke(lorafleet, ["show", str(store), "--json"]).output)
-    assert {(row["mteb_task"], row["column"], row["test_data_changed"]) for row in facts} == {
-        (name, column, False) for name in metrics for column in ("frozen", "adapted")
+    changed = {(row["mteb_task"], row["run_id"], row["column"]): row["test_data_changed"] for row in facts}
+    assert changed == {
+        (name, run.root.name, column): (name, run) == ("Find", runs["harmful"])  # it has other passages to search in
+        for name in metrics
+        for run in runs.values()
+        for column in ("frozen", "adapted")
     }
     page = (store / "history.html").read_text(encoding="utf-8")
     assert "adapted, spearman" in page
