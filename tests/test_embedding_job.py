@@ -32,6 +32,7 @@ from pipeline.run.preflight import preflight
 from pipeline.store.files import read_record
 
 Folders = Callable[[str], Path]
+LONG = pytest.mark.faults
 
 
 def pairs_of(num_pairs: int, *, seed: int) -> list[tuple[str, str, int]]:
@@ -135,7 +136,7 @@ def test_an_embedding_adapter_is_trained_measured_and_reloaded(
     assert found.value == pytest.approx(gain.gain)
 
 
-@pytest.mark.parametrize("kind", ["graded", "labelled", "two adapters"])
+@pytest.mark.parametrize("kind", ["two adapters", *(pytest.param(kind, marks=LONG) for kind in ("graded", "labelled"))])
 def test_training_raises_the_score_that_it_is_selected_by(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
     result = job_of(kind, encoder_folder("bert"), tmp_path, max_epochs=6).finish()
     assert result.start_score is not None
@@ -158,7 +159,7 @@ def test_histograms_count_every_test_pair_of_a_label(encoder_folder: Folders, tm
     assert len(result.similarities) == 4
 
 
-@pytest.mark.parametrize("kind", ["graded", "searched", "separated"])
+@pytest.mark.parametrize("kind", ["searched", *(pytest.param(kind, marks=LONG) for kind in ("graded", "separated"))])
 def test_mteb_gives_our_scores_for_the_exported_model(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
     encoder = encoder_folder("bert")
     job = job_of(kind, encoder, tmp_path, precision="float32")

@@ -155,6 +155,7 @@ def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> No
     assert "300 training and 300 test examples" in page
 
 
+@pytest.mark.faults
 def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     runs: dict[str, RunFolder], encoder_folder: Folders, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     assert after.sha256 == before.sha256
 
 
+@pytest.mark.faults
 def test_each_side_of_a_task_is_loaded_and_exported_by_its_name(
     runs: dict[str, RunFolder], encoder_folder: Folders, tmp_path: Path
 ) -> None:
@@ -208,6 +210,7 @@ def test_each_side_of_a_task_is_loaded_and_exported_by_its_name(
     np.testing.assert_allclose(vectors, passages, atol=1e-4)
 
 
+@pytest.mark.faults
 def test_a_pair_of_adapters_on_the_hub_is_replaced_and_rolled_back_to(
     runs: dict[str, RunFolder], hub: Place, encoder_folder: Folders
 ) -> None:

@@ -382,7 +382,9 @@ def test_a_job_counts_the_labels_and_measures_the_texts_of_train(
     data: DataSummary = job.load()
     assert data.label_counts == (18, 18, 18)
     assert sum(data.label_counts) == data.num_train
-    words = sorted(len(text.split()) + 2 for text in job.family._texts.data.train_texts)  # one token per word, and two around them
+    words = sorted(
+        len(text.split()) + 2 for text in job.family._texts.data.train_texts
+    )  # one token per word, and two around them
     assert data.token_quantiles == (words[5], words[26], words[48])
     assert data.test_fingerprint == job.family._texts.data.test_fingerprint
     assert {row.test_sha256 for row in job.family._frozen().rows} == {data.test_fingerprint}
