@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import give_effect, load_encoder
 from commands import FinishedRun, run
-from publishing import NO_GATE, copy_run, rewrite_results
+from publishing import NO_GATE, REPO, change_adapter, copy_run, hub_of_our_own, rewrite_results
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import describe_adapter
@@ -256,3 +256,17 @@ def test_it_is_published_verified_and_published_over(
     assert describe_adapter(RunFolder(Path(to)).task("Topics")).sha256 == adapter_sha256(other.task("Topics").root)
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "| Topics |" in card
+
+
+def test_it_stays_on_the_hub_while_another_adapter_is_replaced(
+    finished_run: FinishedRun, encoder_folder: Folders, tmp_path: Path
+) -> None:
+    folder = without_head(finished_run, encoder_folder, tmp_path / "20270101-000000-0001")
+    other = copy_run(finished_run.root, tmp_path / "20270102-000000-0002", tasks=["Pairs"])
+    change_adapter(other, "Pairs", encoder_folder("bert"), lambda adapter: adapter.parameters[0].data.mul_(1.01))
+    with hub_of_our_own(tmp_path / "hub") as place:
+        place.publish(folder.root, NO_GATE)
+        replaced = place.publish(other.root, NO_GATE)
+        assert [decision.decision for decision in replaced.decisions] == ["promote"]
+        verified = verify(f"hf:{REPO}", encoder=str(encoder_folder("bert")), offline=False)
+        assert {adapter.name for adapter in verified} == {"Topics", "Pairs"}

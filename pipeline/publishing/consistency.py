@@ -229,8 +229,9 @@ def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[
     if folder.values.exists() or any(result.values for result in results.values()):  # older versions wrote no values
         _check_values_table(folder, results)
     scored = {row.mteb_task for row in scores}
-    classifiers = {entry.task for entry in read_record(folder.results, ClassificationResults).tasks}
-    unscored = set(publication.adapters) - classifiers  # adapters without a head
+    others = (name for name in publication.adapters if name not in results)
+    stored = {name: read_record(folder.task(name).result, TaskResult) for name in others}
+    unscored = {name for name, result in (stored | dict(results)).items() if not result.scores}  # without a head
     for file, names in ((folder.scores.name, scored | unscored), (folder.epochs.name, set(epochs))):
         _check_names(file, names, publication)
     are_all = results.keys() == publication.adapters.keys()
