@@ -86,19 +86,26 @@ class _Stop:
         return interrupt
 
     def _again_soon(self, number: int) -> None:
+        if _is_leaving(number):
+            return
         # This runs in a finalizer, which would swallow the next interrupt too.
         timer = threading.Timer(_AGAIN_SECONDS, self._again, [number])
         timer.daemon = True
         timer.start()
 
     def _again(self, number: int) -> None:
-        if signal.getsignal(number) is not _leave:  # else the command has ended
+        if not _is_leaving(number):
             self._is_swallowed = True
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
     os._exit(128 + signal.SIGINT)
+
+
+def _is_leaving(number: int) -> bool:
+    """Whether the command has reported its result."""
+    return signal.getsignal(number) is _leave
 
 
 def _handle_signals(handler: Handler) -> None:
