@@ -203,8 +203,16 @@ def test_each_side_of_a_task_is_loaded_and_exported_by_its_name(
     assert found > entry.frozen + 0.03
     with pytest.raises(AdapterError, match=r"Find has two adapters; choose Find\.query or Find\.passage"):
         find_adapters([f"{run.root}#Find"], offline=True)
-    (passage,) = find_adapters([str(run.root / "Find" / "passage")], offline=True)
-    assert (passage.name, passage.prefix) == ("Find.passage", "garden ")
+    with pytest.raises(AdapterError, match=r"Find has two adapters; choose Find\.query or Find\.passage"):
+        find_adapters([str(run.root / "Find")], offline=True)
+    task = run.root / "Find"
+    for ref in (str(task / "passage"), f"{task}#passage", f"{task}.passage", f"{run.root}#Find.passage"):
+        (passage,) = find_adapters([ref], offline=True)
+        assert (passage.name, passage.prefix) == ("Find.passage", "garden "), ref
+    for ref in (str(task), str(task / "query"), f"{run.root}#Find", f"{run.root}#Find.query"):
+        assert {found.name for found in verify(ref, encoder=encoder, offline=True)} == {"Find.query", "Find.passage"}, (
+            ref
+        )
     export_adapter(passage, tmp_path / "out", form="sentence-transformers", encoder=encoder, offline=True)
     vectors = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(corpus)
     np.testing.assert_allclose(vectors, passages, atol=1e-4)

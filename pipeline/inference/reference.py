@@ -81,8 +81,8 @@ def split_folder(ref: str) -> tuple[str, str | None]:
     return folder, task
 
 
-def _split_side(name: str) -> tuple[str, Side | None]:
-    """Split ``TASK.query`` or ``TASK.passage``. The side is None in other names."""
+def split_side(name: str) -> tuple[str, Side | None]:
+    """Split ``TASK.query`` or ``TASK.passage`` into task and side. The side is None in other names."""
     for side in SIDES:
         if name.endswith(f".{side}"):
             return name.removesuffix(f".{side}"), side
@@ -103,13 +103,15 @@ def _only(folder: TaskFolder, ref: str) -> TaskFolder:
 
 
 def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[TaskFolder, Side | None]:
+    if task is None and TaskFolder(root).has_sides:
+        return TaskFolder(root) if both_sides else _only(TaskFolder(root), ref), None
     existing = adapters_in(root)
-    name, side = _split_side(root.name if task is None else task)
+    name, side = split_side(root.name if task is None else task)
     if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
         return TaskFolder(root), _side_of(root)
     if task in existing or (task is None and len(existing) == 1):
         folder = TaskFolder(root / (task or existing[0]))
-        return folder if both_sides else _only(folder, ref), None
+        return folder if both_sides else _only(folder, ref), _side_of(folder.root)
     of_side = TaskFolder((root.parent if task is None else root) / name)
     if side and any(os.path.lexists(adapter.adapter_weights) for adapter in of_side.adapters):
         return of_side.side(side) if of_side.has_sides else of_side, side
@@ -127,7 +129,7 @@ def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[
 def _hub_folder(ref: re.Match[str], *, offline: bool, both_sides: bool) -> tuple[TaskFolder, Side | None]:
     if not ref["task"]:
         raise AdapterError(f"adapter {ref[0]}: name one of the repository's adapters: {ref[0]}#TASK")
-    names = dict.fromkeys((ref["task"], _split_side(ref["task"])[0]))
+    names = dict.fromkeys((ref["task"], split_side(ref["task"])[0]))
     files = [
         path
         for name in names

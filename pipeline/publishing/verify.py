@@ -16,7 +16,7 @@ from pipeline.encoder.runtime import exact_runtime
 from pipeline.errors import AdapterError, VerificationError
 from pipeline.hub_address import HUB_REF
 from pipeline.inference.encoder_of_adapter import encoder_config_of
-from pipeline.inference.reference import split_folder
+from pipeline.inference.reference import split_folder, split_side
 from pipeline.inference.reload import ReloadRequest, reload_elsewhere
 from pipeline.machine import local_cpus
 from pipeline.publishing.card_claims import check_card
@@ -26,7 +26,7 @@ from pipeline.records import SIDES, Publication, ReferenceOutputs, TaskResult
 from pipeline.store.files import read_record
 from pipeline.store.folders import adapters_in, explain, is_folder, kind_of
 from pipeline.store.manifest import read_manifest
-from pipeline.store.run_folder import RunFolder
+from pipeline.store.run_folder import RunFolder, TaskFolder
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,17 @@ def verify(ref: str, *, encoder: str | None = None, offline: bool = False) -> li
             root = Path(path)
             # An adapter's folder is verified as part of the run or publication around it, if there is one.
             if path and task is None and kind_of(root) == "adapter":
-                root, task = root.absolute().parent, root.absolute().name
+                folder = root.absolute()
+                folder = folder.parent if TaskFolder(folder.parent).has_sides else folder  # one of its two sides
+                root, task = folder.parent, folder.name
             elif not path or (kind_of(root) not in ("run", "publication") and task not in adapters_in(root)):
                 reason = explain(root, task=task) if path else "no folder is named"
                 raise AdapterError(
                     f"cannot verify {ref!r}: {reason}; "
                     "expected a run, a publication, an adapter's folder, or hf:OWNER/NAME"
                 )
+        if task is not None and split_side(task)[0] in adapters_in(root):  # both sides are verified together
+            task = task if task in adapters_in(root) else split_side(task)[0]
         return verify_folder(root, tasks=None if task is None else [task], encoder=encoder, offline=offline)
 
 

@@ -24,7 +24,7 @@ def kind_of(root: Path) -> FolderKind:
         return "publication"
     if os.path.lexists(run.manifest):
         return "run"
-    if os.path.lexists(TaskFolder(root).adapter_weights):
+    if any(os.path.lexists(adapter.adapter_weights) for adapter in TaskFolder(root).adapters):
         return "adapter"
     if os.path.lexists(run.results) or (RUN_NAME.fullmatch(root.absolute().name) and os.path.lexists(run.config)):
         return "unfinished run"
