@@ -204,7 +204,7 @@ def test_equal_texts_are_computed_once_and_have_equal_vectors(
     worker = UnitWorker(bulk.spec)
     computed: list[str] = []
     tokenise = worker.classifier.tokenise
-    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts, **_: computed.extend(texts) or tokenise(texts))
     assert worker.label(bulk.state.todo[0]).duplicates == 6 * 3000 - 3
     assert computed == TEXTS[:3]
     vectors = matrix(rows_of(bulk))

@@ -148,7 +148,7 @@ def test_equal_texts_are_computed_once_and_answered_alike(
     worker = UnitWorker(bulk.spec)
     computed: list[str] = []
     tokenise = worker.classifier.tokenise
-    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts, **_: computed.extend(texts) or tokenise(texts))
     receipt = worker.label(bulk.state.todo[0])
     answers = set(
         zip(*(rows_of(bulk).column(name).to_pylist() for name in ("text", "T_label", "T_score")), strict=True)
@@ -166,7 +166,7 @@ def test_similar_texts_are_not_treated_as_equal(
     worker = UnitWorker(bulk.spec)
     computed: list[str] = []
     tokenise = worker.classifier.tokenise
-    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: computed.extend(texts) or tokenise(texts))
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts, **_: computed.extend(texts) or tokenise(texts))
     assert worker.label(bulk.state.todo[0]).duplicates == 0
     assert computed == texts
 
@@ -183,7 +183,7 @@ def test_wide_rows_are_read_a_few_at_a_time(
     worker = UnitWorker(bulk.spec)
     blocks: list[int] = []
     tokenise = worker.classifier.tokenise
-    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts: blocks.append(len(texts)) or tokenise(texts))
+    monkeypatch.setattr(worker.classifier, "tokenise", lambda texts, **_: blocks.append(len(texts)) or tokenise(texts))
     worker.label(bulk.state.todo[0])
     assert max(blocks) <= 8
     assert sum(blocks) == 50
