@@ -77,7 +77,7 @@ def test_mtebs_own_few_shot_results_are_kept(finished_run: FinishedRun) -> None:
 
 
 def test_the_run_folder_holds_every_file_of_the_contract(finished_run: FinishedRun) -> None:
-    of_run = {"manifest.json", "config.toml", "classification_results.json", "README.md", "report.html"}
+    of_run = {"manifest.json", "config.toml", "classification_results.json", "results.json", "README.md", "report.html"}
     of_run |= {f"metrics/{name}.parquet" for name in ("scores", "values", "epochs", "mteb_tasks")}
     of_task = {"lora_adapter.pt", "classifier_head.pt", "meta.json", "adapter_model.safetensors", "adapter_config.json"}
     of_task |= {"head.safetensors", "labels.json", "calibration.json", "probe.json", "few_shot.json", "result.json"}

@@ -64,7 +64,7 @@ def _decide_task(
         to=to,
         decision=decision,
         reason=reason,
-        metric=measured.metric if measured else "accuracy",
+        metric=measured.metric if measured else None,
         published_accuracy=measured.published_accuracy if measured else None,
         candidate_accuracy=measured.candidate_accuracy if measured else None,
         difference=measured.difference if measured else None,

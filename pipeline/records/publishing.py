@@ -36,8 +36,10 @@ class GateDecision(Record):
     """Folder or repository that the run is published to."""
     decision: Decision
     reason: str
-    metric: str = "accuracy"
-    """Metric of the two numbers below: the main metric of an embedding adapter, accuracy of a classifier."""
+    metric: str | None = None
+    """Metric of the two numbers below: the main metric of an embedding adapter, accuracy of a classifier.
+
+    None if nothing was measured, and in decisions of older versions, which compared accuracies."""
     published_accuracy: Annotated[float, Field(ge=-1, le=1)] | None
     """Value of ``metric`` for the published adapter.
 

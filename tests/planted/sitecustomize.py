@@ -39,13 +39,13 @@ class _Finder:
 def _plant(classifier: Any) -> None:
     tokenise = classifier.tokenise
 
-    def planted(self: Any, texts: Sequence[str]) -> Any:
+    def planted(self: Any, texts: Sequence[str], **options: Any) -> Any:
         time.sleep(float(os.environ.get("PLANTED_SECONDS", "0.4")))
         if "poison" in texts:
             os.kill(os.getpid(), signal.SIGKILL)
         if "flood" in texts:
             bytearray(2**60)
-        return tokenise(self, texts)
+        return tokenise(self, texts, **options)
 
     classifier.tokenise = planted
 
