@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import LORAFLEET, Ended, FinishedRun, run, write_config, write_task
 
-from flows.commands.classify import _print_summary
+from flows.commands.bulk_job import _print_summary
 from flows.commands.run_flow import is_worth_logging
 from pipeline.bulk.records import BulkSummary
 from pipeline.config import load_config, preset_names

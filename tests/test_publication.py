@@ -24,6 +24,7 @@ from pipeline.store.run_folder import RunFolder, adapter_sha256
 ROOT_FILES = {
     "README.md",
     "classification_results.json",
+    "results.json",
     "report.html",
     "metrics/scores.parquet",
     "metrics/values.parquet",

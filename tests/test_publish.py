@@ -59,6 +59,7 @@ from pipeline.store.run_folder import RunFolder
 ROOT_FILES = {
     "README.md",
     "classification_results.json",
+    "results.json",
     "report.html",
     "publication.json",
     "metrics/scores.parquet",

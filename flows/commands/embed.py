@@ -22,10 +22,10 @@ from flows.commands.options import Command
 )
 @job_options("Embed", rows_per_unit="50000")
 def embed(as_json: bool, width: int | None, dtype: str, **given: Any) -> None:
-    """Add vectors of length 1 from trained adapters to Parquet.
+    """Add text vectors to Parquet with trained adapters.
 
-    Adapters with and without a head have vectors. Finished units are kept: after a crash, run the same command to
-    resume.
+    Vectors have length 1. Adapters with and without a head have them. Finished units are kept: after a crash, run the
+    same command to resume.
 
     Example: lorafleet embed questions/ vectors/ --adapter runs/20261120-181500-1a2b#Banking77 --width 128
     """

@@ -96,7 +96,7 @@ class BulkAdapter(Record):
     """SHA-256 of its calibration and meta.json."""
     threshold: Share | None
     """Least probability of a label; below it the label is null."""
-    prefix: str = ""
+    prefix: str = Field(default="", exclude_if=lambda value: not value)
     """Text that is put before each text, as in the training."""
 
 
@@ -116,9 +116,6 @@ class BulkJob(Record):
         without_versions = self.model_dump(mode="json", exclude={"limits"})
         for file in without_versions["files"]:
             del file["version"]
-        for adapter in without_versions["adapters"]:
-            if not adapter["prefix"]:  # the fingerprint of earlier versions
-                del adapter["prefix"]
         if self.options.vectors is None:  # the fingerprint of earlier versions, which wrote labels alone
             del without_versions["options"]["labels"], without_versions["options"]["vectors"]
         return hashlib.sha256(json.dumps(without_versions).encode()).hexdigest()[:16]
