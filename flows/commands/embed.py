@@ -22,7 +22,7 @@ from flows.commands.options import Command
 )
 @job_options("Embed", rows_per_unit="50000")
 def embed(as_json: bool, width: int | None, dtype: str, **given: Any) -> None:
-    """Add text vectors to Parquet with trained adapters.
+    """Add text vectors to Parquet.
 
     Vectors have length 1. Adapters with and without a head have them. Finished units are kept: after a crash, run the
     same command to resume.
