@@ -27,7 +27,7 @@ from pipeline.inference.reference import find_adapters
 from pipeline.inference.router import Router
 from pipeline.publishing.publish import publish, rollback
 from pipeline.publishing.verify import verify
-from pipeline.records import SIDES, RunResults
+from pipeline.records import SIDES, RunResults, TaskResult
 from pipeline.run.collect import collect, finish_run
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
@@ -127,6 +127,15 @@ def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
     assert "spearman by width" in page
 
 
+def test_the_epochs_of_a_run_have_the_score_that_selects(runs: dict[str, RunFolder]) -> None:
+    run = runs["good"]
+    epochs = pq.read_table(run.epochs).to_pylist()
+    for name in ("Find", "Graded", "Same"):
+        scores = [row["validation_score"] for row in epochs if row["mteb_task"] == name]
+        assert scores == [row.validation_score for row in read_record(run.task(name).result, TaskResult).epochs]
+        assert None not in scores
+
+
 def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> None:
     store = runs["good"].root.parent
     shown = CliRunner().invoke(lorafleet, ["show", str(store)])
@@ -165,6 +174,7 @@ def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     verified = verify(to, encoder=str(encoder_folder("bert")), offline=True)
     assert {found.name for found in verified} == {"Same", "Graded", "Find.query", "Find.passage"}
     assert {found.name: found.effect > 0 for found in verified}["Same"]
+    assert {found.outputs for found in verified} == {"vectors"}
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "Scores of the embedding adapters" in card
     assert "sentence-similarity" in card

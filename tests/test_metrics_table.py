@@ -122,8 +122,7 @@ def test_score_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_schemas_hold_every_field_of_the_records_in_order() -> None:
     assert SCORES_SCHEMA.names == list(ScoreRow.model_fields)
-    of_file = [name for name in EpochRow.model_fields if name != "validation_score"]  # of no classifier
-    assert EPOCHS_SCHEMA.names == ["run_id", "mteb_task", *of_file]
+    assert EPOCHS_SCHEMA.names == ["run_id", "mteb_task", *EpochRow.model_fields]
     assert VALUES_SCHEMA.names == list(ValueRow.model_fields)
     assert MTEB_TASKS_SCHEMA.names == list(MtebTaskRow.model_fields)
 
@@ -132,8 +131,6 @@ def test_a_column_may_be_null_exactly_where_its_field_may_be_none() -> None:
     tables: list[tuple[pa.Schema, type[Record]]] = [(SCORES_SCHEMA, ScoreRow), (EPOCHS_SCHEMA, EpochRow)]
     for schema, record in (*tables, (MTEB_TASKS_SCHEMA, MtebTaskRow), (VALUES_SCHEMA, ValueRow)):
         for name, field in record.model_fields.items():
-            if name == "validation_score":
-                continue
             assert schema.field(name).nullable == (type(None) in get_args(field.annotation)), name
 
 

@@ -134,7 +134,14 @@ _FILM = ("negative", "positive")
 _DOMAINS = ("Animals", "Law", "Medicine", "Music")
 _ROUTER = rf"\[{_prediction(_FILM)}\]\n\(1, 384\)\n\[{_prediction(_FILM)}, {_prediction(_DOMAINS)}\]\n"
 _EXPORTED = r"exported (RottenTomatoes|Tickets) to {}: within \d[\d.e-]* of the adapter itself\n"
-_VERIFIED = r"verified WordNetDomains: logits within .*\nverified RottenTomatoes: logits within .*\n"
+_VERIFIED = "".join(
+    rf"verified {name}: {outputs} within .*\n"
+    for name, outputs in (
+        ("WordNetDomains", "logits"),
+        ("RottenTomatoes", "logits"),
+        ("WordNetReverseDictionary", "vectors"),
+    )
+)
 PRINTED = {
     "export sentence-transformers": _EXPORTED.format("embedder"),
     "export classifier": _EXPORTED.format("classifier"),
@@ -185,7 +192,7 @@ numpy.save("peft.npy", ((hidden * mask).sum(1) / mask.sum(1)).numpy())
 
 @pytest.fixture(scope="module")
 def reader(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """Trains two small adapters, and does all steps; those that do not need each other two at a time."""
+    """Trains three small adapters, and does all steps; those that do not need each other two at a time."""
     cwd = tmp_path_factory.mktemp("reader")
     texts, entries = _write_data(cwd / "data")
     (cwd / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
@@ -242,6 +249,7 @@ def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
 
     folder.mkdir()
     entries: dict[str, dict[str, Any]] = {}
+    texts: list[str] = []
     for name, package in SOURCES.items():
         planned = MtebTask(
             name=name, source="package", location=package, revision="installed", max_epochs=1, samples_per_label=8
@@ -252,9 +260,10 @@ def _write_data(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
             table = splits[split]
             if name == "WordNetDomains":
                 table = table.filter(pc.is_in(table["label"], value_set=pa.array(_DOMAINS)))
+            if name == "RottenTomatoes":
+                texts = table["text"].to_pylist()[-200:]
             pq.write_table(table.slice(0, num_texts), folder / f"{name}-{split}.parquet")
             entries[name][split] = str(folder / f"{name}-{split}.parquet")
-    texts: list[str] = splits["test"]["text"].to_pylist()[-200:]
     return texts, entries
 
 

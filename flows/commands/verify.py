@@ -46,6 +46,6 @@ def print_verified(verified: Sequence[Verification], *, as_json: bool) -> None:
 def verified_line(adapter: Verification) -> str:
     """Describe a verification in one line."""
     return (
-        f"verified {adapter.name}: logits within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
+        f"verified {adapter.name}: {adapter.outputs} within {adapter.difference:.2g} (allowed {adapter.tolerance:g}), "
         f"effect on the embedding {adapter.effect:.2g}"
     )

@@ -57,6 +57,7 @@ EPOCHS_SCHEMA = pa.schema(
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("peak_memory_bytes", pa.int64(), nullable=False),
         pa.field("is_best", pa.bool_(), nullable=False),
+        pa.field("validation_score", pa.float64()),
     ]
 )
 """Schema of epochs: one row per MTEB task and epoch, with run, MTEB task, then the fields of ``EpochRow`` in order."""

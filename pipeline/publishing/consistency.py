@@ -248,9 +248,7 @@ def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[
             _check_fields(
                 name, f"{folder.scores.name}, {row.column}", row, measured, but=() if are_all else _OVER_ALL_TASKS
             )
-        # The table has no column for a selection score that is not accuracy.
-        in_table = tuple(row.changed(validation_score=None) for row in result.epochs)
-        check_fact(name, folder.epochs.name, "epochs", epochs[name], in_table)
+        check_fact(name, folder.epochs.name, "epochs", epochs[name], result.epochs)
 
 
 def _check_values_table(folder: RunFolder, results: Mapping[str, TaskResult]) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 
@@ -31,11 +32,13 @@ from pipeline.store.run_folder import RunFolder, TaskFolder
 
 @dataclass(frozen=True)
 class Verification:
-    """A verified adapter: its logits match the stored ones."""
+    """A verified adapter: its outputs match the stored ones."""
 
     name: str
+    outputs: Literal["logits", "vectors"]
+    """Outputs that were compared. An adapter without a head has vectors only."""
     difference: float
-    """Largest absolute difference between a logit and its stored value."""
+    """Largest absolute difference between an output and its stored value."""
     effect: float
     """Largest change that the adapter makes to an element of a text embedding."""
     tolerance: float
@@ -116,13 +119,13 @@ def verify_folder(
         if results.keys() == listed.adapters.keys():
             check_card(folder, results)
     every = [(adapter, result) for adapters, result in checked.values() for adapter in adapters]
-    return _verify_logits(every, encoder, offline=offline)
+    return _verify_outputs(every, encoder, offline=offline)
 
 
-def _verify_logits(
+def _verify_outputs(
     checked: Sequence[tuple[FoundAdapter, TaskResult]], encoder: str | EncoderConfig | None, *, offline: bool
 ) -> list[Verification]:
-    """Load the adapters in a new process, and compare the logits that they compute there with the stored ones."""
+    """Load the adapters in a new process, and compare what they compute there with the stored outputs."""
     adapters = [adapter for adapter, _ in checked]
     is_trained = [result.best_epoch > 0 for _, result in checked]
     probes = [read_record(adapter.folder.probe, ReferenceOutputs) for adapter in adapters]
@@ -134,11 +137,12 @@ def _verify_logits(
     verified = []
     answers = reload_elsewhere(asks, config, offline=offline)
     for adapter, trained, probe, reloaded in zip(adapters, is_trained, probes, answers, strict=True):
-        logits, name = np.array(probe.logits, dtype=np.float32), adapter.folder.name
+        stored, name = np.array(probe.logits, dtype=np.float32), adapter.folder.name
         difference = reloaded.check(
-            name, outputs=logits, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
+            name, outputs=stored, label_names=adapter.label_names, tolerance=probe.tolerance, is_trained=trained
         )
-        verified.append(Verification(name, difference, reloaded.effect, probe.tolerance))
+        outputs: Literal["logits", "vectors"] = "logits" if adapter.has_head else "vectors"
+        verified.append(Verification(name, outputs, difference, reloaded.effect, probe.tolerance))
     return verified
 
 

@@ -14,8 +14,6 @@ class EpochRow(Record):
     train_loss: float
     validation_accuracy: Fraction | None = None
     """Accuracy on the split that selects the epoch. None in a refit, and if another metric selects."""
-    validation_score: float | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Value of the metric that selects the epoch, if it is not accuracy."""
     learning_rate: float
     """Learning rate at the end of the epoch."""
     texts_per_second: float
@@ -25,6 +23,8 @@ class EpochRow(Record):
     """Duration of the training loop, without validation and checkpoint."""
     peak_memory_bytes: int
     is_best: bool
+    validation_score: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Value of the metric that selects the epoch, if it is not accuracy."""
 
 
 class Progress(Record):

@@ -41,9 +41,12 @@ def main() -> None:
     """Train and measure every set that is named."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    data = {name: _read(arguments, name, TrainConfig()) for name in arguments.sets}
+    data = {
+        name: read_set(arguments.data / name, epochs=arguments.epochs, has_labels=arguments.separation)
+        for name in arguments.sets
+    }
     frozen: dict[str, Measured] = {}
-    encoder = _encoder(arguments)
+    encoder = read_encoder(arguments.encoder, precision=arguments.precision, threads=arguments.threads)
     for name in arguments.sets:
         started = time.perf_counter()
         frozen[name] = measure_vectors(data[name], TextVectors(encoder), widths=arguments.widths)
@@ -69,9 +72,10 @@ def _train(
         widths=tuple(arguments.train_widths),
         seed=seed,
     )
-    encoder, started = _encoder(arguments), time.perf_counter()
+    encoder = read_encoder(arguments.encoder, precision=arguments.precision, threads=arguments.threads)
+    started = time.perf_counter()
     training = train_adapter(
-        _objective(data[name], encoder, config, has_sides=arguments.sides),
+        make_objective(data[name], encoder, config, has_sides=arguments.sides),
         encoder,
         adapter_config=AdapterConfig(),
         train_config=config,
@@ -99,7 +103,10 @@ def _train(
         print(f"  few-shot accuracy {before:.4f} -> {after:.4f}", flush=True)
 
 
-def _objective(data: PairData | TaskData, encoder: Encoder, config: TrainConfig, *, has_sides: bool) -> Objective:
+def make_objective(
+    data: PairData | TaskData, encoder: Encoder, config: TrainConfig, *, has_sides: bool = False
+) -> Objective:
+    """Make the objective of a data set's family. Validation selects the epoch."""
     if isinstance(data, TaskData):
         train, validation = (
             LabelledTokens(encoder.tokenise(texts), labels)
@@ -115,23 +122,25 @@ def _objective(data: PairData | TaskData, encoder: Encoder, config: TrainConfig,
     return PairObjective(*splits, family=family, loss=data.task.loss, config=config, has_sides=has_sides)
 
 
-def _read(arguments: argparse.Namespace, name: str, config: TrainConfig) -> PairData | TaskData:
-    folder = arguments.data / name
+def read_set(folder: Path, *, epochs: int, has_labels: bool = False) -> PairData | TaskData:
+    """Read a folder of Parquet files: pairs, or texts with labels for separation."""
+    name = folder.name
     splits = {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
     splits = {split: path for split, path in splits.items() if Path(path).is_file()}
-    if arguments.separation:
+    if has_labels:
         entry = MtebTaskConfig(name=name, objective="separation", **splits)
     else:
         columns = _COLUMNS.get(name, ("sentence1", "sentence2"))
         family = "retrieval" if name in _COLUMNS else "text-matching"
         entry = MtebTaskConfig(name=name, objective=family, columns=columns, **splits)
-    task = plan_task(entry, data=DataConfig(), default_epochs=arguments.epochs)
-    return read_task(task, config=config, offline=True)
+    task = plan_task(entry, data=DataConfig(), default_epochs=epochs)
+    return read_task(task, config=TrainConfig(), offline=True)
 
 
-def _encoder(arguments: argparse.Namespace) -> Encoder:
-    config = EncoderConfig(name=arguments.encoder)
-    runtime = choose_runtime(TrainConfig(precision=arguments.precision), threads=arguments.threads, use_gpu=True)
+def read_encoder(name: str, *, precision: str, threads: int) -> Encoder:
+    """Load an encoder on the GPU if there is one."""
+    config = EncoderConfig(name=name)
+    runtime = choose_runtime(TrainConfig.model_validate({"precision": precision}), threads=threads, use_gpu=True)
     return Encoder(find_encoder(config, offline=True), config, runtime)
 
 
