@@ -59,7 +59,7 @@ def search_data(data: PairData) -> SearchData:
     )
 
 
-def pair_task(data: PairData, *, ready: Any = None) -> Any:
+def pair_task(data: PairData) -> Any:
     """Return an mteb task with the test pairs: ``STS`` for graded scores, ``PairClassification`` for 0/1 labels.
 
     Graded scores stay on the scale 0..1, which leaves mteb's correlations unchanged. mteb asks for the first side as
@@ -67,7 +67,6 @@ def pair_task(data: PairData, *, ready: Any = None) -> Any:
 
     Args:
         data: Pairs with scores or with labels.
-        ready: Task of mteb to fill. Default: a new one.
     """
     from mteb.abstasks import AbsTaskPairClassification, AbsTaskSTS
     from mteb.types import PromptType
@@ -75,18 +74,18 @@ def pair_task(data: PairData, *, ready: Any = None) -> Any:
     test = data.test
     assert test.scores is not None, "pairs without scores are searched"
     if data.kind == "scores":
-        mteb_task = ready or _new_task(data.task, AbsTaskSTS, "STS", "cosine_spearman", min_score=0, max_score=1)
+        mteb_task = _new_task(data.task, AbsTaskSTS, "STS", "cosine_spearman", min_score=0, max_score=1)
         names = (*mteb_task.column_names, "score")
         values: NDArray[Any] = test.scores
     else:
-        mteb_task = ready or _new_task(data.task, AbsTaskPairClassification, "PairClassification", "cosine_ap")
+        mteb_task = _new_task(data.task, AbsTaskPairClassification, "PairClassification", "cosine_ap")
         names = (mteb_task.input1_column_name, mteb_task.input2_column_name, mteb_task.label_column_name)
         values = test.scores.astype(np.int64)
     mteb_task.input1_prompt_type, mteb_task.input2_prompt_type = PromptType.query, PromptType.document
-    return _filled(mteb_task, data.task, dict(zip(names, (*test.columns[:2], values), strict=True)))
+    return _filled(mteb_task, dict(zip(names, (*test.columns[:2], values), strict=True)))
 
 
-def search_task(task: MtebTask, search: SearchData, *, ready: Any = None) -> Any:
+def search_task(task: MtebTask, search: SearchData) -> Any:
     """Return an mteb task of type ``Retrieval``.
 
     Ids are the positions of the passages, and those of the queries after ``q``. A query with an ``own_passage`` has the
@@ -95,12 +94,11 @@ def search_task(task: MtebTask, search: SearchData, *, ready: Any = None) -> Any
     Args:
         task: The task, for its name and revision.
         search: Queries and passages.
-        ready: Task of mteb to fill. Default: a new one, with the ranks that the scores need.
     """
     import datasets
     from mteb.abstasks import AbsTaskRetrieval
 
-    mteb_task = ready or _new_task(task, AbsTaskRetrieval, "Retrieval", "ndcg_at_10", k_values=(1, 10, 11))
+    mteb_task = _new_task(task, AbsTaskRetrieval, "Retrieval", "ndcg_at_10", k_values=(1, 10, 11))
     mteb_task.ignore_identical_ids = True
     ids = query_ids(search)
     part = {
@@ -113,7 +111,7 @@ def search_task(task: MtebTask, search: SearchData, *, ready: Any = None) -> Any
         },
         "top_ranked": None,
     }
-    mteb_task.dataset = {_subset(mteb_task, task): {"test": part}}
+    mteb_task.dataset = {"default": {"test": part}}
     mteb_task.data_loaded = True
     return mteb_task
 
@@ -123,19 +121,18 @@ def query_ids(search: SearchData) -> list[str]:
     return [f"q{number}" if own is None else str(own) for number, own in enumerate(search.own_passage)]
 
 
-def clustering_task(data: TaskData, *, ready: Any = None) -> Any:
+def clustering_task(data: TaskData) -> Any:
     """Return an mteb task of type ``Clustering`` with the test texts, all of which it embeds.
 
     Args:
         data: Texts and labels.
-        ready: Task of mteb to fill. Default: a new one with mteb's settings. Either embeds all texts.
     """
     from mteb.abstasks import AbsTaskClustering
 
-    mteb_task = ready or _new_task(data.task, AbsTaskClustering, "Clustering", "v_measure", category="t2c")
+    mteb_task = _new_task(data.task, AbsTaskClustering, "Clustering", "v_measure", category="t2c")
     mteb_task.max_fraction_of_documents_to_embed = mteb_task.max_document_to_embed = None
     columns = {mteb_task.input_column_name: data.test_texts, mteb_task.label_column_name: data.test_labels}
-    return _filled(mteb_task, data.task, columns)
+    return _filled(mteb_task, columns)
 
 
 def _new_task(
@@ -147,7 +144,7 @@ def _new_task(
     metadata = TaskMetadata.model_validate(
         {
             "name": task.name,
-            "description": f"{task.name}, a data set outside mteb",
+            "description": f"{task.name}, as lorafleet read it",
             "dataset": {"path": task.name, "revision": task.revision},
             "type": type_name,
             "category": category,
@@ -160,15 +157,11 @@ def _new_task(
     return type(task.name, (kind,), {"metadata": metadata, **attributes})()
 
 
-def _filled(mteb_task: Any, task: MtebTask, columns: dict[str, Any]) -> Any:
+def _filled(mteb_task: Any, columns: dict[str, Any]) -> Any:
     """Fill an mteb task with columns as its test split, so that it loads no data."""
     import datasets
 
     parts = datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
-    mteb_task.dataset = {_subset(mteb_task, task): parts} if mteb_task.metadata.is_multilingual else parts
+    mteb_task.dataset = parts
     mteb_task.data_loaded = True
     return mteb_task
-
-
-def _subset(mteb_task: Any, task: MtebTask) -> str:
-    return task.subset if mteb_task.metadata.is_multilingual else "default"

@@ -105,7 +105,6 @@ def measure_vectors(
     *,
     second: TextVectors | None = None,
     widths: Sequence[int] = (),
-    mteb_task: Any = None,
 ) -> Measured:
     """Measure unit vectors on test through mteb's evaluator, at full width and at each smaller width.
 
@@ -114,19 +113,18 @@ def measure_vectors(
         vectors: Vectors of texts, for pairs those of the first side.
         second: Vectors of the second side. None: those of the first.
         widths: Numbers of leading dimensions. The full width may be among them.
-        mteb_task: Task of mteb to fill with the test data, of the type that fits the data. Default: a new one.
     Raises: DataError: test has one score or one label only, so that nothing can be measured.
     """
     every = (None, *sorted({width for width in widths if width != vectors.width}, reverse=True))
     if isinstance(data, TaskData):
         _check_varied(data.task.name, data.test_labels, "label")
-        return Measured(every, _measure_texts(data, vectors, every, mteb_task))
+        return Measured(every, _measure_texts(data, vectors, every))
     sides = _Sides(data, vectors, second or vectors)
     if data.kind == "positives":
-        return Measured(every, _measure_search(data, sides, every, mteb_task))
+        return Measured(every, _measure_search(data, sides, every))
     assert data.test.scores is not None, "pairs without scores are searched"
     _check_varied(data.task.name, data.test.scores, "score" if data.kind == "scores" else "label")
-    return Measured(every, _measure_pairs(data, sides, every, mteb_task))
+    return Measured(every, _measure_pairs(data, sides, every))
 
 
 def measure_adapter(data: PairData | TaskData, adapter: AnyAdapter, *, widths: Sequence[int] = ()) -> Measured:
@@ -172,8 +170,8 @@ class _Sides:
         return (1 - paired_cosine_distances(one, other)).astype(np.float64)
 
 
-def _measure_pairs(data: PairData, sides: _Sides, widths: Sequence[int | None], ready: Any) -> dict[str, Any]:
-    mteb_task = pair_task(data, ready=ready)
+def _measure_pairs(data: PairData, sides: _Sides, widths: Sequence[int | None]) -> dict[str, Any]:
+    mteb_task = pair_task(data)
     key, metric = ("cosine_spearman", spearman) if data.kind == "scores" else ("cosine_ap", average_precision)
     whole, gold = np.ones((len(data.test), 1)), data.test.scores
     assert gold is not None, "pairs without scores are searched"
@@ -191,9 +189,9 @@ def _measure_pairs(data: PairData, sides: _Sides, widths: Sequence[int | None], 
     return arrays
 
 
-def _measure_search(data: PairData, sides: _Sides, widths: Sequence[int | None], ready: Any) -> dict[str, Any]:
+def _measure_search(data: PairData, sides: _Sides, widths: Sequence[int | None]) -> dict[str, Any]:
     search = search_data(data)
-    mteb_task = search_task(data.task, search, ready=ready)
+    mteb_task = search_task(data.task, search)
     passages = {str(number): passage for number, passage in enumerate(search.passages)}
     texts_by_id = dict(zip(query_ids(search), search.queries, strict=True)) | passages
     main, found = [], []
@@ -224,8 +222,8 @@ def _scores_by_query(search: SearchData, results: dict[str, dict[str, float]]) -
     return dict(zip(SEARCH_METRICS, rows.T, strict=True))
 
 
-def _measure_texts(data: TaskData, vectors: TextVectors, widths: Sequence[int | None], ready: Any) -> dict[str, Any]:
-    mteb_task = clustering_task(data, ready=ready)
+def _measure_texts(data: TaskData, vectors: TextVectors, widths: Sequence[int | None]) -> dict[str, Any]:
+    mteb_task = clustering_task(data)
     texts, labels = data.test_texts, data.test_labels
     times_drawn = _times_drawn(mteb_task, len(texts))
     main, clusters, silhouette, accuracies = [], [], [], []
