@@ -24,9 +24,8 @@ from bulk import Bulk, files_below, save_bulk_adapter, start, write_table
 from commands import PLANTED, Command, bulk_rows, write_bulk_input
 
 from pipeline.adapter.files import load_adapter
-from pipeline.bulk.output import FOOTER_KEY, JOB, PLAN
+from pipeline.bulk.output import FOOTER_KEY, JOB, PLAN, summarise
 from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, Receipt, VectorLoss, VectorOptions
-from pipeline.bulk.summary import summarise
 from pipeline.bulk.vectors import VectorFormat
 from pipeline.bulk.worker import UnitWorker
 from pipeline.errors import AdapterError, InputError

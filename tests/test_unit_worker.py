@@ -27,9 +27,9 @@ from bulk import LABELS, Bulk, files_below, save_bulk_adapter, start, write_tabl
 
 from pipeline.adapter.files import load_adapter
 from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, PLAN, read_receipt
-from pipeline.bulk.parquet import block_rows
 from pipeline.bulk.records import Receipt
 from pipeline.bulk.worker import UnitWorker
+from pipeline.bulk_input.blocks import block_rows
 from pipeline.bulk_input.units import Unit
 from pipeline.errors import AdapterError, DataError, InputError
 from pipeline.inference.reference import find_adapters
@@ -175,7 +175,7 @@ def test_similar_texts_are_not_treated_as_equal(
 def test_wide_rows_are_read_a_few_at_a_time(
     column: str, repeated: bool, start_bulk: Callable[..., Bulk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.bulk.parquet._BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("pipeline.bulk_input.blocks._BLOCK_BYTES", 2**20)
     random = np.random.default_rng(0)
     texts = [f"{text} {number}" for number, text in enumerate(TEXTS[:50])]
     wide = [random.bytes(2**17)] * 50 if repeated else [random.bytes(2**17) for _ in texts]

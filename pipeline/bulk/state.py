@@ -22,10 +22,10 @@ from pipeline.bulk.output import (
     is_current,
     read_receipt,
     replace_output,
+    summarise,
     sweep,
 )
 from pipeline.bulk.records import BulkJob, BulkSummary, Receipt
-from pipeline.bulk.summary import summarise
 from pipeline.bulk_input.content import is_version
 from pipeline.bulk_input.units import BulkInput, Unit, UnitFailure
 from pipeline.errors import InputError, LorafleetError

@@ -20,10 +20,10 @@ import torch
 from pydantic import Field, SecretStr
 
 from pipeline.bulk.columns import AdapterColumns, Tally
-from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, footer, read_receipt
-from pipeline.bulk.parquet import READ_BUFFER_BYTES, UnitFile, block_rows, chosen_rows, input_codecs
+from pipeline.bulk.output import ATTEMPTS, FOOTER_KEY, UnitFile, footer, read_receipt
 from pipeline.bulk.records import BulkJob, Receipt
 from pipeline.bulk.texts import LabelledTexts, read_ahead
+from pipeline.bulk_input.blocks import READ_BUFFER_BYTES, block_rows, chosen_rows, input_codecs
 from pipeline.bulk_input.content import content_of, file_now
 from pipeline.bulk_input.units import Unit
 from pipeline.encoder.tokeniser import Tokens
