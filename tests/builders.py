@@ -204,7 +204,7 @@ def finished_run(
 
     So are weights where ``adapters`` names the folder of an MTEB task's; the others are a few bytes.
     """
-    from pipeline.reports.outputs import (
+    from pipeline.run.outputs import (
         correct_over_tasks,  # here, because it imports huggingface_hub, which conftest.py takes offline first
     )
 

@@ -10,8 +10,8 @@ from builders import CPU_FLOAT32, ENCODER, MINILM_MODULES, WHEN, finished_run, t
 from pipeline.config import load_config
 from pipeline.history.tables import read_history, read_scores
 from pipeline.records import ClassificationResults, Comparison, Failure, TaskResult
-from pipeline.reports.outputs import correct_over_tasks
 from pipeline.run.collect import collect, finish_run, reuse
+from pipeline.run.outputs import correct_over_tasks
 from pipeline.run.plan import Plan
 from pipeline.store.files import read_record
 from pipeline.store.manifest import read_manifest, write_config

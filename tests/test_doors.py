@@ -21,7 +21,7 @@ DOORS = {
         "pipeline/data/mteb_tasks.py",
         "pipeline/evaluation/mteb_runs.py",
         "pipeline/pairs/filled_tasks.py",
-        "pipeline/reports/outputs.py",
+        "pipeline/run/outputs.py",
     },
     "prefect": {
         *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),

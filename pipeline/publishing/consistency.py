@@ -24,10 +24,10 @@ from pipeline.records import (
     RunResults,
     TaskResult,
 )
-from pipeline.reports.outputs import (
+from pipeline.reports.summary import summarise, summarise_all
+from pipeline.run.outputs import (
     correct_over_tasks,
 )
-from pipeline.reports.summary import summarise, summarise_all
 from pipeline.store.files import read_record
 from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256

@@ -9,8 +9,8 @@ from typing import get_args
 from pipeline.errors import VerificationError, first_line
 from pipeline.evaluation.scores import score_of_draws
 from pipeline.records import FewShotColumn, FewShotResult, JsonObject, Publication, TaskResult
-from pipeline.reports.outputs import MODEL_META, as_mteb_loads, mteb_main_score, mteb_model, mteb_path
 from pipeline.reports.summary import score_row
+from pipeline.run.outputs import MODEL_META, as_mteb_loads, mteb_main_score, mteb_model, mteb_path
 from pipeline.store.files import read_record
 from pipeline.store.run_folder import RunFolder
 

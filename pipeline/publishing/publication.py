@@ -16,7 +16,7 @@ from pipeline.errors import InputError, LorafleetError
 from pipeline.publishing.consistency import check_run, check_summary, check_task, listed_tasks
 from pipeline.records import AdapterMeta, ClassificationResults, Publication, TaskResult
 from pipeline.reports.formatting import without_local_paths
-from pipeline.reports.outputs import write_mteb_results, write_outputs
+from pipeline.run.outputs import write_mteb_results, write_outputs
 from pipeline.store.files import add_file, copy_inside, open_inside, read_record, write_atomically
 from pipeline.store.folders import explain, kind_of
 from pipeline.store.manifest import RunManifest, read_manifest

@@ -19,7 +19,7 @@ from pipeline.history.tables import (
 from pipeline.history.values import values_of
 from pipeline.records import ClassificationResults, Failure, LabelShare, MtebTaskRow, TaskResult
 from pipeline.reports.history_page import write_history_page
-from pipeline.reports.outputs import write_outputs
+from pipeline.run.outputs import write_outputs
 from pipeline.run.plan import Plan
 from pipeline.store.files import write_atomically
 from pipeline.store.key import library_versions, sources_sha256
