@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import Command, Ended, epochs_done, write_config, write_task
+from test_embedding_job import TASKS
 
 from pipeline.config import load_config
 from pipeline.encoder.runtime import choose_runtime
@@ -33,16 +37,30 @@ TITLES = {
 
 
 @pytest.fixture(scope="session")
-def config(encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One MTEB task that is finished in no time, and one that trains for some seconds after it."""
-    folder = tmp_path_factory.mktemp("faults")
+def config(request: pytest.FixtureRequest, encoder_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One MTEB task that is finished in no time, and one that trains for some seconds after it.
+
+    A parameter of the test is the kind of the long task: "classified", or a key of ``TASKS``.
+    """
+    folder, kind = tmp_path_factory.mktemp("faults"), getattr(request, "param", "classified")
+    is_classified = kind == "classified"
+    long = write_task(folder, "Long", num_train=800, seed=4) if is_classified else _embedding_task(folder, kind)
     tasks = [
         write_task(folder, "Quick", num_train=60, seed=3) | {"max_epochs": 1},
-        write_task(folder, "Long", num_train=800, seed=4) | {"max_epochs": EPOCHS},
+        long | {"max_epochs": EPOCHS},
     ]
-    train = {"batch_size": 2, "patience": EPOCHS, "learning_rate": 0.002}
+    train = {"batch_size": 2 if is_classified else 4, "patience": EPOCHS, "learning_rate": 0.002}
     evaluate = {"columns": ["frozen_full_data", "head"]}
     return write_config(folder / "config.toml", encoder_folder("bert"), tasks, train=train, evaluate=evaluate)
+
+
+def _embedding_task(folder: Path, kind: str) -> dict[str, Any]:
+    make, extra, _ = TASKS[kind]
+    entry: dict[str, Any] = {"name": "Long", **extra}
+    for split, number, seed in (("train", 800, 1), ("validation", 60, 2), ("test", 90, 3)):
+        entry[split] = str(folder / f"Long-{split}.parquet")
+        pq.write_table(pa.table(make(number, seed)), entry[split])
+    return entry
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +124,7 @@ def left(command: Command, *, seconds: float = 10) -> list[str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.faults
+@pytest.mark.parametrize("config", ["classified", "graded", "two adapters", "separated"], indirect=True)
 def test_a_training_survives_the_kill_of_its_driver_of_the_ray_head_and_of_its_worker(
     store: Store, undisturbed: dict[str, str]
 ) -> None:
