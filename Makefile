@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-faults setup clean
 
-quickstart: $(VENV)/.ready  ## set up and run the main job on two small real data sets
+quickstart: $(VENV)/.ready  ## set up and run the main job on three small real data sets
 	$(BIN)/lorafleet train --config quickstart
 
 setup: $(VENV)/.ready-dev  ## set up everything for development

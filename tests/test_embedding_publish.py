@@ -120,11 +120,12 @@ def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
     shown = CliRunner().invoke(lorafleet, ["show", str(run.root)])
     assert shown.exit_code == 0, shown.output
     assert "Adapted against frozen" in shown.output
-    assert "spearman" in shown.output
+    assert "Spearman" in shown.output
     page = run.report.read_text(encoding="utf-8")
     assert "LoRA embedding adapters" in page
     assert "ROC, test pairs" in page
-    assert "spearman by width" in page
+    assert "Spearman by width" in page
+    assert "without texts of train" in page
 
 
 def test_the_epochs_of_a_run_have_the_score_that_selects(runs: dict[str, RunFolder]) -> None:
@@ -160,7 +161,7 @@ def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> No
         for column in ("frozen", "adapted")
     }
     page = (store / "history.html").read_text(encoding="utf-8")
-    assert "adapted, spearman" in page
+    assert "adapted, Spearman" in page
     assert "300 training and 300 test examples" in page
 
 
@@ -177,6 +178,7 @@ def test_it_is_published_verified_and_a_planted_loss_is_blocked(
     assert {found.outputs for found in verified} == {"vectors"}
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "Scores of the embedding adapters" in card
+    assert "| nDCG@10 | without texts of train | " in card
     assert "sentence-similarity" in card
     (before,) = find_adapters([f"{to}#Same"], offline=True)
     second = publish(runs["harmful"].root, PublishConfig(to=to))

@@ -57,6 +57,19 @@ class Estimate:
 METRICS: dict[str, Metric] = {}
 """Metrics by their names in ``values.parquet``."""
 
+_TITLES_OF_VECTORS = {
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "average_precision": "average precision",
+    "f1": "F1",
+    "f1_best_threshold": "F1 at the best threshold on test, optimistic",
+    "ndcg_at_10": "nDCG@10",
+    "recall_at_1": "recall@1",
+    "recall_at_10": "recall@10",
+    "mrr_at_10": "MRR@10",
+    "v_measure": "V-measure",
+}
+
 
 def metric(title: str) -> Callable[[Callable[[Counts], Floats]], Callable[[Counts], Floats]]:
     """Add a function to ``METRICS`` under its own name."""
@@ -121,7 +134,7 @@ def measure(labels: Ints, predictions: Ints, *, num_classes: int, draws: int, se
 
 def title_of(name: str) -> str:
     """Name of a metric in reports."""
-    return METRICS[name].title if name in METRICS else name.replace("_", " ")
+    return METRICS[name].title if name in METRICS else _TITLES_OF_VECTORS.get(name, name.replace("_", " "))
 
 
 def _resamples(texts: npt.NDArray[Any], *, draws: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -15,7 +15,13 @@ from pipeline.records import SIDES, ClassificationResults, Column, EncoderRef, R
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
 from pipeline.reports.summary import data_source, is_of_mteb, score_row, task_entry
-from pipeline.reports.vector_table import HOW_VECTORS_ARE_MEASURED, VECTOR_HEADINGS, vector_rows
+from pipeline.reports.vector_table import (
+    DETAIL_HEADINGS,
+    HOW_VECTORS_ARE_MEASURED,
+    VECTOR_HEADINGS,
+    vector_details,
+    vector_rows,
+)
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _CLAIMED: tuple[tuple[Column, str, str, str], ...] = (
@@ -76,6 +82,8 @@ def render_card(
         num_tasks=_number_of_adapters(len(summary.tasks), len(vectors)),
         vector_headings=VECTOR_HEADINGS,
         vector_rows=vector_rows([task_entry(result) for result in vectors]),
+        detail_headings=DETAIL_HEADINGS,
+        vector_details=[(result.mteb_task.name, vector_details(result)) for result in vectors],
         how_vectors=HOW_VECTORS_ARE_MEASURED,
         delta_sentence=_delta_sentence(results, summary),
         run_id=summary.run_id,

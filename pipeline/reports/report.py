@@ -39,7 +39,13 @@ from pipeline.reports.score_table import (
 )
 from pipeline.reports.summary import data_source, score_row, task_entry, warm_start_summary
 from pipeline.reports.vector_figures import vector_panels
-from pipeline.reports.vector_table import HOW_VECTORS_ARE_MEASURED, VECTOR_HEADINGS, vector_rows
+from pipeline.reports.vector_table import (
+    DETAIL_HEADINGS,
+    HOW_VECTORS_ARE_MEASURED,
+    VECTOR_HEADINGS,
+    vector_details,
+    vector_rows,
+)
 
 _PANELS_WIDTH = 780
 
@@ -64,6 +70,7 @@ class _VectorView:
 
     result: TaskResult
     cells: tuple[str, ...]
+    details: list[tuple[str, ...]]
     panels: Markup
     source: str
     notes: tuple[str, ...]
@@ -95,6 +102,7 @@ def render_report(results: Sequence[TaskResult], summary: ClassificationResults)
         unfold=len(tasks) <= OPEN_UP_TO,
         vectors=_vector_views(results),
         vector_headings=VECTOR_HEADINGS,
+        detail_headings=DETAIL_HEADINGS,
         how=(*(HOW_IT_WAS_MADE if table.lines or not results else ()), *_how_vectors(results)),
         busy=duration(sum(result.busy_seconds for result in results if result.reused_from is None)),
     )
@@ -105,8 +113,9 @@ def _vector_views(results: Sequence[TaskResult]) -> list[_VectorView]:
     for result in results:
         if not result.has_head:
             (cells,) = vector_rows([task_entry(result)]) or [(result.mteb_task.name,)]
-            notes = (without_local_paths(note) for note in result.data.notes)
-            shown.append(_VectorView(result, cells, vector_panels(result), data_source(result.mteb_task), tuple(notes)))
+            notes = tuple(without_local_paths(note) for note in result.data.notes)
+            panels, source = vector_panels(result), data_source(result.mteb_task)
+            shown.append(_VectorView(result, cells, vector_details(result), panels, source, notes))
     return shown
 
 

@@ -24,21 +24,21 @@ _SHOWN_BINS = 40
 
 def vector_panels(result: TaskResult) -> Markup:
     """Draw the panels that the task's numbers allow, side by side."""
-    panels: list[Callable[[Axes], None]] = [lambda axes: _draw_curve(axes, result)]
+    panels: dict[str, Callable[[Axes], None]] = {"learning curve": lambda axes: _draw_curve(axes, result)}
     if any(row.width is not None for row in _main_values(result)):
-        panels.append(lambda axes: _draw_widths(axes, _main_values(result)))
+        panels["score by width"] = lambda axes: _draw_widths(axes, _main_values(result))
     if result.similarities:
-        panels.append(lambda axes: _draw_similarities(axes, result.similarities))
+        panels["similarities of the pairs"] = lambda axes: _draw_similarities(axes, result.similarities)
         if {counts.group for counts in result.similarities} == {"label 0", "label 1"}:
-            panels.append(lambda axes: _draw_roc(axes, result.similarities))
+            panels["ROC"] = lambda axes: _draw_roc(axes, result.similarities)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(PAGE_WIDTH / 72, _HEIGHT / 72))
         figure.subplots_adjust(
             left=56 / PAGE_WIDTH, right=1 - 8 / PAGE_WIDTH, bottom=46 / _HEIGHT, top=1 - 28 / _HEIGHT, wspace=0.3
         )
-        for number, draw in enumerate(panels):
+        for number, draw in enumerate(panels.values()):
             draw(figure.add_subplot(1, 4, number + 1))
-        return inline_svg(figure, f"{result.mteb_task.name}: learning curve, score by width, similarities of the pairs")
+        return inline_svg(figure, f"{result.mteb_task.name}: {', '.join(panels)}")
 
 
 def _main_values(result: TaskResult) -> list[ValueRow]:

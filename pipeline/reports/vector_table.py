@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.records import SIGNIFICANCE, TaskEntry
+from pipeline.history.values import values_of
+from pipeline.records import SIGNIFICANCE, TaskEntry, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points
 
 VECTOR_HEADINGS = (
@@ -18,6 +19,9 @@ VECTOR_HEADINGS = (
     "Best epoch",
 )
 """Headings of ``vector_rows``, from left to right."""
+
+DETAIL_HEADINGS = ("Metric", "Test set", "Size", "Frozen", "Adapted", "Gain")
+"""Headings of ``vector_details``, from left to right."""
 
 HOW_VECTORS_ARE_MEASURED = (
     (
@@ -35,13 +39,33 @@ HOW_VECTORS_ARE_MEASURED = (
         "Above or below only if the paired test has p < 0.05 after Holm's correction over the tasks of the run, within "
         "noise otherwise.",
     ),
+    (
+        "Test set",
+        "All of test; the part without pairs that stand in train; the part that shares no text with train; and each "
+        "value of the slices that the config names. The size counts pairs, queries or texts, and a part of fewer than "
+        "20 has no score. F1 and accuracy are at a threshold that validation chose.",
+    ),
 )
 """Explanation of each column."""
+
+_PARTS = {"pair_in_train": "without pairs of train", "text_in_train": "without texts of train"}
 
 
 def vector_rows(entries: Sequence[TaskEntry]) -> list[tuple[str, ...]]:
     """Texts under ``VECTOR_HEADINGS``, one row per embedding adapter. Empty if a run has classifiers only."""
     return [_cells(entry) for entry in entries if entry.family != "classification"]
+
+
+def vector_details(result: TaskResult) -> list[tuple[str, ...]]:
+    """Texts under ``DETAIL_HEADINGS``: every metric on all of test, and the main metric by width and by part of test.
+
+    Thresholds are left out, because they are no scores.
+    """
+    values = [row for row in values_of(result) if row.column in ("frozen", "adapted")]
+    frozen = {_place(row): row for row in values if row.column == "frozen"}
+    adapted = {_place(row): row for row in values if row.column == "adapted"}
+    shown = [row for row in _shown(list(frozen.values())) if _place(row) in adapted]
+    return [_detail(row, adapted[_place(row)], adapted.get((f"{row.metric}_gain", *_place(row)[1:]))) for row in shown]
 
 
 def verdict(entry: TaskEntry) -> str:
@@ -68,6 +92,30 @@ def _cells(entry: TaskEntry) -> tuple[str, ...]:
         else _with_interval(points(entry.gain), entry.gain_low, entry.gain_high, shown=points),
         verdict(entry),
         f"{entry.best_epoch} of {entry.epochs}",
+    )
+
+
+def _place(row: ValueRow) -> tuple[str, int | None, str | None, str | None]:
+    return row.metric, row.width, row.slice, row.slice_value
+
+
+def _shown(rows: Sequence[ValueRow]) -> Iterator[ValueRow]:
+    scores = [row for row in rows if not row.metric.endswith("_threshold") or row.metric == "f1_best_threshold"]
+    yield from (row for row in scores if row.slice is None and row.width is None)
+    yield from (row for row in scores if row.main and row.slice is None and row.width is not None)
+    yield from (row for row in scores if row.main and row.slice is not None and row.width is None)
+
+
+def _detail(frozen: ValueRow, adapted: ValueRow, gain: ValueRow | None) -> tuple[str, ...]:
+    from pipeline.evaluation.metrics import title_of  # late, because it computes, and the driver starts sooner without
+
+    part = "all" if frozen.slice is None else _PARTS.get(frozen.slice, f"{frozen.slice} = {frozen.slice_value}")
+    return (
+        title_of(frozen.metric) + (f", {frozen.width} dimensions" if frozen.width else ""),
+        part,
+        f"{frozen.num_texts:,}",
+        *(_with_interval(percent(row.value), row.low, row.high, shown=percent) for row in (frozen, adapted)),
+        "–" if gain is None else _with_interval(points(gain.value), gain.low, gain.high, shown=points),
     )
 
 
