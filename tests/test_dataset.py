@@ -400,7 +400,7 @@ def test_names_that_do_not_belong_to_one_number_each_are_not_used(tmp_path: Path
             "test has labels that never occur in train: 'z'; add texts of them",
         ),
         (numbered({0: 9, 1: 9}), numbered(dict.fromkeys(range(2, 10), 1)), "2, 3, 4, 5, 6 and 3 more"),
-        (numbered({"a": 9}), numbered({"a": 1}), "train has the single label 'a'; a classifier needs at least two"),
+        (numbered({"a": 9}), numbered({"a": 1}), "train has the single label 'a'; expected texts of at least two"),
         (
             numbered({"a": 1, "b": 1}),
             numbered({"a": 1, "b": 1}),

@@ -184,6 +184,8 @@ def test_keys_that_contradict_each_other_are_refused_before_any_file_is_read(ent
         (SCORED, {"slices": ("genre",)}, "has no column 'genre', but 'sentence1'"),
         (SCORED, {"group_column": "who"}, "has no column 'who', but 'sentence1'"),
         ({"query": ["a", "b"]}, {"objective": "retrieval"}, "has queries ('query') but no passages"),
+        ({"query": ["a", "b"]}, {}, "has queries ('query') but no passages"),
+        ({"sentence1": ["a", "b"], "score": [1, 2]}, {}, "expected two columns of texts, named"),
         (SCORED | {"score": [3.0] * 4}, {}, "train has the score 3 for all 4 pairs; expected different scores"),
         (
             SCORED | {"score": ["high", "low", "1", "2"]},

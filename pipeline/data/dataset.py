@@ -113,7 +113,7 @@ def _number_labels(name: str, tables: dict[str, Any]) -> tuple[tuple[str, ...], 
     classes = sorted(set(values["train"]))
     if len(classes) < 2:
         raise DataError(
-            f"{name}: train has the single label {shown_label(classes[0])}; a classifier needs at least two classes"
+            f"{name}: train has the single label {shown_label(classes[0])}; expected texts of at least two labels"
         )
     position = {label: number for number, label in enumerate(classes)}
     for split, column in values.items():

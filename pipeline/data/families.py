@@ -106,6 +106,14 @@ def family_of_columns(names: Sequence[str]) -> Family | None:
     return None if sides is None else "text-matching" if sides[0] == "sentence1" else "retrieval"
 
 
+def family_of_one_side(names: Sequence[str]) -> Family | None:
+    """Return the family of pairs of which a file has one side only; None if it has texts, or no side."""
+    found = [sides for sides in SIDES if set(sides) & set(names)]
+    if not found or "text" in names:
+        return None
+    return "text-matching" if found[0][0] == "sentence1" else "retrieval"
+
+
 def with_family(task: MtebTask, family: Family) -> MtebTask:
     """Return the task with the family that its data have.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.families import family_of_columns, with_family
+from pipeline.data.families import family_of_columns, family_of_one_side, with_family
 from pipeline.data.mteb_tasks import prefixed_errors
 from pipeline.data.quickstart import read_package
 from pipeline.data.source_files import split_files
@@ -108,9 +108,9 @@ def decide_by_columns(task: MtebTask, *, offline: bool) -> MtebTask:
         readings = header_readings(read_content(path), path)
     if {task.text_column, task.label_column} != {"text", "label"}:
         return with_family(task, "classification")
-    families = [family for names in readings if (family := family_of_columns(names)) is not None]
-    # Without a known column, the reader of single texts says which ones it expects.
-    return with_family(task, families[0] if families else task.objective)
+    # If a side of the pairs is missing, the reader of pairs says so. Without a known column, that of single texts does.
+    families = [found for of_names in (family_of_columns, family_of_one_side) for found in map(of_names, readings)]
+    return with_family(task, next(filter(None, families), task.objective))
 
 
 def _read_files(task: MtebTask, *, offline: bool) -> PairTables:

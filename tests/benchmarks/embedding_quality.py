@@ -86,6 +86,7 @@ def _train(
     scores = compare(
         data[name], frozen[name], adapted, run_id="benchmark", config=EvaluateConfig(), seed=seed
     ).differences[0]
+    best = max(row.validation_score or 0.0 for row in training.epochs)
     others = [
         f"{other} {_values(frozen[other])} -> {_values(after)}"
         for other in arguments.sets
@@ -95,7 +96,8 @@ def _train(
     print(
         f"| {name} | {seed} | {_values(frozen[name])} | {_values(adapted)} | {scores.gain:+.4f} "
         f"({scores.low:+.4f} to {scores.high:+.4f}, p {scores.p_value:.3g}) | epoch {training.best_epoch} of "
-        f"{len(training.epochs)} | {rate:.0f} examples/s, {seconds:.0f} s | {'; '.join(others)} |",
+        f"{len(training.epochs)}, validation {best:.4f} | {rate:.0f} examples/s, {seconds:.0f} s | "
+        f"{'; '.join(others)} |",
         flush=True,
     )
     if isinstance(data[name], TaskData):
