@@ -461,10 +461,14 @@ def test_a_training_that_diverges_says_so(family: str, bert: Encoder) -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (retrieval, {"batch_size": 1}, "train.batch_size is 1, but the loss infonce compares the pairs of a batch"),
-        (retrieval, {"batch_size": 1, "loss": "triplet"}, "train.batch_size is 1, but the loss triplet"),
-        (matching, {"batch_size": 1}, "train.batch_size is 1, but the loss cosent"),
-        (separation, {"batch_size": 3}, "train.batch_size is 3, but separation compares two texts.*set it to 4"),
+        (retrieval, {"batch_size": 1}, 'loss = "infonce" of objective = "retrieval".*at least 2, not 1'),
+        (
+            retrieval,
+            {"batch_size": 1, "loss": "triplet"},
+            'loss = "triplet".*at least 2, not 1',
+        ),
+        (matching, {"batch_size": 1}, 'loss = "cosent".*at least 2, not 1'),
+        (separation, {"batch_size": 3}, 'loss = "infonce" of objective = "separation".*at least 4, not 3'),
         (retrieval, {"loss": "cosent"}, "loss = 'cosent' does not fit data in which all pairs are positive"),
         (matching, {"loss": "infonce"}, "'infonce' does not fit data in which each pair has a score; set it to cosent"),
     ],

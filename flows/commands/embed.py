@@ -24,10 +24,10 @@ from flows.commands.options import Command
 def embed(as_json: bool, width: int | None, dtype: str, **given: Any) -> None:
     """Add text vectors to Parquet.
 
-    Vectors have length 1. Adapters with and without a head have them. Finished units are kept: after a crash, run the
-    same command to resume.
+    Vectors have length 1 before they are rounded. Adapters with and without a head have them. Finished units are kept:
+    after a crash, run the same command to resume.
 
-    Example: lorafleet embed questions/ vectors/ --adapter runs/20261120-181500-1a2b#Banking77 --width 128
+    Example: lorafleet embed questions/ vectors/ --adapter runs/20261120-181500-1a2b#Help.query
     """
     vectors = {"width": width, "dtype": dtype}
     run_bulk_command(given | {"labels": False, "vectors": vectors}, as_json=as_json, flow="embed")

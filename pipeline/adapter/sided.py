@@ -1,4 +1,4 @@
-"""Two sets of LoRA pairs on one frozen encoder, one for each side of pairs of texts. They are trained together."""
+"""Two adapters on one frozen encoder, one for each side of pairs of texts. They are trained together."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class SidedAdapter:
     label_names: tuple[str, ...] = ()
 
     def __init__(self, encoder: Encoder, config: AdapterConfig, *, seed: int = 0) -> None:
-        """Make both sets of pairs, with equal initial weights, and attach that of the queries.
+        """Create the LoRA matrices of both adapters, with equal initial weights, and attach the query adapter.
 
         Args:
             encoder: The frozen base.
-            config: Rank, scaling and layers of the pairs.
+            config: Rank, scaling and adapted layers.
             seed: Seed of the initial weights.
         Raises: AdapterError: as ``Adapter``.
         """
@@ -51,14 +51,14 @@ class SidedAdapter:
 
     @property
     def projections(self) -> dict[str, LoraLinear]:
-        """The pairs of both sides, by side and module path."""
+        """LoRA layers of both adapters, by side and module path."""
         return {
             f"{side}/{path}": lora for side, adapter in self.sides.items() for path, lora in adapter.projections.items()
         }
 
     @property
     def lora_parameters(self) -> list[nn.Parameter]:
-        """A and B of every pair of both sides, those of the queries first."""
+        """LoRA matrices A and B of both adapters, those of the queries first."""
         return [parameter for adapter in self.sides.values() for parameter in adapter.lora_parameters]
 
     @property

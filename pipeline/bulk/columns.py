@@ -126,7 +126,7 @@ def _vectors(ids: npt.NDArray[np.int64], memory: TextVectors) -> tuple[pa.Array,
 
 
 def _reasons(ids: npt.NDArray[np.int64], others: Mapping[str, npt.NDArray[np.bool_]]) -> pa.Array:
-    """Return the column of reasons: those of the texts, and others by the rows that they are true of."""
+    """Return the column of reasons. ``others`` maps each further reason to the rows it applies to."""
     cases = {"text is null": ids == NULL, "text is empty": ids == EMPTY, "text is not UTF-8": ids == NOT_UTF8, **others}
     why = np.select(list(cases.values()), list(range(len(cases))), default=-1)
     return pa.array(list(cases), pa.string()).take(pa.array(why, mask=why < 0))

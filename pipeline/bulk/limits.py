@@ -19,7 +19,7 @@ from pipeline.storage.place import open_file, store_errors
 
 _SAMPLED_UNITS, _SAMPLED_ROWS = 8, 1024
 _HEADROOM = 1.1
-_LARGEST = 1.0  # of a value of a vector of length 1
+_LARGEST = 1.0  # no component of a unit vector is larger
 
 
 def measure_limits(
@@ -34,8 +34,8 @@ def measure_limits(
 ) -> dict[str, float]:
     """Measure the largest absolute value of each adapter's vectors, with 10 % of headroom.
 
-    The sample is the beginning of up to 8 ranges of row groups, spread over the input, with 1,024 rows in all. The
-    limit is 1 if it holds no text.
+    The sample has up to 1,024 rows: the beginning of up to 8 ranges of row groups, spread over the input. The limit is
+    1 if it holds no text.
 
     Args:
         adapters: The adapters of the job.

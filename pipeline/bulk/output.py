@@ -112,7 +112,7 @@ def footer(job: BulkJob, unit: Unit, receipt: Receipt) -> dict[bytes, bytes]:
 
 
 def summarise(job: BulkJob, source: BulkInput, receipts: Sequence[Receipt], **facts: Any) -> BulkSummary:
-    """Add up the receipts of all finished units. ``facts`` are the fields that no receipt knows."""
+    """Add up the receipts of all finished units. ``facts`` are the remaining fields of the summary."""
     names = [adapter.name for adapter in job.adapters]
     return BulkSummary(
         job=job.fingerprint,

@@ -60,9 +60,9 @@ class MtebTaskConfig(Section):
     slices: Annotated[tuple[_SliceName, ...], Field(max_length=16), *NON_REPEATING] | None = None
     """Columns of the test file. The scores are also given for each of their values. Only for pairs."""
     corpus: _Location | None = None
-    """Your passages with their ids (``_id``, ``text``, perhaps ``title``), for retrieval. ``test`` then holds queries.
+    """Your passages with their ids, for retrieval: ``_id``, ``text`` and optionally ``title``.
 
-    Requires ``qrels``."""
+    ``test`` then holds queries. Requires ``qrels``."""
     qrels: _Location | None = None
     """Relevant passages of each query of ``test``: ``query-id``, ``corpus-id`` and ``score``. Requires ``corpus``."""
     text_column: _Name | None = None
@@ -72,7 +72,7 @@ class MtebTaskConfig(Section):
     group_column: _Name | None = None
     """Column of groups, such as customers or threads. Only for your own files.
 
-    Texts of one group stay on one side of every split."""
+    Texts of one group stay in one split."""
     test_fraction: float | None = Field(default=None, gt=0, lt=0.5)
     """Share of each label to use as test if ``test`` is not set. Default: 0.2. Near-equal texts stay on one side."""
     test_seed: int | None = Field(default=None, ge=0, lt=2**32)

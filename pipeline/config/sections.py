@@ -59,7 +59,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0, le=1000)
     """Weight decay of AdamW."""
     batch_size: int = Field(default=32, ge=1, le=65_536)
-    """Texts per step."""
+    """Examples per step: texts, or pairs of texts."""
     max_epochs: int = Field(default=5, ge=1, le=10_000)
     """Default for tasks that set no ``max_epochs``."""
     patience: int = Field(default=3, ge=1, le=10_000)
@@ -83,9 +83,10 @@ class TrainConfig(Section):
     distillation: float = Field(default=0.0, ge=0, le=1000)
     """Weight of a term that keeps the similarities of the texts of a batch close to those of the frozen encoder."""
     texts_per_pass: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Texts embedded at a time in a step. Fewer need less memory and more time. The gradient stays the same.
+    """Texts embedded at a time in a step. Fewer need less memory. The gradient stays the same.
 
-    Default: all texts of the batch. Only for pairs and for separation."""
+    With a value, activations are computed again in the backward pass. Default: all texts of a batch, or 64 at a time on
+    a CPU, without computing anything again. Only for pairs and for separation."""
     gradient_clip: float = Field(default=1.0, gt=0, le=1e6)
     """Largest norm of the gradient; a larger gradient is scaled down."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -56,7 +56,6 @@ _FAMILIES_OF_TRAIN_KEY: dict[str, tuple[Family, ...]] = {
     "label_smoothing": ("classification",),
     "class_weights": ("classification",),
 }
-_BATCH_OF_TWO: tuple[Loss, ...] = ("infonce", "cosent")  # they compare the pairs of a batch with each other
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,30 @@ def check_training(task: MtebTask, train: TrainConfig) -> None:
 
     Raises: ConfigError: they are not.
     """
-    if task.loss in _BATCH_OF_TWO and train.batch_size < 2:
+    try:
+        check_batch_size(task.objective, task.loss, train.batch_size)
+    except ConfigError as error:
+        raise ConfigError(f"{task.name}: {error}") from None
+
+
+def check_batch_size(family: Family, loss: Loss, batch_size: int) -> None:
+    """Check that a loss has something to compare in each batch.
+
+    Raises: ConfigError: the batches are too small.
+    """
+    least = least_batch(family, loss)
+    if batch_size < least:
         raise ConfigError(
-            f'{task.name}: loss = "{task.loss}" compares the examples of a batch, so train.batch_size must be at least '
-            f"2, not {train.batch_size}"
+            f'loss = "{loss}" of objective = "{family}" compares the examples of a batch, so train.batch_size must be '
+            f"at least {least}, not {batch_size}"
         )
+
+
+def least_batch(family: Family, loss: Loss) -> int:
+    """Return the number of examples of the smallest useful batch. Separation needs two texts of each of two labels."""
+    if family == "separation":
+        return 4
+    return 1 if loss in ("cross-entropy", "cosine") else 2
 
 
 def check_train_keys(tasks: Sequence[MtebTask], train: TrainConfig) -> None:

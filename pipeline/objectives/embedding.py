@@ -1,4 +1,4 @@
-"""The part that all objectives on text vectors share: one pass over a batch, widths, temperature and distillation."""
+"""The part that all objectives on text vectors share: embedding a batch, widths, temperature and distillation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SLICE_LENGTH_STEPS = 4  # on a GPU slices are padded to a larger step, so that 
 
 
 class EmbeddingObjective(Objective):
-    """An objective on the vectors of all texts of a batch, whose columns pass through the encoder together."""
+    """An objective on the vectors of all texts of a batch. The texts of all columns are embedded together."""
 
     def __init__(self, tokens: Tokens, *, config: TrainConfig, has_sides: bool = False) -> None:
         """Compute nothing yet.
@@ -47,7 +47,7 @@ class EmbeddingObjective(Objective):
         Raises: ConfigError: the sides cannot be compiled.
         """
         if has_sides and config.compile:
-            raise ConfigError("train.compile cannot compile two adapters that take turns; leave it out, or sides")
+            raise ConfigError('train.compile does not work with sides = "query-passage"; remove one of the two')
         self.has_sides = has_sides
         self._tokens = tokens
         self._config = config
@@ -65,7 +65,10 @@ class EmbeddingObjective(Objective):
         return () if self._temperature is None else (self._temperature.exponent,)
 
     def start(self, adapter: AnyAdapter) -> None:
-        """Make the learned temperature, and embed the texts for the distillation while the adapter has no effect."""
+        """Create the learned temperature, and keep the vectors of the frozen encoder for the distillation.
+
+        A new adapter has no effect yet, so its encoder gives the frozen vectors.
+        """
         if self._config.temperature == "learned":
             self._temperature = _Temperature(adapter.encoder.device)
         if self._config.distillation:
@@ -162,8 +165,8 @@ def embed_slices(embed: Callable[[Batch], Tensor], slices: Sequence[Batch], *, r
     Args:
         embed: Function from a batch to its vectors.
         slices: The batches.
-        recompute: Keep only the vectors. The backward pass then computes one batch again at a time, so that memory
-            holds the activations of one. The gradient is the same.
+        recompute: Whether to discard activations and compute them again, batch by batch, in the backward pass. Memory
+            then holds the activations of one batch. The gradient is the same.
     """
     if len(slices) == 1:
         return embed(slices[0])

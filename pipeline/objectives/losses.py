@@ -1,6 +1,7 @@
 """Losses on text vectors. Each is a function of float32 tensors that never waits for the GPU, so it can be recorded.
 
-Vectors need not be normalised: every similarity is a cosine. A loss is finite even if no text has a partner.
+Vectors need not be normalised: every similarity is a cosine. A loss is a scalar, finite even if a batch has nothing to
+compare.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def infonce(queries: Tensor, passages: Tensor, allowed: Tensor, *, temperature: 
 
 
 def triplet(queries: Tensor, passages: Tensor, allowed: Tensor, *, margin: float = MARGIN) -> Tensor:
-    """Mean shortfall of the distance to the nearest negative behind the distance to the query's passage plus a margin.
+    """Triplet loss with the hardest negative: mean of ``max(0, d(query, passage) - d(query, negative) + margin)``.
 
-    The distance is one minus the cosine. A query without an allowed negative adds 0.
+    The distance ``d`` is one minus the cosine. A query without an allowed negative adds 0.
     Source: Hermans et al. 2017, arXiv:1703.07737 (batch hard).
 
     Args:

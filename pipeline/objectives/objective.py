@@ -1,7 +1,7 @@
 """Training objectives: the batches, the loss of a batch, and the metric that selects the epoch.
 
-The loop, its checkpoints, the recorded steps and the progress depend on the data through an ``Objective`` only. A new
-loss is a new ``Objective``.
+The loop, its checkpoints, the recorded steps and the progress depend on the data through an ``Objective`` only. A task
+family is one.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
+from pipeline.data.families import check_batch_size
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
 from pipeline.errors import ConfigError, DataError
@@ -35,7 +36,7 @@ class TokenPairs:
     columns: tuple[Tokens, ...]
     """The two sides (query and passage), then given negatives."""
     text_ids: tuple[IntArray, ...]
-    """Number of each text in each column, int64 (pairs,). Equal texts have equal numbers, in every split."""
+    """Hash of each text in each column, int64 (pairs,). Equal texts have equal hashes, in every split."""
     scores: npt.NDArray[np.float32] | None
     """Similarity of each pair, 0..1, (pairs,). None if every pair is positive."""
 
@@ -76,10 +77,11 @@ def tokenise_pairs(split: PairSplit, encoder: Encoder, *, prefixes: tuple[str, s
 
 
 class PairObjective(EmbeddingObjective):
-    """Pairs of texts whose vectors are to be as similar as their score says, or that belong together.
+    """Objective of text matching and retrieval.
 
-    The epoch is selected by Spearman's correlation if the scores are graded, by average precision if they are labels,
-    and by nDCG@10 among the passages of the selection if every pair is positive.
+    It trains the cosine of a pair to follow its score, or a query to be closer to its passage than to negatives. The
+    epoch is selected by Spearman's correlation if the scores are graded, by average precision if they are labels, and
+    by nDCG@10 among the passages of the selection if every pair is positive.
     """
 
     def __init__(
@@ -102,17 +104,13 @@ class PairObjective(EmbeddingObjective):
             config: Temperature, widths, distillation and texts per pass.
             has_sides: Whether queries and passages have an adapter each.
         Raises:
-            ConfigError: the loss does not fit the data, or the batch is too small for it.
+            ConfigError: the loss does not fit the data, or the batches are too small for it.
             DataError: the scores of the selection are all equal.
         """
         super().__init__(joined(train.columns), config=config, has_sides=has_sides)
         self._train, self._selection, self._family, self._loss = train, selection, family, loss
         _check_loss(loss, train)
-        if config.batch_size < 2 and loss != "cosine":
-            raise ConfigError(
-                f"train.batch_size is {config.batch_size}, but the loss {loss} compares the pairs of a batch with each "
-                "other; set it to 2 or more, or the loss to cosine"
-            )
+        check_batch_size(family, loss, config.batch_size)
         self.selection_metric = _selection_metric(train, selection)
         self._belonging = _Belonging(train)
 

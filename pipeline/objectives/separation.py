@@ -11,15 +11,14 @@ from torch import Tensor
 
 from pipeline.adapter.sided import AnyAdapter
 from pipeline.config import TrainConfig
+from pipeline.data.families import check_batch_size
 from pipeline.encoder.encoder import FloatArray
 from pipeline.encoder.tokeniser import IntArray
-from pipeline.errors import ConfigError
 from pipeline.objectives.batches import LabelledTokens, arrays_sha256, token_arrays
 from pipeline.objectives.embedding import EmbeddingObjective
 from pipeline.objectives.losses import supervised_infonce
 
 _BATCHES_PER_BUCKET = 256
-_LEAST_TEXTS = 4
 _CLUSTERINGS = 4  # of which the tightest counts
 
 
@@ -35,15 +34,11 @@ class Separation(EmbeddingObjective):
             train: Training texts.
             selection: Texts that select the epoch.
             config: Temperature, widths, distillation and texts per pass.
-        Raises: ConfigError: the batch is too small for two pairs.
+        Raises: ConfigError: the batches are too small for two pairs.
         """
         super().__init__(train.tokens, config=config)
         self._train, self._selection = train, selection
-        if config.batch_size < _LEAST_TEXTS:
-            raise ConfigError(
-                f"train.batch_size is {config.batch_size}, but separation compares two texts of a label with texts of "
-                f"other labels; set it to {_LEAST_TEXTS} or more"
-            )
+        check_batch_size("separation", "infonce", config.batch_size)
 
     @property
     def num_examples(self) -> int:
@@ -66,7 +61,7 @@ class Separation(EmbeddingObjective):
     def batches(self, *, batch_size: int, order: np.random.Generator) -> Iterator[IntArray]:
         """Random batches of groups of two or three texts of one label, of similar length.
 
-        Every text occurs once. Where a batch ends within a group, at most one group is divided between two batches.
+        Every text occurs once. A group may be split at the end of a batch.
         """
         groups = _grouped(self._train.labels, order)
         longest = np.maximum.reduceat(self._train.tokens.lengths[groups.rows], groups.starts)
@@ -136,7 +131,10 @@ class _Groups:
 
 
 def _grouped(labels: IntArray, order: np.random.Generator) -> _Groups:
-    """Random pairs of texts of one label. The last text of an odd label joins a pair, or is alone with its label."""
+    """Random pairs of texts of one label.
+
+    If a label has an odd number of texts, the last joins a pair. The only text of a label is a group of one.
+    """
     shuffled = order.permutation(len(labels))
     rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[rows], return_index=True, return_counts=True)

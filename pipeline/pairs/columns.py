@@ -37,7 +37,8 @@ def find_columns(names: Sequence[str], task: MtebTask, *, split: str, where: str
     Args:
         names: Columns of the table.
         task: The planned task.
-        split: ``train``, ``validation`` or ``test``. Only train needs the negatives, only test needs the slices.
+        split: ``train``, ``validation`` or ``test``. Only train needs the negatives. Only the file that test
+            comes from needs the slices.
         where: The table, for messages.
         others_allowed: Whether other columns are left alone, because the config or mteb says which ones are read.
     Raises: DataError: a column is missing, superfluous or ambiguous.

@@ -42,12 +42,13 @@ class PairData:
     task: MtebTask
     """The task, with the revision of the data that was read."""
     kind: PairKind
+    """Meaning of the pairs: graded scores, 0/1 labels, or all positive."""
     train: PairSplit
     validation: PairSplit
     """Empty if no pair can be spared."""
     test: PairSplit
     corpus: list[str]
-    """Distinct passages, which every query is searched in: a given corpus, then those of all splits with the negatives.
+    """Distinct passages, which every query searches: a given corpus, then those of all splits with the negatives.
 
     Empty for text matching."""
     pair_in_train: NDArray[np.bool_]

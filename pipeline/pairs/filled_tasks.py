@@ -1,4 +1,4 @@
-"""mteb's tasks of pairs, of retrieval and of clustering, filled in memory. A door to mteb's tasks."""
+"""mteb tasks of pairs, of retrieval and of clustering, filled in memory with data that lorafleet has read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class SearchData:
     queries: list[str]
     """Distinct texts of the first side, in the order of the test pairs."""
     passages: list[str]
-    """Distinct passages that every query is searched in."""
+    """Distinct passages, which every query searches."""
     relevant: tuple[frozenset[int], ...]
     """Positions in ``passages`` of the right passages of each query, at least one."""
     query_of_pair: NDArray[np.int64]
     """Position in ``queries`` of each test pair, int64 (num_test,)."""
     own_passage: tuple[int | None, ...]
-    """Position of the passage that is no candidate for a query, because it is the query itself. None: all count."""
+    """Position of the passage to exclude, because it equals the query. None: exclude none."""
 
 
 def search_data(data: PairData) -> SearchData:

@@ -88,7 +88,7 @@ def tables_of_hub(task: MtebTask, hub: HubPairs) -> PairTables:
     for split in [name for name in ("train", "validation", "test") if name in hub.tables]:
         where, table = f"{task.name}: {split}", hub.tables[split]
         if not table.num_rows:
-            raise DataError(f"{where} has no positive pair; expected at least one")
+            raise DataError(f"{where} is empty; expected at least one pair")
         found = find_columns(table.column_names, task, split=split, where=where, others_allowed=True)
         splits[split] = _pair_table(table, found, task, where)
         ignored += found.ignored
@@ -108,7 +108,7 @@ def decide_by_columns(task: MtebTask, *, offline: bool) -> MtebTask:
         readings = header_readings(read_content(path), path)
     if {task.text_column, task.label_column} != {"text", "label"}:
         return with_family(task, "classification")
-    # If a side of the pairs is missing, the reader of pairs says so. Without a known column, that of single texts does.
+    # With one known side, the reader of pairs reports the missing one. With none, the reader of labelled texts does.
     families = [found for of_names in (family_of_columns, family_of_one_side) for found in map(of_names, readings)]
     return with_family(task, next(filter(None, families), task.objective))
 

@@ -90,7 +90,7 @@ def _draw_widths(axes: Axes, rows: Sequence[ValueRow]) -> None:
 
 
 def _draw_similarities(axes: Axes, histograms: Sequence[SimilarityCounts]) -> None:
-    """Draw the share of each group's pairs by similarity: a line per group, dashed without the adapter."""
+    """Draw the share of each group's pairs by similarity. The colour shows the encoder, the line style the group."""
     groups = list(dict.fromkeys(counts.group for counts in histograms))
     for counts in histograms:
         merged = np.array(counts.counts).reshape(_SHOWN_BINS, -1).sum(axis=1)

@@ -41,8 +41,8 @@ HOW_VECTORS_ARE_MEASURED = (
     ),
     (
         "Test set",
-        "All of test; the part without pairs that stand in train; the part that shares no text with train; and each "
-        "value of the slices that the config names. The size counts pairs, queries or texts, and a part of fewer than "
+        "All of test, and parts of it: the pairs that do not stand in train, those that share no text with train, and "
+        "each value of the slices that the config names. The size counts pairs, queries or texts. A part of fewer than "
         "20 has no score. F1 and accuracy are at a threshold that validation chose.",
     ),
 )
@@ -57,10 +57,7 @@ def vector_rows(entries: Sequence[TaskEntry]) -> list[tuple[str, ...]]:
 
 
 def vector_details(result: TaskResult) -> list[tuple[str, ...]]:
-    """Texts under ``DETAIL_HEADINGS``: every metric on all of test, and the main metric by width and by part of test.
-
-    Thresholds are left out, because they are no scores.
-    """
+    """Texts under ``DETAIL_HEADINGS``: every metric on test, and the main metric by width and by part of test."""
     values = [row for row in values_of(result) if row.column in ("frozen", "adapted")]
     frozen = {_place(row): row for row in values if row.column == "frozen"}
     adapted = {_place(row): row for row in values if row.column == "adapted"}

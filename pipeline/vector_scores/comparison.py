@@ -36,8 +36,8 @@ def compare(
 
     Scores are given at every width for three test sets: all of test, without pairs that stand in train
     (``pair_in_train``), and without pairs that share a text with train (``text_in_train``). At full width they are also
-    given for each value of the user's slices. Intervals are over resampled texts, see ``resampling.py``. Clusters and
-    silhouettes in a part of test are those among all its texts.
+    given for each value of the user's slices. Intervals are over resampled texts, see ``resampling.py``. A part of
+    test uses the clusters and silhouettes that were computed on all test texts.
 
     Args:
         data: The data that both were measured on.

@@ -46,7 +46,7 @@ _ROUNDED = 6e-6  # mteb rounds its scores of a search to five digits
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one state of an encoder that a paired comparison with another state needs. No text is kept."""
+    """Scores of one state of an encoder on test, by item and width, as a paired comparison needs them."""
 
     widths: tuple[int | None, ...]
     """Numbers of leading dimensions, the first axis of the arrays below. The first is None: all dimensions."""
@@ -67,17 +67,19 @@ class Measured:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """Make it from the arrays of ``tensors``."""
+        """Build a measurement from the arrays of ``tensors``."""
         arrays = {name: array for name, array in tensors.items() if name != "widths"}
         return cls(tuple(int(width) or None for width in tensors["widths"]), arrays)
 
 
 @dataclass(frozen=True)
 class SideTexts:
-    """Texts that a measurement of pairs embeds, with their prefixes."""
+    """Texts of each side that a measurement of pairs embeds, with their prefixes."""
 
     first: list[str]
+    """Queries, or first texts of the pairs."""
     second: list[str]
+    """Passages, or second texts of the pairs."""
 
 
 def kind_of(data: PairData | TaskData) -> Kind:
@@ -286,6 +288,6 @@ def _check_varied(name: str, values: npt.NDArray[Any], noun: str) -> None:
 
 
 def _agreed(own: float, of_mteb: float, tolerance: float) -> float:
-    """Value of ours, which has all digits."""
+    """Return our value, which has all digits. Raises: AssertionError: mteb's differs."""
     assert abs(own - of_mteb) <= tolerance, f"own score {own}, mteb's {of_mteb}"
     return float(own)

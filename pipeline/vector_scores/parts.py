@@ -89,4 +89,4 @@ def _parts_of_pairs(data: PairData, item_of_pair: Ints) -> Iterator[Part]:
 def _notes(left_out: list[Part]) -> Iterator[str]:
     for name in dict.fromkeys(part.slice for part in left_out):
         small = [f"{part.slice_value!r} ({part.num_items})" for part in left_out if part.slice == name]
-        yield f"slices of {name} without a score, because they have fewer than {FEWEST_ITEMS} rows: {some_names(small)}"
+        yield f"no score for {name} = {some_names(small)}: fewer than {FEWEST_ITEMS} pairs, queries or texts"

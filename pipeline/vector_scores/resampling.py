@@ -1,8 +1,8 @@
-"""Intervals and paired differences from samples of the texts, of which several may share a pair.
+"""Cluster bootstrap over texts: intervals, and paired differences.
 
-Texts repeat over pairs, so pairs are no independent draws. Pairs that share a text, directly or over other pairs, form
-a group. A sample draws as many groups as there are, with replacement, and takes each with all its pairs (Efron 1979; a
-cluster bootstrap). All columns and widths see the same samples, so their differences are paired.
+Texts repeat over pairs, so pairs are no independent draws. Pairs that share a text, directly or through other pairs,
+form a group. A sample draws as many groups as there are, with replacement, and takes each with all its pairs (Efron
+1979). All columns and widths see the same samples, so their differences are paired.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Resampled:
         return bool(np.isfinite(self.values).all())
 
     def estimate(self, series: int) -> Estimate:
-        """Value of a series and its interval. No ends if all samples agree, which would claim certainty."""
+        """Value of a series and its interval. No interval if all samples are equal, which would look certain."""
         value, ends = float(self.values[series]), _ends(self.drawn[series])
         if ends is None or ends[0] == ends[1]:
             return Estimate(value)
@@ -74,7 +74,7 @@ class Resampled:
 
 
 def text_groups(columns: Sequence[Sequence[str]]) -> npt.NDArray[np.int64]:
-    """Number of the group of each row, int64 (rows,). Rows that share a text, directly or over others, form a group.
+    """Number of the group of each row, int64 (rows,). Rows that share a text, directly or through others, form a group.
 
     Args:
         columns: Texts of the rows, one or more columns of equal length. A text is the same text in every column.
