@@ -87,8 +87,10 @@ def _report(name: str, found: Resampled) -> None:
             loss = found.gain(row[state, width], over=row[state, WIDTHS[0]])
             cells.append(f"{found.values[row[state, width]]:.4f}" + (f" ({_gain(loss)})" if width < WIDTHS[0] else ""))
         print(f"| {state} | {' | '.join(cells)} |")
-    gains = [found.gain(row["Matryoshka", width], over=row["plain", width]) for width in WIDTHS]
-    print(f"| Matryoshka above plain | {' | '.join(map(_gain, gains))} |\n")
+    for state, other in (("plain", "frozen"), ("Matryoshka", "frozen"), ("Matryoshka", "plain")):
+        gains = [found.gain(row[state, width], over=row[other, width]) for width in WIDTHS]
+        print(f"| {state} above {other} | {' | '.join(map(_gain, gains))} |")
+    print()
     print(f"Matryoshka at 64 above frozen at 384: {_gain(found.gain(row['Matryoshka', 64], over=row['frozen', 384]))}")
     lost = found.drawn[[row[state, 384] for state in STATES]] - found.drawn[[row[state, 64] for state in STATES]]
     for other in (0, 1):
