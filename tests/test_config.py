@@ -180,7 +180,19 @@ def test_an_override_reaches_a_section_and_a_task_by_name_or_number() -> None:
     )
     assert config.train.seed == 7
     assert config.data.mirror == "../some=where"
-    assert {t.name: t.max_epochs for t in config.mteb_tasks} == {"WordNetDomains": 4, "RottenTomatoes": 9}
+    epochs = {t.name: t.max_epochs for t in config.mteb_tasks}
+    assert epochs == {"WordNetDomains": 4, "RottenTomatoes": 9, "WordNetReverseDictionary": 2}
+
+
+def test_no_task_is_called_like_the_adapter_of_one_side_of_another() -> None:
+    tasks = 'mteb_tasks=[{name="Help", train="a.csv"}, {name="Help.query", train="b.csv"}]'
+    assert "Help.query, which is also how the adapter of one side of another task is called" in fault(tasks)
+    assert load_config("quickstart", overrides=('mteb_tasks=[{name="Help.query", train="b.csv"}]',))
+
+
+def test_a_slice_is_not_called_like_one_of_ours() -> None:
+    tasks = 'mteb_tasks=[{name="Help", train="a.csv", slices=["pair_in_train"]}]'
+    assert "pair_in_train is a slice that lorafleet reports by itself" in fault(tasks)
 
 
 def test_an_override_reaches_a_task_whose_name_holds_a_dot() -> None:

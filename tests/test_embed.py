@@ -28,7 +28,7 @@ from pipeline.bulk.output import FOOTER_KEY, JOB, PLAN, summarise
 from pipeline.bulk.records import BulkJob, BulkOptions, BulkRequest, Receipt, VectorLoss, VectorOptions
 from pipeline.bulk.vectors import VectorFormat
 from pipeline.bulk.worker import UnitWorker
-from pipeline.errors import AdapterError, InputError
+from pipeline.errors import AdapterError, InputError, LorafleetError
 from pipeline.inference.engine import _Stream
 from pipeline.store.run_folder import TaskFolder
 
@@ -469,6 +469,31 @@ def test_each_side_of_an_adapter_with_prefixes_is_a_job_of_its_own(setting: Sett
         setting.start("none", adapters=[folder])
     with pytest.raises(InputError, match=r"FAQ\.query and FAQ\.passage put different texts .* use a job for each"):
         setting.start("none", adapters=[f"{folder}.query", f"{folder}.passage"])
+
+
+def test_a_path_with_a_number_sign_and_a_side_reaches_the_worker(setting: Setting, encoder: Path) -> None:
+    setting.write({"text": TEXTS[:5]})
+    folder = save_bulk_adapter(setting.root / "run#1" / "FAQ", encoder, labels=None)
+    bulk = done(setting.start("out", adapters=[f"v={folder.parent}#FAQ.query"]))
+    assert len(matrix(rows_of(bulk), "v_vector")) == 5
+
+
+@pytest.mark.parametrize("limits", [{"T": 0.0}, {"T": -1e-300}, {"T": 5.0}])
+def test_limits_that_cannot_be_computed_with_are_refused(limits: dict[str, float], setting: Setting) -> None:
+    setting.write({"text": TEXTS[:5]})
+    plan = setting.root / "out" / PLAN
+    done(setting.start(dtype="int8"))
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"limits": limits}))
+    with pytest.raises(LorafleetError, match="limits"):
+        setting.start(dtype="int8")
+
+
+def test_a_limit_of_another_adapter_is_measured_again(setting: Setting) -> None:
+    setting.write({"text": TEXTS[:5]})
+    plan = setting.root / "out" / PLAN
+    measured = setting.start(dtype="int8").job.limits
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"limits": {"X": 0.5}}))
+    assert setting.start(dtype="int8").job.limits == measured
 
 
 def test_footer_entries_of_pandas_and_spark_name_the_vectors(setting: Setting) -> None:

@@ -34,6 +34,7 @@ from pipeline.records import Family, MtebTask, ValueRow
 from pipeline.vector_scores.comparison import EmbeddingScores, compare
 from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, measure_vectors, side_texts
 from pipeline.vector_scores.pair_metrics import best_threshold
+from pipeline.vector_scores.parts import parts_of_test
 
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
 needs_pairs = pytest.mark.skipif(not PAIRS.is_dir(), reason=f"no copies of the pair data sets in {PAIRS}")
@@ -79,7 +80,7 @@ def pairs_of(
         train=train,
         validation=validation,
         test=test,
-        corpus=list(dict.fromkeys(passages)) if objective == "retrieval" else [],
+        corpus=list(dict.fromkeys(passages)),
         pair_in_train=np.array([frozenset(pair) in both for pair in test_pairs]),
         text_in_train=np.array([not known.isdisjoint(pair) for pair in test_pairs]),
         score_range=None,
@@ -191,9 +192,7 @@ def test_a_query_is_no_candidate_of_its_own_in_text_matching_unless_a_pair_says_
     own = [None if place is None else matching.passages[place] for place in matching.own_passage]
     assert own == ["old ship", "wave tide", None]
     assert search_data(pairs_of("positives", objective="retrieval", test=test)).own_passage == (None, None, None)
-    few = dataclasses.replace(
-        pairs_of("positives", test=test), train=PairSplit(([], []), None, {}), validation=PairSplit(([], []), None, {})
-    )
+    few = dataclasses.replace(pairs_of("positives", test=test), corpus=second)
     found = measure_vectors(few, TextVectors(bert))
     assert found.arrays["recall_at_10"][0].tolist() == [1, 1, 1]  # of three passages
     assert found.arrays["recall_at_1"][0, 2] == 1  # a text is nearest to itself
@@ -335,6 +334,23 @@ def test_without_both_labels_in_validation_there_is_no_f1_and_a_note_says_so(ber
     assert any("validation does not have both labels" in note for note in scores.notes)
 
 
+def test_validation_that_the_adapter_has_learnt_chooses_no_threshold(bert: Encoder) -> None:
+    data = pairs_of("labels")
+    found = measure_vectors(data, TextVectors(bert))
+    settings: dict[str, Any] = {"run_id": "one", "config": EvaluateConfig(bootstrap_draws=100), "seed": 0}
+    scores = compare(data, found, found, **settings, learnt_validation=True)
+    assert {row.metric for row in scores.rows} == {"average_precision", "average_precision_gain", "f1_best_threshold"}
+    assert any("the adapter was trained on validation" in note for note in scores.notes)
+
+
+def test_an_identifier_as_slice_takes_no_memory_for_each_value(bert: Encoder) -> None:
+    test = split_of(120, "scores", seed=3)
+    data = pairs_of("scores", test=dataclasses.replace(test, slices={"id": [str(i) for i in range(120)]}))
+    divided = parts_of_test(data)
+    assert [part.slice for part in divided.parts if part.is_user_slice] == []
+    assert any("no score for id" in note for note in divided.notes)
+
+
 def test_small_slices_and_slices_of_one_label_have_no_score_and_are_named(bert: Encoder) -> None:
     test = split_of(120, "labels", seed=3)
     assert test.scores is not None
@@ -385,7 +401,7 @@ def real_pairs(name: str, kind: PairKind, columns: tuple[str, str], *, objective
     splits = {split: read(split) for split in ("train", "validation", "test")}
     passages = [text for split in splits.values() for text in split.columns[1]]
     none = np.zeros(len(splits["test"]), dtype=np.bool_)
-    corpus = list(dict.fromkeys(passages)) if objective == "retrieval" else []
+    corpus = list(dict.fromkeys(passages))
     return dataclasses.replace(small, **splits, corpus=corpus, pair_in_train=none, text_in_train=none)
 
 

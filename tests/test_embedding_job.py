@@ -20,6 +20,7 @@ from pipeline.adapter.description import describe_adapter
 from pipeline.config import load_config
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.runtime import choose_runtime
+from pipeline.errors import InputError
 from pipeline.export.export import export_adapter
 from pipeline.history.values import find_value, main_value
 from pipeline.inference.reference import find_adapters
@@ -134,6 +135,14 @@ def test_an_embedding_adapter_is_trained_measured_and_reloaded(
     found = find_value(result.values, "adapted", f"{metric}_gain")
     assert found is not None
     assert found.value == pytest.approx(gain.gain)
+
+
+def test_a_prefix_that_leaves_no_room_for_a_text_is_refused(encoder_folder: Folders, tmp_path: Path) -> None:
+    make, extra, metric = TASKS["searched"]
+    long = {"long": (make, extra | {"prefixes": ["sea " * 30, "garden "]}, metric)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="fills all 24 tokens"):
+        patch.setattr("test_embedding_job.TASKS", long)
+        job_of("long", encoder_folder("bert"), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["two adapters", *(pytest.param(kind, marks=LONG) for kind in ("graded", "labelled"))])

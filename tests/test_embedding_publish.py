@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,24 @@ from test_embedding_job import graded, labelled, translated
 from flows.cli import lorafleet
 from pipeline.config import GateConfig, PublishConfig, load_config
 from pipeline.encoder.runtime import choose_runtime
-from pipeline.errors import AdapterError
+from pipeline.errors import AdapterError, VerificationError
 from pipeline.export.export import export_adapter
 from pipeline.history.tables import read_gate
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.router import Router
+from pipeline.publishing.consistency import check_task
 from pipeline.publishing.publish import publish, rollback
 from pipeline.publishing.verify import verify
 from pipeline.records import SIDES, RunResults, TaskResult
+from pipeline.reports.model_card import render_card
+from pipeline.reports.summary import summarise
 from pipeline.run.collect import collect, finish_run
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
 from pipeline.run.preflight import preflight
 from pipeline.store.files import read_record
 from pipeline.store.manifest import write_config
-from pipeline.store.run_folder import RunFolder
+from pipeline.store.run_folder import RunFolder, TaskFolder
 
 Folders = Callable[[str], Path]
 Make = Callable[[int, int], dict[str, list[Any]]]
@@ -135,6 +140,42 @@ def test_the_epochs_of_a_run_have_the_score_that_selects(runs: dict[str, RunFold
         scores = [row["validation_score"] for row in epochs if row["mteb_task"] == name]
         assert scores == [row.validation_score for row in read_record(run.task(name).result, TaskResult).epochs]
         assert None not in scores
+
+
+def test_a_card_warns_of_an_epoch_that_test_chose_and_of_pairs_of_train(runs: dict[str, RunFolder]) -> None:
+    result = read_record(runs["good"].task("Graded").result, TaskResult)
+    data = result.data.changed(num_overlap=7)
+    chosen = result.changed(selected_on="test", best_epoch=0, data=data)
+    when = datetime(2027, 1, 1, tzinfo=UTC)
+    summary = summarise([chosen], [], encoder=result.encoder, run_id=result.run_id, created_at=when)
+    card = render_card([chosen], summary, adapted_modules=())
+    assert "The epoch was chosen on the test split, so these scores are optimistic: Graded." in card
+    assert "Test texts that also occur in train, which makes every column optimistic: Graded 7 of 300." in card
+    assert "so training did not help: Graded." in card
+    assert "chosen on test †" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"gain": 0.9}, "difference of spearman"),
+        ({"low": 0.5}, "difference of spearman"),
+        ({"num_texts": 9}, "difference of spearman"),
+        ({"width": 4}, "differences"),
+    ],
+)
+def test_a_gain_that_is_not_that_of_the_values_is_found(
+    changes: dict[str, Any], where: str, runs: dict[str, RunFolder], tmp_path: Path
+) -> None:
+    place = runs["good"].task("Graded")
+    check_task(place)
+    shutil.copytree(place.root, tmp_path / "Graded")
+    result = read_record(place.result, TaskResult)
+    first = result.differences[0].changed(**changes)
+    forged = result.changed(differences=(first, *result.differences[1:]))
+    (tmp_path / "Graded" / "result.json").write_text(forged.model_dump_json())
+    with pytest.raises(VerificationError, match=where):
+        check_task(TaskFolder(tmp_path / "Graded"))
 
 
 def test_the_history_of_a_store_has_its_scores(runs: dict[str, RunFolder]) -> None:

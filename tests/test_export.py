@@ -28,6 +28,7 @@ from pipeline.export import export
 from pipeline.export.export import ExportManifest, Form, export_adapter
 from pipeline.inference.reference import find_adapters
 from pipeline.inference.reload import REFERENCE_TEXTS
+from pipeline.records import SIDES
 from pipeline.store.files import read_record
 from pipeline.store.run_folder import TaskFolder
 
@@ -277,6 +278,18 @@ def test_an_export_of_one_side_puts_its_prefix_before_every_text(encoder_folder:
     expected = vectors_of(adapter, encoder, ["soup flower " + text for text in TEXTS], width=None)
     np.testing.assert_allclose(by_sentence_transformers(tmp_path / "out"), expected, atol=1e-5)
     assert (result.adapter, result.prefix) == ("FAQ.passage", "soup flower ")
+
+
+def test_an_export_of_one_of_two_adapters_has_no_prompt_for_the_other_side(
+    encoder_folder: Folders, tmp_path: Path
+) -> None:
+    encoder = encoder_folder("bert")
+    for side in SIDES:
+        saved_embedder(tmp_path / "FAQ" / side, encoder, prefixes=PREFIXES)
+    (adapter,) = find_adapters([f"{tmp_path}/FAQ.query"], offline=True)
+    exported(adapter, tmp_path / "out", "sentence-transformers", encoder)
+    config = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert config["prompts"] == {"query": "ship ", "document": ""}
 
 
 @pytest.mark.parametrize("width", [None, 8])

@@ -296,6 +296,16 @@ def test_the_published_adapter_itself_is_kept(tmp_path: Path) -> None:
     assert look(tmp_path, LABELS, LABELS, same=True) == ("keep", "it is the published adapter")
 
 
+def test_an_adapter_of_another_family_is_not_compared(tmp_path: Path) -> None:
+    base = base_of(finished_run(tmp_path / "published", [task_result("A", labels=LABELS)]))
+    new = task_result("A", labels=LABELS)
+    new = new.changed(mteb_task=new.mteb_task.changed(objective="separation", loss="infonce"))
+    decision, why = decide_without_scoring(new, "0" * 64, base, GateConfig(allow_label_change=True))
+    assert decision == "block"
+    assert "it is an adapter for separation, and the published one is for classification" in why
+    assert decide_without_scoring(new, "0" * 64, base, GateConfig(enabled=False))[0] == "promote"
+
+
 def test_other_weights_with_the_same_labels_have_to_be_scored(tmp_path: Path) -> None:
     assert look(tmp_path, LABELS, LABELS) == (None, "")
 

@@ -112,6 +112,13 @@ def test_a_classifier_that_has_lost_its_head_does_not_pass_for_one(both: list[st
     assert adapter_sha256(classifier.root) != before
 
 
+@pytest.mark.parametrize("width", [0, -5, 2_000_000])
+def test_a_forged_width_is_refused(width: int, folder: TaskFolder) -> None:
+    folder.meta.write_text(json.dumps(json.loads(folder.meta.read_text()) | {"hidden_size": width}))
+    with pytest.raises(AdapterError, match="hidden_size"):
+        describe_adapter(folder)
+
+
 def test_a_damaged_weight_is_refused(folder: TaskFolder, bert: Encoder) -> None:
     folder.adapter_weights.write_bytes(folder.adapter_weights.read_bytes()[:-4])
     with pytest.raises(AdapterError, match="damaged"):

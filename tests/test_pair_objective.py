@@ -147,13 +147,16 @@ def exponent_in(checkpoint: Path) -> float:
 
 
 def test_equal_texts_have_equal_numbers_in_every_column_and_split_whatever_the_prefix(bert: Encoder) -> None:
-    one = tokenise_pairs(PairSplit((["a boat", "salt"], ["salt", "a rose"]), None, {}), bert, prefixes=PREFIXES)
-    two = tokenise_pairs(PairSplit((["a rose"], ["A rose"]), None, {}), bert, prefixes=None)
-    (boat, salt), (same_salt, rose) = (ids.tolist() for ids in one.text_ids)
-    assert salt == same_salt
-    assert two.text_ids[0].tolist() == [rose]
-    assert len({boat, salt, rose, two.text_ids[1][0]}) == 4
-    expected = bert.tokenise(["query: a boat", "query: salt", "passage: salt", "passage: a rose"])
+    one = tokenise_pairs(
+        PairSplit((["a harbour", "butter"], ["butter", "a flower"]), None, {}), bert, prefixes=PREFIXES
+    )
+    two = tokenise_pairs(PairSplit((["a flower"], ["a  flower"]), None, {}), bert, prefixes=None)
+    (harbour, butter), (same_butter, flower) = (ids.tolist() for ids in one.text_ids)
+    assert butter == same_butter
+    assert two.text_ids[0].tolist() == [flower]
+    assert two.text_ids[1].tolist() == [flower], "to the encoder it is the same text"
+    assert len({harbour, butter, flower}) == 3
+    expected = bert.tokenise(["query: a harbour", "query: butter", "passage: butter", "passage: a flower"])
     np.testing.assert_array_equal(np.concatenate([column.ids for column in one.columns]), expected.ids)
 
 
@@ -173,15 +176,21 @@ def test_all_columns_of_a_batch_are_one_batch_of_the_encoder(bert: Encoder) -> N
 
 
 def test_no_text_is_a_negative_of_its_equal_or_of_a_query_that_it_is_known_to_answer(bert: Encoder) -> None:
-    queries = ["boat", "boat", "rose", "salt", "pepper"]
-    passages = ["ship", "sea", "ship", "rose", "soup"]
-    negatives = ["sea", "soup", "salt", "anchor", "pepper"]
+    queries = ["harbour", "harbour", "flower", "butter", "pepper"]
+    passages = ["ship", "wave", "ship", "flower", "soup"]
+    negatives = ["wave", "soup", "butter", "anchor", "pepper"]
     pairs = tokenise_pairs(PairSplit((queries, passages, negatives), None, {}), bert, prefixes=PREFIXES)
     objective = PairObjective(pairs, None, family="retrieval", loss="infonce", config=config())
-    rows = np.array([0, 2, 3, 4])  # that "sea" answers "boat" is known from a pair outside of the batch
+    rows = np.array([0, 2, 3, 4])  # that "wave" answers "harbour" is known from a pair outside of the batch
     columns = [passages[row] for row in rows] + [negatives[row] for row in rows]
-    forbidden = {("boat", "ship"), ("boat", "sea"), ("rose", "ship"), ("rose", "rose"), ("salt", "rose")}
-    forbidden |= {("rose", "salt"), ("salt", "salt")}  # a pair counts in either order
+    forbidden = {
+        ("harbour", "ship"),
+        ("harbour", "wave"),
+        ("flower", "ship"),
+        ("flower", "flower"),
+        ("butter", "flower"),
+    }
+    forbidden |= {("flower", "butter"), ("butter", "butter")}  # a pair counts in either order
     forbidden |= {("pepper", "soup"), ("pepper", "pepper")}
     expected = [[(queries[row], passage) not in forbidden for passage in columns] for row in rows]
     np.testing.assert_array_equal(objective.targets(rows), expected)

@@ -201,6 +201,7 @@ def test_keys_that_contradict_each_other_are_refused_before_any_file_is_read(ent
         (SCORED | {"score": [1.0, float("nan"), 2.0, 3.0]}, {}, "has no value in row 2, and 1 such rows in all"),
         (SCORED | {"score": [1.0, 2.0, float("inf"), 3.0]}, {}, "has an infinite number in row 3"),
         (SCORED | {"score": [[1]] * 4}, {}, "is list<element: int64>; expected numbers; set score_column"),
+        (SCORED | {"score": [-1e308, 0.0, 1.0, 1e308]}, {}, "scores go from -1e+308 to 1e+308, a range that cannot be"),
         (LABELLED | {"label": [1] * 4}, {}, "train has one label only: that of all 4 pairs is 1"),
         (LABELLED | {"label": [0] * 4}, {}, "train has no positive pair: the label of all 4 pairs is 0"),
         (SCORED | {"sentence1": ["a", None, "b", "c"]}, {}, "column 'sentence1': 1 of 4 rows have no value"),
@@ -237,6 +238,12 @@ def test_named_columns_leave_out_all_others_and_say_which(tmp_path: Path) -> Non
     data = load(tmp_path, extra, test=extra, objective="text-matching", columns=("sentence2", "sentence1"))
     assert data.train.columns == (SCORED["sentence2"], SCORED["sentence1"])
     assert "columns that are not read: 'genre', 'id'" in data.notes
+
+
+def test_a_validation_file_needs_no_column_for_slices(tmp_path: Path) -> None:
+    train = many(20, genre=["news", "chat"] * 10)
+    data = load(tmp_path, train, validation=FOUND, slices=("genre",), test_fraction=0.3)
+    assert set(data.test.slices["genre"]) == {"news", "chat"}
 
 
 def test_slices_of_test_are_kept_beside_its_pairs(tmp_path: Path) -> None:
@@ -292,6 +299,14 @@ def test_separation_needs_two_texts_of_some_label(tmp_path: Path) -> None:
 
 
 # --- formats ---
+
+
+def test_a_validation_of_one_label_cannot_choose_an_epoch_of_separation(tmp_path: Path) -> None:
+    rows = {"text": [f"text {i}" for i in range(8)], "label": ["a", "b"] * 4}
+    one = {"text": ["new", "newer"], "label": ["a", "a"]}
+    task = plan(tmp_path, rows, test=rows, validation=one, objective="separation")
+    with pytest.raises(DataError, match=r"Pairs: validation has the single label 'a'"):
+        read_task(task, config=TrainConfig(), offline=True)
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "jsonl.gz"])
@@ -491,6 +506,22 @@ def test_what_test_shares_with_train_is_marked_by_pair_and_by_text(tmp_path: Pat
     assert data.text_in_train.tolist() == [True, True, False, False]
 
 
+def test_a_refit_needs_the_given_negatives_of_train_in_validation(tmp_path: Path) -> None:
+    train = many(10) | {"negative": [f"wrong {i}" for i in range(10)]}
+    tables = {"validation": FOUND, "test": FOUND}
+    assert len(load(tmp_path, train, **tables).validation) == 4
+    with pytest.raises(DataError, match=r"Pairs: train has given negatives and validation has none"):
+        load(tmp_path, train, settings={"refit": True}, **tables)
+
+
+def test_candidates_of_positive_pairs_that_grew_are_another_test(tmp_path: Path) -> None:
+    sides = {side: SCORED[side] for side in ("sentence1", "sentence2")}
+    more = {side: [*texts, "one more"] for side, texts in sides.items()}
+    few, many_more = (load(tmp_path / name, t, test=sides) for name, t in (("few", sides), ("more", more)))
+    assert few.corpus == SCORED["sentence2"]
+    assert few.test_fingerprint != many_more.test_fingerprint
+
+
 def test_a_refit_learns_the_validation_pairs_too(tmp_path: Path) -> None:
     for refit in (False, True):
         data = load(tmp_path, many(10), validation=FOUND, test=FOUND, settings={"refit": refit})
@@ -500,12 +531,13 @@ def test_a_refit_learns_the_validation_pairs_too(tmp_path: Path) -> None:
 # --- queries, corpus and relevance ---
 
 
+CORPUS = {"_id": [1, 2, 3], "title": ["", "T", ""], "text": ["uno", "dos", "tres"]}
+QRELS = {"query-id": ["q1", "q1", "q2", "q2"], "corpus-id": [1, 2, 3, 1], "score": [1, 2, 1, 0]}
+
+
 def beir(folder: Path, **changes: dict[str, Any]) -> PairData:
-    tables = {
-        "test": {"_id": ["q1", "q2", "q3"], "text": ["one", "two", "three"]},
-        "corpus": {"_id": [1, 2, 3], "title": ["", "T", ""], "text": ["uno", "dos", "tres"]},
-        "qrels": {"query-id": ["q1", "q1", "q2", "q2"], "corpus-id": [1, 2, 3, 1], "score": [1, 2, 1, 0]},
-    }
+    test = {"_id": ["q1", "q2", "q3"], "text": ["one", "two", "three"]}
+    tables = {"test": test, "corpus": CORPUS, "qrels": QRELS}
     return load(folder, FOUND, **(tables | changes))
 
 
@@ -514,6 +546,18 @@ def test_a_query_may_have_several_passages_of_a_corpus(tmp_path: Path) -> None:
     assert data.test.columns == (["one", "one", "two"], ["uno", "T dos", "tres"])
     assert data.corpus == ["uno", "T dos", "tres", *FOUND["passage"]]
     assert "queries of test without a relevant passage, left out: 1" in data.notes
+
+
+def test_slices_of_queries_are_columns_of_their_file_and_no_longer_than_a_table_holds(tmp_path: Path) -> None:
+    test = {"_id": ["q1", "q2", "q3"], "text": ["one", "two", "three"], "kind": ["x", "y", "L" * 2000]}
+    with pytest.raises(DataError, match="column 'kind' of slices has a value of 2,000 characters"):
+        load_beir(tmp_path, test, ("kind",))
+    data = load_beir(tmp_path, test | {"kind": ["x", None, "z"]}, ("_id", "kind"))
+    assert data.test.slices == {"_id": ["q1", "q1", "q2"], "kind": ["x", "x", ""]}
+
+
+def load_beir(folder: Path, test: dict[str, Any], slices: tuple[str, ...]) -> PairData:
+    return load(folder, FOUND, test=test, corpus=CORPUS, qrels=QRELS, slices=slices)
 
 
 @pytest.mark.parametrize(

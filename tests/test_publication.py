@@ -457,7 +457,7 @@ def test_the_identity_of_an_adapter_is_the_hash_of_weights_then_head(tmp_path: P
     assert adapter_sha256(tmp_path) == hashlib.sha256(b"ab").hexdigest(), "an adapter without a head"
 
 
-@pytest.mark.parametrize("name", ["metrics", "Metrics", "manifest.json", "README.md", "..", "a/b", ""])
+@pytest.mark.parametrize("name", ["metrics", "Metrics", "query", "Passage", "manifest.json", "README.md", "..", "a/b"])
 def test_a_task_cannot_take_a_name_that_the_run_needs(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be called"):
         RunFolder(tmp_path).task(name)

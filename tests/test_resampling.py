@@ -111,6 +111,14 @@ def test_one_label_defines_no_v_measure_and_one_cluster_is_worth_nothing() -> No
     assert v_measure(weights, labels=np.array([0, 0, 1, 1]), clusters=same, times_drawn=once)[0, 0] == 0
 
 
+def test_a_clustering_that_drew_none_of_the_texts_does_not_count() -> None:
+    weights, labels = np.ones((4, 1)), np.array([0, 0, 1, 1])
+    clusters = np.array([[[0, 0, 1, 1], [0, 1, 0, 1]]])
+    found = v_measure(weights, labels=labels, clusters=clusters, times_drawn=np.array([[1, 1, 1, 1], [0, 0, 0, 0]]))
+    assert found[0, 0] == pytest.approx(1)
+    assert np.isnan(v_measure(weights, labels=labels, clusters=clusters, times_drawn=np.zeros((2, 4), dtype=int))).all()
+
+
 def test_silhouettes_are_those_of_scikit_learn() -> None:
     random = np.random.default_rng(0)
     labels = np.concatenate([random.integers(0, 5, 80), [7]])  # 7 has one text

@@ -102,7 +102,11 @@ def plan_bulk(request: BulkRequest) -> BulkPlan:
         state = begin(output, job, source, overwrite=request.overwrite)
     except store_errors() as error:
         raise InputError(f"output {output}: cannot be read: {first_line(error)}") from None
-    if options.vectors is not None and options.vectors.dtype == "int8" and not state.job.limits:
+    if (
+        options.vectors is not None
+        and options.vectors.dtype == "int8"
+        and state.job.limits.keys() != {adapter.name for adapter in adapters}
+    ):
         state = with_limits(state, _measured(request, adapters, source, job))
     return BulkPlan(request, adapters, source, state.job, output, state)
 
@@ -164,8 +168,11 @@ def _measured(
 
 def _ref_for_worker(ref: str, adapter: FoundAdapter) -> str:
     """Return a reference that any machine understands: each fetches an adapter on the Hub by itself."""
-    side = f".{adapter.side}" if adapter.side else ""
-    return ref if is_on_hub(ref.rpartition("=")[2]) else f"{adapter.name}={adapter.folder.root.resolve()}{side}"
+    if is_on_hub(ref.rpartition("=")[2]):
+        return ref
+    root = adapter.folder.root.resolve()
+    # Of a path with "#" in it, only what is behind the last one names a task.
+    return f"{adapter.name}={f'{root.parent}#{root.name}.{adapter.side}' if adapter.side else root}"
 
 
 def describe_job(adapters: Sequence[FoundAdapter], source: BulkInput, options: BulkOptions) -> BulkJob:

@@ -107,7 +107,7 @@ class BulkJob(Record):
     files: tuple[InputFile, ...]
     adapters: tuple[BulkAdapter, ...]
     options: BulkOptions
-    limits: dict[str, float] = Field(default_factory=dict)
+    limits: dict[str, Annotated[float, Field(ge=0.001, le=1)]] = Field(default_factory=dict)
     """Adapter -> largest absolute value that int8 vectors express. Measured by the first start, and not compared."""
 
     @property

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.values import NAME_IN_WORDS, NON_REPEATING, Section, like
-from pipeline.records import LONGEST_PREFIX, Family, Loss
+from pipeline.records import LONGEST_PREFIX, OWN_SLICES, Family, Loss
+
+
+def _not_one_of_ours(name: str) -> str:
+    if name in OWN_SLICES:
+        raise ValueError(f"{name} is a slice that lorafleet reports by itself; rename the column")
+    return name
 
 
 def _checked_location(location: str) -> str:
@@ -18,7 +24,8 @@ def _checked_location(location: str) -> str:
 
 
 _Name = Annotated[str, Field(min_length=1)]
-_SliceName = Annotated[str, Field(min_length=1, max_length=128)]  # also a value in a table of scores
+# Also a value in a table of scores, where lorafleet has slices of its own.
+_SliceName = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_not_one_of_ours)]
 _Prefix = Annotated[str, Field(max_length=LONGEST_PREFIX)]
 _Location = Annotated[_Name, AfterValidator(_checked_location)]
 

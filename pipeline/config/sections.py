@@ -8,7 +8,7 @@ from pydantic import Field, Strict, model_validator
 
 from pipeline.config.mteb_task import MtebTaskConfig
 from pipeline.config.values import NON_REPEATING, CpuShare, GpuShare, Section, Target, like
-from pipeline.records import Column, MainMetric
+from pipeline.records import SIDES, Column, MainMetric
 
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
@@ -226,4 +226,10 @@ class RunConfig(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"mteb_tasks names {', '.join(twice)} more than once; each adapter needs its own name")
+        of_side = sorted(n for n in names for side in SIDES if n.removesuffix(f".{side}") in {*names} - {n})
+        if of_side:
+            raise ValueError(
+                f"mteb_tasks names {', '.join(of_side)}, which is also how the adapter of one side of another task is "
+                "called; choose another name"
+            )
         return self

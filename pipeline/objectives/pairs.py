@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class TokenPairs:
     columns: tuple[Tokens, ...]
     """The two sides (query and passage), then given negatives."""
     text_ids: tuple[IntArray, ...]
-    """Hash of each text in each column, int64 (pairs,). Equal texts have equal hashes, in every split."""
+    """Hash of the tokens of each text in each column, without a prefix, int64 (pairs,)."""
     scores: npt.NDArray[np.float32] | None
     """Similarity of each pair, 0..1, (pairs,). None if every pair is positive."""
 
@@ -67,11 +67,16 @@ def tokenise_pairs(split: PairSplit, encoder: Encoder, *, prefixes: tuple[str, s
         encoder: Encoder whose tokenizer is used.
         prefixes: Text to put before each text of the first column, and before each text of the other columns.
     """
-    before = prefixes or ("", "")
-    texts = [[before[min(number, 1)] + text for text in column] for number, column in enumerate(split.columns)]
+    query_prefix, other_prefix = prefixes or ("", "")
+    before = [query_prefix, *[other_prefix] * (len(split.columns) - 1)]
+    plain = [encoder.tokenise(column) for column in split.columns]
+    prefixed = [
+        encoder.tokenise([prefix + text for text in column]) if prefix else tokens
+        for prefix, column, tokens in zip(before, split.columns, plain, strict=True)
+    ]
     return TokenPairs(
-        tuple(encoder.tokenise(column) for column in texts),
-        tuple(_text_ids(column) for column in split.columns),
+        tuple(prefixed),
+        tuple(map(_text_ids, plain)),
         None if split.scores is None else split.scores.astype(np.float32),
     )
 
@@ -257,7 +262,9 @@ def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
     return ((first * second).sum(axis=1) / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def _text_ids(texts: Sequence[str]) -> IntArray:
-    """First 64 bits of a hash of each text, so that equal texts of any two splits have equal numbers."""
-    digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+def _text_ids(tokens: Tokens) -> IntArray:
+    """First 64 bits of a hash of the tokens of each text. To the encoder, texts of equal tokens are one text."""
+    ids = np.ascontiguousarray(tokens.ids, dtype=np.int64)
+    ends = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
+    digests = (hashlib.blake2b(ids[start:end].tobytes(), digest_size=8).digest() for start, end in ends)
     return np.frombuffer(b"".join(digests), dtype=np.int64)

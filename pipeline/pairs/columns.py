@@ -46,7 +46,7 @@ def find_columns(names: Sequence[str], task: MtebTask, *, split: str, where: str
     texts = _sides(names, task, where)
     texts += _negatives(names, task, split=split)
     score = _score_column(names, task, texts, where)
-    slices = task.slices if split == "test" or task.test_split is not None else ()
+    slices = task.slices if split == ("test" if task.test_split is None else "train") else ()
     required = [("columns", name) for name in texts] + [("slices", name) for name in slices]
     for key, column in (*required, ("score_column", score), ("group_column", task.group_column)):
         if column is not None:

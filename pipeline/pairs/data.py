@@ -50,7 +50,7 @@ class PairData:
     corpus: list[str]
     """Distinct passages, which every query searches: a given corpus, then those of all splits with the negatives.
 
-    Empty for text matching."""
+    Empty for pairs with scores or labels, which are not searched."""
     pair_in_train: NDArray[np.bool_]
     """Mask of the test pairs that stand word for word in train, in either order, bool (num_test,)."""
     text_in_train: NDArray[np.bool_]

@@ -32,15 +32,14 @@ class SearchData:
 def search_data(data: PairData) -> SearchData:
     """Turn the test pairs into queries with their right passages.
 
-    The corpus is ``data.corpus``, or for text matching the second sides of all splits. Pairs of one query are joined.
-    In text matching, a query's own text is no candidate for it, as long as no pair says that it is the right one.
+    Pairs of one query are joined. In text matching, a query's own text is no candidate for it, as long as no pair says
+    that it is the right one.
 
     Args:
         data: Pairs that are all positive.
     """
     assert data.kind == "positives", f"pairs with {data.kind} have no right passages"
-    seconds = (text for split in (data.train, data.validation, data.test) for text in split.columns[1:2])
-    passages = data.corpus or list(dict.fromkeys(text for column in seconds for text in column))
+    passages = data.corpus
     position = {passage: number for number, passage in enumerate(passages)}
     firsts = data.test.columns[0]
     number_of = {query: number for number, query in enumerate(dict.fromkeys(firsts))}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import TrainConfig
-from pipeline.data.families import check_training, fitting_loss
+from pipeline.data.families import PairKind, check_training, fitting_loss
 from pipeline.data.splits import blocks_of_pairs, held_out_blocks, names_of
 from pipeline.errors import DataError
 from pipeline.pairs.data import PairData, PairSplit
@@ -46,7 +46,12 @@ def load_pairs(task: MtebTask, *, config: TrainConfig, offline: bool) -> PairDat
     whole = {split: PairSplit(t.columns, scale.apply(t.values), t.slices) for split, t in tables.splits.items()}
     train, validation = _hold_out(whole, tables.splits["train"].groups, config)
     learnt = [whole["train"], *([validation] if config.refit else [])]
-    corpus = _corpus(task, whole, tables.passages)
+    if config.refit and len(validation) and len(validation.columns) != len(train.columns):
+        raise DataError(
+            f"{task.name}: train has given negatives and validation has none, but train.refit learns from both; give "
+            "validation the same columns, or leave train.refit out"
+        )
+    corpus = _corpus(task, whole, tables.passages, kind=scale.kind)
     return PairData(
         task=task,
         kind=scale.kind,
@@ -134,9 +139,12 @@ def _chosen(
     return chosen
 
 
-def _corpus(task: MtebTask, whole: dict[str, PairSplit], passages: Sequence[str]) -> list[str]:
-    """Return the distinct passages and negatives of train, validation and test, after those of a given corpus."""
-    if task.objective != "retrieval":
+def _corpus(task: MtebTask, whole: dict[str, PairSplit], passages: Sequence[str], *, kind: PairKind) -> list[str]:
+    """Return the distinct passages and negatives of train, validation and test, after those of a given corpus.
+
+    Pairs with scores or labels are not searched, so they have no corpus.
+    """
+    if kind != "positives":
         return []
     order = [whole[split] for split in ("train", "validation", "test") if split in whole]
     return list(

@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.labelled_files.column_names import some
 from pipeline.labelled_files.formats import header_readings, read_table
 from pipeline.labelled_files.sources import read_content
-from pipeline.pairs.values import read_values
+from pipeline.pairs.values import read_values, slice_values
 from pipeline.records import MtebTask
 
 _QRELS = ("query-id", "corpus-id", "score")
@@ -50,7 +50,8 @@ def read_queries(task: MtebTask, *, offline: bool) -> Queries:
     Raises: DataError: a file has a fault, an id does not exist or occurs twice, or no passage is relevant.
     """
     digest = hashlib.sha256()
-    queries = _read(task, "test", task.test_location, ("_id", "text", *task.slices), offline=offline, digest=digest)
+    columns = tuple(dict.fromkeys(("_id", "text", *task.slices)))
+    queries = _read(task, "test", task.test_location, columns, offline=offline, digest=digest)
     corpus = _read(task, "corpus", task.corpus_location, ("_id", "text"), offline=offline, digest=digest)
     qrels = _read(task, "qrels", task.qrels_location, _QRELS, offline=offline, digest=digest)
     row_of_query, row_of_text = _rows_by_id(queries, f"{task.name}: test"), _rows_by_id(corpus, f"{task.name}: corpus")
@@ -103,8 +104,9 @@ def _strings(values: Any, name: str, where: str) -> list[str]:
     """Return texts as they are, and ids and slices of any type as strings."""
     if name in ("text", "title"):
         return text_values(values, name, where)
-    named = group_names(values, name, where)
-    return whole_values(named, name, where) if name in _IDS else [value or "" for value in named.to_pylist()]
+    if name in _IDS:
+        return whole_values(group_names(values, name, where), name, where)
+    return slice_values(values, name, where)
 
 
 def _rows_by_id(table: dict[str, list[str]], where: str) -> dict[str, int]:

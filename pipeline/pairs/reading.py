@@ -36,4 +36,10 @@ def read_task(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
             f"{task.name}: each label of train has a single text; separation pairs the texts of one label, so expected "
             "at least two texts of some label"
         )
+    if task.objective == "separation" and len(np.unique(data.validation_labels)) == 1:
+        label = data.label_names[data.validation_labels[0]]
+        raise DataError(
+            f"{task.name}: validation has the single label {label!r}, so it cannot "
+            "tell one epoch from another; give it texts of at least two labels, or raise train.validation_fraction"
+        )
     return data

@@ -23,10 +23,8 @@ from pipeline.labelled_files.sources import read_content
 from pipeline.pairs.columns import PairColumns, find_columns
 from pipeline.pairs.hub_pairs import HubPairs, read_hub_pairs
 from pipeline.pairs.qrels_files import read_queries
-from pipeline.pairs.values import read_values
+from pipeline.pairs.values import read_values, slice_values
 from pipeline.records import MtebTask
-
-_LONGEST_SLICE = 1024  # characters, as in a table of scores
 
 
 @dataclass(frozen=True)
@@ -178,19 +176,9 @@ def _pair_table(table: Any, found: PairColumns, task: MtebTask, where: str) -> P
     groups = None
     if task.group_column is not None:
         groups = whole_values(group_names(table[task.group_column], task.group_column, where), task.group_column, where)
-    slices = {name: _slice_values(table[name], name, where) for name in found.slices}
+    slices = {name: slice_values(table[name], name, where) for name in found.slices}
     values = None if found.score is None else read_values(table[found.score], f"{where}: column {found.score!r}")
     return PairTable(tuple(texts), values, groups, slices)
-
-
-def _slice_values(values: Any, name: str, where: str) -> list[str]:
-    names = [value or "" for value in group_names(values, name, where).to_pylist()]
-    if too_long := next((value for value in names if len(value) > _LONGEST_SLICE), None):
-        raise DataError(
-            f"{where}: column {name!r} of slices has a value of {len(too_long):,} characters; "
-            f"at most {_LONGEST_SLICE:,} are read; name a column of categories"
-        )
-    return names
 
 
 def _joined(tables: Sequence[PairTable], where: str) -> PairTable:

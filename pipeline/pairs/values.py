@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.data.families import PairKind
-from pipeline.data.table_checks import as_strings, plain
+from pipeline.data.table_checks import as_strings, group_names, plain
 from pipeline.errors import DataError
 
 _BOOLEANS = {"true": "1", "false": "0"}
+_LONGEST_SLICE = 1024  # characters, as in a table of scores
 _REMEDY = "give every pair a number, or remove the row"
 
 
@@ -59,6 +60,24 @@ def read_values(values: Any, where: str) -> NDArray[np.float64]:
     return numbers
 
 
+def slice_values(values: Any, name: str, where: str) -> list[str]:
+    """Read a column of slices as strings. Null becomes an empty string.
+
+    Args:
+        values: A pyarrow array.
+        name: Name of the column.
+        where: The file, for messages.
+    Raises: DataError: the values are no categories.
+    """
+    names = [value or "" for value in group_names(values, name, where).to_pylist()]
+    if too_long := next((value for value in names if len(value) > _LONGEST_SLICE), None):
+        raise DataError(
+            f"{where}: column {name!r} of slices has a value of {len(too_long):,} characters; "
+            f"at most {_LONGEST_SLICE:,} are read; name a column of categories"
+        )
+    return names
+
+
 def find_scale(values: Mapping[str, NDArray[np.float64] | None], name: str) -> Scale:
     """Find the meaning of the numbers of all splits, and their common range.
 
@@ -81,6 +100,8 @@ def find_scale(values: Mapping[str, NDArray[np.float64] | None], name: str) -> S
     if is_labels:
         return Scale("labels", None)
     low, high = float(every[0]), float(every[-1])
+    if not np.isfinite(high - low):
+        raise DataError(f"{name}: the scores go from {low:g} to {high:g}, a range that cannot be computed with")
     return Scale("scores", (0.0, 1.0) if low >= 0 and high <= 1 else (low, high))
 
 

@@ -33,6 +33,7 @@ from pipeline.store.manifest import RunManifest
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 
 _OVER_ALL_TASKS = ("p_value_holm", "p_value_main_holm")  # these depend on all MTEB tasks in the file
+_ROUNDING = 1e-9
 _TRAINED: tuple[Column, ...] = ("adapted_few_shot", "head")
 
 
@@ -214,6 +215,7 @@ def _check_values(result: TaskResult) -> None:
     for row in result.values:
         place = (row.run_id, row.mteb_task)
         check_fact(name, file, f"run and task of {row.metric} of {row.column}", place, (result.run_id, name))
+    _check_differences(result)
     if not result.values:
         return
     for expected in values_of_scores(result.scores):
@@ -222,6 +224,24 @@ def _check_values(result: TaskResult) -> None:
         check_fact(name, file, what, found and (found.value, found.num_texts), (expected.value, expected.num_texts))
         if found is not None and expected.low is not None:
             check_fact(name, file, f"interval of {what}", (found.low, found.high), (expected.low, expected.high))
+
+
+def _check_differences(result: TaskResult) -> None:
+    """Check that each gain is that of the values: adapted minus frozen, with the same interval and size."""
+    name, file = result.mteb_task.name, "result.json"
+    rows = {(row.column, row.metric, row.width, row.slice, row.slice_value): row for row in result.values}
+    gains = {key[1:]: row for key, row in rows.items() if key[1].endswith("_gain")}
+    listed = [(f"{d.metric}_gain", d.width, d.slice, d.slice_value) for d in result.differences]
+    check_fact(name, file, "differences", listed, list(gains))
+    for difference, row in zip(result.differences, gains.values(), strict=True):
+        what = f"difference of {difference.metric}"
+        place = difference.metric, difference.width, difference.slice, difference.slice_value
+        frozen, adapted = (rows.get((column, *place)) for column in ("frozen", "adapted"))
+        stated = (difference.gain, difference.low, difference.high, difference.num_texts)
+        check_fact(name, file, what, stated, (row.value, row.low, row.high, row.num_texts))
+        gain = None if frozen is None or adapted is None else adapted.value - frozen.value
+        is_gain = gain is not None and abs(gain - difference.gain) <= _ROUNDING
+        check_fact(name, file, what, difference.gain, difference.gain if is_gain else gain)
 
 
 def _check_tables(folder: RunFolder, publication: Publication, results: Mapping[str, TaskResult]) -> None:

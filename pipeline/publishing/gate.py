@@ -94,11 +94,19 @@ def decide_without_scoring(
     """
     if published is None:
         return "promote", "nothing is published under this name yet"
-    old, new = base.result(result.mteb_task.name).data.label_names, result.data.label_names
+    before = base.result(result.mteb_task.name)
+    old, new = before.data.label_names, result.data.label_names
     if published == result.adapter.sha256 and old == new:  # renaming a label changes no weight
         return "keep", "it is the published adapter"
     if not config.enabled:
         return "promote", "the gate is off (publish.gate.enabled)"
+    families = before.mteb_task.objective, result.mteb_task.objective
+    if families[0] != families[1]:
+        return (
+            "block",
+            f"it is an adapter for {families[1]}, and the published one is for {families[0]}, so they cannot be "
+            "compared; to replace it, set publish.gate.enabled = false",
+        )
     if (changes := label_changes(old, new)) and not config.allow_label_change:
         return (
             "block",

@@ -29,6 +29,9 @@ Side = Literal["query", "passage"]
 SIDES: tuple[Side, Side] = ("query", "passage")
 """Both sides, in the order of the columns."""
 
+OWN_SLICES = ("pair_in_train", "text_in_train")
+"""Slices of a test set that lorafleet reports by itself. Their value is ``no``."""
+
 FewShotColumn = Literal["frozen_few_shot", "adapted_few_shot"]
 """A column measured with mteb's few-shot protocol."""
 

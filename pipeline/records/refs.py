@@ -86,7 +86,7 @@ class AdapterMeta(Record):
     dropout: float
     pooling: Literal["mean", "cls", "max"]
     max_tokens: int
-    hidden_size: int
+    hidden_size: int = Field(ge=1, le=1_000_000)
     encoder: EncoderName
     adapted_modules: Annotated[tuple[ModulePath, ...], FailFast(), Field(min_length=1, max_length=10_000)]
     """Paths of the linear layers that have a LoRA pair, in the order of the pairs."""

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pipeline.evaluation.metrics import title_of
 from pipeline.history.values import find_value, main_value, values_of
 from pipeline.printable import markdown
-from pipeline.records import SIDES, ClassificationResults, Column, EncoderRef, ResultsEntry, TaskResult, ValueRow
+from pipeline.records import SIDES, ClassificationResults, Column, EncoderRef, TaskResult, ValueRow
 from pipeline.reports.formatting import percent, points, utc
 from pipeline.reports.score_table import HOW_IT_WAS_MADE, SCORE_HEADINGS, score_table, task_heading
 from pipeline.reports.summary import data_source, is_of_mteb, score_row, task_entry
@@ -254,7 +254,9 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
         "An adapter works only with the encoder revision named above."
         + (" Every text gets one of its labels, even if none fits." if summary.tasks or not results else ""),
     ]
-    overlap = [f"{e.task} {e.num_overlap:,} of {e.num_test:,}" for e in summary.tasks if e.num_overlap]
+    overlap = [
+        f"{r.mteb_task.name} {r.data.num_overlap:,} of {r.data.num_test:,}" for r in results if r.data.num_overlap
+    ]
     if overlap:
         limits.append(
             f"Test texts that also occur in train, which makes every column optimistic: {', '.join(overlap)}."
@@ -269,12 +271,12 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
     weak = [result.mteb_task.name for result in results if _is_no_better_than_majority(result)]
     if weak:
         limits.append(f"Not distinguishable from always answering the most frequent label: {', '.join(weak)}.")
-    if kept := [entry.task for entry in summary.tasks if entry.best_epoch == 0]:
+    if kept := [result.mteb_task.name for result in results if result.best_epoch == 0]:
         limits.append(
             "No epoch was as good as the start of training, which was kept, so training did not help: "
             f"{', '.join(kept)}."
         )
-    limits += _limits_of_selection(summary.tasks)
+    limits += _limits_of_selection(results)
     if summary.failures:
         limits.append(
             f"The averages do not include tasks that failed: {', '.join(f.mteb_task for f in summary.failures)}."
@@ -282,9 +284,9 @@ def _limits(results: Sequence[TaskResult], summary: ClassificationResults) -> li
     return limits
 
 
-def _limits_of_selection(tasks: Sequence[ResultsEntry]) -> list[str]:
-    on_test = [entry.task for entry in tasks if entry.selected_on == "test"]
-    blind = [entry.task for entry in tasks if entry.selected_on == "last_epoch"]
+def _limits_of_selection(results: Sequence[TaskResult]) -> list[str]:
+    on_test = [result.mteb_task.name for result in results if result.selected_on == "test"]
+    blind = [result.mteb_task.name for result in results if result.selected_on == "last_epoch"]
     limits = []
     if on_test:
         limits.append(f"The epoch was chosen on the test split, so these scores are optimistic: {', '.join(on_test)}.")

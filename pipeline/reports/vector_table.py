@@ -48,6 +48,7 @@ HOW_VECTORS_ARE_MEASURED = (
 )
 """Explanation of each column."""
 
+_CHOSEN = {"validation": "", "test": ", chosen on test †", "last_epoch": ", the last"}
 _PARTS = {"pair_in_train": "without pairs of train", "text_in_train": "without texts of train"}
 
 
@@ -88,7 +89,7 @@ def _cells(entry: TaskEntry) -> tuple[str, ...]:
         if entry.gain is None
         else _with_interval(points(entry.gain), entry.gain_low, entry.gain_high, shown=points),
         verdict(entry),
-        f"{entry.best_epoch} of {entry.epochs}",
+        f"{entry.best_epoch} of {entry.epochs}" + _CHOSEN[entry.selected_on],
     )
 
 

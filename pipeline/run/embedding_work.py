@@ -76,7 +76,13 @@ class EmbeddingWork(FamilyWork):
         config, spec = self.inputs.config, self.inputs.spec
         frozen, adapted = self._frozen(), measure_adapter(self.data, training.adapter, widths=config.train.widths)
         compared = compare(
-            self.data, frozen, adapted, config=config.evaluate, seed=config.train.seed, run_id=spec.run_id
+            self.data,
+            frozen,
+            adapted,
+            run_id=spec.run_id,
+            config=config.evaluate,
+            seed=config.train.seed,
+            learnt_validation=training.learnt_selection,
         )
         return Evaluation(
             values=compared.rows,

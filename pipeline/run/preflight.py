@@ -12,10 +12,12 @@ from pipeline.data.catalogue import plan_tasks
 from pipeline.data.families import check_widths
 from pipeline.encoder.files import EncoderFiles, find_encoder
 from pipeline.encoder.loading import empty_model, load_tokenizer
-from pipeline.errors import AdapterError, DataError, InputError
+from pipeline.encoder.tokeniser import Tokeniser
+from pipeline.errors import AdapterError, ConfigError, DataError, InputError
 from pipeline.inference.reference import find_task_folder
 from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
+from pipeline.printable import shortened
 from pipeline.records import AdapterRef, EncoderRef, MtebTask, Runtime
 from pipeline.run.plan import Plan, PlannedTask
 from pipeline.store.key import library_versions, task_key
@@ -39,7 +41,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
             "expected a folder that contains a folder with train.parquet for each MTEB task"
         )
     files = find_encoder(config.encoder, offline=config.data.offline)
-    load_tokenizer(files.folder, config.encoder)
+    tokeniser = Tokeniser(load_tokenizer(files.folder, config.encoder), max_tokens=config.encoder.max_tokens)
     model = empty_model(files, config.encoder)
     paths = projection_paths(model, config.adapter, model_type=model.config.model_type)  # type: ignore[union-attr,arg-type]
     check_widths(config.train.widths, hidden_size=int(model.config.hidden_size))  # type: ignore[union-attr,arg-type]
@@ -48,6 +50,7 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
     faults: list[str] = []
     for mteb_task in mteb_tasks:
         try:
+            _check_prefixes(mteb_task, tokeniser, config.encoder.max_tokens)
             tasks.append(_check_task(pinned, mteb_task, files.ref, runtime, paths))
         except InputError as error:
             faults.extend(error.args)
@@ -55,6 +58,17 @@ def preflight(config: RunConfig, runtime: Runtime) -> Plan:
         raise DataError(*faults)
     tasks.sort(key=lambda t: -t.num_train * t.mteb_task.max_epochs)
     return Plan(pinned, files.ref, tuple(paths), runtime, tuple(tasks))
+
+
+def _check_prefixes(mteb_task: MtebTask, tokeniser: Tokeniser, max_tokens: int) -> None:
+    """Raises: ConfigError: a prefix leaves no room for a text."""
+    for prefix in mteb_task.prefixes or ():
+        num_tokens = int(tokeniser([prefix]).lengths[0])
+        if num_tokens >= max_tokens:
+            raise ConfigError(
+                f"{mteb_task.name}: the prefix {shortened(prefix)!r} fills all {max_tokens} tokens of "
+                "encoder.max_tokens, so nothing of a text is left; shorten it, or raise encoder.max_tokens"
+            )
 
 
 def _check_task(

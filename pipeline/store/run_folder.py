@@ -202,7 +202,7 @@ class RunFolder:
                 self.mteb_results,
             )
         }
-        if name.lower() in reserved or name in ("", ".", "..") or Path(name).name != name:
+        if name.lower() in (*reserved, *SIDES) or name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(
                 f"an MTEB task cannot be called {name!r}: a run folder reserves that name for itself; choose another"
             )

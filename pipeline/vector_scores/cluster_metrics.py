@@ -21,10 +21,13 @@ def v_measure(weights: Floats, *, labels: Ints, clusters: Ints, times_drawn: Int
         labels: True class of each text, int (texts,).
         clusters: Cluster of each text, int (series, clusterings, texts). Any number for a text that was not drawn.
         times_drawn: How often mteb drew each text for each clustering, int (clusterings, texts).
-    Returns: float64 (series, samples), 0..1. nan if a sample has one label only.
+    Returns: float64 (series, samples), 0..1, over the clusterings that drew any of the texts. nan if a sample has one
+        label only, or if no clustering drew a text.
     """
     found = np.zeros((len(clusters), weights.shape[1]))
-    for number, times in enumerate(times_drawn):
+    used = np.flatnonzero(times_drawn.any(axis=1))
+    for number in used:
+        times = times_drawn[number]
         drawn = np.flatnonzero(times)
         counts = weights[drawn] * times[drawn, np.newaxis]
         of_labels = _entropy(labels[drawn], counts)
@@ -34,8 +37,8 @@ def v_measure(weights: Floats, *, labels: Ints, clusters: Ints, times_drawn: Int
             both = of_labels + of_clusters
             shared = np.maximum(both - jointly, 0.0)
             row += np.divide(2 * shared, both, out=np.ones_like(both), where=both > 1e-12)
-    is_defined = _entropy(labels, weights) > 1e-12
-    return np.where(is_defined, found / len(times_drawn), np.nan)
+    is_defined = (_entropy(labels, weights) > 1e-12) & bool(len(used))
+    return np.where(is_defined, found / max(1, len(used)), np.nan)
 
 
 def silhouettes(vectors: FloatArray, labels: Ints) -> npt.NDArray[np.float64]:

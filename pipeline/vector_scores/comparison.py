@@ -30,7 +30,14 @@ class EmbeddingScores:
 
 
 def compare(
-    data: PairData | TaskData, frozen: Measured, adapted: Measured, *, run_id: str, config: EvaluateConfig, seed: int
+    data: PairData | TaskData,
+    frozen: Measured,
+    adapted: Measured,
+    *,
+    run_id: str,
+    config: EvaluateConfig,
+    seed: int,
+    learnt_validation: bool = False,
 ) -> EmbeddingScores:
     """Compute the scores of both encoder states, and the gain of the adapted one.
 
@@ -46,9 +53,10 @@ def compare(
         run_id: Run that the rows belong to.
         config: Number of bootstrap samples.
         seed: Seed of the samples.
+        learnt_validation: Whether the adapter was trained on validation too, so that it cannot choose thresholds.
     """
     divided = parts_of_test(data)
-    both = BothMeasured(data, frozen, adapted)
+    both = BothMeasured(data, frozen, adapted, learnt_validation)
     sheet = _Sheet(both, run_id)
     rows: list[ValueRow] = []
     differences: list[Difference] = []
@@ -64,7 +72,8 @@ def compare(
         differences += gains
     rows += sheet.rows_without_samples(divided.parts[0])
     if isinstance(data, PairData) and data.kind == "labels" and both.thresholds is None:
-        notes.append("no f1 and accuracy, because validation does not have both labels to choose a threshold on")
+        why = "the adapter was trained on validation" if learnt_validation else "validation does not have both labels"
+        notes.append(f"no f1 and accuracy, because {why}, so it cannot choose a threshold")
     return EmbeddingScores(tuple(rows), tuple(differences), tuple(notes))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -62,8 +63,10 @@ def parts_of_test(data: PairData | TaskData) -> PartsOfTest:
         found = list(_parts_of_pairs(data, item_of_pair))
     everything = Part(None, None, np.ones(len(groups), dtype=np.bool_))
     kept = [part for part in found if part.num_items >= FEWEST_ITEMS]
-    left_out = [part for part in found if part.num_items < FEWEST_ITEMS]
-    return PartsOfTest(groups, (everything, *kept), tuple(_notes(left_out)))
+    small = [(p.slice or "", p.slice_value or "", p.num_items) for p in found if p.num_items < FEWEST_ITEMS]
+    if isinstance(data, PairData):
+        small += _rare_values(data)
+    return PartsOfTest(groups, (everything, *kept), tuple(_notes(small)))
 
 
 def _item_of_pair(data: PairData) -> Ints:
@@ -81,12 +84,21 @@ def _parts_of_pairs(data: PairData, item_of_pair: Ints) -> Iterator[Part]:
     yield Part("pair_in_train", "no", ~of_pairs(data.pair_in_train))
     yield Part("text_in_train", "no", ~of_pairs(data.text_in_train))
     for column, values in data.test.slices.items():
-        every = np.array(values, dtype=object)
-        for value in sorted(set(values)):
+        # A mask for every value of a column of ids would fill the memory.
+        counts, every = Counter(values), np.array(values, dtype=object)
+        for value in sorted(value for value, count in counts.items() if count >= FEWEST_ITEMS):
             yield Part(column, value, of_pairs(every == value), is_user_slice=True)
 
 
-def _notes(left_out: list[Part]) -> Iterator[str]:
-    for name in dict.fromkeys(part.slice for part in left_out):
-        small = [f"{part.slice_value!r} ({part.num_items})" for part in left_out if part.slice == name]
+def _rare_values(data: PairData) -> Iterator[tuple[str, str, int]]:
+    """Yield column, value and number of pairs of the slices that are certainly too small."""
+    for column, values in data.test.slices.items():
+        for value, count in sorted(Counter(values).items()):
+            if count < FEWEST_ITEMS:
+                yield column, value, count
+
+
+def _notes(too_small: list[tuple[str, str, int]]) -> Iterator[str]:
+    for name in dict.fromkeys(column for column, _, _ in too_small):
+        small = [f"{value!r} ({count})" for column, value, count in too_small if column == name]
         yield f"no score for {name} = {some_names(small)}: fewer than {FEWEST_ITEMS} pairs, queries or texts"

@@ -38,6 +38,8 @@ class BothMeasured:
     data: PairData | TaskData
     frozen: Measured
     adapted: Measured
+    learnt_validation: bool = False
+    """Whether the adapter was trained on the validation pairs too, so that they cannot choose thresholds."""
 
     def __post_init__(self) -> None:
         assert self.frozen.widths == self.adapted.widths, f"widths {self.frozen.widths} and {self.adapted.widths}"
@@ -93,9 +95,9 @@ class BothMeasured:
     def thresholds(self) -> dict[str, npt.NDArray[np.float64]] | None:
         """Thresholds of F1 and of accuracy that are best on validation, float64 (columns, widths).
 
-        None if the pairs have no labels, or if validation does not have both labels.
+        None if the pairs have no labels, if validation does not have both labels, or if the adapter has learnt it.
         """
-        if not isinstance(self.data, PairData) or self.data.kind != "labels":
+        if not isinstance(self.data, PairData) or self.data.kind != "labels" or self.learnt_validation:
             return None
         gold = self.data.validation.scores
         if gold is None or len(np.unique(gold)) < 2:
