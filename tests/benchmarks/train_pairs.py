@@ -191,15 +191,16 @@ ARMS: dict[str, Callable[..., Any]] = {
 
 
 def _score(data: Any, embed: Callable[[list[str]], np.ndarray]) -> float:
-    """Spearman's correlation on test, or nDCG@10 among all passages, computed alike for all arms."""
+    """Spearman's correlation on test, or nDCG@10 among the passages of test, computed alike for all arms."""
     from scipy.stats import spearmanr
 
     from pipeline.objectives.ranking import ndcg_at, relevant_ranks
 
     first = np.asarray(embed(data.test.columns[0]), dtype=np.float32)
     if data.test.scores is None:
-        passages = np.asarray(embed(data.corpus), dtype=np.float32)
-        row_of = {passage: row for row, passage in enumerate(data.corpus)}
+        corpus = list(dict.fromkeys(data.test.columns[1]))
+        passages = np.asarray(embed(corpus), dtype=np.float32)
+        row_of = {passage: row for row, passage in enumerate(corpus)}
         numbers, rows = np.arange(len(first)), np.array([row_of[passage] for passage in data.test.columns[1]])
         ranks = relevant_ranks(first, passages, query_numbers=numbers, passage_numbers=rows)
         return float(ndcg_at(10, query_numbers=numbers, ranks=ranks).mean())
