@@ -147,7 +147,8 @@ def test_a_prefix_that_leaves_no_room_for_a_text_is_refused(encoder_folder: Fold
 
 @pytest.mark.parametrize("kind", ["two adapters", *(pytest.param(kind, marks=LONG) for kind in ("graded", "labelled"))])
 def test_training_raises_the_score_that_it_is_selected_by(kind: str, encoder_folder: Folders, tmp_path: Path) -> None:
-    result = job_of(kind, encoder_folder("bert"), tmp_path, max_epochs=6).finish()
+    epochs = {"max_epochs": 16, "patience": 16} if kind == "labelled" else {"max_epochs": 6}
+    result = job_of(kind, encoder_folder("bert"), tmp_path, **epochs).finish()
     assert result.start_score is not None
     assert max(row.validation_score for row in result.epochs) > result.start_score + 0.05
 
