@@ -29,7 +29,6 @@ from pipeline.export.transformers import EUROBERT_POOLING, read_transformers, wr
 from pipeline.inference.encoder_of_adapter import find_encoder_of
 from pipeline.records import Record
 from pipeline.store.files import write_atomically
-from pipeline.store.run_folder import TaskFolder
 
 Form = Literal["sentence-transformers", "classifier", "transformers", "onnx"]
 """``sentence-transformers`` exports the adapted encoder's vectors, the other three forms export the head's logits.
@@ -223,7 +222,7 @@ def _vectors(adapter: FoundAdapter, loaded: Adapter, form: Form, width: int | No
     unit = not adapter.has_head or width is not None or loaded.encoder.normalize
     prompts = dict(zip(_PROMPTS, adapter.meta.prefixes or (), strict=False))
     prompt = {"query": _PROMPTS[0], "passage": _PROMPTS[1], None: None}[adapter.side] if prompts else None
-    if prompt is not None and TaskFolder(adapter.folder.root.parent).has_sides:  # the other side has its own weights
+    if prompt is not None and adapter.folder.own_side:  # the other side has its own weights
         prompts = {prompt: prompts[prompt]}
     return Vectors(width, unit, prompts, prompt if form == "sentence-transformers" else None)
 

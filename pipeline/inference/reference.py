@@ -89,11 +89,6 @@ def split_side(name: str) -> tuple[str, Side | None]:
     return name, None
 
 
-def _side_of(root: Path) -> Side | None:
-    """Side whose adapter is in a folder that is inside that of its task. None for every other folder."""
-    return next((side for side in SIDES if root.name == side and TaskFolder(root.parent).has_sides), None)
-
-
 def _only(folder: TaskFolder, ref: str) -> TaskFolder:
     """Raises: AdapterError: the folder holds two adapters."""
     if folder.has_sides:
@@ -108,10 +103,10 @@ def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[
     existing = adapters_in(root)
     name, side = split_side(root.name if task is None else task)
     if task is None and os.path.lexists(TaskFolder(root).adapter_weights):
-        return TaskFolder(root), _side_of(root)
+        return TaskFolder(root), TaskFolder(root).own_side
     if task in existing or (task is None and len(existing) == 1):
         folder = TaskFolder(root / (task or existing[0]))
-        return folder if both_sides else _only(folder, ref), _side_of(folder.root)
+        return folder if both_sides else _only(folder, ref), folder.own_side
     of_side = TaskFolder((root.parent if task is None else root) / name)
     if side and any(os.path.lexists(adapter.adapter_weights) for adapter in of_side.adapters):
         return of_side.side(side) if of_side.has_sides else of_side, side

@@ -25,8 +25,12 @@ class TaskFolder:
     @property
     def name(self) -> str:
         """Name of the task, with the side if this is the folder of one."""
-        is_of_side = self.root.name in SIDES and TaskFolder(self.root.parent).has_sides
-        return f"{self.root.parent.name}.{self.root.name}" if is_of_side else self.root.name
+        return f"{self.root.parent.name}.{self.root.name}" if self.own_side else self.root.name
+
+    @property
+    def own_side(self) -> Side | None:
+        """Side whose adapter is in this folder, which is inside that of its task. None for every other folder."""
+        return next((side for side in SIDES if self.root.name == side and TaskFolder(self.root.parent).has_sides), None)
 
     @property
     def has_sides(self) -> bool:
