@@ -289,6 +289,18 @@ def test_a_batch_on_a_cpu_is_embedded_in_passes_of_similar_length_and_one_gradie
     assert (passed - whole).norm() / whole.norm() <= 1e-5
 
 
+def test_slices_are_padded_to_few_lengths_where_steps_are_recorded(encoder_folder: Folders) -> None:
+    encoder = load_encoder(encoder_folder("bert"))
+
+    def padded_lengths(texts_per_pass: int) -> set[int]:
+        inputs = matching(encoder, texts_per_pass=texts_per_pass).inputs(np.arange(96), encoder, length_step=3)
+        return {batch.ids.shape[1] for batch in inputs if isinstance(batch, Batch)}
+
+    (whole,) = padded_lengths(1000)
+    assert whole % 3 == 0 and whole % 12 != 0
+    assert {length % 12 for length in padded_lengths(16)} == {0}
+
+
 def peak_bytes(act: Callable[[], object]) -> int:
     """Most memory that torch held at a time, beyond what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
