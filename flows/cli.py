@@ -33,7 +33,7 @@ _INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="lorafleet")
 def lorafleet() -> None:
-    """Train, evaluate, publish and apply a fleet of LoRA text classifiers on one frozen encoder."""
+    """Train, evaluate, publish and apply a fleet of LoRA adapters on one frozen encoder: classifiers and embedders."""
 
 
 for _command in (train, classify, embed, publish, verify, rollback, export, show, doctor, prune, deploy, up):

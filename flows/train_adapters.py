@@ -222,7 +222,7 @@ def _unchanged(folder: RunFolder, config: RunConfig) -> State[Any]:
 
 
 def _not_begun(run_id: str, error: LorafleetError) -> State[Any]:
-    run_logger().error("%s", error)
+    run_logger().error("error: %s", error)
     failure = Failure(mteb_task="", stage="preflight", reason=str(error), user_fault=isinstance(error, InputError))
     return Failed(message=f"nothing was trained: preflight: {error}", data=RunOutcome(run_id, None, (), (failure,)))
 

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.config import ComputeConfig, PublishConfig, RunConfig, with_absolute_paths
 from pipeline.errors import LorafleetError
 from pipeline.history.values import values_of
-from pipeline.printable import markdown
+from pipeline.printable import counted, markdown
 from pipeline.records import (
     AdapterRef,
     ClassificationResults,
@@ -131,19 +131,24 @@ def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSum
     """Have a worker read and tokenise its data, and load the encoder."""
     LIVE_TABLE.show(name, "load data")
     summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
-    run_logger().info(
-        "%s: loaded %d training texts, %d validation, %d test, %d classes; "
-        "%d test texts also in train, %d empty, %d truncated",
-        name,
-        summary.num_train,
-        summary.num_validation,
-        summary.num_test,
-        len(summary.label_names),
-        summary.num_overlap,
-        summary.num_empty_train + summary.num_empty_test,
-        summary.num_truncated_train + summary.num_truncated_test,
-    )
+    run_logger().info("%s: loaded %s", name, _sizes(summary))
     return summary
+
+
+def _sizes(summary: DataSummary) -> str:
+    """Sizes and weak examples of the data of a task, in words."""
+    pairs, what = summary.pairs, "texts" if summary.pairs is None else "pairs"
+    sizes = f"{summary.num_train} training {what}, {summary.num_validation} validation, {summary.num_test} test"
+    if pairs is None:
+        sizes += f", {len(summary.label_names)} classes; {summary.num_overlap} test texts also in train"
+    elif pairs.score_range is None or pairs.score_range == (0.0, 1.0):
+        sizes += f"; {pairs.num_text_in_train} test pairs share a text with train"
+    else:
+        low, high = pairs.score_range
+        sizes += f", scores {low:g} to {high:g} scaled to 0 to 1; "
+        sizes += f"{pairs.num_text_in_train} test pairs share a text with train"
+    num_empty = summary.num_empty_train + summary.num_empty_test
+    return f"{sizes}, {num_empty} empty, {summary.num_truncated_train + summary.num_truncated_test} truncated"
 
 
 @task(name="frozen baselines", task_run_name="frozen baselines · {name}", cache_policy=NO_CACHE)
@@ -173,10 +178,10 @@ def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> 
     values = values_of(result)
     LIVE_TABLE.show(name, "finished", headline([row for row in values if row.column in ("head", "adapted")]))
     run_logger().info(
-        "%s: finished: %s; best of %d epochs is %d, %.0f s of work",
+        "%s: finished: %s; best of %s is %d, %.0f s of work",
         name,
         headline(values),
-        len(result.epochs),
+        counted(len(result.epochs), "epoch"),
         result.best_epoch,
         result.busy_seconds,
     )

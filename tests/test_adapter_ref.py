@@ -67,6 +67,11 @@ def test_a_run_with_several_adapters_lists_them(run: Path) -> None:
         find(f"{run}#Nothing")
 
 
+def test_texts_of_a_classifier_are_neither_queries_nor_passages(run: Path) -> None:
+    with pytest.raises(AdapterError, match=r"#Topics\.query: only texts of a retrieval adapter .* leave out \.query"):
+        find(f"{run}#Topics.query")
+
+
 def test_a_store_in_place_of_a_run_is_told_with_its_newest_run(run: Path) -> None:
     for name in ("20261101-000000-aaaa", "20261108-000000-bbbb"):
         finished_run(run.parent / name, [task_result("Topics")])

@@ -186,12 +186,12 @@ def test_a_requested_subset_is_used() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"name": "Banking77"}, "did you mean Banking77Classification"),
-        ({"name": "WordnetDomain"}, "did you mean WordNetDomains"),
+        ({"name": "Banking77"}, "Did you mean Banking77Classification"),
+        ({"name": "WordnetDomain"}, "Did you mean WordNetDomains"),
         ({"name": "qqqqqqqq"}, "mteb knows no task 'qqqqqqqq'. For your own data"),
         ({"name": "AskUbuntuDupQuestions"}, "mteb lists it as Reranking of text"),
         ({"name": "SICK2014"}, "mteb knows no task 'SICK2014'"),
-        ({"name": "STSBenchmrk"}, "did you mean STSBenchmark"),
+        ({"name": "STSBenchmrk"}, "Did you mean STSBenchmark"),
         ({"name": "EmotionVNClassification", "subset": "xx"}, "its subsets are default"),
         ({"name": "MTOPDomainClassification", "subset": "it"}, "its subsets are en, de, es, fr, hi, th"),
         ({"name": "RottenTomatoes", "subset": "en"}, "has no subset 'en'"),

@@ -305,7 +305,8 @@ def test_publish_writes_the_runs_public_files(finished_run: FinishedRun, tmp_pat
         line.startswith(f"verified {task}: logits within ")
         for line, task in zip(lines[2:4], ("Topics", "Pairs"), strict=True)
     )
-    assert lines[4:] == [f"published 2 of 2 adapters, {len(published)} files: out"]
+    assert (tmp_path / "out").stat().st_mode == finished_run.root.stat().st_mode, "others may read it"
+    assert lines[4:] == [f"published 2 of 2 MTEB tasks, {len(published)} files: out"]
     assert {
         "README.md",
         "report.html",

@@ -159,6 +159,12 @@ def test_a_misspelt_key_is_named_with_the_keys_that_exist_there(override: str, k
     assert neighbour in message.partition("the keys of this section are ")[2].split(", ")
 
 
+def test_the_likeliest_key_is_named_first_and_a_short_list_as_a_whole() -> None:
+    assert "unknown key 'train.sed'; did you mean 'seed'? the keys of this section" in fault("train.sed=7")
+    message = fault('mteb_tasks.0.prefixes=["query: "]')
+    assert "mteb_tasks.0.prefixes: expected 2 values, found ['query: ']" in message
+
+
 def test_all_faults_are_in_one_message() -> None:
     lines = fault(
         "train.sed=7", "adapter.rank=0", 'compute.workers="x"', "encoder.max_tokens=1", "mteb_tasks.1.max_epochs=0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from pipeline.run.preflight import preflight
 from pipeline.store.files import read_record
 from pipeline.store.manifest import write_config
 from pipeline.store.run_folder import RunFolder, TaskFolder
+from tasks.stages import _sizes
 
 Folders = Callable[[str], Path]
 Make = Callable[[int, int], dict[str, list[Any]]]
@@ -131,6 +133,30 @@ def test_the_files_of_a_run_cover_it(runs: dict[str, RunFolder]) -> None:
     assert "ROC, test pairs" in page
     assert "Spearman by width" in page
     assert "without texts of train" in page
+
+
+def test_a_side_is_named_of_retrieval_adapters_only(runs: dict[str, RunFolder]) -> None:
+    run = runs["good"].root
+    with pytest.raises(AdapterError, match=r"this one is for text-matching; leave out \.passage"):
+        find_adapters([f"{run}#Graded.passage"], offline=True)
+    with pytest.raises(AdapterError, match=r"it has Find\.query, Find\.passage, Graded, Same"):
+        find_adapters([f"{run}#Find.qurey"], offline=True)
+
+
+def test_the_log_counts_pairs_and_says_how_scores_are_scaled(runs: dict[str, RunFolder]) -> None:
+    sizes = {name: _sizes(read_record(runs["good"].task(name).result, TaskResult).data) for name in ("Graded", "Find")}
+    assert re.match(
+        r"300 training pairs, 120 validation, 300 test, scores \S+ to \S+ scaled to 0 to 1; \d+ test", sizes["Graded"]
+    )
+    assert re.match(r"300 training pairs, 120 validation, 300 test; \d+ test pairs share a text", sizes["Find"])
+
+
+def test_the_card_lists_the_files_that_embedding_adapters_have(runs: dict[str, RunFolder]) -> None:
+    card = runs["good"].card.read_text(encoding="utf-8")
+    assert "results.json" in card
+    assert "query/  passage/" in card
+    assert "calibration" not in card
+    assert "classifier_head" not in card
 
 
 def test_the_epochs_of_a_run_have_the_score_that_selects(runs: dict[str, RunFolder]) -> None:

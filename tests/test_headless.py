@@ -33,7 +33,7 @@ from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
 
 Folders = Callable[[str], Path]
 TEXTS = ["the sea is wide", "a rose in the garden", "salt and pepper", "a boat"]
-CANNOT = "has no head, so it cannot classify; use its text vectors"
+CANNOT = "has no head, so it cannot classify; it can only embed"
 
 
 @pytest.fixture

@@ -168,7 +168,11 @@ def test_keys_that_contradict_each_other_are_refused_before_any_file_is_read(ent
             "has 'genre' beside the texts 'sentence1', 'sentence2' and the score 'score'",
         ),
         (SCORED | {"negative": ["x"] * 4}, {}, 'given negatives need objective = "retrieval"'),
-        (FOUND | {"score": [1, 0, 1, 0]}, {}, 'pairs with a score need objective = "text-matching"'),
+        (
+            FOUND | {"score": [1, 0, 1, 0]},
+            {},
+            "has the score 'score', but objective = \"retrieval\" has positive pairs alone",
+        ),
         (SCORED | {"label": [1, 0, 1, 0]}, {}, "may be the score of a pair: 'score', 'label'; set score_column"),
         (
             {"sentence1": ["a", "b"], "score": [1, 2]},
@@ -196,9 +200,9 @@ def test_keys_that_contradict_each_other_are_refused_before_any_file_is_read(ent
         (
             SCORED | {"score": [1.0, None, 2.0, None]},
             {},
-            "column 'score' has no value in row 2, and 2 such rows in all",
+            "column 'score' has no value in row 2, and 1 more such row; ",
         ),
-        (SCORED | {"score": [1.0, float("nan"), 2.0, 3.0]}, {}, "has no value in row 2, and 1 such rows in all"),
+        (SCORED | {"score": [1.0, float("nan"), 2.0, 3.0]}, {}, "has no value in row 2; "),
         (SCORED | {"score": [1.0, 2.0, float("inf"), 3.0]}, {}, "has an infinite number in row 3"),
         (SCORED | {"score": [[1]] * 4}, {}, "is list<element: int64>; expected numbers; set score_column"),
         (SCORED | {"score": [-1e308, 0.0, 1.0, 1e308]}, {}, "scores go from -1e+308 to 1e+308, a range that cannot be"),
@@ -262,6 +266,8 @@ def test_a_batch_of_one_pair_cannot_be_compared(tmp_path: Path, loss: str) -> No
 
 def test_a_width_beyond_that_of_the_encoder_is_refused() -> None:
     check_widths((384, 64), hidden_size=384)
+    with pytest.raises(ConfigError, match=r"train\.widths: 384 is the width of the whole vector"):
+        check_widths((384,), hidden_size=384)
     with pytest.raises(ConfigError, match=r"train\.widths: 512, 768 is larger than 384"):
         check_widths((512, 384, 768), hidden_size=384)
 

@@ -132,7 +132,7 @@ def _prediction(labels: Sequence[str]) -> str:
 
 _FILM = ("negative", "positive")
 _DOMAINS = ("Animals", "Law", "Medicine", "Music")
-_ROUTER = rf"\[{_prediction(_FILM)}\]\n\(1, 384\)\n\[{_prediction(_FILM)}, {_prediction(_DOMAINS)}\]\n"
+_ROUTER = rf"\[{_prediction(_FILM)}\]\n\(1, 384\)\n\(1, 128\)\n\[{_prediction(_FILM)}, {_prediction(_DOMAINS)}\]\n"
 _EXPORTED = r"exported (RottenTomatoes|Tickets) to {}: within \d[\d.e-]* of the adapter itself\n"
 _VERIFIED = "".join(
     rf"verified {name}: {outputs} within .*\n"

@@ -71,8 +71,8 @@ def _print_published(published: PublishResult, *, as_json: bool) -> None:
         for adapter in published.verified:
             say(verified_line(adapter))
         target = published.to if published.revision is None else f"{published.to}@{published.revision}"
-        if promoted := len(published.verified):
-            adapters, files = counted(len(published.decisions), "adapter"), counted(published.num_files, "file")
-            say(f"published {promoted} of {adapters}, {files}: {target}")
+        if promoted := sum(decision.decision == "promote" for decision in published.decisions):
+            tasks, files = counted(len(published.decisions), "MTEB task"), counted(published.num_files, "file")
+            say(f"published {promoted} of {tasks}, {files}: {target}")
         else:
             say(f"nothing to publish; {target} is unchanged")

@@ -16,7 +16,7 @@ from pipeline.records import SIDES, AdapterMeta, Calibration, LabelNames, Side
 from pipeline.store.files import LARGEST_RECORD_BYTES, parse_record, read_file
 from pipeline.store.run_folder import TaskFolder, adapter_sha256
 
-CANNOT_CLASSIFY = "it has no head, so it cannot classify; use its text vectors"
+CANNOT_CLASSIFY = "it has no head, so it cannot classify; it can only embed"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pipeline.config.mteb_task import MtebTaskConfig
@@ -20,11 +21,16 @@ def describe_faults(faults: Sequence[Any]) -> list[str]:
     unknown = []
     for fault in faults:
         key, model = _locate(fault["loc"])
+        if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):  # a list of a fixed length is too short
+            key = key.rpartition(".")[0]
+            fault = fault | {"type": "length", "msg": f"expected {fault['loc'][-1] + 1} values"}
         if fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]:
             continue  # its items are faulty, and reported themselves
         if fault["type"] == "extra_forbidden":
+            close = get_close_matches(str(fault["loc"][-1]), model.model_fields, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
             unknown.append(
-                f"unknown key {'.'.join(map(str, fault['loc']))!r}; "
+                f"unknown key {'.'.join(map(str, fault['loc']))!r}; {hint}"
                 f"the keys of this section are {', '.join(model.model_fields)}"
             )
         else:

@@ -203,8 +203,12 @@ def check_widths(widths: Sequence[int], *, hidden_size: int) -> None:
     Args:
         widths: ``train.widths``.
         hidden_size: Number of dimensions of the encoder's vectors.
-    Raises: ConfigError: a width is larger.
+    Raises: ConfigError: a width is larger, or the only one is the whole vector's.
     """
+    if set(widths) == {hidden_size}:
+        raise ConfigError(
+            f"train.widths: {hidden_size} is the width of the whole vector, which is always trained; leave it out"
+        )
     if too_large := [width for width in widths if width > hidden_size]:
         raise ConfigError(
             f"train.widths: {', '.join(map(str, too_large))} is larger than {hidden_size}, the width of the encoder's "

@@ -96,7 +96,7 @@ def find_mteb_task(name: str, *, subset: str | None = None) -> Any:
         mteb_task = mteb.get_task(name, eval_splits=["test"], hf_subsets=None if subset is None else [subset])
     except KeyError:
         close = _close_names(name)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+        hint = f"Did you mean {', '.join(close)}? " if close else ""
         raise ConfigError(
             f"mteb_tasks: mteb knows no task {name!r}. {hint}For your own data, name a file in train"
         ) from None

@@ -97,8 +97,10 @@ def export_adapter(
     _check_target(target)
     if form == "onnx":
         _check_libraries()
-    if form in ("classifier", "transformers"):
-        adapter.check_has_head()
+    if form in ("classifier", "transformers") and not adapter.has_head:
+        raise AdapterError(
+            f"adapter {adapter.name}: has no head, so it has no form {form}; choose sentence-transformers or onnx"
+        )
     gives_vectors = form == "sentence-transformers" or not adapter.has_head
     _check_width(adapter, width, form, gives_vectors=gives_vectors)
     files, config = find_encoder_of(adapter, encoder, offline=offline)

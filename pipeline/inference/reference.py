@@ -36,6 +36,7 @@ def find_adapters(refs: Sequence[str], *, offline: bool) -> tuple[FoundAdapter, 
         named = None if is_folder(split_folder(ref)[0]) else _NAMED.fullmatch(ref)  # a folder's name may contain "="
         folder, side = _folder(named["ref"] if named else ref, offline=offline)
         adapter = describe_adapter(folder)
+        _check_side(adapter, side, ref)
         name = named["name"] if named else f"{adapter.name}.{side}" if side else adapter.name
         adapters.append(replace(adapter, name=name, side=side))
     # To many readers of Parquet, columns whose names differ only in case are the same.
@@ -97,6 +98,12 @@ def _only(folder: TaskFolder, ref: str) -> TaskFolder:
     return folder
 
 
+def _names(folder: TaskFolder, *, both_sides: bool) -> list[str]:
+    """Names by which the adapters of a task are chosen."""
+    name = folder.root.name
+    return [f"{name}.{side}" for side in SIDES] if folder.has_sides and not both_sides else [name]
+
+
 def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[TaskFolder, Side | None]:
     if task is None and TaskFolder(root).has_sides:
         return TaskFolder(root) if both_sides else _only(TaskFolder(root), ref), None
@@ -110,15 +117,26 @@ def _pick(root: Path, task: str | None, ref: str, *, both_sides: bool) -> tuple[
     of_side = TaskFolder((root.parent if task is None else root) / name)
     if side and any(os.path.lexists(adapter.adapter_weights) for adapter in of_side.adapters):
         return of_side.side(side) if of_side.has_sides else of_side, side
-    if existing and task:
-        fault = f"it has no adapter {task}; it has {', '.join(existing)}"
-    elif existing:
-        fault = f"choose one of its adapters, such as {ref}#{existing[0]} ({', '.join(existing)})"
+    names = [chosen for each in existing for chosen in _names(TaskFolder(root / each), both_sides=both_sides)]
+    if names and task:
+        fault = f"it has no adapter {task}; it has {', '.join(names)}"
+    elif names:
+        fault = f"choose one of its adapters, such as {ref}#{names[0]} ({', '.join(names)})"
     else:
         fault = (
             f"{explain(root, task=task)}; expected an adapter's folder, FOLDER#TASK, or hf:OWNER/NAME[@REVISION]#TASK"
         )
     raise AdapterError(f"adapter {ref}: {fault}")
+
+
+def _check_side(adapter: FoundAdapter, side: Side | None, ref: str) -> None:
+    """Raises: AdapterError: the reference names a side, and the adapter's texts have none."""
+    if side is not None and (adapter.has_head or adapter.meta.objective not in (None, "retrieval")):
+        family = "classification" if adapter.has_head else adapter.meta.objective
+        raise AdapterError(
+            f"adapter {ref}: only texts of a retrieval adapter are queries or passages, and this one is for {family}; "
+            f"leave out .{side}"
+        )
 
 
 def _hub_folder(ref: re.Match[str], *, offline: bool, both_sides: bool) -> tuple[TaskFolder, Side | None]:

@@ -89,6 +89,8 @@ class PairObjective(EmbeddingObjective):
     by nDCG@10 among the passages of the selection if every pair is positive.
     """
 
+    examples = "pairs"
+
     def __init__(
         self,
         train: TokenPairs,

@@ -103,10 +103,15 @@ def _score_column(names: Sequence[str], task: MtebTask, texts: Sequence[str], wh
 def _superfluous(extra: Sequence[str], texts: Sequence[str], score: str | None, task: MtebTask, where: str) -> str:
     named = f"columns = {list(texts)}".replace("'", '"')
     known = f"the texts {some(texts)}" + ("" if score is None else f" and the score {score!r}")
+    scores = sorted(set(extra) & set(SCORES))
+    if task.objective == "retrieval" and scores:
+        return (
+            f'{where} has the score {some(scores)}, but objective = "retrieval" has positive pairs alone. The config '
+            "says so, or it follows from sides, prefixes, corpus, or columns called query and passage. "
+            f'For pairs with a score set objective = "text-matching"; if every pair is a positive one, set {named}'
+        )
     hint = ""
-    if task.objective == "retrieval" and set(extra) & set(SCORES):
-        hint = '; pairs with a score need objective = "text-matching"'
-    elif any(_NEGATIVE.fullmatch(name) for name in extra):
+    if any(_NEGATIVE.fullmatch(name) for name in extra):
         hint = '; given negatives need objective = "retrieval"'
     return (
         f"{where} has {some(extra)} beside {known}, and sentence-transformers would take it for a text; "

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.families import PairKind
 from pipeline.data.table_checks import as_strings, group_names, plain
 from pipeline.errors import DataError
+from pipeline.printable import counted
 
 _BOOLEANS = {"true": "1", "false": "0"}
 _LONGEST_SLICE = 1024  # characters, as in a table of scores
@@ -128,4 +129,5 @@ def _parsed(strings: list[str | None], where: str) -> NDArray[np.float64]:
 def _refuse_infinite(numbers: NDArray[np.float64], where: str) -> None:
     if len(rows := np.flatnonzero(~np.isfinite(numbers))):
         shown = "no value" if np.isnan(numbers[rows[0]]) else "an infinite number"
-        raise DataError(f"{where} has {shown} in row {rows[0] + 1}, and {len(rows)} such rows in all; {_REMEDY}")
+        more = f", and {counted(len(rows) - 1, 'more such row')}" if len(rows) > 1 else ""
+        raise DataError(f"{where} has {shown} in row {rows[0] + 1}{more}; {_REMEDY}")

@@ -59,6 +59,8 @@ def check_task(folder: TaskFolder) -> tuple[tuple[FoundAdapter, ...], TaskResult
         check_fact(name, "meta.json", "label_names", meta.label_names, labels)
         check_fact(name, "meta.json", "encoder", meta.encoder, trained_on)
         check_fact(name, "meta.json", "task", meta.task or name, name)
+        objective = result.mteb_task.objective
+        check_fact(name, "meta.json", "objective", meta.objective or objective, objective)
         check_fact(name, "meta.json", "prefixes", meta.prefixes, result.mteb_task.prefixes)
     check_fact(name, "result.json", "adapter.encoder_revision", result.adapter.encoder_revision, encoder.revision)
     _check_rows(result)

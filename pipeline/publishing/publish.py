@@ -126,9 +126,27 @@ def _publish(candidate: Candidate, to: str, config: PublishConfig) -> PublishRes
 
 
 def _record(decisions: list[GateDecision], path: Path, *, to: str) -> None:
-    """Write the decisions, replacing earlier ones about the same target. Those about other targets are kept."""
-    others = [decision for decision in read_gate(path) if decision.to != to] if path.is_file() else []
-    write_gate([*others, *decisions], path)
+    """Write the decisions, replacing earlier ones about the same target. Those about other targets are kept.
+
+    A repeated publish finds its own adapter. The decision that published it, with its figures, then stays.
+    """
+    earlier = read_gate(path) if path.is_file() else []
+    published = {
+        (decision.mteb_task, decision.candidate_sha256): decision
+        for decision in earlier
+        if decision.to == to and decision.decision == "promote"
+    }
+    others = [decision for decision in earlier if decision.to != to]
+    new = [
+        published.get((decision.mteb_task, decision.candidate_sha256), decision) if _is_own(decision) else decision
+        for decision in decisions
+    ]
+    write_gate([*others, *new], path)
+
+
+def _is_own(decision: GateDecision) -> bool:
+    """Whether the published adapter is the candidate itself."""
+    return decision.decision == "keep" and decision.published_sha256 == decision.candidate_sha256
 
 
 def _land(
@@ -148,7 +166,8 @@ def _land(
         verified[:] = verify_folder(root, tasks=promoted, encoder=config.encoder, offline=config.data.offline)
 
     with TemporaryDirectory(prefix="lorafleet-publish-") as folder:
-        staging = RunFolder(Path(folder))
+        staging = RunFolder(Path(folder) / "staged")  # a temporary folder itself is closed to other users
+        staging.root.mkdir()
         publication = stage(candidate, promoted, base, staging)
         revision = target.land(staging, publication, base, check)
     return PublishResult(to, tuple(decisions), tuple(verified), len(publication.files) + 1, revision)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, FailFast, Field, RootModel, model_validator
 from pipeline.records.base import (
     LONGEST_PREFIX,
     EncoderRevision,
+    Family,
     LabelName,
     ModulePath,
     PublicName,
@@ -92,6 +93,8 @@ class AdapterMeta(Record):
     """Paths of the linear layers that have a LoRA pair, in the order of the pairs."""
     task: TaskName | None = None
     """MTEB task. None if the adapter was saved outside a run."""
+    objective: Family | None = None
+    """Task family of an adapter without a head. None: the adapter has one, or an older version saved it."""
     prefixes: tuple[_Prefix, _Prefix] | None = None
     """Texts that the training put before each query and before each passage. None: nothing."""
     learnt_validation: bool = False

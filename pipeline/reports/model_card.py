@@ -96,6 +96,8 @@ def render_card(
         adapters=[_adapter(result) for result in results],
         how=HOW_IT_WAS_MADE,
         limits=_limits(results, summary),
+        classifies=bool(summary.tasks) or not results,
+        has_sides=any(result.has_sides for result in results),
         snippets=snippets,
         license=license,
     )
@@ -243,7 +245,7 @@ def _adapter(result: TaskResult) -> dict[str, str | int]:
         "num_lora": f"{result.num_lora_parameters:,}",
         "num_head": f"{result.num_head_parameters:,}",
         "texts": f"{data.num_train:,} / {data.num_validation:,} / {data.num_test:,}",
-        "samples_per_label": result.mteb_task.samples_per_label,
+        "samples_per_label": result.mteb_task.samples_per_label if _is_few_shot(result) else "–",
         "selected_on": result.selected_on.replace("_", " "),
     }
 
@@ -293,6 +295,11 @@ def _limits_of_selection(results: Sequence[TaskResult]) -> list[str]:
     if blind:
         limits.append(f"No texts were left to choose an epoch, so it is the last one: {', '.join(blind)}.")
     return limits
+
+
+def _is_few_shot(result: TaskResult) -> bool:
+    """Whether a few-shot protocol is among the scores: texts with labels have one, pairs have none."""
+    return result.mteb_task.objective in ("classification", "separation")
 
 
 def _is_no_better_than_majority(result: TaskResult) -> bool:

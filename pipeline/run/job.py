@@ -15,6 +15,7 @@ from pipeline.adapter.files import save_adapter
 from pipeline.adapter.sided import SidedAdapter
 from pipeline.errors import AdapterError, DataError
 from pipeline.inference.reload import check_reload
+from pipeline.printable import counted
 from pipeline.records import SIDES, AdapterRef, DataSummary, EpochRow, Progress, TaskResult, ValueRow, WarmStart
 from pipeline.run.classification_work import ClassificationWork
 from pipeline.run.embedding_work import PairWork, SeparationWork
@@ -67,6 +68,8 @@ class TaskJob:
             "seed": self.config.train.seed,
             "run_id": self.spec.run_id,
         }
+        if self.spec.mteb_task.objective != "classification":
+            meta["objective"] = self.spec.mteb_task.objective
         if self.spec.mteb_task.prefixes is not None:
             meta["prefixes"] = self.spec.mteb_task.prefixes
         for adapter, folder in self._parts(training):
@@ -160,7 +163,8 @@ class TaskJob:
             started = time.perf_counter()
             objective, max_epochs = self.family.objective(), self.spec.mteb_task.max_epochs
             action = "resuming from the last finished epoch" if self._checkpoint.exists() else "training"
-            _LOG.info("%s: %d %s, at most %d epochs", action, objective.num_examples, objective.examples, max_epochs)
+            examples, most = f"{objective.num_examples} {objective.examples}", counted(max_epochs, "epoch")
+            _LOG.info("%s: %s, at most %s", action, examples, most)
             self._training = train_adapter(
                 objective,
                 self.inputs.encoder,
