@@ -152,7 +152,7 @@ def test_the_log_counts_pairs_and_says_how_scores_are_scaled(runs: dict[str, Run
 
 
 def test_the_card_lists_the_files_that_embedding_adapters_have(runs: dict[str, RunFolder]) -> None:
-    card = runs["good"].card.read_text(encoding="utf-8")
+    card = runs["good"].readme.read_text(encoding="utf-8")
     assert "results.json" in card
     assert "query/  passage/" in card
     assert "calibration" not in card
