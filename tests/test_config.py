@@ -90,6 +90,7 @@ def test_a_config_survives_its_own_json() -> None:
         ("train.learning_rate=nan", "train.learning_rate", "finite number", "nan"),
         ('train.seed="seven"', "train.seed", "integer", "'seven'"),
         ("train.seed=1.5", "train.seed", "integer", "1.5"),
+        ("train.validation_fraction=-0.1", "train.validation_fraction", "greater than or equal to 0", "-0.1"),
         ("train.validation_fraction=0.5", "train.validation_fraction", "less than 0.5", "0.5"),
         ('train.precision="fp16"', "train.precision", "'auto', 'float32' or 'bfloat16'", "'fp16'"),
         ("evaluate.probe_c=[]", "evaluate.probe_c", "at least 1", "[]"),

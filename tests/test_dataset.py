@@ -157,6 +157,13 @@ def test_the_slice_of_real_data_is_stratified_within_one_text() -> None:
     assert np.abs(held_out - 0.2 * (in_train + held_out)).max() <= 1
 
 
+def test_without_a_fraction_all_of_train_is_learnt(tmp_path: Path) -> None:
+    train = numbered({"a": 30, "b": 2})
+    data = load_own(tmp_path, train=train, test=numbered({"a": 1, "b": 1}), validation_fraction=0)
+    assert (data.train_texts, data.validation_texts) == (train["text"], [])
+    assert not [note for note in data.notes if "validation" in note]
+
+
 def test_the_same_seed_gives_the_same_slice_and_another_seed_another(tmp_path: Path) -> None:
     first, same, other = (
         load_own(tmp_path, train=numbered({0: 50, 1: 50}), test=numbered({0: 1, 1: 1}), seed=s) for s in (3, 3, 4)

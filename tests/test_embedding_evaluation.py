@@ -252,12 +252,15 @@ def test_vectors_that_are_all_equal_score_zero(bert: Encoder) -> None:
 
 # --- two states ---
 
+WITHOUT_THRESHOLD = ("average_precision", "auc", "spearman", "margin", "cohens_d")
+"""Metrics of labelled pairs that need no threshold."""
+
 
 @pytest.mark.parametrize(
     ("kind", "metrics"),
     [
         ("scores", {"spearman", "pearson"}),
-        ("labels", {"average_precision", "f1", "accuracy"}),
+        ("labels", {*WITHOUT_THRESHOLD, "f1", "accuracy"}),
         ("positives", {"ndcg_at_10", "recall_at_1", "recall_at_10", "mrr_at_10"}),
     ],
 )
@@ -330,7 +333,7 @@ def test_without_both_labels_in_validation_there_is_no_f1_and_a_note_says_so(ber
     data = pairs_of("labels")
     data = dataclasses.replace(data, validation=dataclasses.replace(data.validation, scores=np.zeros(60)))
     scores = both_of(data, bert)
-    assert {row.metric for row in scores.rows} == {"average_precision", "average_precision_gain", "f1_best_threshold"}
+    assert {row.metric for row in scores.rows} == {*WITHOUT_THRESHOLD, "average_precision_gain", "f1_best_threshold"}
     assert any("validation does not have both labels" in note for note in scores.notes)
 
 
@@ -339,7 +342,7 @@ def test_validation_that_the_adapter_has_learnt_chooses_no_threshold(bert: Encod
     found = measure_vectors(data, TextVectors(bert))
     settings: dict[str, Any] = {"run_id": "one", "config": EvaluateConfig(bootstrap_draws=100), "seed": 0}
     scores = compare(data, found, found, **settings, learnt_validation=True)
-    assert {row.metric for row in scores.rows} == {"average_precision", "average_precision_gain", "f1_best_threshold"}
+    assert {row.metric for row in scores.rows} == {*WITHOUT_THRESHOLD, "average_precision_gain", "f1_best_threshold"}
     assert any("the adapter was trained on validation" in note for note in scores.notes)
 
 
@@ -360,7 +363,10 @@ def test_small_slices_and_slices_of_one_label_have_no_score_and_are_named(bert: 
     assert {row.slice_value for row in scores.rows if row.slice == "kind"} == {"just enough", "wide"}
     assert any("'rare' (19)" in note for note in scores.notes)
     assert {row.metric for row in scores.rows if row.slice_value == "alike"} == {"f1", "accuracy"}
-    assert any(note.startswith("no average_precision for same 'alike'") for note in scores.notes)
+    assert any(
+        note.startswith("no average_precision, auc, spearman, margin, cohens_d for same 'alike'")
+        for note in scores.notes
+    )
     numbers = [n for row in scores.rows for n in (row.value, row.low, row.high) if n is not None]
     assert np.isfinite(numbers).all()
 
@@ -414,6 +420,20 @@ def minilm() -> TextVectors:
 def test_minilm_has_its_known_spearman_on_stsbenchmark() -> None:
     data = real_pairs("STSBenchmark", "scores", ("sentence1", "sentence2"), objective="text-matching", scale=5)
     assert measure_vectors(data, minilm(), widths=(64,)).arrays["main"] == pytest.approx([0.8203, 0.7921], abs=3e-4)
+
+
+@needs_pairs
+def test_minilm_is_as_wrong_on_dating_pairs_as_its_source_document_found() -> None:
+    table = pq.read_table(PAIRS / "DatingCompatibility" / "test.parquet").to_pydict()
+    test = PairSplit((table["sentence1"], table["sentence2"]), np.array(table["label"], dtype=np.float64), {})
+    none = np.zeros(len(test), dtype=np.bool_)
+    data = dataclasses.replace(pairs_of("labels"), test=test, pair_in_train=none, text_in_train=none)
+    found = measure_vectors(data, minilm())
+    scores = compare(data, found, found, run_id="one", config=EvaluateConfig(bootstrap_draws=100), seed=0)
+    known = {"spearman": -0.2194, "margin": -0.0826, "auc": 0.3730, "f1_best_threshold": 0.6976}
+    for metric, value in known.items():
+        assert round(row_of(scores, metric).value, 4) == value, metric
+    assert round(row_of(scores, "cohens_d").value, 3) == -0.419
 
 
 @needs_pairs

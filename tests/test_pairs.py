@@ -441,6 +441,11 @@ def test_train_keeps_the_two_pairs_that_a_comparison_needs(tmp_path: Path) -> No
     assert (len(data.train), len(data.validation)) == (2, 0)
 
 
+def test_without_a_fraction_all_pairs_of_train_are_learnt(tmp_path: Path) -> None:
+    data = load(tmp_path, many(50), test=FOUND, settings={"validation_fraction": 0})
+    assert (len(data.train), len(data.validation)) == (50, 0)
+
+
 def test_groups_stay_on_one_side(tmp_path: Path) -> None:
     data = load(tmp_path, many(200, who=[i // 10 for i in range(200)]), group_column="who")
     sides = [

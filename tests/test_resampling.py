@@ -7,7 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, silhouette_samples, v_measure_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    roc_auc_score,
+    silhouette_samples,
+    v_measure_score,
+)
 
 from pipeline.vector_scores import pair_metrics
 from pipeline.vector_scores.cluster_metrics import silhouettes, v_measure
@@ -19,9 +26,18 @@ RIVALS: dict[str, Rival] = {
     "spearman": lambda gold, found, _: stats.spearmanr(gold, found)[0],
     "pearson": lambda gold, found, _: stats.pearsonr(gold, found)[0],
     "average_precision": lambda gold, found, _: average_precision_score(gold, found),
+    "auc": lambda gold, found, _: roc_auc_score(gold, found),
+    "margin": lambda gold, found, _: found[gold == 1].mean() - found[gold == 0].mean(),
+    "cohens_d": lambda gold, found, _: (found[gold == 1].mean() - found[gold == 0].mean()) / pooled(gold, found),
     "f1": lambda gold, found, threshold: f1_score(gold, found >= threshold, zero_division=0.0),
     "accuracy": lambda gold, found, threshold: accuracy_score(gold, found >= threshold),
 }
+
+
+def pooled(gold: np.ndarray, found: np.ndarray) -> float:
+    """Standard deviation within a label, with the divisor that makes the variance unbiased."""
+    squares = [((part - part.mean()) ** 2).sum() for part in (found[gold == 1], found[gold == 0])]
+    return float(np.sqrt(sum(squares) / (len(gold) - 2)))
 
 
 def similarities(num_pairs: int, *, digits: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +59,7 @@ def metric_of(name: str, gold: np.ndarray, series: np.ndarray) -> Statistic:
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_metric_with_whole_weights_is_that_of_repeated_rows(name: str, digits: int) -> None:
     gold, series = similarities(120, digits=digits)
-    if name in ("average_precision", "f1", "accuracy"):
+    if name not in ("spearman", "pearson"):
         gold = (gold > 0.5).astype(float)
     weights = np.random.default_rng(1).integers(0, 4, (120, 5)).astype(float)
     weights[:, 0] = 1
@@ -69,10 +85,24 @@ def test_equal_similarities_correlate_with_nothing_and_equal_scores_define_no_co
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-def test_one_label_defines_no_average_precision(label: float) -> None:
-    gold = np.array([0.0, 0.0, 1.0])
+@pytest.mark.parametrize("name", ["average_precision", "auc", "margin", "cohens_d"])
+def test_one_label_defines_no_comparison_of_labels(name: str, label: float) -> None:
+    gold = np.array([0.0, 0.0, 1.0, 1.0])
     weights = (gold == label).astype(float)[:, np.newaxis]
-    assert np.isnan(metric_of("average_precision", gold, np.array([[0.1, 0.2, 0.3]]))(weights)[0, 0])
+    assert np.isnan(metric_of(name, gold, np.array([[0.1, 0.2, 0.3, 0.4]]))(weights)[0, 0])
+
+
+def test_equal_similarities_within_each_label_define_no_cohens_d() -> None:
+    gold, flat = np.array([0.0, 0.0, 1.0, 1.0]), np.array([[0.1, 0.1, 0.3, 0.3]])
+    assert np.isnan(metric_of("cohens_d", gold, flat)(np.ones((4, 1)))[0, 0])
+
+
+def test_with_labels_spearman_is_a_rescaled_auc() -> None:
+    gold, series = similarities(400, digits=8)
+    gold, weights = (gold > 0.5).astype(float), np.ones((400, 1))
+    share = gold.mean()
+    expected = (2 * metric_of("auc", gold, series)(weights) - 1) * np.sqrt(3 * share * (1 - share))
+    assert metric_of("spearman", gold, series)(weights) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("metric", ["f1", "accuracy"])

@@ -64,8 +64,8 @@ class TrainConfig(Section):
     """Default for tasks that set no ``max_epochs``."""
     patience: int = Field(default=3, ge=1, le=10_000)
     """Number of epochs without a better score after which training stops."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
-    """Share of train to hold out if a data set has no validation split."""
+    validation_fraction: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of train to hold out if a data set has no validation split. 0: nothing, and the last epoch is kept."""
     early_stopping_split: Literal["validation", "test"] = "validation"
     """Split on which the epoch is selected. ``test`` reproduces publications that do so; every result says so."""
     warm_start: Target | None = None

@@ -61,7 +61,7 @@ def load_data(task: MtebTask, *, config: TrainConfig, offline: bool) -> TaskData
 
     Validation is the data set's own split of that name. Without one, it is ``validation_fraction`` of each class of
     train, chosen by the seed, with near-equal texts and groups on one side. It is empty, so that train stays whole, if
-    ``early_stopping_split`` is ``test``.
+    the fraction is 0 or ``early_stopping_split`` is ``test``.
 
     Args:
         task: The planned task.
@@ -193,6 +193,8 @@ def _hold_out(
         return train, train.take(none), []
     if "validation" in splits:
         return train, splits["validation"], []
+    if config.validation_fraction == 0:
+        return train, train.take(none), []
     chosen = held_out(
         train.texts, train.labels, groups=train.groups, fraction=config.validation_fraction, seed=config.seed
     )

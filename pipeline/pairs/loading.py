@@ -27,7 +27,8 @@ def load_pairs(task: MtebTask, *, config: TrainConfig, offline: bool) -> PairDat
 
     Test and validation that are taken from train are whole blocks of pairs: pairs that share a near-equal text or a
     group stay on one side. Given negatives do not connect pairs, since mining takes them from all over the corpus.
-    Validation is empty if no block can be spared, or if ``early_stopping_split`` is ``test``.
+    Validation is empty if no block can be spared, if ``validation_fraction`` is 0, or if ``early_stopping_split`` is
+    ``test``.
 
     Args:
         task: The planned task. What it leaves undecided, the columns of its data decide.
@@ -110,6 +111,8 @@ def _hold_out(
         return train, train.take(np.zeros(len(train), dtype=np.bool_))
     if "validation" in whole:
         return train, whole["validation"]
+    if config.validation_fraction == 0:
+        return train, train.take(np.zeros(len(train), dtype=np.bool_))
     chosen = _chosen(
         train.columns, scores=train.scores, groups=groups, fraction=config.validation_fraction, seed=config.seed
     )

@@ -48,6 +48,9 @@ HOW_VECTORS_ARE_MEASURED = (
 )
 """Explanation of each column."""
 
+_NOT_PERCENT = ("margin", "cohens_d")
+"""Metrics that are shown as they are, because they are no shares."""
+
 _CHOSEN = {"validation": "", "test": ", chosen on test †", "last_epoch": ", the last"}
 _PARTS = {"pair_in_train": "without pairs of train", "text_in_train": "without texts of train"}
 
@@ -107,14 +110,19 @@ def _shown(rows: Sequence[ValueRow]) -> Iterator[ValueRow]:
 def _detail(frozen: ValueRow, adapted: ValueRow, gain: ValueRow | None) -> tuple[str, ...]:
     from pipeline.evaluation.metrics import title_of  # late, because it computes, and the driver starts sooner without
 
+    shown = _plain if frozen.metric in _NOT_PERCENT else percent
     part = "all" if frozen.slice is None else _PARTS.get(frozen.slice, f"{frozen.slice} = {frozen.slice_value}")
     return (
         title_of(frozen.metric) + (f", {frozen.width} dimensions" if frozen.width else ""),
         part,
         f"{frozen.num_texts:,}",
-        *(_with_interval(percent(row.value), row.low, row.high, shown=percent) for row in (frozen, adapted)),
+        *(_with_interval(shown(row.value), row.low, row.high, shown=shown) for row in (frozen, adapted)),
         "–" if gain is None else _with_interval(points(gain.value), gain.low, gain.high, shown=points),
     )
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
 
 
 def _with_interval(value: str, low: float | None, high: float | None, *, shown: Callable[[float | None], str]) -> str:

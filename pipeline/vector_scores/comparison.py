@@ -161,4 +161,4 @@ def _undefined(part: Part, found: Mapping[str, Resampled]) -> Iterator[str]:
     names = [name for name, numbers in found.items() if not numbers.is_defined]
     if names:
         where = "test" if part.slice is None else f"{part.slice} {part.slice_value!r}"
-        yield f"no {' and '.join(names)} for {where}: all its scores or labels are equal"
+        yield f"no {', '.join(names)} for {where}: all its scores or labels are equal"

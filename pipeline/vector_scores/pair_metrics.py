@@ -85,6 +85,48 @@ def average_precision(weights: Floats, *, gold: Floats, series: Floats) -> Array
     return np.where((num_positive > 0) & (num_positive < total), np.stack(found), np.nan)
 
 
+def auc(weights: Floats, *, gold: Floats, series: Floats) -> Array:
+    """Probability that a positive pair is more similar than a negative one, 0..1. Equal similarities count half.
+
+    Arguments and the special case are those of ``average_precision``.
+    """
+    positive = weights * (gold == 1)[:, np.newaxis]
+    num_positive, num_negative = positive.sum(axis=0), weights.sum(axis=0) - positive.sum(axis=0)
+    found = []
+    for group in _groups(series):
+        # Pairs below each positive one, of which num_positive**2 / 2 are positive themselves.
+        below = (group.sums(positive) * _middles(group.sums(weights))).sum(axis=0)
+        found.append(_ratio(below - num_positive**2 / 2, num_positive * num_negative))
+    return np.where((num_positive > 0) & (num_negative > 0), np.stack(found), np.nan)
+
+
+def margin(weights: Floats, *, gold: Floats, series: Floats) -> Array:
+    """Mean similarity of the positive pairs minus that of the negative ones, -2..2.
+
+    Arguments and the special case are those of ``average_precision``.
+    """
+    positive = weights * (gold == 1)[:, np.newaxis]
+    num_positive, num_negative = positive.sum(axis=0), weights.sum(axis=0) - positive.sum(axis=0)
+    found = _ratio(series @ positive, num_positive) - _ratio(series @ (weights - positive), num_negative)
+    return np.where((num_positive > 0) & (num_negative > 0), found, np.nan)
+
+
+def cohens_d(weights: Floats, *, gold: Floats, series: Floats) -> Array:
+    """Margin in standard deviations within a label, pooled over both labels by their numbers of pairs (Cohen 1988).
+
+    nan also if the similarities of each label are all equal. Arguments are those of ``average_precision``.
+    """
+    series = series - series.mean(axis=1, keepdims=True)  # exact for small deviations from a large mean
+    positive = weights * (gold == 1)[:, np.newaxis]
+    within = np.zeros((len(series), weights.shape[1]))
+    for part in (positive, weights - positive):
+        count = part.sum(axis=0)
+        within += count * _spread(_ratio(series**2 @ part, count), _ratio(series @ part, count))
+    variance = _ratio(within, weights.sum(axis=0) - 2)
+    found = _ratio(margin(weights, gold=gold, series=series), np.sqrt(variance))
+    return np.where(variance > 0, found, np.nan)
+
+
 def accuracy(weights: Floats, *, gold: Floats, series: Floats, thresholds: Floats) -> Array:
     """Fraction of the pairs on the right side of a threshold, 0..1.
 

@@ -84,7 +84,13 @@ class BothMeasured:
                 "spearman": partial(pair_metrics.spearman, **given),
                 "pearson": partial(pair_metrics.pearson, **given),
             }
-        statistics: dict[str, Statistic] = {"average_precision": partial(pair_metrics.average_precision, **given)}
+        statistics: dict[str, Statistic] = {
+            "average_precision": partial(pair_metrics.average_precision, **given),
+            "auc": partial(pair_metrics.auc, **given),
+            "spearman": partial(pair_metrics.spearman, **given),
+            "margin": partial(pair_metrics.margin, **given),
+            "cohens_d": partial(pair_metrics.cohens_d, **given),
+        }
         if self.thresholds is not None:
             f1, accuracy = (self._at_widths(self.thresholds[name], part) for name in ("f1", "accuracy"))
             statistics["f1"] = partial(pair_metrics.f1, thresholds=f1, **given)
