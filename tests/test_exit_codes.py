@@ -168,8 +168,15 @@ TABLE: dict[int, list[Callable[[Place], Ended]]] = {
 }
 
 
+def _marks(case: Callable[[Place], Ended]) -> Sequence[pytest.MarkDecorator]:
+    """Signals beyond the first two are long runs: twenty seconds each, on the same path."""
+    is_another = case.__name__ in ("stopped_by_SIGHUP", "stopped_by_SIGTERM_in_the_background")
+    return [pytest.mark.faults] if is_another else []
+
+
 @pytest.mark.parametrize(
-    ("code", "case"), [pytest.param(code, case, id=case.__name__) for code, cases in TABLE.items() for case in cases]
+    ("code", "case"),
+    [pytest.param(code, case, id=case.__name__, marks=_marks(case)) for code, cases in TABLE.items() for case in cases],
 )
 def test_the_exit_code_is_that_of_the_table(code: int, case: Callable[[Place], Ended], place: Place) -> None:
     ended = case(place)

@@ -267,6 +267,7 @@ def test_it_is_published_verified_and_published_over(
     assert "| Topics |" in card
 
 
+@pytest.mark.faults
 def test_it_stays_on_the_hub_while_another_adapter_is_replaced(
     finished_run: FinishedRun, encoder_folder: Folders, tmp_path: Path
 ) -> None:
