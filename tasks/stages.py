@@ -141,12 +141,10 @@ def _sizes(summary: DataSummary) -> str:
     sizes = f"{summary.num_train} training {what}, {summary.num_validation} validation, {summary.num_test} test"
     if pairs is None:
         sizes += f", {len(summary.label_names)} classes; {summary.num_overlap} test texts also in train"
-    elif pairs.score_range is None or pairs.score_range == (0.0, 1.0):
-        sizes += f"; {pairs.num_text_in_train} test pairs share a text with train"
     else:
-        low, high = pairs.score_range
-        sizes += f", scores {low:g} to {high:g} scaled to 0 to 1; "
-        sizes += f"{pairs.num_text_in_train} test pairs share a text with train"
+        low, high = pairs.score_range or (0, 1)
+        sizes += "" if (low, high) == (0, 1) else f", scores {low:g} to {high:g} scaled to 0 to 1"
+        sizes += f"; {pairs.num_text_in_train} test pairs share a text with train"
     num_empty = summary.num_empty_train + summary.num_empty_test
     return f"{sizes}, {num_empty} empty, {summary.num_truncated_train + summary.num_truncated_test} truncated"
 
