@@ -111,8 +111,6 @@ def _hold_out(
         return train, train.take(np.zeros(len(train), dtype=np.bool_))
     if "validation" in whole:
         return train, whole["validation"]
-    if config.validation_fraction == 0:
-        return train, train.take(np.zeros(len(train), dtype=np.bool_))
     chosen = _chosen(
         train.columns, scores=train.scores, groups=groups, fraction=config.validation_fraction, seed=config.seed
     )

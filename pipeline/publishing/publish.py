@@ -131,22 +131,17 @@ def _record(decisions: list[GateDecision], path: Path, *, to: str) -> None:
     A repeated publish finds its own adapter. The decision that published it, with its figures, then stays.
     """
     earlier = read_gate(path) if path.is_file() else []
-    published = {
-        (decision.mteb_task, decision.candidate_sha256): decision
-        for decision in earlier
-        if decision.to == to and decision.decision == "promote"
+    others = [made for made in earlier if made.to != to]
+    promoted: dict[tuple[str, str | None], GateDecision] = {
+        (made.mteb_task, made.candidate_sha256): made
+        for made in earlier
+        if made.to == to and made.decision == "promote"
     }
-    others = [decision for decision in earlier if decision.to != to]
     new = [
-        published.get((decision.mteb_task, decision.candidate_sha256), decision) if _is_own(decision) else decision
-        for decision in decisions
+        promoted.get((made.mteb_task, made.published_sha256), made) if made.decision == "keep" else made
+        for made in decisions
     ]
     write_gate([*others, *new], path)
-
-
-def _is_own(decision: GateDecision) -> bool:
-    """Whether the published adapter is the candidate itself."""
-    return decision.decision == "keep" and decision.published_sha256 == decision.candidate_sha256
 
 
 def _land(

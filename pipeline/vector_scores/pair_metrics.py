@@ -75,14 +75,13 @@ def average_precision(weights: Floats, *, gold: Floats, series: Floats) -> Array
         gold: Labels 0 and 1, (items,).
         series: Similarities, float (series, items).
     """
-    positive = weights * (gold == 1)[:, np.newaxis]
-    num_positive, total = positive.sum(axis=0), weights.sum(axis=0)
+    positive, num_positive, num_negative = _by_label(weights, gold)
     found = []
     for group in _groups(-series):
         right = group.sums(positive)
         precision = _ratio(right.cumsum(axis=0), group.sums(weights).cumsum(axis=0))
         found.append(_ratio((right * precision).sum(axis=0), num_positive))
-    return np.where((num_positive > 0) & (num_positive < total), np.stack(found), np.nan)
+    return np.where((num_positive > 0) & (num_negative > 0), np.stack(found), np.nan)
 
 
 def auc(weights: Floats, *, gold: Floats, series: Floats) -> Array:
@@ -90,8 +89,7 @@ def auc(weights: Floats, *, gold: Floats, series: Floats) -> Array:
 
     Arguments and the special case are those of ``average_precision``.
     """
-    positive = weights * (gold == 1)[:, np.newaxis]
-    num_positive, num_negative = positive.sum(axis=0), weights.sum(axis=0) - positive.sum(axis=0)
+    positive, num_positive, num_negative = _by_label(weights, gold)
     found = []
     for group in _groups(series):
         # Pairs below each positive one, of which num_positive**2 / 2 are positive themselves.
@@ -105,8 +103,7 @@ def margin(weights: Floats, *, gold: Floats, series: Floats) -> Array:
 
     Arguments and the special case are those of ``average_precision``.
     """
-    positive = weights * (gold == 1)[:, np.newaxis]
-    num_positive, num_negative = positive.sum(axis=0), weights.sum(axis=0) - positive.sum(axis=0)
+    positive, num_positive, num_negative = _by_label(weights, gold)
     found = _ratio(series @ positive, num_positive) - _ratio(series @ (weights - positive), num_negative)
     return np.where((num_positive > 0) & (num_negative > 0), found, np.nan)
 
@@ -117,12 +114,11 @@ def cohens_d(weights: Floats, *, gold: Floats, series: Floats) -> Array:
     nan also if the similarities of each label are all equal. Arguments are those of ``average_precision``.
     """
     series = series - series.mean(axis=1, keepdims=True)  # exact for small deviations from a large mean
-    positive = weights * (gold == 1)[:, np.newaxis]
+    positive, num_positive, num_negative = _by_label(weights, gold)
     within = np.zeros((len(series), weights.shape[1]))
-    for part in (positive, weights - positive):
-        count = part.sum(axis=0)
+    for part, count in ((positive, num_positive), (weights - positive, num_negative)):
         within += count * _spread(_ratio(series**2 @ part, count), _ratio(series @ part, count))
-    variance = _ratio(within, weights.sum(axis=0) - 2)
+    variance = _ratio(within, num_positive + num_negative - 2)
     found = _ratio(margin(weights, gold=gold, series=series), np.sqrt(variance))
     return np.where(variance > 0, found, np.nan)
 
@@ -185,6 +181,13 @@ def best_threshold(gold: Floats, similarities: Floats, *, metric: Literal["accur
     # With `best` groups called positive, the threshold lies below the last of them.
     ends = np.concatenate([[np.nextafter(cuts[0], np.inf)], (cuts[:-1] + cuts[1:]) / 2, cuts[-1:]])
     return Threshold(float(ends[best]), float(scores[best]))
+
+
+def _by_label(weights: Floats, gold: Floats) -> tuple[Array, Array, Array]:
+    """Weights of the positive pairs, (items, samples), and the number of positive and of negative pairs, (samples,)."""
+    positive: Array = weights * (gold == 1)[:, np.newaxis]
+    num_positive = positive.sum(axis=0)
+    return positive, num_positive, weights.sum(axis=0) - num_positive
 
 
 @dataclass(frozen=True)
