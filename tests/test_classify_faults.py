@@ -157,6 +157,19 @@ def check_whole(output: Path, undisturbed: Path) -> dict[str, Any]:
     return facts
 
 
+def test_a_job_in_one_process_goes_on_where_it_was_killed(bench: Bench, undisturbed: Path) -> None:
+    job = bench.start("one", "--where", "process")
+    job.wait_until(lambda: bench.done("one") >= 2)
+    job.kill("flows.cli")
+    assert job.wait().code == -signal.SIGKILL
+    done = bench.done("one")
+    assert 2 <= done < UNITS
+    ended = bench.start("one", "--where", "process").wait()
+    assert ended.code == 0, ended.err
+    assert check_whole(bench.cwd / "one", undisturbed)["units_done_before"] >= done
+
+
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_job_survives_the_kill_of_an_actor_of_a_node_and_of_its_driver(
     bench: Bench, cluster: Cluster, undisturbed: Path

@@ -91,7 +91,10 @@ def test_its_adapters_give_the_labels_that_they_gave(older: Older) -> None:
     )
     assert now.keys() == then.keys()
     for name, values in then.items():
-        assert now[name] == (pytest.approx(values, abs=1e-6) if name.endswith("_score") else values), name
+        if name.endswith("_score"):  # The archive's scores were computed in bfloat16.
+            assert now[name] == pytest.approx(values, abs=0.03), name
+        else:
+            assert now[name] == values, name
 
 
 def test_its_run_is_published_over_its_publication_with_the_same_verdicts(older: Older) -> None:
