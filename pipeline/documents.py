@@ -20,9 +20,10 @@ _LARGEST_INTEGER = 2**63 - 1
 # keys with too many parts. An unclosed string reaches to the end of the line or the file.
 _PART = r"""(?:"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|[A-Za-z0-9_-]++)"""
 _DOT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
+# No lookahead inside a possessive group: before Python 3.11.5, such a group ends too early.
 _TOML_TOKEN = re.compile(
-    r'''"""(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*+(?:"{3,5}|\Z)'''
-    r"""|'''(?:[^']|'{1,2}(?!'))*+(?:'{3,5}|\Z)"""
+    r'''"""[^"\\]*+(?:(?:\\[\s\S]|"{1,2}(?!"))[^"\\]*+)*(?:"{3,5}|\Z)'''
+    r"""|'''[^']*+(?:'{1,2}(?!')[^']*+)*(?:'{3,5}|\Z)"""
     rf"|#[^\n]*+|(?P<deep>{_PART}{_DOT}{{{_DEEPEST},}}+)|{_PART}{_DOT}*+|[^\"'#A-Za-z0-9_-]++"
 )
 
