@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 from flows.commands.classify import classify
+from flows.commands.compare import compare
 from flows.commands.deploy import deploy
 from flows.commands.doctor import doctor
 from flows.commands.embed import embed
@@ -36,7 +37,7 @@ def lorafleet() -> None:
     """Train, evaluate, publish and apply a fleet of LoRA adapters on one frozen encoder: classifiers and embedders."""
 
 
-for _command in (train, classify, embed, publish, verify, rollback, export, show, doctor, prune, deploy, up):
+for _command in (train, compare, classify, embed, publish, verify, rollback, export, show, doctor, prune, deploy, up):
     lorafleet.add_command(_command)
 
 

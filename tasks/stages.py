@@ -130,7 +130,7 @@ def reuse_finished(plan: Plan, runs: Path, run_id: str) -> list[TaskResult]:
 def load_data(name: str, worker: FleetWorker, timeout_seconds: float) -> DataSummary:
     """Have a worker read and tokenise its data, and load the encoder."""
     LIVE_TABLE.show(name, "load data")
-    summary: DataSummary = worker.call("load", on_event=_Report(name), timeout_seconds=timeout_seconds)
+    summary: DataSummary = worker.call("load", on_event=Report(name), timeout_seconds=timeout_seconds)
     run_logger().info("%s: loaded %s", name, _sizes(summary))
     return summary
 
@@ -153,7 +153,7 @@ def _sizes(summary: DataSummary) -> str:
 def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> tuple[ValueRow, ...]:
     """Have a worker measure the frozen encoder."""
     LIVE_TABLE.show(name, "frozen baselines")
-    rows: tuple[ValueRow, ...] = worker.call("evaluate_frozen", on_event=_Report(name), timeout_seconds=timeout_seconds)
+    rows: tuple[ValueRow, ...] = worker.call("evaluate_frozen", on_event=Report(name), timeout_seconds=timeout_seconds)
     run_logger().info("%s: frozen encoder: %s", name, headline(rows))
     return rows
 
@@ -162,7 +162,7 @@ def evaluate_frozen(name: str, worker: FleetWorker, timeout_seconds: float) -> t
 def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> AdapterRef:
     """Have a worker train its adapter. Epochs are logged, and steps update a progress artifact."""
     LIVE_TABLE.show(name, "train")
-    report = _Report(name)
+    report = Report(name)
     adapter: AdapterRef = worker.call("train", on_event=report, timeout_seconds=timeout_seconds)
     report.trained()
     return adapter
@@ -172,7 +172,7 @@ def train_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> Ada
 def evaluate_adapter(name: str, worker: FleetWorker, timeout_seconds: float) -> TaskResult:
     """Have a worker evaluate its adapter, and verify it in a new process."""
     LIVE_TABLE.show(name, "evaluate")
-    result: TaskResult = worker.call("finish", on_event=_Report(name), timeout_seconds=timeout_seconds)
+    result: TaskResult = worker.call("finish", on_event=Report(name), timeout_seconds=timeout_seconds)
     values = values_of(result)
     LIVE_TABLE.show(name, "finished", headline([row for row in values if row.column in ("head", "adapted")]))
     run_logger().info(
@@ -249,7 +249,7 @@ def finish_run(
     return write_manifest(plan, results, failures, run_id=run_id, folder=folder, seconds=seconds)
 
 
-class _Report:
+class Report:
     """Receiver of a worker's events, which updates the log, the live table and a progress artifact."""
 
     def __init__(self, name: str) -> None:
@@ -258,6 +258,7 @@ class _Report:
         self._artifact = ProgressArtifact(_artifact_key(name))
 
     def __call__(self, event: EpochRow | Progress | LogLine) -> None:
+        """Show one event."""
         if isinstance(event, LogLine):
             self._logger.log(event.level, "%s: %s", self._name, event.text)
             return

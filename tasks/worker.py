@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import RunConfig
+from pipeline.config import ComparisonConfig, RunConfig
 from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, TaskResult, ValueRow
 from pipeline.run.plan import JobSpec, Plan
 
 if TYPE_CHECKING:
+    from pipeline.compare.files import ArmResult
+    from pipeline.compare.plan import ArmSpec, ComparisonPlan
     from pipeline.run.job import TaskJob
 
 
@@ -59,6 +61,27 @@ class Worker:
         from pipeline.run.preflight import preflight
 
         return preflight(config, choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu))
+
+    def check_comparison(self, config: ComparisonConfig, run_id: str, store: str) -> ComparisonPlan:
+        """Check the inputs of a comparison on a worker, and choose the runtime of all workers.
+
+        Raises: InputError, LorafleetError: as ``preflight_comparison``.
+        """
+        from pipeline.compare.preflight import preflight_comparison
+        from pipeline.encoder.runtime import choose_runtime
+
+        runtime = choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu)
+        return preflight_comparison(config, runtime, run_id=run_id, store=store)
+
+    def run_arm(self, spec: ArmSpec) -> ArmResult:
+        """Train and measure an arm of a comparison, going on from what an earlier worker has finished."""
+        import torch
+
+        from pipeline.compare.job import ArmJob
+
+        job = ArmJob(spec)
+        torch.set_num_threads(job.runtime.threads)
+        return job.run(self._report, self._report)
 
     def begin(self, spec: JobSpec) -> None:
         """Assign an MTEB task. Stages wait for this call, because Ray may start calls in any order."""

@@ -194,7 +194,7 @@ def test_the_published_encoder_has_the_published_counts(
     adapter = Adapter(published_size, AdapterConfig(), [f"class {n}" for n in range(num_classes)])
     try:
         assert published_size.num_parameters == 16_989_952
-        assert sum(p.numel() for p in adapter.lora_parameters) == 98_304
+        assert sum(p.numel() for p in adapter.encoder_parameters) == 98_304
         assert sum(p.numel() for p in adapter.parameters) == 98_304 + 257 * num_classes == trainable
         assert sum(p.numel() for p in published_size.model.parameters() if p.requires_grad) == 98_304
         save_adapter(adapter, folder, meta={})
@@ -931,7 +931,7 @@ def test_a_tensor_file_holds_its_tensors_and_little_more(
     adapter = _one_vector(give_effect(Adapter(load_encoder(encoder_folder("bert")), AdapterConfig(rank=rank), names)))
     save_adapter(adapter, folder, meta={})
     head = sum(parameter.nbytes for parameter in adapter.head.parameters())
-    pairs = sum(parameter.nbytes for parameter in adapter.lora_parameters)
+    pairs = sum(parameter.nbytes for parameter in adapter.encoder_parameters)
     assert head < folder.classifier_head_pt.stat().st_size <= head + 2_500
     assert pairs < folder.lora_adapter_pt.stat().st_size <= pairs + 500 * 3 * len(adapter.projections)
     assert head < folder.head.stat().st_size <= head + 500

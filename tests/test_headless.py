@@ -86,7 +86,7 @@ def test_it_is_saved_without_a_file_of_a_head_and_loaded_to_the_same_vectors(ber
 def test_its_logits_are_refused(bert: Encoder) -> None:
     adapter = Adapter(bert, AdapterConfig())
     assert (adapter.head, adapter.label_names) == (None, ())
-    assert adapter.parameters == adapter.lora_parameters
+    assert adapter.parameters == adapter.encoder_parameters
     batch = bert.batch(bert.tokenise(TEXTS), np.arange(2))
     for ask in (lambda: adapter.classifier, lambda: adapter.logits(batch)):
         with pytest.raises(AdapterError, match=CANNOT):
@@ -144,7 +144,7 @@ def test_it_passes_the_reload_gate_and_a_changed_weight_does_not(folder: TaskFol
     check_reload(adapter, folder, TEXTS, is_trained=True, offline=True)
     assert len(json.loads(folder.probe.read_text(encoding="utf-8"))["logits"][0]) == bert.hidden_size
     with torch.no_grad():
-        adapter.lora_parameters[1][0, 0] += 1
+        adapter.encoder_parameters[1][0, 0] += 1
     with pytest.raises(VerificationError, match="Vectors: vectors differ by"):
         check_reload(adapter, folder, TEXTS, is_trained=True, offline=True)
 
@@ -224,13 +224,13 @@ def without_head(finished_run: FinishedRun, encoder_folder: Folders, root: Path,
     task, encoder = folder.task("Topics"), load_encoder(encoder_folder("bert"))
     result, meta = read_record(task.result, TaskResult), json.loads(task.meta.read_text(encoding="utf-8"))
     trained = load_adapter(task, encoder)
-    pairs = [parameter.detach().clone() for parameter in trained.lora_parameters]
+    pairs = [parameter.detach().clone() for parameter in trained.encoder_parameters]
     trained.detach()
     for path in (*task.published(), task.result):
         path.unlink()
     adapter = Adapter(encoder, trained.config)
     with torch.no_grad():
-        for parameter, values in zip(adapter.lora_parameters, pairs, strict=True):
+        for parameter, values in zip(adapter.encoder_parameters, pairs, strict=True):
             parameter.copy_(values + change)
     kept = {key: meta[key] for key in ("task", "epochs", "best_epoch", "selected_on", "seed", "run_id")}
     ref = save_adapter(adapter, task, meta=kept)

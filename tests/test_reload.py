@@ -47,7 +47,7 @@ def test_a_saved_adapter_passes_in_a_fresh_process(adapter: Adapter, folder: Tas
 
 def test_one_changed_weight_is_noticed(adapter: Adapter, folder: TaskFolder) -> None:
     with torch.no_grad():
-        adapter.lora_parameters[1][0, 0] += 1  # what is on disk is no longer what was trained
+        adapter.encoder_parameters[1][0, 0] += 1  # what is on disk is no longer what was trained
     with pytest.raises(VerificationError, match="Topics: logits differ by"):
         check(adapter, folder)
 

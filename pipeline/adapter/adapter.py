@@ -7,20 +7,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.adapter.description import CANNOT_CLASSIFY
-from pipeline.adapter.head import Head
 from pipeline.adapter.lora import LoraLinear, share_inputs
+from pipeline.adapter.state import EncoderState, new_head
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import AdapterConfig
-from pipeline.encoder.encoder import Batch, Encoder, FloatArray
+from pipeline.encoder.encoder import Encoder
 from pipeline.encoder.tokeniser import Tokens
-from pipeline.errors import AdapterError
-from pipeline.records import Side
 
 
-class Adapter:
+class Adapter(EncoderState):
     """LoRA pairs on an encoder, with or without the head of a classifier."""
 
     def __init__(
@@ -38,99 +35,33 @@ class Adapter:
         self.encoder = encoder
         self.config = config
         generator = torch.Generator().manual_seed(seed)
-        self.projections: dict[str, LoraLinear] = {}
+        self._projections: dict[str, LoraLinear] = {}
         for path in projection_paths(encoder.model, config, model_type=encoder.model.config.model_type):
             parent, leaf = _parent_of(encoder.model, path)
             lora = LoraLinear(
                 getattr(parent, leaf), rank=config.rank, scaling=config.alpha / config.rank, generator=generator
             )
             setattr(parent, leaf, lora)
-            self.projections[path] = lora
+            self._projections[path] = lora
         if encoder.runtime.kernels == "lorafleet":  # a compiler shares inputs by itself
             share_inputs(self.projections)
-        self.head: Head | None = None
-        if label_names is not None:
-            head = Head(encoder.hidden_size, label_names, dropout=config.dropout, generator=generator)
-            self.head = head.to(encoder.device)
+        self.head = new_head(encoder, label_names, dropout=config.dropout, generator=generator)
 
     @property
-    def classifier(self) -> Head:
-        """The head.
-
-        Raises: AdapterError: the adapter has none.
-        """
-        if self.head is None:
-            raise AdapterError(f"this adapter has no logits: {CANNOT_CLASSIFY}")
-        return self.head
+    def projections(self) -> dict[str, LoraLinear]:
+        """LoRA layers by module path."""
+        return self._projections
 
     @property
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the head's classes, in the order of its logits. Empty without a head."""
-        return () if self.head is None else self.head.label_names
-
-    @property
-    def lora_parameters(self) -> list[nn.Parameter]:
+    def encoder_parameters(self) -> list[nn.Parameter]:
         """A and B of every pair, in ``named_modules()`` order."""
         return [p for lora in self.projections.values() for p in (lora.lora_A, lora.lora_B)]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All trained weights: those of the pairs, then those of the head."""
-        return [*self.lora_parameters, *(self.head.parameters() if self.head is not None else ())]
-
-    def train(self, mode: bool = True) -> None:
-        """Switch the head's dropout on or off."""
-        if self.head is not None:
-            self.head.train(mode)
-
-    def eval(self) -> None:
-        """Switch the head's dropout off."""
-        self.train(False)
-
-    def vectors(self, batch: Batch) -> Tensor:
-        """Text vectors of the adapted encoder, float32 (texts, width), differentiable."""
-        return self.encoder.pooled(batch)
-
-    @property
-    def kind_of_outputs(self) -> str:
-        """Name of ``outputs`` in messages."""
-        return "vectors" if self.head is None else "logits"
-
-    def outputs(self, vectors: FloatArray) -> FloatArray:
-        """Logits of text vectors, float32 (texts, classes). Without a head: the vectors themselves, (texts, width)."""
-        return vectors if self.head is None else self.logits_of_vectors(vectors)
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits of a batch, float32 (texts, classes), differentiable. Dropout is on in training mode.
-
-        Raises: AdapterError: the adapter has no head.
-        """
-        logits: Tensor = self.classifier(self.vectors(batch))
-        return logits
-
-    def logits_of_vectors(self, vectors: FloatArray) -> FloatArray:
-        """Logits of text vectors that the adapted encoder computed, float32 (texts, classes), without dropout.
-
-        Raises: AdapterError: the adapter has no head.
-        """
-        head = self.classifier.eval()
-        with torch.inference_mode():
-            logits: FloatArray = head(torch.from_numpy(vectors).to(self.encoder.device)).cpu().numpy()
-        return logits
 
     def attach(self) -> None:
         """Put the pairs back in place, after ``detach``."""
         for path, lora in self.projections.items():
             parent, leaf = _parent_of(self.encoder.model, path)
             setattr(parent, leaf, lora)
-
-    def vectors_of(self, side: Side, batch: Batch) -> Tensor:
-        """As ``vectors``: both sides of pairs of texts have this adapter."""
-        return self.vectors(batch)
-
-    def embed(self, side: Side, tokens: Tokens) -> FloatArray:
-        """Text vectors, float32 (texts, width). Both sides of pairs of texts have this adapter."""
-        return self.encoder.embed(tokens)
 
     def detach(self) -> None:
         """Put the encoder's own projections back in place."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.lora import LoraLinear
+from pipeline.adapter.state import EncoderState
 from pipeline.config import AdapterConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import Tokens
@@ -17,7 +19,7 @@ from pipeline.records import SIDES, Side
 class SidedAdapter:
     """An adapter for queries and an adapter for passages, neither with a head. One of the two is attached at a time."""
 
-    head = None
+    head: None = None
     kind_of_outputs = "vectors"
     label_names: tuple[str, ...] = ()
 
@@ -41,6 +43,15 @@ class SidedAdapter:
         self.sides[self._attached].attach()
         self.use("query")
 
+    @classmethod
+    def of(cls, encoder: Encoder, sides: Mapping[Side, Adapter]) -> SidedAdapter:
+        """Join two adapters that are not attached, and attach that of the queries."""
+        joined = cls.__new__(cls)
+        joined.encoder, joined.config, joined.sides = encoder, sides["query"].config, sides
+        joined._attached = "query"
+        sides["query"].attach()
+        return joined
+
     def use(self, side: Side) -> Adapter:
         """Attach the adapter of a side instead of the other, and return it."""
         if side != self._attached:
@@ -57,14 +68,14 @@ class SidedAdapter:
         }
 
     @property
-    def lora_parameters(self) -> list[nn.Parameter]:
+    def encoder_parameters(self) -> list[nn.Parameter]:
         """LoRA matrices A and B of both adapters, those of the queries first."""
-        return [parameter for adapter in self.sides.values() for parameter in adapter.lora_parameters]
+        return [parameter for adapter in self.sides.values() for parameter in adapter.encoder_parameters]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All trained weights."""
-        return self.lora_parameters
+        return self.encoder_parameters
 
     def train(self, mode: bool = True) -> None:
         """Do nothing: there is no dropout."""
@@ -88,3 +99,8 @@ class SidedAdapter:
 
 AnyAdapter = Adapter | SidedAdapter
 """An adapter for all texts, or one for each side of pairs of texts."""
+
+Trainable = EncoderState | SidedAdapter
+"""Anything that the training loop can train."""
+
+State = TypeVar("State", bound=Trainable, covariant=True)

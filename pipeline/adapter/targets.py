@@ -32,20 +32,39 @@ ATTENTION_PROJECTIONS = {
 """Pattern of the whole module path by model type. Its first group is the layer's number."""
 
 
+QUERY_AND_VALUE = {
+    family: pattern
+    for families, pattern in (
+        (("eurobert", "nomic_bert", "jina_embeddings_v3"), _LAYERS + r"self_attn\.[qv]_proj"),
+        (("bert", "roberta", "xlm-roberta", "electra"), _ENCODER_LAYER + r"attention\.self\.(?:query|value)"),
+        (("mpnet",), _ENCODER_LAYER + r"attention\.attn\.[qv]"),
+        (("distilbert",), r"(?:.*\.)?transformer\.layer\.(\d+)\.attention\.[qv]_lin"),
+        (("deberta-v2",), _ENCODER_LAYER + r"attention\.self\.(?:query|value)_proj"),
+    )
+    for family in families
+}
+"""Query and value projections alone, as ``ATTENTION_PROJECTIONS``. ModernBERT has them in one layer with the key."""
+
+_PATTERNS = {"attention": ATTENTION_PROJECTIONS, "query-value": QUERY_AND_VALUE}
+
+
 def projection_paths(model: nn.Module, config: AdapterConfig, *, model_type: str) -> list[str]:
     """Paths of the linear layers that get a LoRA pair, in ``named_modules()`` order.
 
     Raises: AdapterError: nothing matches, an explicit path does not exist, or ``last:k`` exceeds the number of layers.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if config.target == "attention":
-        if model_type not in ATTENTION_PROJECTIONS:
+    if config.target == "all-linear":
+        paths = [name for name in linears if layer_number(name) is not None]
+    elif isinstance(config.target, str):
+        patterns = _PATTERNS[config.target]
+        if model_type not in patterns:
             raise AdapterError(
-                f'adapter.target = "attention" is not supported for model type {model_type!r} '
-                f"(supported: {', '.join(ATTENTION_PROJECTIONS)}); "
+                f'adapter.target = "{config.target}" is not supported for model type {model_type!r} '
+                f"(supported: {', '.join(patterns)}); "
                 f"set adapter.target to module paths; the linear layers are {_some(linears)}"
             )
-        pattern = re.compile(ATTENTION_PROJECTIONS[model_type])
+        pattern = re.compile(patterns[model_type])
         paths = [name for name in linears if pattern.fullmatch(name)]
     else:
         missing = sorted(set(config.target) - set(linears))

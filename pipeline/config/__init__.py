@@ -1,8 +1,10 @@
 """The configuration of a run: one section per concern, a default for every key, and one function that reads it."""
 
+from pipeline.config.compare import ArmName, CompareConfig, ComparisonConfig
 from pipeline.config.loading import (
     absolute,
     load_config,
+    load_config_of,
     preset_names,
     publish_config,
     select_tasks,
@@ -27,6 +29,9 @@ from pipeline.config.values import CpuShare, GpuShare, Section, like, without_re
 __all__ = [
     "ALL_COLUMNS",
     "AdapterConfig",
+    "ArmName",
+    "CompareConfig",
+    "ComparisonConfig",
     "ComputeConfig",
     "CpuShare",
     "DataConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "absolute",
     "like",
     "load_config",
+    "load_config_of",
     "preset_names",
     "publish_config",
     "select_tasks",

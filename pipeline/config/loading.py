@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from pipeline.config.compare import ComparisonConfig
 from pipeline.config.messages import describe_faults
 from pipeline.config.overrides import apply_overrides
 from pipeline.config.sections import GateConfig, PublishConfig, RunConfig
@@ -19,11 +20,23 @@ from pipeline.documents import check_values, parse_toml, read_text
 from pipeline.errors import ConfigError
 from pipeline.hub_address import is_on_hub
 
+_Config = TypeVar("_Config", bound=RunConfig)
+_OF_OTHER_COMMANDS = tuple(ComparisonConfig.model_fields.keys() - RunConfig.model_fields.keys())
+
 
 def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read the config of a run. Sections of other commands, such as ``[compare]``, are left to those.
+
+    Args, Raises: as ``load_config_of``.
+    """
+    return load_config_of(RunConfig, source, overrides=overrides)
+
+
+def load_config_of(kind: type[_Config], source: str, *, overrides: tuple[str, ...] = ()) -> _Config:
     """Read a preset or a TOML file, apply ``KEY=VALUE`` overrides, and validate.
 
     Args:
+        kind: Config of the command.
         source: Name of a preset, or path of a file. A preset is a file in ``pipeline/presets/`` without its ending.
         overrides: Assignments to dotted keys, such as ``train.seed=7``. A value that is not TOML is a string.
     Raises: ConfigError: the preset or file does not exist or is not TOML, a key is unknown or has no effect, or a value
@@ -31,40 +44,46 @@ def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
     """
     text, origin = _read_source(source)
     values = parse_toml(text, origin=origin)
+    values = {key: value for key, value in values.items() if key not in _OF_OTHER_COMMANDS or key in kind.model_fields}
     apply_overrides(values, overrides)
     origin = f"{origin} with --set" if overrides else origin
-    config = validate_config(values, origin)
+    config = _validate(values, origin, kind)
     if without_effect := _without_effect(config, values, overrides):
         raise ConfigError(*(f"{origin}: {key} has no effect: {why}; leave it out" for key, why in without_effect))
     return config
 
 
 def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
-    """Validate raw values.
+    """Validate raw values of the config of a run.
 
     Args:
         values: Parsed TOML.
         origin: Name of the values, for messages.
     Raises: ConfigError: the values are invalid. The message has one line per fault.
     """
+    return _validate(values, origin, RunConfig)
+
+
+def _validate(values: dict[str, Any], origin: str, kind: type[_Config]) -> _Config:
     check_values(values, origin=origin)
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = describe_faults(error.errors(include_url=False))
+        lines = describe_faults(error.errors(include_url=False), kind)
         raise ConfigError(f"{origin}: {lines[0]}", *lines[1:]) from None
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: _Config) -> _Config:
     """Return the config with absolute paths, because a worker has another working folder than the driver."""
     values = config.model_dump(mode="json")
-    files = [(part, name) for part in values["mteb_tasks"] for name in _FILES]
+    entries = [*values["mteb_tasks"], *values.get("compare", {}).get("forgetting", ())]
+    files = [(part, name) for part in entries for name in _FILES]
     for part, name in ((values["data"], "mirror"), (values["publish"], "to"), (values["train"], "warm_start"), *files):
         if part[name] is not None and not is_on_hub(part[name]):
             part[name] = absolute(part[name])
     if Path(config.encoder.name).is_dir():
         values["encoder"]["name"] = str(Path(config.encoder.name).resolve())
-    return RunConfig.model_validate(values)
+    return type(config).model_validate(values)
 
 
 _FILES = ("train", "test", "validation", "corpus", "qrels")  # keys of an MTEB task that name files
@@ -78,7 +97,7 @@ def absolute(location: str) -> str:
     return path if "://" in path else os.path.realpath(path)  # Path.resolve fails on a loop of links
 
 
-def select_tasks(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish: bool) -> RunConfig:
+def select_tasks(config: _Config, *, mteb_tasks: Sequence[str] | None, publish: bool) -> _Config:
     """Return the config with some of its MTEB tasks only, and optionally without publication.
 
     Args:
@@ -95,7 +114,7 @@ def select_tasks(config: RunConfig, *, mteb_tasks: Sequence[str] | None, publish
         values["mteb_tasks"] = [t for t in values["mteb_tasks"] if t["name"] in mteb_tasks]
     if not publish:
         values["publish"]["to"] = None
-    return RunConfig.model_validate(values)
+    return type(config).model_validate(values)
 
 
 def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:

@@ -12,15 +12,19 @@ from pipeline.printable import shortened
 from pipeline.records import Record
 
 
-def describe_faults(faults: Sequence[Any]) -> list[str]:
+def describe_faults(faults: Sequence[Any], config: type[RunConfig]) -> list[str]:
     """Describe pydantic's errors, one line per key.
 
     For a key with alternatives, such as "a number, or auto", pydantic reports an error for each of them.
+
+    Args:
+        faults: The errors.
+        config: Config that they are about.
     """
     by_key: dict[str, list[Any]] = {}
     unknown = []
     for fault in faults:
-        key, model = _locate(fault["loc"])
+        key, model = _locate(fault["loc"], config)
         if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):  # a list of a fixed length is too short
             key = key.rpartition(".")[0]
             fault = fault | {"type": "length", "msg": f"expected {fault['loc'][-1] + 1} values"}
@@ -44,9 +48,9 @@ def _describe_key(key: str, faults: Sequence[Any]) -> str:
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
-def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:
+def _locate(location: tuple[str | int, ...], config: type[RunConfig]) -> tuple[str, type[Record]]:
     """Return the key of pydantic's location, without the trailing names of types, and the section of the key."""
-    model: type[Record] = RunConfig
+    model: type[Record] = config
     key: list[str] = []
     for part in location:
         if isinstance(part, str) and part not in model.model_fields:
@@ -54,7 +58,7 @@ def _locate(location: tuple[str | int, ...]) -> tuple[str, type[Record]]:
         key.append(str(part))
         inner = (
             MtebTaskConfig
-            if part == "mteb_tasks"
+            if part in ("mteb_tasks", "forgetting")
             else model.model_fields[part].annotation
             if isinstance(part, str)
             else None

@@ -10,6 +10,9 @@ from pipeline.config.mteb_task import MtebTaskConfig
 from pipeline.config.values import NON_REPEATING, CpuShare, GpuShare, Section, Target, like
 from pipeline.records import SIDES, Column, MainMetric
 
+TargetName = Literal["attention", "query-value", "all-linear"]
+"""A choice of linear layers that is resolved for each architecture."""
+
 ALL_COLUMNS: tuple[Column, ...] = ("majority", "frozen_few_shot", "frozen_full_data", "adapted_few_shot", "head")
 
 
@@ -45,8 +48,11 @@ class AdapterConfig(Section):
     """Dropout probability before the head's linear layer, during training."""
     layers: Annotated[str, like(r"all|last:[1-9][0-9]{0,3}", "all, or last:K for the last K layers")] = "all"
     """Layers to adapt: ``all``, or ``last:k``. Adapters can share the layers below."""
-    target: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1), *NON_REPEATING] = "attention"
-    """Linear layers to adapt: ``attention`` (query, key, value and output projection), or full module paths."""
+    target: TargetName | Annotated[tuple[str, ...], Field(min_length=1), *NON_REPEATING] = "attention"
+    """Linear layers to adapt: ``attention`` (query, key, value and output projection), or others.
+
+    ``query-value`` is two of these four, ``all-linear`` every linear layer of the stack, with the MLPs. A list has full
+    module paths."""
 
 
 class TrainConfig(Section):

@@ -25,6 +25,9 @@ _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 class Encoder:
     """A frozen encoder with its tokenizer. Adapters are attached to ``model`` in place."""
 
+    can_be_recorded = True
+    """Whether a training step on a GPU may be recorded and replayed."""
+
     def __init__(self, files: EncoderFiles, config: EncoderConfig, runtime: Runtime) -> None:
         """Load the weights in the runtime's dtype and freeze them.
 

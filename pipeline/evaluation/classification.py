@@ -25,7 +25,7 @@ from pipeline.evaluation.probe import full_data_probe, head_start
 from pipeline.evaluation.vectors import TextVectors
 from pipeline.records import Calibration, Column, Comparison, Confusion, MainMetric, ScoreRow, SelectedOn, ValueRow
 from pipeline.store.key import library_versions
-from pipeline.training.train import Training
+from pipeline.training.train import AdapterTraining
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def evaluate_frozen(facts: RowFacts, config: EvaluateConfig, *, tokens: Tokens, 
 
 
 def evaluate_adapter(
-    facts: RowFacts, config: EvaluateConfig, *, training: Training, adapter_sha256: str, baselines: Baselines
+    facts: RowFacts, config: EvaluateConfig, *, training: AdapterTraining, adapter_sha256: str, baselines: Baselines
 ) -> AdapterEvaluation:
     """Evaluate the adapted encoder: mteb's few-shot protocol on its vectors, and the adapter's own head."""
     data, adapter, columns = facts.data, training.adapter, _Columns(facts, config)

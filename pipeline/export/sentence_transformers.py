@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.adapter.adapter import Adapter
-from pipeline.encoder.encoder import FloatArray
+from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.export.common import COMPARED_TEXTS, TEXTS_AT_ONCE, Vectors, head_tensors, save_tokenizer
 
 
@@ -35,7 +35,7 @@ def write_embedder(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
         )
     if vectors.unit:
         last.append(Normalize())
-    _write_modules(adapter, folder, last, prompts=dict(vectors.prompts), default_prompt_name=vectors.prompt)
+    write_modules(adapter.encoder, folder, last, prompts=dict(vectors.prompts), default_prompt_name=vectors.prompt)
 
 
 def write_classifier(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
@@ -46,14 +46,21 @@ def write_classifier(adapter: Adapter, folder: Path, vectors: Vectors) -> None:
     head = Dense(
         weight.shape[1], weight.shape[0], activation_function=nn.Identity(), init_weight=weight, init_bias=bias
     )
-    _write_modules(adapter, folder, [head])
+    write_modules(adapter.encoder, folder, [head])
 
 
-def _write_modules(adapter: Adapter, folder: Path, last: Sequence[nn.Module], **model_options: Any) -> None:
+def write_modules(encoder: Encoder, folder: Path, last: Sequence[nn.Module], **model_options: Any) -> None:
+    """Write an encoder as a SentenceTransformer. transformers loads the folder too, without the last modules.
+
+    Args:
+        encoder: Encoder with plain layers.
+        folder: Existing folder to write to.
+        last: Modules after the pooling.
+        model_options: Further arguments of ``SentenceTransformer``.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    encoder = adapter.encoder
     # Without this option, loading a BERT warns about random weights in its unused pooler.
     has_pooler = "add_pooling_layer" in inspect.signature(type(encoder.model).__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}

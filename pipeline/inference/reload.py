@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import errors
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.files import check_both_forms, load_adapter
@@ -23,8 +18,8 @@ from pipeline.config import EncoderConfig
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.runtime import exact_runtime
-from pipeline.errors import AdapterError, LorafleetError, VerificationError
-from pipeline.machine import own_output, read_answers
+from pipeline.errors import AdapterError, VerificationError
+from pipeline.inference.fresh_process import answer_on_stdout, ask
 from pipeline.records import ReferenceOutputs, Runtime
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
@@ -132,31 +127,12 @@ def reload_elsewhere(requests: Sequence[ReloadRequest], encoder: EncoderConfig, 
     ]
     names = ", ".join(dict.fromkeys(request.folder.name for request in requests))
     cannot = f"{names}: the saved adapter cannot be loaded in a fresh process"
-    answer = _answer_of_process({"requests": requested, "encoder": encoder.model_dump(), "offline": offline}, cannot)
-    if "fault" in answer:
-        kind: type[LorafleetError] = getattr(errors, answer["fault"])
-        raise kind(f"{cannot}: {answer['message']}")
+    request = {"requests": requested, "encoder": encoder.model_dump(), "offline": offline}
+    answer = ask("pipeline.inference.reload", request, cannot)
     return [
         ReloadResult(np.array(a["outputs"], dtype=np.float32), a["effect"], tuple(a["label_names"]))
         for a in answer["answers"]
     ]
-
-
-def _answer_of_process(request: dict[str, Any], cannot: str) -> Any:
-    with tempfile.TemporaryFile("w+b") as output:
-        process = subprocess.run(
-            [sys.executable, "-P", "-m", "pipeline.inference.reload"],
-            input=json.dumps(request).encode(),
-            stdout=output,
-            stderr=subprocess.PIPE,
-            check=False,
-        )
-        if process.returncode != 0:
-            lines = process.stderr.decode(errors="replace").strip().splitlines()
-            raise VerificationError(f"{cannot}: {lines[-1] if lines else f'exit code {process.returncode}'}")
-        output.seek(0)
-        (answer,) = read_answers(output) or [{"fault": "VerificationError", "message": "the process gave no answer"}]
-    return answer
 
 
 def _hub_commit(encoder: Encoder) -> str | None:
@@ -164,15 +140,11 @@ def _hub_commit(encoder: Encoder) -> str | None:
     return None if local else encoder.ref.revision
 
 
-def _answer_or_fault(request: dict[str, Any]) -> dict[str, Any]:
-    """The answers, or the type and the message of an error."""
-    try:
-        return {"answers": list(_answers(request))}
-    except LorafleetError as error:
-        return {"fault": type(error).__name__, "message": str(error)}
+def _answers(request: dict[str, Any]) -> dict[str, Any]:
+    return {"answers": list(_each_answer(request))}
 
 
-def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _each_answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     config = EncoderConfig.model_validate(request["encoder"])
     files = find_encoder(config, offline=request["offline"])
     encoders: dict[Runtime, Encoder] = {}
@@ -244,5 +216,4 @@ REFERENCE_TEXTS = (
 
 
 if __name__ == "__main__":
-    answers = own_output()
-    print(json.dumps(_answer_or_fault(json.load(sys.stdin.buffer))), file=answers, flush=True)
+    answer_on_stdout(_answers)

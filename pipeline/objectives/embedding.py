@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import Trainable
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder, FloatArray
 from pipeline.encoder.tokeniser import IntArray, Tokens
@@ -64,7 +64,7 @@ class EmbeddingObjective(Objective):
         """The learned temperature, if there is one."""
         return () if self._temperature is None else (self._temperature.exponent,)
 
-    def start(self, adapter: AnyAdapter) -> None:
+    def start(self, adapter: Trainable) -> None:
         """Create the learned temperature, and keep the vectors of the frozen encoder for the distillation.
 
         A new adapter has no effect yet, so its encoder gives the frozen vectors.
@@ -87,7 +87,7 @@ class EmbeddingObjective(Objective):
         tensors = [encoder.to_device(torch.from_numpy(array)) for array in arrays]
         return *tensors, *(encoder.batch(self._tokens, part, length_step=step) for part in slices)
 
-    def loss(self, adapter: AnyAdapter) -> BatchLoss:
+    def loss(self, adapter: Trainable) -> BatchLoss:
         """Mean loss over the widths, plus the distillation term.
 
         Raises: ConfigError: a width is larger than the encoder's.

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.head import HeadStart
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import Trainable
+from pipeline.adapter.state import EncoderState
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch, Encoder
 from pipeline.encoder.tokeniser import IntArray
@@ -85,11 +85,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, adapter: AnyAdapter) -> BatchLoss:
+    def loss(self, adapter: Trainable) -> BatchLoss:
         """Make the loss function for an adapter. Called once, before the first step."""
 
     @abstractmethod
-    def score(self, adapter: AnyAdapter) -> float:
+    def score(self, adapter: Trainable) -> float:
         """Value of the selection metric on the selection's examples. Larger is better."""
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Objective(ABC):
         """Fields of ``EpochRow`` for the value of the selection metric."""
         return {"validation_score": score}
 
-    def start(self, adapter: AnyAdapter) -> None:  # noqa: B027 - most objectives start at random
+    def start(self, adapter: Trainable) -> None:  # noqa: B027 - most objectives start at random
         """Replace random initial weights. Called once, before a warm start."""
 
 
@@ -174,9 +174,9 @@ class Classification(Objective):
         labels = encoder.to_device(torch.from_numpy(self._train.labels[rows]))
         return encoder.batch(self._train.tokens, rows, length_step=length_step), labels
 
-    def loss(self, adapter: AnyAdapter) -> BatchLoss:
+    def loss(self, adapter: Trainable) -> BatchLoss:
         """Cross-entropy with class weights and label smoothing."""
-        assert isinstance(adapter, Adapter)
+        assert isinstance(adapter, EncoderState)
         # Dynamic, because the batches of an epoch have many shapes.
         logits_of = torch.compile(adapter.logits, dynamic=True) if adapter.encoder.runtime.compiled else adapter.logits
         weights = class_weights(self._train.labels, len(adapter.label_names), self._config).to(adapter.encoder.device)
@@ -186,10 +186,10 @@ class Classification(Objective):
 
         return loss
 
-    def score(self, adapter: AnyAdapter) -> float:
+    def score(self, adapter: Trainable) -> float:
         """Accuracy on the selection's texts."""
         assert self._selection is not None
-        assert isinstance(adapter, Adapter)
+        assert isinstance(adapter, EncoderState)
         return accuracy(adapter, self._selection)
 
     def epoch_fields(self, score: float | None) -> dict[str, float | None]:
@@ -207,14 +207,14 @@ class Classification(Objective):
             head_start=self._head_start,
         )
 
-    def start(self, adapter: AnyAdapter) -> None:
+    def start(self, adapter: Trainable) -> None:
         """Set the head's initial weights."""
         if self._head_start is not None:
-            assert isinstance(adapter, Adapter)
+            assert isinstance(adapter, EncoderState)
             adapter.classifier.start_from(self._head_start)
 
 
-def accuracy(adapter: Adapter, data: LabelledTokens) -> float:
+def accuracy(adapter: EncoderState, data: LabelledTokens) -> float:
     """Fraction of the texts that the adapter's head labels correctly, 0..1."""
     logits = adapter.logits_of_vectors(adapter.encoder.embed(data.tokens))
     return float((logits.argmax(axis=1) == data.labels).mean())

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import Trainable
 from pipeline.config import TrainConfig
 from pipeline.data.families import check_batch_size
 from pipeline.encoder.encoder import Encoder, FloatArray
@@ -167,7 +167,7 @@ class PairObjective(EmbeddingObjective):
             case _:
                 return infonce(first, others, targets, temperature=temperature)
 
-    def score(self, adapter: AnyAdapter) -> float:
+    def score(self, adapter: Trainable) -> float:
         """Value of the selection metric on the selection's pairs. Not a number if a vector is not finite."""
         assert self._selection is not None
         if self._selection.scores is None:
@@ -245,7 +245,7 @@ def _agreement(cosines: FloatArray, scores: FloatArray, *, metric: str) -> float
     return float(average_precision_score(scores, cosines))
 
 
-def _search_score(adapter: AnyAdapter, pairs: TokenPairs) -> float:
+def _search_score(adapter: Trainable, pairs: TokenPairs) -> float:
     """Mean nDCG of the distinct queries in the distinct passages, given negatives included."""
     _, query_rows, query_numbers = np.unique(pairs.text_ids[0], return_index=True, return_inverse=True)
     passage_ids = np.concatenate(pairs.text_ids[1:])

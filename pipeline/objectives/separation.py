@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import Trainable
 from pipeline.config import TrainConfig
 from pipeline.data.families import check_batch_size
 from pipeline.encoder.encoder import FloatArray
@@ -86,7 +86,7 @@ class Separation(EmbeddingObjective):
         """Loss of the vectors of one batch."""
         return supervised_infonce(vectors, targets, temperature=temperature)
 
-    def score(self, adapter: AnyAdapter) -> float:
+    def score(self, adapter: Trainable) -> float:
         """V-measure on the selection's texts. Not a number if a vector is not finite."""
         assert self._selection is not None
         vectors = adapter.encoder.embed(self._selection.tokens)

@@ -20,7 +20,7 @@ from pipeline.run.family import Evaluation, FamilyWork
 from pipeline.run.inputs import JobInputs
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.train import Training
+from pipeline.training.train import AdapterTraining
 
 RELOADED_TEXTS = 32
 """Number of test texts that a fresh process computes again."""
@@ -129,7 +129,7 @@ class ClassificationWork(FamilyWork):
             head_start=baselines.head_start if train.head_init == "probe" else None,
         )
 
-    def evaluate(self, training: Training, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
+    def evaluate(self, training: AdapterTraining, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
         """Measure the adapted encoder and its head, and write the calibration."""
         baselines = self._frozen()
         measured = evaluate_adapter(

@@ -28,7 +28,7 @@ from pipeline.run.inputs import JobInputs
 from pipeline.store.files import write_atomically
 from pipeline.store.run_folder import TaskFolder
 from pipeline.training.checkpoint import tensor_file
-from pipeline.training.train import Training
+from pipeline.training.train import AdapterTraining
 from pipeline.vector_scores.comparison import compare
 from pipeline.vector_scores.measuring import MAIN_METRICS, Measured, kind_of, measure_adapter, measure_vectors
 
@@ -71,7 +71,7 @@ class EmbeddingWork(FamilyWork):
             for width, value in zip(measured.widths, measured.arrays["main"], strict=True)
         )
 
-    def evaluate(self, training: Training, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
+    def evaluate(self, training: AdapterTraining, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
         """Measure the vectors of the adapted encoder, and compare them with the frozen ones."""
         config, spec = self.inputs.config, self.inputs.spec
         frozen, adapted = self._frozen(), measure_adapter(self.data, training.adapter, widths=config.train.widths)

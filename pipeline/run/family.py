@@ -22,7 +22,7 @@ from pipeline.records import (
 )
 from pipeline.run.inputs import JobInputs
 from pipeline.store.run_folder import TaskFolder
-from pipeline.training.train import Training
+from pipeline.training.train import AdapterTraining
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ class FamilyWork(ABC):
         """Make the objective of the training."""
 
     @abstractmethod
-    def evaluate(self, training: Training, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
+    def evaluate(self, training: AdapterTraining, adapter: AdapterRef, folder: TaskFolder) -> Evaluation:
         """Measure the adapted encoder, and write the family's own files into the adapter's folder."""

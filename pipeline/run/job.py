@@ -24,7 +24,7 @@ from pipeline.run.inputs import JobInputs
 from pipeline.run.plan import JobSpec
 from pipeline.store.files import read_record, write_atomically
 from pipeline.store.run_folder import RunFolder, TaskFolder, adapter_sha256
-from pipeline.training.train import Training, train_adapter
+from pipeline.training.train import AdapterTraining, train_adapter
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class TaskJob:
         self.inputs = JobInputs(spec)
         self.runtime = self.inputs.runtime
         self.folder = RunFolder(Path(spec.runs) / spec.run_id).task(spec.mteb_task.name)
-        self.family = _work_of(self.inputs)
-        self._training: Training | None = None
+        self.family = work_of(self.inputs)
+        self._training: AdapterTraining | None = None
 
     def load(self) -> DataSummary:
         """Read and tokenise the data and load the encoder."""
@@ -99,7 +99,7 @@ class TaskJob:
         shutil.rmtree(self.inputs.work, ignore_errors=True)
         return result
 
-    def _parts(self, training: Training) -> Iterator[tuple[Adapter, TaskFolder]]:
+    def _parts(self, training: AdapterTraining) -> Iterator[tuple[Adapter, TaskFolder]]:
         """Yield each trained adapter, one or one per side, and its folder. Each is attached when it is yielded."""
         if isinstance(training.adapter, SidedAdapter):
             for side in SIDES:
@@ -107,7 +107,9 @@ class TaskJob:
         else:
             yield training.adapter, self.folder
 
-    def _result(self, training: Training, adapter: AdapterRef, evaluation: Evaluation, *, started: float) -> TaskResult:
+    def _result(
+        self, training: AdapterTraining, adapter: AdapterRef, evaluation: Evaluation, *, started: float
+    ) -> TaskResult:
         encoder, trained = self.inputs.encoder, training.adapter
         data, tokens = self.load(), encoder.tokenise(self.family.texts_to_reload())
         is_accuracy = training.selection_metric == "accuracy"
@@ -119,7 +121,7 @@ class TaskJob:
             encoder=encoder.ref,
             runtime=encoder.runtime,
             adapter=adapter,
-            num_lora_parameters=sum(p.numel() for p in trained.lora_parameters),
+            num_lora_parameters=sum(p.numel() for p in trained.encoder_parameters),
             num_head_parameters=0 if trained.head is None else sum(p.numel() for p in trained.head.parameters()),
             merge_difference=max(part.merge_difference(tokens) for part, _ in self._parts(training)),
             probe_c=evaluation.probe_c,
@@ -157,7 +159,9 @@ class TaskJob:
     def _checkpoint(self) -> Path:
         return self.inputs.work / "checkpoint.safetensors"
 
-    def _trained(self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]) -> Training:
+    def _trained(
+        self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]
+    ) -> AdapterTraining:
         if self._training is None:
             self.family.frozen()
             started = time.perf_counter()
@@ -181,7 +185,7 @@ class TaskJob:
         return self._training
 
 
-def _work_of(inputs: JobInputs) -> FamilyWork:
+def work_of(inputs: JobInputs) -> FamilyWork:
     """Make the work of the task's family."""
     match inputs.spec.mteb_task.objective:
         case "classification":

@@ -19,7 +19,9 @@ VERSIONED = ("torch", "transformers", "tokenizers", "peft", "mteb", "scikit-lear
 
 _TASK_FIELDS = {*("name", "subset", "max_epochs", "samples_per_label")}
 _TASK_FIELDS |= {*("objective", "loss", "prefixes", "sides", "slices")}
-_WORKERS_JOB = "pipeline.run.job"
+WORKERS_JOB = "pipeline.run.job"
+"""Module of the worker's job in a run."""
+
 _PACKAGE = Path(pipeline.__file__).parent
 
 
@@ -36,6 +38,7 @@ def task_key(
     encoder: EncoderRef,
     runtime: Runtime,
     versions: dict[str, str],
+    job: str = WORKERS_JOB,
 ) -> str:
     """Hash everything that an MTEB task's weights and scores depend on. Equal keys need no second training.
 
@@ -50,6 +53,7 @@ def task_key(
         encoder: The encoder, with resolved revision.
         runtime: Device and number format of the training.
         versions: As ``library_versions``.
+        job: Module whose imports are the code that counts.
     Returns:
         32 hex digits.
     """
@@ -63,25 +67,25 @@ def task_key(
         | {"warm_start": config.train.warm_start is not None},
         "evaluate": config.evaluate.model_dump(mode="json"),
         "runtime": runtime.model_dump(exclude={"threads"}),
-        "sources": sources_sha256(),
+        "sources": sources_sha256(job=job),
         "versions": versions,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @cache
-def sources_sha256(package: Path = _PACKAGE) -> str:
-    """SHA-256 over every file of the pipeline that the worker's job imports, directly or indirectly."""
+def sources_sha256(package: Path = _PACKAGE, *, job: str = WORKERS_JOB) -> str:
+    """SHA-256 over every file of the pipeline that a worker's job imports, directly or indirectly."""
     digest = hashlib.sha256()
-    for path in imported_files(package):
+    for path in imported_files(package, job=job):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def imported_files(package: Path = _PACKAGE) -> list[Path]:
-    """Sorted files of the pipeline that the worker's job imports, also indirectly or inside functions."""
+def imported_files(package: Path = _PACKAGE, *, job: str = WORKERS_JOB) -> list[Path]:
+    """Sorted files of the pipeline that a worker's job imports, also indirectly or inside functions."""
     files: set[Path] = set()
-    waiting = [_file_of(package, _WORKERS_JOB)]
+    waiting = [_file_of(package, job)]
     while waiting:
         path = waiting.pop()
         if path is None or path in files:

@@ -1,4 +1,4 @@
-"""All trained weights as one vector, and a working copy in the encoder's dtype."""
+"""All trained weights as one vector, and a working copy of LoRA weights in the encoder's dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapter.lora import Factors
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import Trainable
 
 
 class WorkingCopy:
@@ -16,10 +16,10 @@ class WorkingCopy:
 
     One operation per step updates the copy, and another returns its gradients."""
 
-    def __init__(self, adapter: AnyAdapter, weights: nn.Parameter) -> None:
+    def __init__(self, adapter: Trainable, weights: nn.Parameter) -> None:
         """Make the copy. ``weights`` begins with A and B of every pair, in the layout of ``flatten``."""
         self.loras = list(adapter.projections.values())
-        length = sum(p.numel() for p in adapter.lora_parameters)
+        length = sum(p.numel() for p in adapter.encoder_parameters)
         scales = [
             torch.tensor([1.0, lora.scaling]).repeat_interleave(
                 torch.tensor([lora.lora_A.numel(), lora.lora_B.numel()])
@@ -33,7 +33,7 @@ class WorkingCopy:
         self.copy = torch.zeros(length, dtype=dtype, device=weights.device)
         # In float32, so that a step that adds the gradients of several slices of its batch rounds each of them once.
         self.grad = torch.zeros(length, device=weights.device)
-        values, grads = (_cut(vector, like=adapter.lora_parameters) for vector in (self.copy, self.grad))
+        values, grads = (_cut(vector, like=adapter.encoder_parameters) for vector in (self.copy, self.grad))
         self.factors = [
             Factors(values[i].requires_grad_(), values[i + 1].requires_grad_(), (grads[i], grads[i + 1]))
             for i in range(0, len(values), 2)

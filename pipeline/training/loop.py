@@ -6,12 +6,13 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from typing import Generic
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapter.sided import AnyAdapter
+from pipeline.adapter.sided import State
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch
 from pipeline.encoder.tokeniser import IntArray
@@ -25,12 +26,12 @@ from pipeline.training.step_graphs import LENGTH_STEP, Step, StepGraphs, is_reco
 _STEPS_PER_REPORT = 20
 
 
-class Loop:
+class Loop(Generic[State]):
     """Repeated passes over the training examples."""
 
     def __init__(
         self,
-        adapter: AnyAdapter,
+        adapter: State,
         objective: Objective,
         config: TrainConfig,
         max_epochs: int,
@@ -48,7 +49,8 @@ class Loop:
         self.on_progress = on_progress
         self.state = LoopState()
         self.weights = flatten([*adapter.parameters, *objective.parameters])
-        self.working = WorkingCopy(adapter, self.weights)
+        # Weights that are no LoRA pairs are trained where they are.
+        self.working = WorkingCopy(adapter, self.weights) if adapter.projections else None
         self.best = self.weights.detach().clone()
         self.optimizer = _optimizer(self.weights, config)
         self.steps_per_epoch = math.ceil(objective.num_examples / config.batch_size)
@@ -112,7 +114,8 @@ class Loop:
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]))
         order = np.random.default_rng([self.config.seed, epoch])
         self.adapter.train()
-        self.working.attach()
+        if self.working is not None:
+            self.working.attach()
         start = time.perf_counter()
         losses: list[Tensor] = []
         for rows in self.objective.batches(batch_size=self.config.batch_size, order=order):
@@ -122,7 +125,8 @@ class Loop:
         train_loss = float(torch.stack(losses).mean())  # waits for the device, so the time below is complete
         seconds = time.perf_counter() - start
         _check_finite(train_loss, epoch)
-        self.working.detach()
+        if self.working is not None:
+            self.working.detach()
         self.adapter.eval()
         return EpochRow(
             epoch=epoch,
@@ -155,12 +159,14 @@ class Loop:
         return self.learn(*self.objective.inputs(rows, self.adapter.encoder, length_step=self.length_step))
 
     def _learn(self, *inputs: Batch | Tensor) -> Tensor:
-        self.working.refresh()
+        if self.working is not None:
+            self.working.refresh()
         loss = self.loss(*inputs)
         assert self.weights.grad is not None
         self.weights.grad.zero_()
         loss.backward()
-        self.working.collect_gradients()
+        if self.working is not None:
+            self.working.collect_gradients()
         nn.utils.clip_grad_norm_([self.weights], self.config.gradient_clip)
         self.optimizer.step()
         return loss.detach()

@@ -31,7 +31,8 @@ Step = Callable[..., Tensor]
 def is_recordable(encoder: Encoder) -> bool:
     """Whether steps on an encoder can be replayed: on a GPU, not compiled, of a tested architecture."""
     is_tested = encoder.model.config.model_type in RECORDABLE
-    return is_tested and encoder.device.type == "cuda" and not encoder.runtime.compiled
+    on_gpu = encoder.device.type == "cuda"
+    return is_tested and on_gpu and encoder.can_be_recorded and not encoder.runtime.compiled
 
 
 class StepGraphs:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.files import start_from
-from pipeline.adapter.sided import AnyAdapter, SidedAdapter
+from pipeline.adapter.sided import AnyAdapter, SidedAdapter, State
 from pipeline.config import AdapterConfig, TrainConfig
 from pipeline.encoder.encoder import Encoder
 from pipeline.objectives.objective import Objective
@@ -23,10 +23,10 @@ from pipeline.training.loop import Loop
 
 
 @dataclass(frozen=True)
-class Training:
-    """A trained adapter, still attached to its encoder, with the best weights."""
+class Training(Generic[State]):
+    """A trained state of an encoder, such as an adapter that is still attached, with the best weights."""
 
-    adapter: AnyAdapter
+    adapter: State
     epochs: tuple[EpochRow, ...]
     best_epoch: int
     """Epoch whose weights these are. 0: the start, because every epoch was below it."""
@@ -40,6 +40,10 @@ class Training:
     """Name of the metric that selected the epoch."""
 
 
+AdapterTraining = Training[AnyAdapter]
+"""A trained adapter, or one for each side of pairs."""
+
+
 def train_adapter(
     objective: Objective,
     encoder: Encoder,
@@ -51,7 +55,7 @@ def train_adapter(
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Training:
+) -> AdapterTraining:
     """Train LoRA pairs, and a head if the objective has labels, on a frozen encoder.
 
     The epoch with the best selection score is kept, or the start if it beats every epoch. The start is pairs without
@@ -74,25 +78,69 @@ def train_adapter(
         ResumeError: the checkpoint was made under other conditions.
         LorafleetError: the loss or the selection score is not a number.
     """
-    conditions = _conditions(train_config, adapter_config, encoder) | {"max_epochs": max_epochs}
-    conditions |= objective.conditions()
 
-    def make_loop(objective: Objective, path: Path | None, *, stop_after: int | None = None) -> Loop:
-        adapter: AnyAdapter
+    def attach() -> AnyAdapter:
         if objective.has_sides:
-            adapter = SidedAdapter(encoder, adapter_config, seed=train_config.seed)
-            starting = [*adapter.sides.values()]
-        else:
-            adapter = Adapter(encoder, adapter_config, objective.label_names, seed=train_config.seed)
-            starting = [adapter]
+            return SidedAdapter(encoder, adapter_config, seed=train_config.seed)
+        return Adapter(encoder, adapter_config, objective.label_names, seed=train_config.seed)
+
+    def start(adapter: AnyAdapter) -> None:
         objective.start(adapter)
         if warm_start is not None:
+            starting = adapter.sides.values() if isinstance(adapter, SidedAdapter) else (adapter,)
             for one, folder in zip(starting, warm_start.adapters, strict=True):
                 start_from(one, folder)
-        file = Checkpoint(path, conditions) if path else None
-        return Loop(adapter, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
-    start_knows = warm_start is not None and describe_adapter(warm_start.adapters[0]).meta.learnt_validation
+    return train_state(
+        objective,
+        attach,
+        start,
+        conditions=train_conditions(train_config, adapter_config, encoder),
+        train_config=train_config,
+        max_epochs=max_epochs,
+        start_knows=warm_start is not None and describe_adapter(warm_start.adapters[0]).meta.learnt_validation,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+        on_progress=on_progress,
+    )
+
+
+def train_state(
+    objective: Objective,
+    make: Callable[[], State],
+    start: Callable[[State], None],
+    *,
+    conditions: dict[str, Any],
+    train_config: TrainConfig,
+    max_epochs: int,
+    start_knows: bool = False,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochRow], None] = lambda row: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Training[State]:
+    """Train any state of an encoder, as ``train_adapter`` trains adapters.
+
+    Args:
+        objective: Examples, loss and selection score.
+        make: Makes the state with its initial weights. Called again for a refit, once the first state is detached.
+        start: Replaces initial weights.
+        conditions: Settings of the state that must be unchanged in a resumed training.
+        train_config: Hyperparameters of the loop.
+        max_epochs: Upper limit, and length of the learning-rate schedule.
+        start_knows: Whether the start was trained on the selection, so that it does not compete.
+        checkpoint: File that is rewritten after every epoch.
+        on_epoch: Called after every epoch.
+        on_progress: Called after every few steps.
+    Raises: ResumeError, LorafleetError: as ``train_adapter``.
+    """
+    conditions = conditions | {"max_epochs": max_epochs} | objective.conditions()
+
+    def make_loop(objective: Objective, path: Path | None, *, stop_after: int | None = None) -> Loop[State]:
+        state = make()
+        start(state)
+        file = Checkpoint(path, conditions) if path else None
+        return Loop(state, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
+
     loop = make_loop(objective, checkpoint)
     loop.run(on_epoch, start_knows=start_knows)
     state = loop.state
@@ -118,7 +166,7 @@ def train_adapter(
     )
 
 
-def _conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
+def train_conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:
     """Settings that must be unchanged in a resumed training, besides those of its objective."""
     parts: dict[str, Record] = {"train": train_config, "adapter": adapter_config, "runtime": encoder.runtime}
     settings = {

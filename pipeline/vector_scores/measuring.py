@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics.pairwise import paired_cosine_distances
 
-from pipeline.adapter.sided import AnyAdapter, SidedAdapter
+from pipeline.adapter.sided import SidedAdapter, Trainable
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.encoder import FloatArray
 from pipeline.errors import DataError
@@ -129,7 +129,7 @@ def measure_vectors(
     return Measured(every, _measure_pairs(data, sides, every))
 
 
-def measure_adapter(data: PairData | TaskData, adapter: AnyAdapter, *, widths: Sequence[int] = ()) -> Measured:
+def measure_adapter(data: PairData | TaskData, adapter: Trainable, *, widths: Sequence[int] = ()) -> Measured:
     """Measure an encoder with the adapter that is attached to it, or with that of each side.
 
     Args:

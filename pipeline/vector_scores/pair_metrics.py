@@ -148,6 +148,37 @@ def f1(weights: Floats, *, gold: Floats, series: Floats, thresholds: Floats) -> 
     return np.where(num_positive > 0, found, np.nan)
 
 
+def precision(weights: Floats, *, gold: Floats, series: Floats, thresholds: Floats) -> Array:
+    """Share of positive pairs among those above a threshold, 0..1. 0 if none is above.
+
+    Arguments are those of ``accuracy``.
+    """
+    called = (series >= thresholds[:, np.newaxis]).astype(np.float64)
+    return _ratio((called * (gold == 1)) @ weights, called @ weights)
+
+
+def recall(weights: Floats, *, gold: Floats, series: Floats, thresholds: Floats) -> Array:
+    """Share of the positive pairs that are above a threshold, 0..1. nan if a sample has no positive pair.
+
+    Arguments are those of ``accuracy``.
+    """
+    return _share_called(weights, gold == 1, series=series, thresholds=thresholds)
+
+
+def false_positive_rate(weights: Floats, *, gold: Floats, series: Floats, thresholds: Floats) -> Array:
+    """Share of the negative pairs that are above a threshold, 0..1. nan if a sample has no negative pair.
+
+    Arguments are those of ``accuracy``.
+    """
+    return _share_called(weights, gold != 1, series=series, thresholds=thresholds)
+
+
+def _share_called(weights: Floats, members: Bools, *, series: Floats, thresholds: Floats) -> Array:
+    called = (series >= thresholds[:, np.newaxis]).astype(np.float64)
+    count = members.astype(np.float64) @ weights
+    return np.where(count > 0, _ratio((called * members) @ weights, count), np.nan)
+
+
 def mean(weights: Floats, *, series: Floats) -> Array:
     """Mean of values of the items. ``series`` are the values, float (series, items)."""
     return np.asarray(series @ weights / weights.sum(axis=0))

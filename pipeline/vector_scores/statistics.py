@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -59,43 +60,9 @@ class BothMeasured:
 
     def statistics(self, part: Part) -> dict[str, Statistic]:
         """Metrics by name, as functions of the weights of the part's items, with the series of ``series``."""
-        if isinstance(self.data, TaskData):
-            return {
-                "v_measure": partial(
-                    v_measure,
-                    labels=self.data.test_labels[part.mask],
-                    clusters=self._arrays("clusters", part)[..., part.mask],
-                    times_drawn=self.frozen.arrays["times_drawn"][:, part.mask],
-                ),
-                "silhouette": partial(pair_metrics.mean, series=self._arrays("silhouette", part)[:, part.mask]),
-            }
-        if self.data.kind == "positives":
-            return {
-                name: partial(pair_metrics.mean, series=self._arrays(name, part)[:, part.mask])
-                for name in SEARCH_METRICS
-            }
-        assert self.data.test.scores is not None, "pairs without scores are searched"
-        given: dict[str, Any] = {
-            "gold": self.data.test.scores[part.mask],
-            "series": self._arrays("similarity", part)[:, part.mask],
-        }
-        if self.data.kind == "scores":
-            return {
-                "spearman": partial(pair_metrics.spearman, **given),
-                "pearson": partial(pair_metrics.pearson, **given),
-            }
-        statistics: dict[str, Statistic] = {
-            "average_precision": partial(pair_metrics.average_precision, **given),
-            "auc": partial(pair_metrics.auc, **given),
-            "spearman": partial(pair_metrics.spearman, **given),
-            "margin": partial(pair_metrics.margin, **given),
-            "cohens_d": partial(pair_metrics.cohens_d, **given),
-        }
-        if self.thresholds is not None:
-            f1, accuracy = (self._at_widths(self.thresholds[name], part) for name in ("f1", "accuracy"))
-            statistics["f1"] = partial(pair_metrics.f1, thresholds=f1, **given)
-            statistics["accuracy"] = partial(pair_metrics.accuracy, thresholds=accuracy, **given)
-        return statistics
+        thresholds = self.thresholds and {n: self._at_widths(found, part) for n, found in self.thresholds.items()}
+        arrays = partial(self._arrays, part=part)
+        return statistics_of(self.data, part, arrays, thresholds, times_drawn=self.frozen.arrays.get("times_drawn"))
 
     @cached_property
     def thresholds(self) -> dict[str, npt.NDArray[np.float64]] | None:
@@ -124,6 +91,56 @@ class BothMeasured:
         """Turn an array (columns, widths, ...) into one of the series of a part, (series, ...)."""
         chosen = array[:, : len(self.widths(part))]
         return chosen.reshape(-1, *chosen.shape[2:])
+
+
+def statistics_of(
+    data: PairData | TaskData,
+    part: Part,
+    arrays: Callable[[str], npt.NDArray[Any]],
+    thresholds: Mapping[str, npt.NDArray[np.float64]] | None,
+    *,
+    times_drawn: npt.NDArray[Any] | None = None,
+) -> dict[str, Statistic]:
+    """Metrics of vectors by name, as functions of the weights of the items of a part.
+
+    Args:
+        data: The data that was measured.
+        part: Part of test.
+        arrays: Function from a name of ``Measured.arrays`` to the arrays of all series, (series, ..., items of test).
+        thresholds: Thresholds of ``f1`` and ``accuracy``, (series,). None leaves these metrics out.
+        times_drawn: As in ``Measured.arrays``, for texts with labels.
+    """
+    if isinstance(data, TaskData):
+        assert times_drawn is not None, "texts with labels are clustered"
+        return {
+            "v_measure": partial(
+                v_measure,
+                labels=data.test_labels[part.mask],
+                clusters=arrays("clusters")[..., part.mask],
+                times_drawn=times_drawn[:, part.mask],
+            ),
+            "silhouette": partial(pair_metrics.mean, series=arrays("silhouette")[:, part.mask]),
+        }
+    if data.kind == "positives":
+        return {name: partial(pair_metrics.mean, series=arrays(name)[:, part.mask]) for name in SEARCH_METRICS}
+    assert data.test.scores is not None, "pairs without scores are searched"
+    given: dict[str, Any] = {"gold": data.test.scores[part.mask], "series": arrays("similarity")[:, part.mask]}
+    if data.kind == "scores":
+        return {
+            "spearman": partial(pair_metrics.spearman, **given),
+            "pearson": partial(pair_metrics.pearson, **given),
+        }
+    statistics: dict[str, Statistic] = {
+        "average_precision": partial(pair_metrics.average_precision, **given),
+        "auc": partial(pair_metrics.auc, **given),
+        "spearman": partial(pair_metrics.spearman, **given),
+        "margin": partial(pair_metrics.margin, **given),
+        "cohens_d": partial(pair_metrics.cohens_d, **given),
+    }
+    if thresholds is not None:
+        statistics["f1"] = partial(pair_metrics.f1, thresholds=thresholds["f1"], **given)
+        statistics["accuracy"] = partial(pair_metrics.accuracy, thresholds=thresholds["accuracy"], **given)
+    return statistics
 
 
 def _best(
