@@ -86,7 +86,7 @@ class ArmJob:
             except LorafleetError as error:
                 if "diverged" not in str(error):
                     raise
-                _LOG.warning("%s: learning rate %g: %s", self.spec.arm, rate, error)
+                _LOG.warning("learning rate %g: %s", rate, error)
                 trials.append(Trial(learning_rate=rate, score=None, seconds=0.0, fault=str(error)))
                 continue
             trials.append(Trial(learning_rate=rate, score=one.result.selection_score, seconds=one.result.train_seconds))
@@ -114,7 +114,7 @@ class ArmJob:
         except DataError:
             pass
         name = f"seed {seed}" if rate is None else f"learning rate {rate:g}, seed {seed}"
-        _LOG.info("%s: %s (%d of %d)", self.spec.arm, name, number + 1, total)
+        _LOG.info("%s (%d of %d)", name, number + 1, total)
         shutil.rmtree(folder / "state", ignore_errors=True)
         family, config = self._family(seed), run_config(self.spec.config, self.spec.arm, seed=seed, learning_rate=rate)
         state, result = self._frozen(family, seed) if rate is None else self._train(family, config, folder)
@@ -166,7 +166,7 @@ class ArmJob:
         seconds = sum(row.seconds for row in epochs)
         scores = [row.validation_accuracy if row.validation_score is None else row.validation_score for row in epochs]
         measured = [score for score in (training.start_score, *scores) if score is not None]
-        _LOG.info("%s: trained in %.1f s", self.spec.arm, time.perf_counter() - started)
+        _LOG.info("trained in %.1f s", time.perf_counter() - started)
         return state, _Trained(
             result=SeedResult(
                 seed=config.train.seed,

@@ -76,7 +76,7 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
         data = read_task(spec.mteb_task, config=job.config.train, offline=spec.config.data.offline)
         if data.fingerprint != job.fingerprint:
             raise DataError(f"{spec.mteb_task.name}: the data have changed since they were checked; start it again")
-        state = _checked(spec, folder.seed(seed), data)
+        state = check_state(spec, folder.seed(seed), data)
         write_arrays(folder.measured(seed), _arrays(state, data))
         speeds.append(_speed(state, data))
         forgotten.append([_score_on(state, other, spec) for other in others])
@@ -96,7 +96,7 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
     return facts.model_dump(mode="json")
 
 
-def _checked(spec: ArmSpec, folder: Path, data: TaskData | PairData) -> Trainable:
+def check_state(spec: ArmSpec, folder: Path, data: TaskData | PairData) -> Trainable:
     """Load a state, and check that it is the trained one and changes the encoder.
 
     Raises: VerificationError: it is not, or does not.

@@ -11,6 +11,7 @@ from pipeline.adapter.targets import projection_paths
 from pipeline.compare.plan import ArmSpec, ComparisonPlan, adapter_of_arm, kind_of_arm, run_config
 from pipeline.config import ComparisonConfig
 from pipeline.data.catalogue import plan_task
+from pipeline.data.dataset import TaskData
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.loading import empty_model
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError
@@ -43,6 +44,7 @@ def preflight_comparison(config: ComparisonConfig, runtime: Runtime, *, run_id: 
     forgetting = _read_forgetting(config)
     arms = tuple(_arm_spec(config, arm, plan, forgetting, run_id=run_id, store=store) for arm in config.compare.arms)
     (planned,) = plan.tasks
+    _check_validation(config, planned.mteb_task)
     return ComparisonPlan(
         config=config,
         encoder=plan.encoder,
@@ -59,6 +61,17 @@ def only_task(config: ComparisonConfig) -> None:
         names = ", ".join(t.name for t in config.mteb_tasks)
         raise ConfigError(
             f"compare takes one data set, found {len(config.mteb_tasks)}: {names}; choose with --task NAME"
+        )
+
+
+def _check_validation(config: ComparisonConfig, mteb_task: MtebTask) -> None:
+    """Raises: DataError: learning rates are to be chosen, but no text can be spared to choose them on."""
+    data = read_task(mteb_task, config=config.train, offline=config.data.offline)
+    count = len(data.validation_texts) if isinstance(data, TaskData) else len(data.validation)
+    if not count and any(len(config.rates(arm)) > 1 for arm in config.compare.arms):
+        raise DataError(
+            f"{mteb_task.name}: no validation example can be spared, so no learning rate can be chosen; "
+            "give validation files, or each arm a single rate in compare.learning_rates"
         )
 
 
