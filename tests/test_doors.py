@@ -24,11 +24,13 @@ DOORS = {
         "pipeline/run/outputs.py",
     },
     "prefect": {
-        *("flows/classify_datasets.py", "flows/publish_adapters.py", "flows/train_adapters.py"),
+        *("flows/classify_datasets.py", "flows/compare_arms.py"),
+        *("flows/publish_adapters.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules
         *(
             "tasks/bulk.py",
             "tasks/cancelling.py",
+            "tasks/compare_stages.py",
             "tasks/log.py",
             "tasks/progress.py",
             "tasks/publish_stage.py",
@@ -44,7 +46,7 @@ WAYS_OUT = {
     "terminal": {"flows/terminal.py", "tasks/live_table.py"},  # the table makes its lines printable itself
     "machine": {  # JSON, for the process that has started them
         "pipeline/parquet/footer_process.py",
-        "pipeline/inference/reload.py",
+        "pipeline/inference/fresh_process.py",
         "tasks/early_check.py",
         "tasks/checks/trial.py",
     },

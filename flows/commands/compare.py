@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 def compare(
     source: str, overrides: tuple[str, ...], mteb_task: str | None, comparisons: str, force: bool, as_json: bool
 ) -> None:
-    """Compare the frozen encoder, full fine-tuning and LoRA.
+    """Compare LoRA with full fine-tuning.
 
-    Each arm chooses its learning rate on validation, and is trained with several seeds. After a crash, run the same
+    Arms are the frozen encoder, full fine-tuning, LoRA on several layers, and a linear map. Each chooses its learning rate on validation, and is trained with several seeds. After a crash, run the same
     command to resume.
 
     Example: lorafleet compare --config tickets.toml --set compare.seeds=[0]
