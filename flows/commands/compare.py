@@ -34,8 +34,8 @@ def compare(
 ) -> None:
     """Compare LoRA with full fine-tuning.
 
-    Arms are the frozen encoder, full fine-tuning, LoRA on several layers, and a linear map. Each chooses its learning rate on validation, and is trained with several seeds. After a crash, run the same
-    command to resume.
+    Arms are the frozen encoder, full fine-tuning, LoRA on several choices of layers, and a linear map. Each chooses its
+    learning rate on validation, and is trained with several seeds. After a crash, run the same command to resume.
 
     Example: lorafleet compare --config tickets.toml --set compare.seeds=[0]
     """
