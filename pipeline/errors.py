@@ -69,6 +69,10 @@ class ResumeError(LorafleetError):
     """A checkpoint was made under other conditions, so resuming from it would give other weights."""
 
 
+class DivergedError(LorafleetError):
+    """A training gave numbers that are not finite. A smaller learning rate helps."""
+
+
 class VerificationError(LorafleetError):
     """A saved adapter differs from the trained one when it is loaded again."""
 

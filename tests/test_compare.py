@@ -29,7 +29,8 @@ from pipeline.compare.job import ArmJob
 from pipeline.compare.plan import ArmSpec, ComparisonPlan
 from pipeline.compare.preflight import preflight_comparison
 from pipeline.compare.saved import StateMeta
-from pipeline.compare.scores import Series, score_arms
+from pipeline.compare.scores import score_arms
+from pipeline.compare.statistics import Series
 from pipeline.config import AdapterConfig, ComparisonConfig, EvaluateConfig, TrainConfig, load_config, load_config_of
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.runtime import exact_runtime
@@ -182,6 +183,12 @@ def broken_copy(compared: Compared, arm: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(compared.folder.arm(arm).seed(0), tmp_path / "seed-0"))
 
 
+def check(compared: Compared, arm: str, folder: Path) -> None:
+    """Load a saved state and check it."""
+    texts, encoder = compared.data.test.columns[0], load_encoder(compared.plan.config.encoder.name)
+    measuring.check_state(compared.spec(arm), folder, texts, encoder.embed(encoder.tokenise(texts)))
+
+
 def zero(path: Path) -> None:
     write_arrays(path, {name: np.zeros_like(array) for name, array in read_arrays(path).items()})
 
@@ -191,7 +198,7 @@ def test_a_lora_adapter_of_zeros_is_refused(compared: Compared, tmp_path: Path) 
     folder = broken_copy(compared, "lora:query-value", tmp_path)
     zero(folder / "adapter_model.safetensors")
     with pytest.raises(VerificationError, match="no effect on the encoder"):
-        measuring.check_state(compared.spec("lora:query-value"), folder, compared.data)
+        check(compared, "lora:query-value", folder)
 
 
 @pytest.mark.faults
@@ -200,7 +207,7 @@ def test_another_state_in_the_files_is_refused(compared: Compared, tmp_path: Pat
     folder = broken_copy(compared, arm, tmp_path)
     zero(folder / file)
     with pytest.raises(VerificationError, match=r"are not what was trained|differ by"):
-        measuring.check_state(compared.spec(arm), folder, compared.data)
+        check(compared, arm, folder)
 
 
 @pytest.mark.faults
@@ -217,7 +224,7 @@ def test_a_state_that_was_not_attached_is_refused(
     monkeypatch.setattr(measuring, "load_state", detached)
     for arm in ("lora:query-value", "linear"):
         with pytest.raises(VerificationError, match="no effect on the encoder"):
-            measuring.check_state(compared.spec(arm), compared.folder.arm(arm).seed(0), compared.data)
+            check(compared, arm, compared.folder.arm(arm).seed(0))
 
 
 @pytest.mark.faults
@@ -227,7 +234,7 @@ def test_a_state_of_another_encoder_is_refused(compared: Compared, tmp_path: Pat
     meta = StateMeta.model_validate_json((folder / "state.json").read_text())
     (folder / "state.json").write_text(meta.changed(encoder_revision="sha256:" + "0" * 64).model_dump_json())
     with pytest.raises(VerificationError, match="belongs to another encoder: expected sha256"):
-        measuring.check_state(compared.spec(arm), folder, compared.data)
+        check(compared, arm, folder)
 
 
 @pytest.mark.faults

@@ -16,9 +16,12 @@ import tomli_w
 
 import pipeline
 from pipeline.compare.files import ArmFolder, ArmResult, ComparisonFolder, ComparisonManifest, read_arrays
-from pipeline.compare.page import write_page
 from pipeline.compare.plan import ArmSpec, ComparisonPlan, folder_of_arm
-from pipeline.compare.scores import ArmDifference, ArmValue, Scores, Series, main_metric, score_arms
+from pipeline.compare.report.page import write_page
+from pipeline.compare.report.pair_errors import PairErrors
+from pipeline.compare.scores import ArmDifference, ArmValue, Scores, main_metric, score_arms
+from pipeline.compare.statistics import Series
+from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
 from pipeline.records import Failure, Record
 from pipeline.store.files import write_atomically
@@ -77,6 +80,7 @@ def collect_arms(
         for one in result.seeds
     ]
     scores = score_arms(data, series, config=config.evaluate, seed=config.compare.seeds[0])
+    errors = PairErrors(data, series) if isinstance(data, PairData) and data.kind == "labels" else None
     tables: dict[str, list[dict[str, Any]]] = {
         "values": [_row(value) for value in scores.values],
         "differences": [_row(difference) for difference in scores.differences],
@@ -84,6 +88,8 @@ def collect_arms(
         "seeds": [{"arm": r.arm, **_row(one)} for r in results for one in r.seeds],
         "costs": [{"arm": r.arm, **costs(r)} for r in results],
         "forgetting": [{"arm": r.arm, **_row(one)} for r in results for one in r.forgetting],
+        "errors": [] if errors is None else [_row(count) for count in errors.counts()],
+        "wrong_pairs": [] if errors is None else [_row(pair) for pair in errors.pairs()],
     }
     for name, rows in tables.items():
         if rows:
@@ -110,7 +116,7 @@ def collect_arms(
     }
     write_atomically(folder.results, json.dumps(summary, indent=1, ensure_ascii=False))
     write_atomically(folder.config, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    write_page(folder.page, summary, results)
+    write_page(folder.page, summary, data=data, series=series, errors=errors)
     return scores
 
 

@@ -167,7 +167,9 @@ class ComparisonFolder:
         return self.root / "config.toml"
 
     def table(self, name: str) -> Path:
-        """A Parquet table: ``values``, ``differences``, ``seeds``, ``trials``, ``costs``, ``forgetting``."""
+        """A Parquet table: ``values``, ``differences``, ``seeds``, ``trials``, ``costs``, ``forgetting``.
+
+        For labelled pairs also ``errors`` and ``wrong_pairs``."""
         return self.root / "metrics" / f"{name}.parquet"
 
     def arm(self, arm: str) -> ArmFolder:

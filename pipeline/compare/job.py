@@ -19,7 +19,7 @@ from pipeline.compare.saved import PlainState, save_state, state_bytes
 from pipeline.config import RunConfig
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.trainable import TrainableEncoder
-from pipeline.errors import DataError, LorafleetError
+from pipeline.errors import DataError, DivergedError
 from pipeline.objectives.objective import Objective
 from pipeline.records import EpochRow, Progress, Record
 from pipeline.run.family import FamilyWork
@@ -60,7 +60,7 @@ class ArmJob:
         """Choose the learning rate, train with every seed, measure the saved states, and write the arm's folder.
 
         Raises:
-            LorafleetError: every learning rate diverged.
+            DivergedError: every learning rate diverged, or that of the first seed with another one.
             VerificationError: a saved state, loaded in a fresh process, is not the trained one or has no effect.
         """
         seeds, rates = self.spec.config.compare.seeds, self.spec.config.rates(self.spec.arm)
@@ -83,16 +83,14 @@ class ArmJob:
         for number, rate in enumerate(rates):
             try:
                 one = self._trained(rate, seed, number, len(rates))
-            except LorafleetError as error:
-                if "diverged" not in str(error):
-                    raise
+            except DivergedError as error:
                 _LOG.warning("learning rate %g: %s", rate, error)
                 trials.append(Trial(learning_rate=rate, score=None, seconds=0.0, fault=str(error)))
                 continue
             trials.append(Trial(learning_rate=rate, score=one.result.selection_score, seconds=one.result.train_seconds))
         alive = [trial for trial in trials if trial.fault is None]
         if rates and not alive:
-            raise LorafleetError(
+            raise DivergedError(
                 f"{self.spec.arm}: the training diverged with every learning rate ({', '.join(map(str, rates))}); "
                 "give smaller ones in compare.learning_rates"
             )

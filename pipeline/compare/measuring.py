@@ -17,8 +17,10 @@ import torch
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.sided import SidedAdapter, Trainable
 from pipeline.compare.files import ArmFolder, Forgetting, Speed, read_arrays, write_arrays
+from pipeline.compare.groupings import pair_groupings, text_map
 from pipeline.compare.plan import ArmSpec
 from pipeline.compare.saved import load_state
+from pipeline.config import MapMethod
 from pipeline.data.dataset import TaskData
 from pipeline.encoder.encoder import Encoder, FloatArray
 from pipeline.encoder.files import find_encoder
@@ -30,7 +32,7 @@ from pipeline.pairs.data import PairData
 from pipeline.pairs.reading import read_task
 from pipeline.records import Record
 from pipeline.run.classification_work import RELOADED_TEXTS
-from pipeline.vector_scores.measuring import MAIN_METRICS, kind_of, measure_adapter
+from pipeline.vector_scores.measuring import MAIN_METRICS, kind_of, measure_adapter, measure_vectors, side_texts
 
 EXPECTED = "expected.safetensors"
 """File with the outputs of the trained state for the first test texts, before it was saved."""
@@ -70,14 +72,16 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
     spec = ArmSpec.model_validate(request["spec"])
     folder = ArmFolder(Path(request["folder"]))
     torch.set_num_threads(spec.runtime.threads)
-    speeds, forgotten = [], []
+    speeds, forgotten, without = [], [], None
     others = [read_task(task, config=spec.config.train, offline=spec.config.data.offline) for task in spec.forgetting]
     for seed, job in zip(spec.config.compare.seeds, spec.jobs, strict=True):
         data = read_task(spec.mteb_task, config=job.config.train, offline=spec.config.data.offline)
         if data.fingerprint != job.fingerprint:
             raise DataError(f"{spec.mteb_task.name}: the data have changed since they were checked; start it again")
-        state = check_state(spec, folder.seed(seed), data)
-        write_arrays(folder.measured(seed), _arrays(state, data))
+        texts = _checked_texts(data)
+        without = _frozen_vectors(spec, texts) if without is None else without
+        state = check_state(spec, folder.seed(seed), texts, without)
+        write_arrays(folder.measured(seed), _arrays(state, data, spec.config.compare.map))
         speeds.append(_speed(state, data))
         forgotten.append([_score_on(state, other, spec) for other in others])
     unmerged = [speed.unmerged for speed in speeds if speed.unmerged is not None]
@@ -96,16 +100,29 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
     return facts.model_dump(mode="json")
 
 
-def check_state(spec: ArmSpec, folder: Path, data: TaskData | PairData) -> Trainable:
+def _checked_texts(data: TaskData | PairData) -> list[str]:
+    """Texts whose outputs are compared: the first ones of test, which all seeds share."""
+    return (data.test_texts if isinstance(data, TaskData) else data.test.columns[0])[:RELOADED_TEXTS]
+
+
+def _frozen_vectors(spec: ArmSpec, texts: Sequence[str]) -> FloatArray:
+    files = find_encoder(spec.config.encoder, offline=spec.config.data.offline)
+    frozen = Encoder(files, spec.config.encoder, spec.runtime)
+    return frozen.embed(frozen.tokenise(texts))
+
+
+def check_state(spec: ArmSpec, folder: Path, texts: Sequence[str], without: FloatArray) -> Trainable:
     """Load a state, and check that it is the trained one and changes the encoder.
 
+    Args:
+        spec: The arm.
+        folder: Files of the state.
+        texts: The first test texts.
+        without: Their vectors from the frozen encoder, float32 (texts, width).
     Raises: VerificationError: it is not, or does not.
     """
     config = spec.config.encoder
     files = find_encoder(config, offline=spec.config.data.offline)
-    texts = (data.test_texts if isinstance(data, TaskData) else data.test.columns[0])[:RELOADED_TEXTS]
-    frozen = Encoder(files, config, spec.runtime)
-    without = frozen.embed(frozen.tokenise(texts))
     state, meta = load_state(folder, kind=spec.kind, files=files, config=config, runtime=spec.runtime)
     encoder = state.use("query").encoder if isinstance(state, SidedAdapter) else state.encoder
     effect = float(np.abs(encoder.embed(encoder.tokenise(texts)) - without).max())
@@ -127,17 +144,25 @@ def check_state(spec: ArmSpec, folder: Path, data: TaskData | PairData) -> Train
     return state
 
 
-def _arrays(state: Trainable, data: TaskData | PairData) -> dict[str, Any]:
-    """Arrays by item: logits for classification, otherwise those of ``Measured``."""
-    arrays: dict[str, Any]
-    if not isinstance(data, TaskData) or data.task.objective != "classification":
-        arrays = measure_adapter(data, state).tensors()
-        if isinstance(data, PairData) and data.kind == "labels" and data.validation.scores is not None:
-            arrays["validation_gold"] = data.validation.scores
-        return arrays
-    assert not isinstance(state, SidedAdapter)
+def _arrays(state: Trainable, data: TaskData | PairData, method: MapMethod) -> dict[str, Any]:
+    """Arrays by item: logits for classification, otherwise those of ``Measured``; and those of ``groupings.py``."""
+    if isinstance(state, SidedAdapter):
+        return measure_adapter(data, state).tensors()
     vectors = TextVectors(state.encoder)
-    arrays = {"logits": state.logits_of_vectors(vectors(data.test_texts))}
+    arrays: dict[str, Any]
+    if isinstance(data, PairData):
+        arrays = measure_vectors(data, vectors).tensors()
+        if data.kind == "labels":
+            assert data.validation.scores is not None, "labelled pairs have labels"
+            arrays["validation_gold"] = data.validation.scores
+            texts = side_texts(data)
+            first, second = (vectors.unit(side[: len(data.test)]) for side in (texts.first, texts.second))
+            arrays |= pair_groupings(first, second, method=method)
+        return arrays
+    grouped = text_map(vectors.unit(data.test_texts), method=method)
+    if data.task.objective != "classification":
+        return measure_vectors(data, vectors).tensors() | grouped
+    arrays = grouped | {"logits": state.logits_of_vectors(vectors(data.test_texts))}
     if data.validation_texts:
         arrays["validation_logits"] = state.logits_of_vectors(vectors(data.validation_texts))
         arrays["validation_labels"] = data.validation_labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from pipeline.adapter.targets import projection_paths
 from pipeline.compare.plan import ArmSpec, ComparisonPlan, adapter_of_arm, kind_of_arm, run_config
 from pipeline.config import ComparisonConfig
 from pipeline.data.catalogue import plan_task
-from pipeline.data.dataset import TaskData
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.loading import empty_model
 from pipeline.errors import AdapterError, ConfigError, DataError, InputError
 from pipeline.pairs.reading import read_task
 from pipeline.records import MtebTask, Runtime
-from pipeline.run.plan import Plan, job_spec
+from pipeline.run.plan import Plan, PlannedTask, job_spec
 from pipeline.run.preflight import preflight
 from pipeline.store.key import library_versions, task_key
 
@@ -44,7 +44,7 @@ def preflight_comparison(config: ComparisonConfig, runtime: Runtime, *, run_id: 
     forgetting = _read_forgetting(config)
     arms = tuple(_arm_spec(config, arm, plan, forgetting, run_id=run_id, store=store) for arm in config.compare.arms)
     (planned,) = plan.tasks
-    _check_validation(config, planned.mteb_task)
+    _check_validation(config, planned)
     return ComparisonPlan(
         config=config,
         encoder=plan.encoder,
@@ -64,13 +64,11 @@ def only_task(config: ComparisonConfig) -> None:
         )
 
 
-def _check_validation(config: ComparisonConfig, mteb_task: MtebTask) -> None:
+def _check_validation(config: ComparisonConfig, planned: PlannedTask) -> None:
     """Raises: DataError: learning rates are to be chosen, but no text can be spared to choose them on."""
-    data = read_task(mteb_task, config=config.train, offline=config.data.offline)
-    count = len(data.validation_texts) if isinstance(data, TaskData) else len(data.validation)
-    if not count and any(len(config.rates(arm)) > 1 for arm in config.compare.arms):
+    if not planned.num_validation and any(len(config.rates(arm)) > 1 for arm in config.compare.arms):
         raise DataError(
-            f"{mteb_task.name}: no validation example can be spared, so no learning rate can be chosen; "
+            f"{planned.mteb_task.name}: no validation example can be spared, so no learning rate can be chosen; "
             "give validation files, or each arm a single rate in compare.learning_rates"
         )
 
@@ -78,6 +76,8 @@ def _check_validation(config: ComparisonConfig, mteb_task: MtebTask) -> None:
 def _check_arms(config: ComparisonConfig) -> None:
     model: Any = empty_model(find_encoder(config.encoder, offline=config.data.offline), config.encoder)
     faults = []
+    if config.compare.map == "umap" and importlib.util.find_spec("umap") is None:
+        faults.append("compare.map: umap is not installed here; pip install 'lorafleet[umap]', or choose t-sne")
     for arm in config.compare.arms:
         if kind_of_arm(arm) == "lora":
             try:

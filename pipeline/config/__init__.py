@@ -1,6 +1,6 @@
 """The configuration of a run: one section per concern, a default for every key, and one function that reads it."""
 
-from pipeline.config.compare import ArmName, CompareConfig, ComparisonConfig
+from pipeline.config.compare import ArmName, CompareConfig, ComparisonConfig, MapMethod
 from pipeline.config.loading import (
     absolute,
     load_config,
@@ -39,6 +39,7 @@ __all__ = [
     "EvaluateConfig",
     "GateConfig",
     "GpuShare",
+    "MapMethod",
     "MtebTaskConfig",
     "PublishConfig",
     "RunConfig",

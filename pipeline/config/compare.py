@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
@@ -12,6 +12,9 @@ from pipeline.config.values import NON_REPEATING, Section, like
 
 ARM = r"frozen|full|linear|lora(:query-value|:all-linear)?|last:[1-9][0-9]{0,3}"
 _ARMS_IN_WORDS = "frozen, full, linear, lora, lora:query-value, lora:all-linear, or last:K"
+MapMethod = Literal["t-sne", "umap"]
+"""Method that draws vectors in two dimensions."""
+
 ArmName = Annotated[str, like(ARM, _ARMS_IN_WORDS)]
 """Name of an arm: a way to use or to train the encoder."""
 
@@ -41,6 +44,8 @@ class CompareConfig(Section):
     for LoRA."""
     forgetting: Annotated[tuple[MtebTaskConfig, ...], Strict(False)] = ()
     """Other data sets, on which every arm is measured without learning from them, in the form of ``mteb_tasks``."""
+    map: MapMethod = "t-sne"
+    """Method of the maps in the report. ``umap`` needs ``pip install 'lorafleet[umap]'``."""
 
     @model_validator(mode="after")
     def _has_frozen(self) -> CompareConfig:

@@ -23,6 +23,7 @@ class PlannedTask:
     key: str
     """Hash of everything that the weights and scores depend on."""
     num_train: int
+    num_validation: int
     label_names: tuple[str, ...]
     warm_start: AdapterRef | None
     """Adapter to start from. None: train from scratch."""

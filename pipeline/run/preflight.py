@@ -9,6 +9,7 @@ from pipeline.adapter.description import describe_adapter
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig
 from pipeline.data.catalogue import plan_tasks
+from pipeline.data.dataset import TaskData
 from pipeline.data.families import check_widths
 from pipeline.encoder.files import EncoderFiles, find_encoder
 from pipeline.encoder.loading import empty_model, load_tokenizer
@@ -87,8 +88,11 @@ def _check_task(
     notes = (*data.notes, f"trained from scratch: {start}") if isinstance(start, str) else data.notes
     warm_start = start if isinstance(start, AdapterRef) else None
     if isinstance(data, PairData):
-        return PlannedTask(data.task, data.fingerprint, key, len(data.train), (), warm_start, notes)
-    return PlannedTask(data.task, data.fingerprint, key, len(data.train_texts), data.label_names, warm_start, notes)
+        sizes = len(data.train), len(data.validation)
+    else:
+        sizes = len(data.train_texts), len(data.validation_texts)
+    labels = data.label_names if isinstance(data, TaskData) else ()
+    return PlannedTask(data.task, data.fingerprint, key, *sizes, labels, warm_start, notes)
 
 
 def _find_warm_start(

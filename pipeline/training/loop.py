@@ -16,7 +16,7 @@ from pipeline.adapter.sided import State
 from pipeline.config import TrainConfig
 from pipeline.encoder.encoder import Batch
 from pipeline.encoder.tokeniser import IntArray
-from pipeline.errors import LorafleetError
+from pipeline.errors import DivergedError
 from pipeline.objectives.objective import Objective
 from pipeline.records import EpochRow, Progress
 from pipeline.training.checkpoint import Checkpoint, LoopState
@@ -103,7 +103,7 @@ class Loop(Generic[State]):
     def _score(self, epoch: int) -> float:
         score = self.objective.score(self.adapter)
         if math.isnan(score):
-            raise LorafleetError(
+            raise DivergedError(
                 f"training diverged in epoch {epoch}: {self.objective.selection_metric} is not a number; "
                 "lower train.learning_rate"
             )
@@ -232,4 +232,4 @@ def _cosine(peak: float, step: int, steps: int) -> float:
 
 def _check_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
-        raise LorafleetError(f"training diverged in epoch {epoch}: loss {loss}; lower train.learning_rate")
+        raise DivergedError(f"training diverged in epoch {epoch}: loss {loss}; lower train.learning_rate")

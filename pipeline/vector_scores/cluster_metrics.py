@@ -41,6 +41,30 @@ def v_measure(weights: Floats, *, labels: Ints, clusters: Ints, times_drawn: Int
     return np.where(is_defined, found / max(1, len(used)), np.nan)
 
 
+def purity(weights: Floats, *, labels: Ints, clusters: Ints) -> npt.NDArray[np.float64]:
+    """Share of the items that have the most frequent label of their cluster, in weighted samples.
+
+    Source: Manning, Raghavan & Schütze (2008), Introduction to Information Retrieval, section 16.3.
+
+    Args:
+        weights: How often each sample has each item, float (items, samples).
+        labels: True class of each item, int (items,).
+        clusters: Cluster of each item, int (series, items).
+    Returns: float64 (series, samples), 0..1. nan if a sample has one label only.
+    """
+    _, classes = np.unique(labels, return_inverse=True)
+    found = []
+    for assigned in clusters:
+        _, groups = np.unique(assigned, return_inverse=True)
+        best = np.zeros((groups.max() + 1, weights.shape[1]))
+        for label in range(classes.max() + 1):
+            members = np.flatnonzero(classes == label)
+            rows = sparse.csr_array((np.ones(len(members)), (groups[members], members)), (len(best), len(groups)))
+            best = np.maximum(best, rows @ weights)
+        found.append(best.sum(axis=0) / weights.sum(axis=0))
+    return np.where(_entropy(labels, weights) > 1e-12, np.stack(found), np.nan)
+
+
 def silhouettes(vectors: FloatArray, labels: Ints) -> npt.NDArray[np.float64]:
     """Silhouette of each text among the true labels by cosine distance, -1..1 (Rousseeuw 1987).
 

@@ -55,7 +55,7 @@ class Resampled:
 
     def estimate(self, series: int) -> Estimate:
         """Value of a series and its interval. No interval if all samples are equal, which would look certain."""
-        value, ends = float(self.values[series]), _ends(self.drawn[series])
+        value, ends = float(self.values[series]), interval(self.drawn[series])
         if ends is None or ends[0] == ends[1]:
             return Estimate(value)
         return Estimate(value, *ends)
@@ -64,7 +64,7 @@ class Resampled:
         """Value of a series minus that of another, with the paired percentile interval and its test."""
         gain = float(self.values[series] - self.values[over])
         differences = self.drawn[series] - self.drawn[over]
-        ends = _ends(differences)
+        ends = interval(differences)
         if ends is None:
             return Gain(gain, None, None, 1.0)
         differences = differences[np.isfinite(differences)]
@@ -111,7 +111,7 @@ def resample(statistics: Mapping[str, Statistic], groups: Ints, *, draws: int, s
     return {name: Resampled(found, np.concatenate(drawn[name], axis=1)) for name, found in values.items()}
 
 
-def _ends(drawn: Floats) -> tuple[float, float] | None:
+def interval(drawn: Floats) -> tuple[float, float] | None:
     """Ends of the percentile interval. None without samples that define the number."""
     defined = drawn[np.isfinite(drawn)]
     if not len(defined):

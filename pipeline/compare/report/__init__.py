@@ -1,0 +1,1 @@
+"""The report of a comparison: what it draws, and the page."""
