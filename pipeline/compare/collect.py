@@ -116,7 +116,7 @@ def collect_arms(
     }
     write_atomically(folder.results, json.dumps(summary, indent=1, ensure_ascii=False))
     write_atomically(folder.config, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    write_page(folder.page, summary, data=data, series=series, errors=errors)
+    write_page(folder.page, summary, data=data, series=series, errors=errors, method=config.compare.map)
     return scores
 
 

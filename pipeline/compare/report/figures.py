@@ -13,13 +13,14 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline.compare.report.pair_errors import PairErrors
 from pipeline.compare.statistics import Series
 from pipeline.evaluation.metrics import title_of
 from pipeline.reports.page import ADAPTED, BAD, FAINT, FROZEN, INK, SERIES, STYLE, inline_svg, shorten
 
-_COLOURS = (FROZEN, INK, ADAPTED, BAD, *SERIES)
+_COLOURS = (FROZEN, INK, ADAPTED, *SERIES[1:], BAD)
 _WIDE, _NARROW = (580, 270), (285, 235)  # two and four of them fit the page
 _BINS = 40
 _MOST_LABELS = 5
@@ -58,7 +59,12 @@ def pair_figures(summary: Mapping[str, Any], errors: PairErrors) -> Iterator[Mar
     ):
         yield _figure(partial(_draw_metrics, arms=summary["arms"], colours=colours, metrics=metrics), title)
     for column in errors.data.test.slices:
-        if parts := summary["parts"].get(column):
+        parts = {
+            value: {arm: found["margin"] for arm, found in by_arm.items()}
+            for value, by_arm in summary["parts"].get(column, {}).items()
+            if all("margin" in found for found in by_arm.values())
+        }
+        if parts:
             yield _figure(
                 partial(_draw_margins, column=column, parts=parts, colours=colours),
                 f"margin of the cosines by {column}",
@@ -69,20 +75,21 @@ def pair_figures(summary: Mapping[str, Any], errors: PairErrors) -> Iterator[Mar
         )
 
 
-def arm_figures(series: Sequence[Series], errors: PairErrors | None, labels: npt.NDArray[Any]) -> Iterator[Markup]:
-    """Draw, of each arm, the similarities of labelled pairs and the map of its first seed.
+def similarity_figures(errors: PairErrors) -> Iterator[Markup]:
+    """Draw, of each arm, how similar the labelled pairs are."""
+    for arm in errors.arms:
+        yield _figure(partial(_draw_densities, arm=arm, errors=errors), f"similarities, {arm}", size=_NARROW)
+
+
+def map_figures(series: Sequence[Series], labels: npt.NDArray[Any]) -> Iterator[Markup]:
+    """Draw, of each arm, the map of its first seed.
 
     Args:
         series: Measured arrays.
-        errors: None unless the data are labelled pairs.
-        labels: Label of each item of the maps, (items,). The most frequent five are distinguished.
+        labels: Label of each item of test, (items,). The most frequent five are distinguished.
     """
     first = {one.arm: one for one in reversed(series)}
-    arms = list(dict.fromkeys(one.arm for one in series))
-    if errors is not None:
-        for arm in arms:
-            yield _figure(partial(_draw_densities, arm=arm, errors=errors), f"similarities, {arm}", size=_NARROW)
-    for arm in arms:
+    for arm in dict.fromkeys(one.arm for one in series):
         if "map_items" in first[arm].arrays:
             yield _figure(partial(_draw_map, one=first[arm], labels=labels), f"map, {arm}", size=_NARROW)
 
@@ -93,6 +100,15 @@ def _figure(draw: Callable[[Axes], None], title: str, *, size: tuple[int, int] =
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure.add_subplot())
         return inline_svg(figure, title)
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    """Make the x axis logarithmic, after everything is drawn."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_scores(axes: Axes, *, summary: Mapping[str, Any], colours: ArmColours) -> None:
@@ -117,21 +133,22 @@ def _draw_rates(axes: Axes, *, summary: Mapping[str, Any], colours: ArmColours) 
         lost = [trial["learning_rate"] for trial in trials if trial["score"] is None]
         if lost and alive:
             axes.plot(lost, [min(alive)] * len(lost), "x", color=colours[arm], markersize=6)
-    axes.set_xscale("log")
+    _make_logarithmic(axes)
     axes.set(title="score on validation, by learning rate", xlabel="learning rate")
     axes.grid(axis="y")
     axes.legend(fontsize=8, ncols=2)
 
 
 def _draw_pareto(axes: Axes, *, summary: Mapping[str, Any], colours: ArmColours, cost: str) -> None:
-    """Draw score against cost. Nothing costs less on a logarithmic axis than 1, so ``frozen`` stands there."""
-    metric = summary["main_metric"]
+    """Draw score against cost. On the logarithmic axis, ``frozen`` stands left of all that cost something."""
+    metric, costs = summary["main_metric"], {arm: found[cost] for arm, found in summary["costs"].items()}
+    least = min((spent for spent in costs.values() if spent > 0), default=1.0) / 3
     for arm, of_arm in summary["arms"].items():
-        place = (max(summary["costs"][arm][cost], 1), of_arm[metric]["value"])
+        place = (max(costs[arm], least), of_arm[metric]["value"])
         axes.plot(*place, "o", color=colours[arm], markersize=6)
         axes.annotate(arm, place, xytext=(6, -4), textcoords="offset points", fontsize=9)
-    axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
+    _make_logarithmic(axes)
     axes.set(title=f"{title_of(metric)} on test, by {cost.replace('_', ' ')}", xlabel=cost.replace("_", " "))
 
 
@@ -163,13 +180,9 @@ def _draw_metrics(axes: Axes, *, arms: Mapping[str, Any], colours: ArmColours, m
 
 
 def _draw_margins(axes: Axes, *, column: str, parts: Mapping[str, Any], colours: ArmColours) -> None:
-    """Draw the margin of each part that has one."""
-    parts = {value: by_arm for value, by_arm in parts.items() if any("margin" in found for found in by_arm.values())}
-    values = {arm: [by_arm.get(arm, {}).get("margin") for by_arm in parts.values()] for arm in colours.arms}
-    labels = [
-        f"{shorten(value, 16)} ({next(found['margin']['num_items'] for found in by_arm.values() if 'margin' in found)})"
-        for value, by_arm in parts.items()
-    ]
+    """Draw the margin in each part."""
+    values = {arm: [by_arm[arm] for by_arm in parts.values()] for arm in colours.arms}
+    labels = [f"{shorten(v, 16)} ({by_arm[colours.arms[0]]['num_items']})" for v, by_arm in parts.items()]
     _draw_bars(axes, labels, values, colours)
     axes.set(title=f"margin of the cosines, by {shorten(column, 24)} (pairs)")
 
@@ -203,7 +216,7 @@ def _draw_bars(axes: Axes, groups: Sequence[str], values: Mapping[str, Sequence[
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.margins(y=0.08)
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3 if slanted else -0.12))
+    axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.3 if slanted else -0.12))
 
 
 def _draw_densities(axes: Axes, *, arm: str, errors: PairErrors) -> None:

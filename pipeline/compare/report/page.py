@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.compare.report.figures import arm_figures, overview_figures, pair_figures
+from pipeline.compare.report.figures import map_figures, overview_figures, pair_figures, similarity_figures
 from pipeline.compare.report.pair_errors import PairErrors
 from pipeline.compare.statistics import Series
+from pipeline.config import MapMethod
 from pipeline.data.dataset import TaskData
 from pipeline.evaluation.metrics import title_of
 from pipeline.pairs.data import PairData
@@ -29,6 +30,7 @@ def write_page(
     data: PairData | TaskData,
     series: Sequence[Series],
     errors: PairErrors | None,
+    method: MapMethod,
 ) -> None:
     """Write the page.
 
@@ -38,6 +40,7 @@ def write_page(
         data: The data set.
         series: Measured arrays of the arms.
         errors: Errors on labelled pairs. None for other data.
+        method: Method of the maps.
     """
     wrong = [] if errors is None else errors.pairs()
     page = render_page(
@@ -46,11 +49,13 @@ def write_page(
         answer=answer(summary),
         overview=list(overview_figures(summary)),
         of_pairs=[] if errors is None else list(pair_figures(summary, errors)),
-        of_arms=list(arm_figures(series, errors, _labels(data))),
+        similarities=[] if errors is None else list(similarity_figures(errors)),
+        maps=list(map_figures(series, _labels(data))),
         test_sets=_test_sets(summary),
         metrics=list(dict.fromkeys(metric for of_arm in summary["arms"].values() for metric in of_arm)),
         wrong=wrong[:_MOST_WRONG],
         num_wrong=len(wrong),
+        method=method,
         is_optimistic=errors is not None and errors.is_optimistic,
         cut=lambda text: shorten(text, _MOST_LETTERS),
         title_of=title_of,
