@@ -20,6 +20,7 @@ from flows.commands.export import export
 from flows.commands.prune import prune
 from flows.commands.publish import publish
 from flows.commands.rollback import rollback
+from flows.commands.search import search
 from flows.commands.show import show
 from flows.commands.train import train
 from flows.commands.up import up
@@ -37,7 +38,22 @@ def lorafleet() -> None:
     """Train, evaluate, publish and apply a fleet of LoRA adapters on one frozen encoder: classifiers and embedders."""
 
 
-for _command in (train, compare, classify, embed, publish, verify, rollback, export, show, doctor, prune, deploy, up):
+for _command in (
+    train,
+    compare,
+    search,
+    classify,
+    embed,
+    publish,
+    verify,
+    rollback,
+    export,
+    show,
+    doctor,
+    prune,
+    deploy,
+    up,
+):
     lorafleet.add_command(_command)
 
 

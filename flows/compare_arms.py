@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline.compare.files import ArmResult, ComparisonFolder
 from pipeline.compare.plan import ArmSpec, ComparisonPlan
-from pipeline.config import ComparisonConfig, load_config_of, select_tasks
+from pipeline.config import ComparisonConfig, load_config_of, select_task
 from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.printable import counted, printable
 from pipeline.records import Failure
@@ -62,11 +62,8 @@ def compare_arms(
     """
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     try:
-        values = select_tasks(
-            load_config_of(ComparisonConfig, config, overrides=tuple(overrides or ())),
-            mteb_tasks=[mteb_task] if mteb_task else None,
-            publish=True,
-        )
+        whole = load_config_of(ComparisonConfig, config, overrides=tuple(overrides or ()))
+        values = select_task(whole, mteb_task, command="compare")
         store = store_folder(comparisons)
         with interrupted_if_cancelled(), hold_store(store, run_id):
             return _run(values, store, run_id, force=force)

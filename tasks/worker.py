@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ComparisonConfig, RunConfig
+from pipeline.config import ComparisonConfig, RunConfig, SearchedConfig
 from pipeline.records import AdapterRef, DataSummary, EpochRow, LogLine, Progress, TaskResult, ValueRow
 from pipeline.run.plan import JobSpec, Plan
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pipeline.compare.files import ArmResult
     from pipeline.compare.plan import ArmSpec, ComparisonPlan
     from pipeline.run.job import TaskJob
+    from pipeline.search.job import Advanced, TrialsJob
+    from pipeline.search.trials import SearchPlan
 
 
 _MOST_LINES = 200
@@ -40,6 +42,7 @@ class Worker:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._spec: JobSpec
         self._job: TaskJob | None = None
+        self._trials: TrialsJob | None = None
         self._begun = threading.Event()
         self._events: list[EpochRow | Progress | LogLine] = []
         self._lock = threading.Lock()
@@ -82,6 +85,28 @@ class Worker:
         job = ArmJob(spec)
         torch.set_num_threads(job.runtime.threads)
         return job.run(self._report, self._report)
+
+    def check_search(self, config: SearchedConfig, runs: str) -> SearchPlan:
+        """Check the inputs of a search on a worker, and choose the runtime of all workers.
+
+        Raises: InputError, LorafleetError: as ``preflight_search``.
+        """
+        from pipeline.encoder.runtime import choose_runtime
+        from pipeline.search.preflight import preflight_search
+
+        runtime = choose_runtime(config.train, threads=self._threads, use_gpu=self._use_gpu)
+        return preflight_search(config, runtime, runs=runs)
+
+    def advance_trial(self, spec: JobSpec, until: int) -> Advanced:
+        """Train a trial of a search until an epoch."""
+        import torch
+
+        from pipeline.search.job import TrialsJob
+
+        if self._trials is None:
+            self._trials = TrialsJob()
+        torch.set_num_threads(spec.runtime.threads)
+        return self._trials.advance(spec, until, self._report, self._report)
 
     def begin(self, spec: JobSpec) -> None:
         """Assign an MTEB task. Stages wait for this call, because Ray may start calls in any order."""

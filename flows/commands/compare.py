@@ -39,13 +39,12 @@ def compare(
 
     Example: lorafleet compare --config tickets.toml --set compare.seeds=[0]
     """
-    from pipeline.compare.preflight import only_task
-    from pipeline.config import ComparisonConfig, load_config_of, select_tasks
+    from pipeline.config import ComparisonConfig, load_config_of, select_task
     from pipeline.store.lock import hold_store, store_folder
 
     store = store_folder(comparisons)
     config = load_config_of(ComparisonConfig, source, overrides=overrides)
-    only_task(select_tasks(config, mteb_tasks=[mteb_task] if mteb_task else None, publish=True))
+    select_task(config, mteb_task, command="compare")
     with hold_store(store, "being checked"):
         pass  # a locked store is refused before a server opens its database; the flow locks it again
     outcome = _run(source, overrides, mteb_task, store, force=force)

@@ -55,15 +55,6 @@ def preflight_comparison(config: ComparisonConfig, runtime: Runtime, *, run_id: 
     )
 
 
-def only_task(config: ComparisonConfig) -> None:
-    """Raises: ConfigError: the config has several data sets."""
-    if len(config.mteb_tasks) > 1:
-        names = ", ".join(t.name for t in config.mteb_tasks)
-        raise ConfigError(
-            f"compare takes one data set, found {len(config.mteb_tasks)}: {names}; choose with --task NAME"
-        )
-
-
 def _check_validation(config: ComparisonConfig, planned: PlannedTask) -> None:
     """Raises: DataError: learning rates are to be chosen, but no text can be spared to choose them on."""
     if not planned.num_validation and any(len(config.rates(arm)) > 1 for arm in config.compare.arms):

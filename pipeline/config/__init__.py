@@ -7,11 +7,13 @@ from pipeline.config.loading import (
     load_config_of,
     preset_names,
     publish_config,
+    select_task,
     select_tasks,
     validate_config,
     with_absolute_paths,
 )
 from pipeline.config.mteb_task import MtebTaskConfig
+from pipeline.config.search import SearchConfig, SearchedConfig
 from pipeline.config.sections import (
     ALL_COLUMNS,
     AdapterConfig,
@@ -43,6 +45,8 @@ __all__ = [
     "MtebTaskConfig",
     "PublishConfig",
     "RunConfig",
+    "SearchConfig",
+    "SearchedConfig",
     "Section",
     "TrainConfig",
     "absolute",
@@ -51,6 +55,7 @@ __all__ = [
     "load_config_of",
     "preset_names",
     "publish_config",
+    "select_task",
     "select_tasks",
     "validate_config",
     "with_absolute_paths",

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pipeline.config.compare import ComparisonConfig
 from pipeline.config.messages import describe_faults
 from pipeline.config.overrides import apply_overrides
+from pipeline.config.search import SearchedConfig
 from pipeline.config.sections import GateConfig, PublishConfig, RunConfig
 from pipeline.config.values import TARGET, TARGET_IN_WORDS
 from pipeline.documents import check_values, parse_toml, read_text
@@ -21,7 +22,10 @@ from pipeline.errors import ConfigError
 from pipeline.hub_address import is_on_hub
 
 _Config = TypeVar("_Config", bound=RunConfig)
-_OF_OTHER_COMMANDS = tuple(ComparisonConfig.model_fields.keys() - RunConfig.model_fields.keys())
+_OF_OTHER_COMMANDS = (
+    *(ComparisonConfig.model_fields.keys() - RunConfig.model_fields.keys()),
+    *(SearchedConfig.model_fields.keys() - RunConfig.model_fields.keys()),
+)
 
 
 def load_config(source: str, *, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -115,6 +119,24 @@ def select_tasks(config: _Config, *, mteb_tasks: Sequence[str] | None, publish: 
     if not publish:
         values["publish"]["to"] = None
     return type(config).model_validate(values)
+
+
+def select_task(config: _Config, name: str | None, *, command: str) -> _Config:
+    """Return the config with one of its MTEB tasks.
+
+    Args:
+        config: The whole config.
+        name: Name of the task. None: its only one.
+        command: Command that takes a single task, for the message.
+    Raises: ConfigError: the config has no such task, or several.
+    """
+    config = select_tasks(config, mteb_tasks=[name] if name else None, publish=True)
+    if len(config.mteb_tasks) > 1:
+        names = ", ".join(t.name for t in config.mteb_tasks)
+        raise ConfigError(
+            f"{command} takes one data set, found {len(config.mteb_tasks)}: {names}; choose with --task NAME"
+        )
+    return config
 
 
 def publish_config(config: RunConfig, *, to: str, private: bool, overrides: tuple[str, ...]) -> PublishConfig:

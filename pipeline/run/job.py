@@ -155,10 +155,6 @@ class TaskJob:
     def _check_not_attached(self) -> None:
         assert self._training is None, "the frozen encoder must be evaluated before an adapter is attached"
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.inputs.work / "checkpoint.safetensors"
-
     def _trained(
         self, on_epoch: Callable[[EpochRow], None], on_progress: Callable[[Progress], None]
     ) -> AdapterTraining:
@@ -166,7 +162,7 @@ class TaskJob:
             self.family.frozen()
             started = time.perf_counter()
             objective, max_epochs = self.family.objective(), self.spec.mteb_task.max_epochs
-            action = "resuming from the last finished epoch" if self._checkpoint.exists() else "training"
+            action = "resuming from the last finished epoch" if checkpoint_of(self.inputs).exists() else "training"
             examples, most = f"{objective.num_examples} {objective.examples}", counted(max_epochs, "epoch")
             _LOG.info("%s: %s, at most %s", action, examples, most)
             self._training = train_adapter(
@@ -176,13 +172,18 @@ class TaskJob:
                 train_config=self.config.train,
                 max_epochs=max_epochs,
                 warm_start=self.inputs.warm_start(),
-                checkpoint=self._checkpoint,
+                checkpoint=checkpoint_of(self.inputs),
                 on_epoch=on_epoch,
                 on_progress=on_progress,
             )
             epochs = sum(row.seconds for row in self._training.epochs)
             self.inputs.seconds["train"] = max(time.perf_counter() - started, epochs)
         return self._training
+
+
+def checkpoint_of(inputs: JobInputs) -> Path:
+    """File of the training, which any worker with the same key goes on from."""
+    return inputs.work / "checkpoint.safetensors"
 
 
 def work_of(inputs: JobInputs) -> FamilyWork:

@@ -64,11 +64,14 @@ class Loop(Generic[State]):
                 LENGTH_STEP,
             )
 
-    def run(self, on_epoch: Callable[[EpochRow], None], *, start_knows: bool = False) -> None:
+    def run(
+        self, on_epoch: Callable[[EpochRow], None], *, start_knows: bool = False, pause_after: int | None = None
+    ) -> None:
         """Train until the last epoch or until patience ends, then put the best weights in place.
 
         Args:
             on_epoch: Called after every epoch.
+            pause_after: Epoch to stop after, with a checkpoint that a later call goes on from.
             start_knows: Whether the start was trained on the selection, so that it does not compete. A resumed
                 training uses the value that it was started with.
         """
@@ -78,7 +81,7 @@ class Loop(Generic[State]):
             self.state.start_knows = start_knows
             if selects and not start_knows:
                 self.state.start_score = self.state.best_score = self._score(epoch=0)
-        while not self.state.finished:
+        while not self.state.finished and (pause_after is None or len(self.state.epochs) < pause_after):
             epoch = len(self.state.epochs) + 1
             row = self._epoch(epoch)
             score = self._score(epoch) if selects else None

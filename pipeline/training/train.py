@@ -38,6 +38,8 @@ class Training(Generic[State]):
     """Whether this adapter, or one it started from, was trained on a selection. Scores on it are then optimistic."""
     selection_metric: str = "accuracy"
     """Name of the metric that selected the epoch."""
+    is_finished: bool = True
+    """Whether the training has ended. If not, it was paused, and its checkpoint goes on."""
 
 
 AdapterTraining = Training[AnyAdapter]
@@ -53,6 +55,7 @@ def train_adapter(
     max_epochs: int,
     warm_start: TaskFolder | None = None,
     checkpoint: Path | None = None,
+    pause_after: int | None = None,
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> AdapterTraining:
@@ -72,6 +75,7 @@ def train_adapter(
         max_epochs: Upper limit, and length of the learning-rate schedule.
         warm_start: A saved adapter to start from. It overrides the objective's start for the labels that it knows.
         checkpoint: File that is rewritten after every epoch.
+        pause_after: Number of epochs after which to pause, earlier calls included. None: train to the end.
         on_epoch: Called after every epoch.
         on_progress: Called after every few steps.
     Raises:
@@ -100,6 +104,7 @@ def train_adapter(
         max_epochs=max_epochs,
         start_knows=warm_start is not None and describe_adapter(warm_start.adapters[0]).meta.learnt_validation,
         checkpoint=checkpoint,
+        pause_after=pause_after,
         on_epoch=on_epoch,
         on_progress=on_progress,
     )
@@ -115,6 +120,7 @@ def train_state(
     max_epochs: int,
     start_knows: bool = False,
     checkpoint: Path | None = None,
+    pause_after: int | None = None,
     on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Training[State]:
@@ -129,6 +135,7 @@ def train_state(
         max_epochs: Upper limit, and length of the learning-rate schedule.
         start_knows: Whether the start was trained on the selection, so that it does not compete.
         checkpoint: File that is rewritten after every epoch.
+        pause_after: As for ``train_adapter``.
         on_epoch: Called after every epoch.
         on_progress: Called after every few steps.
     Raises: ResumeError, LorafleetError: as ``train_adapter``.
@@ -142,11 +149,11 @@ def train_state(
         return Loop(state, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
     loop = make_loop(objective, checkpoint)
-    loop.run(on_epoch, start_knows=start_knows)
+    loop.run(on_epoch, start_knows=start_knows, pause_after=pause_after)
     state = loop.state
     rows = [row.changed(is_best=row.epoch == state.best_epoch) for row in state.epochs]
     # A refit of zero epochs would return the same start.
-    refit = train_config.refit and objective.has_selection and state.best_epoch > 0
+    refit = train_config.refit and objective.has_selection and state.best_epoch > 0 and state.finished
     if refit:
         loop.adapter.detach()
         path = checkpoint.with_suffix(".refit") if checkpoint else None
@@ -163,6 +170,7 @@ def train_state(
         state.start_score,
         refit or state.start_knows,
         objective.selection_metric,
+        state.finished,
     )
 
 
