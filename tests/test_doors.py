@@ -25,12 +25,13 @@ DOORS = {
     },
     "prefect": {
         *("flows/classify_datasets.py", "flows/compare_arms.py"),
-        *("flows/publish_adapters.py", "flows/train_adapters.py"),
+        *("flows/publish_adapters.py", "flows/search_settings.py", "flows/train_adapters.py"),
         *("flows/deploying.py", "flows/deployment_file.py", "tasks/services/notifying.py"),  # schedules
         *(
             "tasks/bulk.py",
             "tasks/cancelling.py",
             "tasks/compare_stages.py",
+            "tasks/search_stages.py",
             "tasks/log.py",
             "tasks/progress.py",
             "tasks/publish_stage.py",

@@ -96,7 +96,7 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have(plan: SearchPlan, tmp
     for trial in whole[:killed_in]:
         files.write(trial)
     half = whole[killed_in]
-    files.write(half.changed(state="running", scores=half.scores[:1]))
+    files.write(half.changed(state="running", scores=half.scores[:-1]))
     assert search_through(plan, files.known(), until=8) == whole
     (files.root / "trial-00000.json").write_text("{")
     assert files.known() == []
@@ -213,18 +213,19 @@ def test_a_wrong_search_is_refused(tmp_path: Path, change: dict[str, Any], messa
         ({"rank": [], "learning_rate": [1e-3, 1e-3]}, "nothing is searched"),
         ({"layers": ["last:7"]}, "search.layers: "),
         ({"loss": ["cosent"]}, "search.loss: "),
-        ({"layers": ["some"]}, "search.layers: "),
+        ({"layers": ["some"]}, "search.layers"),
         ({"widths": [[8]]}, "search.widths: "),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_the_first_trial(
     encoder_folder: Folders, tmp_path: Path, search: dict[str, Any], message: str
 ) -> None:
-    values = values_of_config(tmp_path, encoder_folder("bert"), **search)
+    path = tmp_path / "c.toml"
+    path.write_text(tomli_w.dumps(values_of_config(tmp_path, encoder_folder("bert"), **search)), encoding="utf-8")
     with pytest.raises(ConfigError) as found:
-        config = SearchedConfig.model_validate(values)
+        config = load_config_of(SearchedConfig, str(path))
         preflight_search(config, exact_runtime(threads=1, use_gpu=False), runs=str(tmp_path / "runs"))
-    assert any(line.startswith(message) for line in str(found.value).splitlines()), found.value
+    assert message in str(found.value)
 
 
 def test_train_and_search_leave_the_sections_of_others_alone(tmp_path: Path) -> None:

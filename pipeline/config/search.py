@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from pipeline.config.sections import AdapterConfig, RunConfig, TrainConfig
+from pipeline.config.sections import AdapterConfig, Layers, RunConfig, TrainConfig
 from pipeline.config.values import NON_REPEATING, Section
 from pipeline.records import Loss
 
@@ -21,7 +21,7 @@ class SearchConfig(Section):
     """Number of trials. The first is the configuration as it is."""
     minutes: float | None = Field(default=None, gt=0, le=525_600)
     """No trial starts after so many minutes. Default: no limit."""
-    learning_rate: tuple[_Rate, _Rate] | None = None
+    learning_rate: Annotated[tuple[_Rate, _Rate], Strict(False)] | None = None
     """Smallest and largest ``train.learning_rate``. Default: a quarter of the configured one, and four times it.
 
     Two equal numbers keep it."""
@@ -29,13 +29,13 @@ class SearchConfig(Section):
     """Values of ``adapter.rank``. ``adapter.alpha`` is scaled with it, so that updates keep their size."""
     target: Annotated[tuple[Literal["attention", "query-value", "all-linear"], ...], _Some, *NON_REPEATING] = ()
     """Values of ``adapter.target``."""
-    layers: Annotated[tuple[str, ...], _Some, *NON_REPEATING] = ()
+    layers: Annotated[tuple[Layers, ...], _Some, *NON_REPEATING] = ()
     """Values of ``adapter.layers``."""
     max_epochs: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], _Some, *NON_REPEATING] = ()
     """Numbers of epochs."""
     loss: Annotated[tuple[Loss, ...], _Some, *NON_REPEATING] = ()
     """Values of the data set's ``loss``."""
-    widths: Annotated[tuple[tuple[int, ...], ...], _Some, Strict(False)] = ()
+    widths: Annotated[tuple[Annotated[tuple[int, ...], Strict(False)], ...], _Some, *NON_REPEATING] = ()
     """Values of ``train.widths``."""
     label_smoothing: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Some, *NON_REPEATING] = ()
     """Values of ``train.label_smoothing``."""

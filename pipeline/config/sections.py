@@ -37,6 +37,10 @@ class EncoderConfig(Section):
         return self
 
 
+Layers = Annotated[str, like(r"all|last:[1-9][0-9]{0,3}", "all, or last:K for the last K layers")]
+"""Layers to adapt."""
+
+
 class AdapterConfig(Section):
     """The low-rank updates (LoRA) of the encoder, and the head on top."""
 
@@ -46,7 +50,7 @@ class AdapterConfig(Section):
     """Scale of the updates: each is multiplied by ``alpha / rank``."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout probability before the head's linear layer, during training."""
-    layers: Annotated[str, like(r"all|last:[1-9][0-9]{0,3}", "all, or last:K for the last K layers")] = "all"
+    layers: Layers = "all"
     """Layers to adapt: ``all``, or ``last:k``. Adapters can share the layers below."""
     target: TargetName | Annotated[tuple[str, ...], Field(min_length=1), *NON_REPEATING] = "attention"
     """Linear layers to adapt: ``attention`` (query, key, value and output projection), or others.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from pipeline.data.dataset import TaskData, load_data
+from pipeline.encoder.encoder import Encoder
 from pipeline.evaluation.classification import Baselines, RowFacts, evaluate_adapter, evaluate_frozen
 from pipeline.objectives.batches import LabelledTokens
 from pipeline.objectives.objective import Classification, Objective
@@ -27,13 +28,26 @@ RELOADED_TEXTS = 32
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class TokenisedSplits:
-    """The splits of labelled texts as tokens."""
+    """The splits of labelled texts as tokens, each tokenised at first use."""
 
-    train: LabelledTokens
-    validation: LabelledTokens
-    test: LabelledTokens
+    def __init__(self, data: TaskData, encoder: Encoder) -> None:
+        self._data, self._encoder = data, encoder
+
+    @cached_property
+    def train(self) -> LabelledTokens:
+        """The training texts."""
+        return LabelledTokens(self._encoder.tokenise(self._data.train_texts), self._data.train_labels)
+
+    @cached_property
+    def validation(self) -> LabelledTokens:
+        """The validation texts."""
+        return LabelledTokens(self._encoder.tokenise(self._data.validation_texts), self._data.validation_labels)
+
+    @cached_property
+    def test(self) -> LabelledTokens:
+        """The test texts."""
+        return LabelledTokens(self._encoder.tokenise(self._data.test_texts), self._data.test_labels)
 
 
 class LabelledTexts:
@@ -56,12 +70,7 @@ class LabelledTexts:
     @cached_property
     def tokens(self) -> TokenisedSplits:
         """The tokens of all splits."""
-        data, encoder = self.data, self._inputs.encoder
-        return TokenisedSplits(
-            LabelledTokens(encoder.tokenise(data.train_texts), data.train_labels),
-            LabelledTokens(encoder.tokenise(data.validation_texts), data.validation_labels),
-            LabelledTokens(encoder.tokenise(data.test_texts), data.test_labels),
-        )
+        return TokenisedSplits(self.data, self._inputs.encoder)
 
     @property
     def selection(self) -> LabelledTokens | None:

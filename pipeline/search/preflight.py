@@ -7,12 +7,12 @@ from typing import Any
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig, SearchedConfig
 from pipeline.data.catalogue import plan_task
-from pipeline.data.families import check_widths
+from pipeline.data.families import check_train_keys, check_widths
 from pipeline.encoder.files import find_encoder
 from pipeline.encoder.loading import empty_model
 from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.pairs.reading import read_task
-from pipeline.records import Runtime
+from pipeline.records import MtebTask, Runtime
 from pipeline.run.preflight import preflight
 from pipeline.search.trials import SearchPlan
 
@@ -37,7 +37,7 @@ def preflight_search(config: SearchedConfig, runtime: Runtime, *, runs: str) -> 
             f"{planned.mteb_task.name}: no validation example can be spared, so no trial can be chosen; "
             "give validation files, or a larger train.validation_fraction"
         )
-    _check_values(config)
+    _check_values(config, planned.mteb_task)
     return SearchPlan(
         config=SearchedConfig.model_validate(
             {name: getattr(config, name) for name in SearchedConfig.model_fields} | {"encoder": plan.config.encoder}
@@ -52,7 +52,7 @@ def preflight_search(config: SearchedConfig, runtime: Runtime, *, runs: str) -> 
     )
 
 
-def _check_values(config: SearchedConfig) -> None:
+def _check_values(config: SearchedConfig, planned: MtebTask) -> None:
     """Raises: ConfigError: the encoder or the data do not allow a value."""
     model: Any = empty_model(find_encoder(config.encoder, offline=config.data.offline), config.encoder)
     faults = []
@@ -60,16 +60,18 @@ def _check_values(config: SearchedConfig) -> None:
         for value in values:
             try:
                 one = config.with_values(config.train.learning_rate, {name: value})
-                _check_value(name, one, model)
+                _check_value(name, one, planned, model)
             except InputError as error:
                 faults.append(f"search.{name}: {error}")
     if faults:
         raise ConfigError(*faults)
 
 
-def _check_value(name: str, config: RunConfig, model: Any) -> None:
+def _check_value(name: str, config: RunConfig, planned: MtebTask, model: Any) -> None:
     if name in ("rank", "target", "layers"):
         projection_paths(model, config.adapter, model_type=model.config.model_type)
+    if name in ("widths", "label_smoothing"):
+        check_train_keys([planned], config.train)
     if name == "widths":
         check_widths(config.train.widths, hidden_size=int(model.config.hidden_size))
     if name in ("loss", "widths"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from pipeline.config import SearchedConfig
@@ -47,8 +47,6 @@ class Study:
         own = config.train.learning_rate
         self._rates = FloatDistribution(min(low, own), max(high, own), log=True)
         self._choices = {name: tuple(map(json.dumps, values)) for name, values in config.choices.items()}
-        self._spaces: dict[str, BaseDistribution] = {_RATE: self._rates}
-        self._spaces |= {name: CategoricalDistribution(values) for name, values in self._choices.items()}
         self._study = optuna.create_study(
             direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         )
@@ -75,12 +73,7 @@ class Study:
                         | {name: json.dumps(own[name]) for name in self._choices}
                     )
                 asked = self._study.ask()
-                rate = float(f"{asked.suggest_float(_RATE, self._rates.low, self._rates.high, log=True):.3g}")
-                rate = min(max(rate, self._rates.low), self._rates.high)
-                values = {
-                    name: json.loads(str(asked.suggest_categorical(name, choices)))
-                    for name, choices in self._choices.items()
-                }
+                rate, values = self._suggest(asked)
                 key = self._key_of(rate, values)
                 if key not in self._keys:
                     self._keys.add(key)
@@ -113,20 +106,20 @@ class Study:
         params = {_RATE: rate} | {name: json.dumps(value) for name, value in trial.values.items()}
         self._keys.add(trial.key)
         self._next = trial.number + 1
-        if trial.state == "running":
-            self._study.enqueue_trial(params)
-            asked = self._study.ask()
-            asked.suggest_float(_RATE, self._rates.low, self._rates.high, log=True)
-            for name, choices in self._choices.items():
-                asked.suggest_categorical(name, choices)
-            self._running[trial.number] = asked
-            return
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                params=params,
-                distributions=self._spaces,
-                intermediate_values=dict(enumerate(trial.scores, start=1)),
-                value=trial.score if trial.state == "finished" else None,
-                state=_STATES[trial.state],
-            )
-        )
+        self._study.enqueue_trial(params)
+        asked = self._study.ask()
+        self._suggest(asked)
+        self._running[trial.number] = asked
+        # Replayed, because the pruner remembers what it was asked.
+        for epoch in range(len(trial.scores) - (trial.state == "finished")):
+            self.should_stop(trial.changed(scores=trial.scores[: epoch + 1]))
+        if trial.state != "running":
+            self.tell(trial)
+
+    def _suggest(self, asked: optuna.Trial) -> tuple[float, dict[str, Any]]:
+        """Learning rate and other values of a trial."""
+        rate = float(f"{asked.suggest_float(_RATE, self._rates.low, self._rates.high, log=True):.3g}")
+        values = {
+            name: json.loads(str(asked.suggest_categorical(name, choices))) for name, choices in self._choices.items()
+        }
+        return min(max(rate, self._rates.low), self._rates.high), values
