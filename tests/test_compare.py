@@ -383,7 +383,7 @@ def test_the_default_rates_follow_the_configured_one() -> None:
     assert config.rates("frozen") == ()
 
 
-@pytest.mark.faults
+@pytest.mark.timeout(600)
 def test_the_command_compares_reuses_and_refuses(encoder_folder: Folders, tmp_path: Path, prefect_api: str) -> None:
     write_labelled_pairs(tmp_path / "train.parquet", 60, seed=1)
     write_labelled_pairs(tmp_path / "test.parquet", 50, seed=2)

@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
-from commands import run
 from sklearn.metrics.cluster import contingency_matrix
+from test_compare import values_of_config, write_labelled_pairs
 
 from pipeline.compare.groupings import pair_groupings, text_map
+from pipeline.compare.preflight import preflight_comparison
 from pipeline.compare.report.page import answer, write_page
 from pipeline.compare.report.pair_errors import PairErrors
 from pipeline.compare.scores import score_arms
 from pipeline.compare.statistics import Series
-from pipeline.config import EvaluateConfig
+from pipeline.config import ComparisonConfig, EvaluateConfig
+from pipeline.encoder.runtime import exact_runtime
+from pipeline.errors import ConfigError
 from pipeline.pairs.data import PairData, PairSplit
 from pipeline.records import MtebTask
 from pipeline.vector_scores import cluster_metrics
@@ -159,15 +161,13 @@ def test_the_page_cuts_and_escapes_texts_of_strangers(data: PairData, tmp_path: 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="UMAP is installed here")
 def test_a_map_by_umap_is_refused_before_training_where_it_is_not_installed(
-    encoder_folder: Any, tmp_path: Path, prefect_api: str
+    encoder_folder: Any, tmp_path: Path
 ) -> None:
-    from test_compare import values_of_config, write_labelled_pairs
-
     write_labelled_pairs(tmp_path / "train.parquet", 60, seed=1)
     write_labelled_pairs(tmp_path / "test.parquet", 50, seed=2)
     values = values_of_config(tmp_path, encoder_folder("bert"), arms=["frozen", "linear"], seeds=[0], map="umap")
-    (tmp_path / "c.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
-    ended = run("compare", "--config", "c.toml", cwd=tmp_path, PREFECT_API_URL=prefect_api)
-    assert ended.code == 2
-    assert "umap is not installed here; pip install 'lorafleet[umap]', or choose t-sne" in ended.err
-    assert not list((tmp_path / "comparisons").glob("*/manifest.json"))
+    config, runtime = ComparisonConfig.model_validate(values), exact_runtime(threads=1, use_gpu=False)
+    with pytest.raises(
+        ConfigError, match=r"umap is not installed here; pip install 'lorafleet\[umap\]', or choose t-sne"
+    ):
+        preflight_comparison(config, runtime, run_id="one", store=str(tmp_path))
