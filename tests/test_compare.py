@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
 import torch
 from builders import load_encoder, save_tiny_encoder, toy_texts
-from commands import run
+from commands import run, write_task
 
 from pipeline.adapter.full_encoder import FullEncoder
 from pipeline.adapter.linear_map import LinearMap, VectorTable
@@ -403,3 +404,52 @@ def test_the_command_compares_reuses_and_refuses(encoder_folder: Folders, tmp_pa
     refused = run("compare", "--config", config, cwd=tmp_path)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "compare takes one data set, found 2: Matches, Others; choose with --task NAME" in refused.err
+
+
+def entry_of(folder: Path, family: str) -> dict[str, Any]:
+    """Files of toy data of a task family, and their entry of ``mteb_tasks``."""
+    if family in ("classification", "separation"):
+        return write_task(folder, "Toys", num_train=90, num_test=60) | {"objective": family}
+    for split, num_pairs, seed in (("train", 60, 1), ("test", 50, 2)):
+        write_labelled_pairs(folder / f"{split}.parquet", num_pairs, seed=seed)
+        pairs = pq.read_table(folder / f"{split}.parquet").drop_columns("kind")
+        if family == "retrieval":
+            pairs = pairs.filter(pc.equal(pairs["label"], 1)).select(["sentence1", "sentence2"])
+            pairs = pairs.rename_columns(["query", "passage"])
+        else:
+            graded = pa.array([3.0 * label + number % 2 for number, label in enumerate(pairs["label"].to_pylist())])
+            pairs = pairs.drop_columns("label").append_column("score", graded)
+        pq.write_table(pairs, folder / f"{split}.parquet")
+    return {"name": "Toys", "train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "metric"),
+    [
+        ("classification", "accuracy"),
+        ("separation", "v_measure"),
+        ("retrieval", "ndcg_at_10"),
+        ("graded", "spearman"),
+    ],
+)
+def test_every_family_is_compared(family: str, metric: str, encoder_folder: Folders, tmp_path: Path) -> None:
+    values = values_of_config(tmp_path, encoder_folder("bert"), arms=["frozen", "full", "lora", "linear"], seeds=[0])
+    other = write_task(tmp_path / "other", "Others", num_train=60, num_test=40)
+    values["compare"]["forgetting"] = [other]
+    values["mteb_tasks"] = [entry_of(tmp_path, family)]
+    config = ComparisonConfig.model_validate(values)
+    plan = preflight_comparison(
+        config, exact_runtime(threads=1, use_gpu=False), run_id="one", store=str(tmp_path / "comparisons")
+    )
+    results = tuple(ArmJob(spec).run(lambda row: None, lambda progress: None) for spec in plan.arms)
+    folder = ComparisonFolder(tmp_path / "comparisons" / "one")
+    collect_arms(plan, results, (), folder=folder)
+    summary = json.loads(folder.results.read_text(encoding="utf-8"))
+    assert summary["main_metric"] == metric
+    assert {arm for arm in summary["arms"] if metric in summary["arms"][arm]} == {"frozen", "full", "lora", "linear"}
+    assert all(0 <= summary["arms"][arm][metric]["value"] <= 1 for arm in summary["arms"] if metric != "spearman")
+    assert all(summary["forgetting"][arm]["Others"]["metric"] == "accuracy" for arm in summary["arms"])
+    assert "NaN" not in folder.results.read_text(encoding="utf-8")
+    assert folder.page.stat().st_size > 10_000
