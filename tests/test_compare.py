@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import tomli_w
 import torch
 from builders import load_encoder, save_tiny_encoder, toy_texts
-from commands import run, write_task
+from commands import Command, run, write_task
 
 from pipeline.adapter.full_encoder import FullEncoder
 from pipeline.adapter.linear_map import LinearMap, VectorTable
@@ -404,6 +405,32 @@ def test_the_command_compares_reuses_and_refuses(encoder_folder: Folders, tmp_pa
     refused = run("compare", "--config", config, cwd=tmp_path)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "compare takes one data set, found 2: Matches, Others; choose with --task NAME" in refused.err
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_comparison_that_was_stopped_goes_on(
+    how: str, encoder_folder: Folders, tmp_path: Path, prefect_api: str
+) -> None:
+    write_labelled_pairs(tmp_path / "train.parquet", 60, seed=1)
+    write_labelled_pairs(tmp_path / "test.parquet", 50, seed=2)
+    values = values_of_config(tmp_path, encoder_folder("bert"), arms=["frozen", "linear", "full"], seeds=[0])
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+    command = Command("compare", "--config", "c.toml", cwd=tmp_path, PREFECT_API_URL=prefect_api)
+    command.wait_until(lambda: bool(list((tmp_path / "comparisons").glob("*/frozen/arm.json"))))
+    if how == "killed":
+        command.kill("flows.cli")
+        assert command.wait().code == -signal.SIGKILL
+    else:
+        command.process.send_signal(signal.SIGINT)
+        ended = command.wait()
+        assert ended.code == 130 and "Traceback" not in ended.err
+        assert command.left(seconds=20) == []
+    ended = run("compare", "--config", "c.toml", "--json", cwd=tmp_path, PREFECT_API_URL=prefect_api)
+    assert ended.code == 0, ended.err
+    assert "frozen: unchanged, taken over" in ended.err
+    assert set(json.loads(ended.out)["arms"]) == {"frozen", "linear", "full"}
 
 
 def entry_of(folder: Path, family: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 Every arm trains rank-8 LoRA on query, key, value and output projection of all-MiniLM-L6-v2 with the same pairs, loss
 (CoSENT; bidirectional InfoNCE for PackageDescriptions), epochs, batch size, learning rate and threads. The arms take
-turns, each in a fresh process. Ratios are computed within a turn, and their medians are reported.
+turns, each in a fresh process. Ratios are computed within a turn, and their medians are reported. With ``--full``,
+every weight of the encoder is trained instead: the arm ``full`` of a comparison against the trainer without PEFT.
 
 ours             ``pipeline.training.train.train_adapter``
 ours_float32     the same without bfloat16
@@ -37,6 +38,7 @@ import numpy as np
 
 RANK, ALPHA, MAX_TOKENS, WEIGHT_DECAY = 8, 16, 128, 0.01
 LEARNING_RATES = {"STSBenchmark": 5e-4, "PackageDescriptions": 1e-3}
+FULL_RATES = {"STSBenchmark": 5e-5, "PackageDescriptions": 5e-5}
 BATCH_SIZES = {"STSBenchmark": 32, "PackageDescriptions": 64}
 TARGETS = r".*attention\.(self\.(query|key|value)|output\.dense)"
 
@@ -76,20 +78,24 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, float]:
 
 def train_ours(data: Any, name: str, options: argparse.Namespace, *, precision: str = "auto") -> Any:
     """The project's own training, as a worker runs it."""
+    from pipeline.adapter.full_encoder import FullEncoder
     from pipeline.config import AdapterConfig, EncoderConfig, TrainConfig
     from pipeline.encoder.encoder import Encoder
     from pipeline.encoder.files import find_encoder
     from pipeline.encoder.runtime import choose_runtime
+    from pipeline.encoder.trainable import TrainableEncoder
     from pipeline.objectives.pairs import PairObjective, tokenise_pairs
-    from pipeline.training.train import train_adapter
+    from pipeline.training.train import train_adapter, train_state
 
+    rate = (FULL_RATES if options.full else LEARNING_RATES)[name]
     config = TrainConfig.model_validate(
-        {"learning_rate": LEARNING_RATES[name], "batch_size": BATCH_SIZES[name], "weight_decay": WEIGHT_DECAY}
+        {"learning_rate": rate, "batch_size": BATCH_SIZES[name], "weight_decay": WEIGHT_DECAY}
         | {"temperature": 0.05, "seed": options.turn, "precision": precision}
     )
     encoder_config = EncoderConfig(max_tokens=MAX_TOKENS)
     runtime = choose_runtime(config, threads=options.threads, use_gpu=options.device == "cuda")
-    encoder = Encoder(find_encoder(encoder_config, offline=True), encoder_config, runtime)
+    files = find_encoder(encoder_config, offline=True)
+    encoder = (TrainableEncoder if options.full else Encoder)(files, encoder_config, runtime)
     _warm_up(options)
     started = time.perf_counter()
     objective = PairObjective(
@@ -99,13 +105,23 @@ def train_ours(data: Any, name: str, options: argparse.Namespace, *, precision: 
         loss=data.task.loss,
         config=config,
     )
-    train_adapter(
-        objective,
-        encoder,
-        adapter_config=AdapterConfig(rank=RANK, alpha=ALPHA),
-        train_config=config,
-        max_epochs=options.epochs,
-    )
+    if isinstance(encoder, TrainableEncoder):
+        train_state(
+            objective,
+            lambda: FullEncoder(encoder, None, seed=config.seed),
+            objective.start,
+            conditions={},
+            train_config=config,
+            max_epochs=options.epochs,
+        )
+    else:
+        train_adapter(
+            objective,
+            encoder,
+            adapter_config=AdapterConfig(rank=RANK, alpha=ALPHA),
+            train_config=config,
+            max_epochs=options.epochs,
+        )
     return time.perf_counter() - started, lambda texts: encoder.embed(encoder.tokenise(texts))
 
 
@@ -139,14 +155,15 @@ def train_with_trainer(
         columns: dict[str, Any] = {"sentence1": data.train.columns[0], "sentence2": data.train.columns[1]}
         if data.train.scores is not None:
             columns["score"] = data.train.scores.tolist()
-        model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.1, target_modules=TARGETS))
+        if not options.full:
+            model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.1, target_modules=TARGETS))
         both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
         loss = CoSENTLoss(model) if "score" in columns else MultipleNegativesRankingLoss(model, **both)
         arguments = Arguments(
             output_dir=folder,
             per_device_train_batch_size=BATCH_SIZES[name],
             num_train_epochs=options.epochs,
-            learning_rate=LEARNING_RATES[name],
+            learning_rate=(FULL_RATES if options.full else LEARNING_RATES)[name],
             weight_decay=WEIGHT_DECAY,
             lr_scheduler_type="cosine",
             seed=options.turn,
@@ -230,6 +247,7 @@ def _in_fresh_process(arm: str, name: str, turn: int, options: argparse.Namespac
     command = [sys.executable, __file__, name, "--child", arm, "--turn", str(turn), "--data", str(options.data)]
     command += ["--epochs", str(options.epochs), "--threads", str(options.threads), "--device", options.device]
     command += ["--rows", str(options.rows)] if options.rows else []
+    command += ["--full"] if options.full else []
     threads = {"OMP_NUM_THREADS": str(options.threads), "RAYON_NUM_THREADS": str(options.threads)}
     environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -254,6 +272,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--full", action="store_true", help="Train every weight instead of LoRA.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
