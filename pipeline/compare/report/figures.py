@@ -226,7 +226,7 @@ def _draw_densities(axes: Axes, *, arm: str, errors: PairErrors) -> None:
         counts, _ = np.histogram(np.clip(found, -1, 1), edges)
         middles = (edges[:-1] + edges[1:]) / 2
         axes.plot(middles, 100 * counts / max(1, len(found)), color=colour, linestyle=style, label=f"label {label}")
-    axes.set(title=arm, xlabel="cosine similarity", xlim=(-1, 1))
+    axes.set(title=arm, xlabel="cosine similarity", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
     axes.legend(fontsize=8, loc="upper left")
 
 
