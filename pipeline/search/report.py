@@ -93,7 +93,7 @@ def write_results(folder: Path, plan: SearchPlan, trials: Sequence[TrialRecord],
             "score": trial.score,
             "epochs": len(trial.scores),
             "learning_rate": trial.learning_rate,
-            **{name: json.dumps(value) for name, value in trial.values.items()},
+            **{name: _text_of(value) for name, value in trial.values.items()},
             "scores": list(trial.scores),
             "seconds": trial.seconds,
             "key": trial.key,
@@ -160,9 +160,14 @@ def _of_trial(trial: TrialRecord, test: TestScore | None) -> dict[str, Any]:
 def sentences(summary: Mapping[str, Any]) -> list[str]:
     """What the search found, in three sentences that do not promise more than validation and test say."""
     winner, default, metric = summary["winner"], summary["default"], title_of(summary["metric"])
-    first = f"Trial {winner['number']} has the best {metric} on validation, {winner['validation_score']:.3f}"
-    if summary["validation_gain"] is not None:
-        first += f", {summary['validation_gain']:+.3f} against the configuration as it was"
+    if winner["number"] == default["number"]:
+        first = (
+            f"No trial is above the configuration as it was in {metric} on validation, {winner['validation_score']:.3f}"
+        )
+    else:
+        first = f"Trial {winner['number']} has the best {metric} on validation, {winner['validation_score']:.3f}"
+        if summary["validation_gain"] is not None:
+            first += f", {summary['validation_gain']:+.3f} against the configuration as it was"
     lines = [
         f"{first}.",
         f"With {summary['num_trials']} trials on {summary['num_validation']} validation examples, chance alone may add "
@@ -170,7 +175,9 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     ]
     if winner["test"] is not None and default["test"] is not None:
         name = title_of(winner["test"]["metric"])
-        lines.append(f"On test, {name} is {_score(winner['test'])}, before it was {_score(default['test'])}.")
+        lines.append(
+            f"On test, {name} is {_score(winner['test'])}, with the configuration as it was {_score(default['test'])}."
+        )
     return lines
 
 
@@ -189,10 +196,10 @@ def _figure(trials: Sequence[TrialRecord], winner: int) -> Markup:
         ]
     }
     for name in trials[0].values:
-        texts = [json.dumps(trial.values[name]) for trial in trials]
+        texts = [_text_of(trial.values[name]) for trial in trials]
         places = {text: float(place) for place, text in enumerate(dict.fromkeys(sorted(texts, key=_number_first)))}
         axes_of[name.replace("_", " ")] = [places[text] for text in texts]
-        ticks[name.replace("_", " ")] = [(place, text.strip('"')) for text, place in places.items()]
+        ticks[name.replace("_", " ")] = [(place, text) for text, place in places.items()]
     shown = [trial.score for trial in trials if trial.score is not None]
     axes_of["score"] = [min(shown) if trial.score is None else trial.score for trial in trials]
     ticks["score"] = [(value, f"{value:.3f}") for value in dict.fromkeys((min(shown), max(shown)))]
@@ -227,6 +234,10 @@ def _draw_parallel(
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.05)
+
+
+def _text_of(value: Any) -> str:
+    return value if isinstance(value, str) else "default" if value is None else json.dumps(value)
 
 
 def _number_first(text: str) -> tuple[int, float, str]:
