@@ -22,7 +22,7 @@ from pipeline.errors import InputError, LorafleetError, first_line
 from pipeline.history.values import main_value, values_of
 from pipeline.printable import counted
 from pipeline.records import TaskResult
-from pipeline.search.report import Outcome, TestScore, winner_of, write_config
+from pipeline.search.report import Outcome, TestScore, default_of, winner_of, write_config
 from pipeline.search.study import Study
 from pipeline.search.trials import SearchPlan, TrialFiles, TrialRecord
 from pipeline.store.files import read_record
@@ -71,11 +71,16 @@ def search_settings(
         whole = load_config_of(SearchedConfig, config, overrides=tuple(overrides or ()))
         values = select_task(whole, mteb_task, command="search")
         store, folder = store_folder(runs), store_folder(searches) / search_id
+        if store.resolve() == folder.parent.resolve():
+            raise InputError(f"runs and searches: expected two folders, found {runs} for both")
         with hold_store(folder.parent, search_id):
             with interrupted_if_cancelled(), hold_store(store, search_id):
                 plan, trials, fault = _try(values, store, folder.parent)
             if not any(trial.state == "finished" for trial in trials):
-                return _failed(SearchOutcome(None, fault or "no trial was finished; give more time or other values"))
+                why = "no trial was finished in the time; raise search.minutes"
+                if any(trial.state == "failed" for trial in trials):
+                    why = "every trial diverged; lower train.learning_rate, or the range of search.learning_rate"
+                return _failed(SearchOutcome(None, fault or why))
             return _evaluate(plan, trials, fault, runs=str(store), folder=folder)
     except RunCancelledError as error:
         return Cancelled(message=str(error))
@@ -89,13 +94,14 @@ def _try(config: SearchedConfig, runs: Path, searches: Path) -> tuple[SearchPlan
     Returns: The plan, the trials, and what failed besides trials that diverged.
     Raises: LorafleetError: a check failed.
     """
-    at_once = 1 if config.compute.workers == "auto" else config.compute.workers
-    with Fleet(config.compute, num_tasks=at_once) as fleet:
+    wanted = 1 if config.compute.workers == "auto" else config.compute.workers
+    with Fleet(config.compute, num_tasks=wanted) as fleet:
         first = fleet.worker()
         plan = with_policy(search_stages.check_search, config.compute)(config, first, runs)
         if isinstance(plan, LorafleetError):
             raise plan
         trials = _Trials(plan, TrialFiles(searches / ".work" / plan.key))
+        at_once = min(wanted, fleet.num_workers)
         trials.run([first, *(fleet.worker() for _ in range(at_once - 1))])
         return plan, trials.done, trials.fault
 
@@ -176,20 +182,23 @@ def _ended(futures: list[PrefectFuture[Any]]) -> list[PrefectFuture[Any]]:
 
 def _evaluate(plan: SearchPlan, trials: list[TrialRecord], fault: str | None, *, runs: str, folder: Path) -> State[Any]:
     """Evaluate the winner and the configuration as it was on test, each in an ordinary run, and write the results."""
-    winner, default = winner_of(trials), trials[0]
+    winner, default = winner_of(trials), default_of(trials)
     folder.mkdir()
-    write_config(folder / "best.toml", plan, winner)
-    write_config(folder / "default.toml", plan, default)
+    own = plan.config
+    write_config(folder / "best.toml", plan.config_of(winner.learning_rate, winner.values))
+    write_config(folder / "default.toml", own.with_values(own.train.learning_rate, {}))
     faults = [fault] if fault else []
     found: dict[str, TestScore] = {}
     for name, trial in (("best.toml", winner), ("default.toml", default)):
-        if trial.key not in found:
+        if trial is not None and trial.state == "finished" and trial.key not in found:
             score = _on_test(folder / name, plan.mteb_task.name, runs)
             if isinstance(score, TestScore):
                 found[trial.key] = score
             else:
                 faults.append(score)
-    outcome = Outcome(winner.metric or "score", found.get(winner.key), found.get(default.key))
+    outcome = Outcome(
+        winner.metric or "score", found.get(winner.key), None if default is None else found.get(default.key)
+    )
     search_stages.write_search(folder, plan, trials, outcome)
     if faults:
         return Failed(message=faults[0], data=SearchOutcome(folder, faults[0]))

@@ -62,10 +62,9 @@ def run_trial(
             trial = trial.changed(state="failed", fault=str(error))
         else:
             trial = trial.changed(**found.model_dump(exclude={"is_finished"}))
-            if found.is_finished:
-                trial = trial.changed(state="finished")
-            elif study.should_stop(trial):
-                trial = trial.changed(state="stopped")
+            is_behind = study.should_stop(trial)
+            if found.is_finished or is_behind:
+                trial = trial.changed(state="finished" if found.is_finished else "stopped")
         until = len(trial.scores) + 1
         files.write(trial)
     study.tell(trial)

@@ -61,8 +61,9 @@ def test_few_pairs_have_clusters_but_no_map(count: int) -> None:
     vectors = unit(np.random.default_rng(0).normal(size=(count, 8)))
     assert set(pair_groupings(vectors, vectors, method="t-sne")) == {"clusters"}
     assert text_map(vectors, method="t-sne") == {}
-    equal = np.repeat(vectors[:1], 30, axis=0)
-    assert set(pair_groupings(equal, equal, method="t-sne")["clusters"][0]) == {0}
+    equal = np.repeat(vectors[:1], 24, axis=0)
+    assert pair_groupings(equal, equal, method="t-sne").keys() == {"clusters"}
+    assert text_map(equal, method="t-sne") == {}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from pipeline.config import RunConfig, SearchedConfig, load_config, load_config_of
 from pipeline.encoder.runtime import exact_runtime
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DivergedError
 from pipeline.run.job import TaskJob
 from pipeline.run.plan import job_spec
 from pipeline.run.preflight import preflight
@@ -68,7 +68,7 @@ def search_through(plan: SearchPlan, known: list[TrialRecord], *, until: int) ->
         trial = waiting.pop() if waiting else ask(study)
         for epoch in range(len(trial.scores), 4):
             trial = trial.changed(scores=(*trial.scores, score_of(trial) - 0.2 / (epoch + 1)), start_score=0.1)
-            if epoch < 3 and study.should_stop(trial):
+            if study.should_stop(trial) and epoch < 3:
                 trial = trial.changed(state="stopped")
                 break
         else:
@@ -102,15 +102,52 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have(plan: SearchPlan, tmp
     assert files.known() == []
 
 
-def test_few_combinations_end_the_search(plan: SearchPlan) -> None:
+def test_every_combination_is_tried_before_the_search_ends(plan: SearchPlan) -> None:
     rate = plan.config.train.learning_rate
-    config = plan.config.changed(search=plan.config.search.changed(learning_rate=(rate, rate)))
+    search = plan.config.search.changed(learning_rate=(rate, rate), layers=("last:1",), target=("query-value",))
+    config = plan.config.changed(search=search)
     study = Study(config, [], lambda rate, values: plan.spec(rate, values).key)
     found = []
     while (trial := study.ask()) is not None:
         study.tell(trial.changed(state="finished", scores=(0.5,)))
-        found.append(trial.values["rank"])
-    assert sorted(found) == [2, 4, 8]
+        found.append((*trial.values.values(),))
+    assert len(found) == len(set(found)) == 3 * 2 * 2
+
+
+def test_the_first_trial_has_every_digit_of_the_config(plan: SearchPlan) -> None:
+    config = plan.config.changed(train=plan.config.train.changed(learning_rate=0.0012345))
+    first = ask(Study(config, [], lambda rate, values: plan.spec(rate, values).key))
+    assert first.learning_rate == 0.0012345
+
+
+def test_a_trial_behind_the_first_one_is_stopped(plan: SearchPlan) -> None:
+    study = Study(plan.config, [], lambda rate, values: plan.spec(rate, values).key)
+    first = ask(study).changed(scores=(0.9, 0.9), state="finished")
+    assert not study.should_stop(first)
+    study.tell(first)
+    assert study.should_stop(ask(study).changed(scores=(0.1,)))
+
+
+def test_a_trial_that_diverged_leaves_the_encoder_to_the_next(
+    plan: SearchPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing: Callable[[Any], None] = lambda event: None  # noqa: E731
+    job, spec, other = TrialsJob(), plan.spec(2e-3, {"rank": 2}), plan.spec(3e-3, {"rank": 4})
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.training.loop.math.isfinite", lambda loss: False)
+        with pytest.raises(DivergedError):
+            job.advance(other, 1, nothing, nothing)
+    assert job.advance(spec, 1, nothing, nothing) == TrialsJob().advance(
+        spec.changed(runs=f"{spec.runs}-other"), 1, nothing, nothing
+    ).changed(seconds=job.advance(spec, 1, nothing, nothing).seconds)
+
+
+def test_a_checkpoint_that_is_ahead_counts_epoch_by_epoch(plan: SearchPlan) -> None:
+    nothing: Callable[[Any], None] = lambda event: None  # noqa: E731
+    spec = plan.spec(2e-3, {"rank": 2})
+    whole = TrialsJob().advance(spec, 4, nothing, nothing)
+    first = TrialsJob().advance(spec, 1, nothing, nothing)
+    assert (first.scores, first.is_finished, whole.is_finished) == (whole.scores[:1], False, True)
 
 
 def test_a_trial_is_the_training_of_a_run_to_the_bit_and_is_taken_over(plan: SearchPlan, tmp_path: Path) -> None:
@@ -171,20 +208,33 @@ def test_a_trial_never_looks_at_test(plan: SearchPlan, monkeypatch: pytest.Monke
 def test_the_expected_optimism_is_that_of_equal_trials() -> None:
     random = np.random.default_rng(0)
     best = random.binomial(500, 0.8, size=(4000, 12)).max(axis=1) / 500
-    assert expected_optimism(0.8, num_trials=12, num_items=500) == pytest.approx(best.mean() - 0.8, rel=0.05)
-    assert expected_optimism(0.8, num_trials=1, num_items=500) == pytest.approx(0, abs=1e-9)
+    assert expected_optimism("accuracy", 0.8, num_trials=12, num_items=500) == pytest.approx(
+        best.mean() - 0.8, rel=0.05
+    )
+    assert expected_optimism("accuracy", 0.8, num_trials=1, num_items=500) == pytest.approx(0, abs=1e-9)
+    assert expected_optimism("v_measure", 0.8, num_trials=12, num_items=500) is None
+    normal = random.normal(size=(4000, 200, 2))
+    normal[..., 1] = 0.5 * normal[..., 0] + np.sqrt(0.75) * normal[..., 1]
+    ranks = normal.argsort(axis=1).argsort(axis=1) - 99.5
+    found = (ranks[..., 0] * ranks[..., 1]).mean(axis=1) / (ranks[..., 0] ** 2).mean(axis=1)
+    expected = np.sort(found.reshape(-1, 10), axis=1)[:, -1].mean() - found.mean()
+    assert expected_optimism("spearman", found.mean(), num_trials=10, num_items=200) == pytest.approx(expected, rel=0.1)
 
 
 def test_results_name_winner_default_and_chance(plan: SearchPlan, tmp_path: Path) -> None:
-    trials = search_through(plan, [], until=6)
+    trials = search_through(plan, [], until=16)
     trials[3] = trials[3].changed(state="failed", scores=(), start_score=None, fault="<b>training diverged</b>")
     write_results(tmp_path, plan, trials, Outcome("accuracy", None, None))
     summary = json.loads((tmp_path / "search.json").read_text())
     assert summary == summarise(plan, trials, Outcome("accuracy", None, None))
     assert summary["states"]["failed"] == 1
     assert len(sentences(summary)) == 2
+    failed = [trials[0].changed(state="failed", scores=(), start_score=None), *trials[1:]]
+    assert "diverged" in sentences(summarise(plan, failed, Outcome("accuracy", None, None)))[0]
+    without = summarise(plan, trials[1:], Outcome("v_measure", None, None))
+    assert without["default"] is None and "not known" in sentences(without)[1]
     rows = pq.read_table(tmp_path / "trials.parquet").to_pylist()
-    assert [row["number"] for row in rows] == list(range(6))
+    assert [row["number"] for row in rows] == list(range(16))
     page = (tmp_path / "search.html").read_text()
     assert "<svg" in page and "<b>" not in page
 
@@ -195,6 +245,7 @@ def test_results_name_winner_default_and_chance(plan: SearchPlan, tmp_path: Path
         ({"search": {"trials": 1}}, "search.trials"),
         ({"search": {"learning_rate": [1e-2, 1e-3]}}, "expected the smaller number first, found 0.01 and 0.001"),
         ({"search": {"ranks": [1]}}, "search.ranks"),
+        ({"search": {"learning_rate": [1e-5, 1e-4]}}, "that holds train.learning_rate = 0.001, found 1e-05 to 0.0001"),
         ({"train": {"early_stopping_split": "test"}}, "would choose a trial on test"),
         ({"train": {"refit": True}}, "refit has no effect"),
         ({"publish": {"to": "somewhere"}}, "search publishes nothing"),
@@ -215,13 +266,18 @@ def test_a_wrong_search_is_refused(tmp_path: Path, change: dict[str, Any], messa
         ({"loss": ["cosent"]}, "search.loss: "),
         ({"layers": ["some"]}, "search.layers"),
         ({"widths": [[8]]}, "search.widths: "),
+        ({"widths": [[0]]}, "search.widths"),
+        ({"rank": [256], "alpha": 1e6}, "search.rank: with rank 256, adapter.alpha would be 3.2e+07"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_the_first_trial(
     encoder_folder: Folders, tmp_path: Path, search: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "c.toml"
-    path.write_text(tomli_w.dumps(values_of_config(tmp_path, encoder_folder("bert"), **search)), encoding="utf-8")
+    alpha = search.get("alpha", 16.0)
+    search = {key: value for key, value in search.items() if key != "alpha"}
+    values = values_of_config(tmp_path, encoder_folder("bert"), **search) | {"adapter": {"alpha": alpha}}
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
     with pytest.raises(ConfigError) as found:
         config = load_config_of(SearchedConfig, str(path))
         preflight_search(config, exact_runtime(threads=1, use_gpu=False), runs=str(tmp_path / "runs"))

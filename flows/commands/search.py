@@ -46,6 +46,8 @@ def search(
     config = load_config_of(SearchedConfig, source, overrides=overrides)
     select_task(config, mteb_task, command="search")
     store = store_folder(searches)
+    if store.resolve() == store_folder(runs).resolve():
+        raise InputError(f"--runs and --searches: expected two folders, found {runs} for both")
     for folder in (store, store_folder(runs)):
         with hold_store(folder, "being checked"):
             pass  # a locked store is refused before a server opens its database; the flow locks it again

@@ -18,7 +18,7 @@ import pipeline
 from pipeline.compare.files import ArmFolder, ArmResult, ComparisonFolder, ComparisonManifest, read_arrays
 from pipeline.compare.plan import ArmSpec, ComparisonPlan, folder_of_arm
 from pipeline.compare.report.page import write_page
-from pipeline.compare.report.pair_errors import PairErrors
+from pipeline.compare.report.pair_errors import PairErrors, WrongPair
 from pipeline.compare.scores import ArmDifference, ArmValue, Scores, main_metric, score_arms
 from pipeline.compare.statistics import Series
 from pipeline.pairs.data import PairData
@@ -89,7 +89,7 @@ def collect_arms(
         "costs": [{"arm": r.arm, **costs(r)} for r in results],
         "forgetting": [{"arm": r.arm, **_row(one)} for r in results for one in r.forgetting],
         "errors": [] if errors is None else [_row(count) for count in errors.counts()],
-        "wrong_pairs": [] if errors is None else [_row(pair) for pair in errors.pairs()],
+        "wrong_pairs": [] if errors is None else [_flat(pair) for pair in errors.pairs()],
     }
     for name, rows in tables.items():
         if rows:
@@ -101,7 +101,9 @@ def collect_arms(
     summary = {
         "task": plan.mteb_task.name,
         "main_metric": main_metric(data),
-        "selected_on": "validation" if config.train.validation_fraction else "last_epoch",
+        "selected_on": config.train.early_stopping_split
+        if any(r.selection_metric is not None for r in results)
+        else "last_epoch",
         "seeds": list(config.compare.seeds),
         "arms": _nested(scores.values, results),
         "differences": _differences(scores.differences, results),
@@ -162,6 +164,14 @@ def costs(result: ArmResult) -> dict[str, Any]:
 
 def _row(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
+
+
+def _flat(pair: WrongPair) -> dict[str, Any]:
+    """A row with a column for each slice and each arm."""
+    row = _row(pair)
+    slices = {f"slice_{column}": value for column, value in row.pop("slices").items()}
+    cosines = {f"similarity_{arm}": value for arm, value in row.pop("similarity").items()}
+    return row | slices | cosines
 
 
 def _interval(value: ArmValue) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.config import MapMethod
 from pipeline.encoder.encoder import FloatArray
 
 NUM_CLUSTERS = 12
-"""Number of clusters of the pairs. The comparison that this one repeats found twelve."""
+"""Number of clusters of the pairs: as many as HDBSCAN found on the dating pairs in the comparison that is repeated."""
 
 _MOST_MAPPED = 500
 _FEWEST_MAPPED = 20
@@ -33,14 +33,14 @@ def pair_groupings(first: FloatArray, second: FloatArray, *, method: MapMethod) 
         ``map_items``: rows of the pairs on the map, at most 500, int64 (mapped,).
         ``map_points``: the middle between a pair's two texts on the map, float32 (mapped, 2).
         ``map_clusters``: cluster on the map by HDBSCAN, -1 for noise, int32 (mapped,).
-        The last three are absent if there are fewer than 20 pairs.
+        The last three are absent if there are fewer than 20 pairs, or if all vectors are equal.
     """
     means = (first + second) / 2
     count = min(NUM_CLUSTERS, len(np.unique(means, axis=0)))
     with threadpool_limits(1):
         clusters = KMeans(count, n_init=10, random_state=_SEED).fit_predict(means)
     found: dict[str, npt.NDArray[Any]] = {"clusters": clusters[np.newaxis].astype(np.int32)}
-    if len(first) >= _FEWEST_MAPPED:
+    if _can_be_mapped(means):
         rows = _mapped_rows(len(first))
         points = _points(np.concatenate([first[rows], second[rows]]), method)
         middles = (points[: len(rows)] + points[len(rows) :]) / 2
@@ -55,12 +55,18 @@ def text_map(vectors: FloatArray, *, method: MapMethod) -> dict[str, npt.NDArray
     Args:
         vectors: Unit vectors, float32 (texts, width).
         method: Method of the map.
-    Returns: ``map_items``, int64 (mapped,), and ``map_points``, float32 (mapped, 2). Empty for fewer than 20 texts.
+    Returns: ``map_items``, int64 (mapped,), and ``map_points``, float32 (mapped, 2).
+        Empty for fewer than 20 texts, or if all are equal.
     """
-    if len(vectors) < _FEWEST_MAPPED:
+    if not _can_be_mapped(vectors):
         return {}
     rows = _mapped_rows(len(vectors))
     return {"map_items": rows, "map_points": _points(vectors[rows], method)}
+
+
+def _can_be_mapped(vectors: npt.NDArray[Any]) -> bool:
+    # t-SNE ends the process at equal vectors.
+    return len(vectors) >= _FEWEST_MAPPED and float(np.ptp(vectors, axis=0).max()) > 1e-6
 
 
 def _mapped_rows(count: int) -> npt.NDArray[np.int64]:

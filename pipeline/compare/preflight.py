@@ -59,9 +59,15 @@ def _check_validation(config: ComparisonConfig, planned: PlannedTask) -> None:
     """Raises: DataError: learning rates are to be chosen, but no text can be spared to choose them on."""
     if not planned.num_validation and any(len(config.rates(arm)) > 1 for arm in config.compare.arms):
         raise DataError(
-            f"{planned.mteb_task.name}: no validation example can be spared, so no learning rate can be chosen; "
-            "give validation files, or each arm a single rate in compare.learning_rates"
+            f"{planned.mteb_task.name}: there are no validation examples, so no learning rate can be chosen; "
+            f"give each arm a single one in compare.learning_rates, or {_where_validation_comes_from(config)}"
         )
+
+
+def _where_validation_comes_from(config: ComparisonConfig) -> str:
+    if config.train.early_stopping_split == "test":
+        return 'leave out train.early_stopping_split = "test", which takes all of train for training'
+    return "validation files or a larger train.validation_fraction"
 
 
 def _check_arms(config: ComparisonConfig) -> None:

@@ -198,7 +198,7 @@ def _without_interval(data: PairData, series: Sequence[Series]) -> Iterator[ArmV
         for metric, value in found.items():
             rows.setdefault((one.arm, metric), []).append(value)
     for (arm, metric), numbers in rows.items():
-        if np.isfinite(numbers).all():
+        if np.isfinite(numbers).all() and len(numbers) == sum(one.arm == arm for one in series):
             yield ArmValue(
                 arm=arm,
                 metric=metric,

@@ -79,11 +79,6 @@ class ComparisonConfig(RunConfig):
         if len({len(of_arm) for of_arm in rates.values()}) > 1:
             counts = ", ".join(f"{arm} {len(of_arm)}" for arm, of_arm in rates.items())
             raise ValueError(f"compare.learning_rates: every arm needs as many learning rates, found {counts}")
-        if self.train.validation_fraction == 0 and any(len(of_arm) > 1 for of_arm in rates.values()):
-            raise ValueError(
-                "train.validation_fraction = 0 leaves nothing to choose a learning rate on; "
-                "give each arm a single one in compare.learning_rates"
-            )
         if (above := max((rate for of_arm in rates.values() for rate in of_arm), default=0.0)) > 1:
             raise ValueError(f"compare.learning_rates: {above:g} is above 1; lower train.learning_rate")
         return self

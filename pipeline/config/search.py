@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from pipeline.config.sections import AdapterConfig, Layers, RunConfig, TrainConfig
+from pipeline.config.sections import AdapterConfig, Layers, RunConfig, TrainConfig, Widths
 from pipeline.config.values import NON_REPEATING, Section
 from pipeline.records import Loss
 
@@ -22,9 +22,9 @@ class SearchConfig(Section):
     minutes: float | None = Field(default=None, gt=0, le=525_600)
     """No trial starts after so many minutes. Default: no limit."""
     learning_rate: Annotated[tuple[_Rate, _Rate], Strict(False)] | None = None
-    """Smallest and largest ``train.learning_rate``. Default: a quarter of the configured one, and four times it.
+    """Smallest and largest ``train.learning_rate``, with the configured one between them.
 
-    Two equal numbers keep it."""
+    Default: a quarter of the configured one, and four times it. If both are the configured one, no other is tried."""
     rank: Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...], _Some, *NON_REPEATING] = (4, 8, 16)
     """Values of ``adapter.rank``. ``adapter.alpha`` is scaled with it, so that updates keep their size."""
     target: Annotated[tuple[Literal["attention", "query-value", "all-linear"], ...], _Some, *NON_REPEATING] = ()
@@ -35,7 +35,7 @@ class SearchConfig(Section):
     """Numbers of epochs."""
     loss: Annotated[tuple[Loss, ...], _Some, *NON_REPEATING] = ()
     """Values of the data set's ``loss``."""
-    widths: Annotated[tuple[Annotated[tuple[int, ...], Strict(False)], ...], _Some, *NON_REPEATING] = ()
+    widths: Annotated[tuple[Widths, ...], _Some, *NON_REPEATING] = ()
     """Values of ``train.widths``."""
     label_smoothing: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Some, *NON_REPEATING] = ()
     """Values of ``train.label_smoothing``."""
@@ -105,6 +105,26 @@ class SearchedConfig(RunConfig):
                 "mteb_tasks": [self.mteb_tasks[0].changed(**of_entry)],
             }
         )
+
+    @model_validator(mode="after")
+    def _alpha_stays_lawful(self) -> SearchedConfig:
+        largest = max((self.adapter.rank, *self.search.rank))
+        if (alpha := self.adapter.alpha / self.adapter.rank * largest) > 1e6:
+            raise ValueError(
+                f"search.rank: with rank {largest}, adapter.alpha would be {alpha:g}; expected at most 1e+06, lower "
+                "adapter.alpha"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_rate_is_tried(self) -> SearchedConfig:
+        (low, high), own = self.rates, self.train.learning_rate
+        if not low <= own <= high:
+            raise ValueError(
+                f"search.learning_rate: expected a range that holds train.learning_rate = {own:g}, "
+                f"found {low:g} to {high:g}; change one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_choose(self) -> SearchedConfig:

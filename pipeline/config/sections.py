@@ -59,6 +59,10 @@ class AdapterConfig(Section):
     module paths."""
 
 
+Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(max_length=16), *NON_REPEATING]
+"""Numbers of leading dimensions."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -88,7 +92,7 @@ class TrainConfig(Section):
     """Weights of the classes in the loss. ``balanced``: inverse to the frequency of the class."""
     temperature: Annotated[float, Field(ge=0.001, le=10)] | Literal["learned"] = 0.05
     """Divisor of the similarities in the losses of pairs and of separation. ``learned``: trained, from 0.05 on."""
-    widths: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(max_length=16), *NON_REPEATING] = ()
+    widths: Widths = ()
     """Numbers of leading dimensions that are trained and measured besides the whole vector (Matryoshka)."""
     distillation: float = Field(default=0.0, ge=0, le=1000)
     """Weight of a term that keeps the similarities of the texts of a batch close to those of the frozen encoder."""

@@ -119,6 +119,10 @@ class EmbeddingWork(FamilyWork):
 class PairWork(EmbeddingWork):
     """Text matching and retrieval."""
 
+    def __init__(self, inputs: JobInputs) -> None:
+        super().__init__(inputs)
+        self._tokens: dict[str, TokenPairs] = {}
+
     @cached_property
     def data(self) -> PairData:
         """The pairs.
@@ -130,19 +134,18 @@ class PairWork(EmbeddingWork):
         self.inputs.check_fingerprint(data.fingerprint)
         return data
 
-    @cached_property
-    def _tokens(self) -> dict[str, TokenPairs]:
-        data, encoder = self.data, self.inputs.encoder
-        splits = {"train": data.train, "validation": data.validation, "test": data.test}
-        return {
-            name: tokenise_pairs(split, encoder, prefixes=data.task.prefixes)
-            for name, split in splits.items()
-            if len(split)
-        }
+    def _tokens_of(self, name: str) -> TokenPairs | None:
+        """Tokens of a split, made at first use. None if it is empty."""
+        data = self.data
+        split = {"train": data.train, "validation": data.validation, "test": data.test}[name]
+        if name not in self._tokens and len(split):
+            self._tokens[name] = tokenise_pairs(split, self.inputs.encoder, prefixes=data.task.prefixes)
+        return self._tokens.get(name)
 
     def load(self) -> DataSummary:
         """Read and tokenise the pairs."""
-        tokens = self._tokens
+        every = {name: self._tokens_of(name) for name in ("train", "validation", "test")}
+        tokens = {name: pairs for name, pairs in every.items() if pairs is not None}
         truncated = {name: _num_truncated(pairs) for name, pairs in tokens.items()}
         lengths = np.concatenate([column.lengths for column in tokens["train"].columns])
         quantiles = np.quantile(lengths, (0.1, 0.5, 0.9), method="inverted_cdf")
@@ -162,9 +165,11 @@ class PairWork(EmbeddingWork):
         split = "test" if self.inputs.config.train.early_stopping_split == "test" else "validation"
         family = self.task.objective
         assert family in ("text-matching", "retrieval"), family
+        train = self._tokens_of("train")
+        assert train is not None, "an empty training set was refused"
         return PairObjective(
-            self._tokens["train"],
-            self._tokens.get(split),
+            train,
+            self._tokens_of(split),
             family=family,
             loss=self.task.loss,
             config=self.inputs.config.train,

@@ -13,6 +13,7 @@ from pipeline.evaluation.vectors import TextVectors
 from pipeline.objectives.objective import Classification, Objective
 from pipeline.records import EpochRow, Progress, Record
 from pipeline.run.classification_work import LabelledTexts
+from pipeline.run.family import FamilyWork
 from pipeline.run.inputs import JobInputs
 from pipeline.run.job import checkpoint_of, work_of
 from pipeline.run.plan import JobSpec
@@ -41,6 +42,7 @@ class TrialsJob:
     def __init__(self) -> None:
         self._encoder: Encoder | None = None
         self._first: JobInputs | None = None
+        self._work: FamilyWork | None = None
 
     def advance(
         self,
@@ -76,21 +78,22 @@ class TrialsJob:
             on_progress=on_progress,
         )
         training.adapter.detach()
-        scores = [
-            row.validation_accuracy if row.validation_score is None else row.validation_score for row in training.epochs
-        ]
+        rows = training.epochs[:until]  # an earlier search or run may have got further
+        scores = [row.validation_accuracy if row.validation_score is None else row.validation_score for row in rows]
         return Advanced(
             scores=tuple(score for score in scores if score is not None),
             start_score=training.start_score,
-            is_finished=training.is_finished,
+            is_finished=training.is_finished and len(training.epochs) <= until,
             metric=training.selection_metric,
-            seconds=sum(row.seconds for row in training.epochs),
+            seconds=sum(row.seconds for row in rows),
         )
 
     def _objective(self, inputs: JobInputs) -> Objective:
         """Objective of a trial. A run makes the same one, after it has measured the frozen encoder on test."""
         if inputs.spec.mteb_task.objective != "classification":
-            return work_of(inputs).objective()
+            if self._work is None or self._work.inputs.spec != inputs.spec:
+                self._work = work_of(inputs)
+            return self._work.objective()
         if self._first is None:
             self._first = inputs
         texts, train = self._texts, inputs.config.train

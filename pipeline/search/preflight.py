@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.adapter.targets import projection_paths
 from pipeline.config import RunConfig, SearchedConfig
+from pipeline.config.messages import describe_faults
 from pipeline.data.catalogue import plan_task
 from pipeline.data.families import check_train_keys, check_widths
 from pipeline.encoder.files import find_encoder
@@ -34,9 +37,10 @@ def preflight_search(config: SearchedConfig, runtime: Runtime, *, runs: str) -> 
     (planned,) = plan.tasks
     if not planned.num_validation:
         raise DataError(
-            f"{planned.mteb_task.name}: no validation example can be spared, so no trial can be chosen; "
+            f"{planned.mteb_task.name}: there are no validation examples, so no trial can be chosen; "
             "give validation files, or a larger train.validation_fraction"
         )
+    check_train_keys([planned.mteb_task], own.train)  # a run of the best settings would refuse it
     _check_values(config, planned.mteb_task)
     return SearchPlan(
         config=SearchedConfig.model_validate(
@@ -63,6 +67,8 @@ def _check_values(config: SearchedConfig, planned: MtebTask) -> None:
                 _check_value(name, one, planned, model)
             except InputError as error:
                 faults.append(f"search.{name}: {error}")
+            except ValidationError as error:
+                faults += [f"search.{name} = {value}: {line}" for line in describe_faults(error.errors(), RunConfig)]
     if faults:
         raise ConfigError(*faults)
 

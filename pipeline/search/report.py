@@ -18,12 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import integrate, special
 
+from pipeline.config import RunConfig
 from pipeline.evaluation.metrics import title_of
+from pipeline.printable import counted
 from pipeline.reports.page import ADAPTED, FAINT, FROZEN, INK, PAGE_WIDTH, STYLE, inline_svg, render_page
 from pipeline.search.trials import SearchPlan, TrialRecord
 from pipeline.store.files import write_atomically
 
 _HEIGHT = 320
+_MEANS = ("accuracy", "ndcg_at_10", "mrr_at_10")
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,32 @@ def winner_of(trials: Sequence[TrialRecord]) -> TrialRecord:
     )
 
 
-def expected_optimism(score: float, *, num_trials: int, num_items: int) -> float:
-    """How much the best of several equally good trials is expected to be above its true score, at most.
+def default_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The trial of the configuration as it is. None if it has not ended."""
+    return next((trial for trial in trials if trial.number == 0), None)
 
-    The largest of ``num_trials`` independent normal variables, in standard errors of a mean of numbers between 0 and 1.
-    Trials see the same items, so they agree more than independent ones, and the truth is smaller.
+
+def expected_optimism(metric: str, score: float, *, num_trials: int, num_items: int) -> float | None:
+    """How far the best of several equally good trials is expected above its true score, by chance.
+
+    The largest of ``num_trials`` independent normal variables, in standard errors of the score. Trials see the same
+    items, so they differ less than independent ones, and what is expected of them is less. The standard error is that
+    of a mean of numbers between 0 and 1, or Spearman's (Bonett & Wright 2000).
 
     Args:
-        score: Validation score of the best trial, 0..1.
-        num_trials: Number of trials that were compared.
+        metric: Name of the validation score.
+        score: Score of the best trial.
+        num_trials: Number of trials that have a score.
         num_items: Number of validation texts, pairs or queries.
+    Returns: None for a metric whose standard error is not known.
     """
-    error = np.sqrt(max(score * (1 - score), 0.0) / max(1, num_items))
-    return float(error * _largest_of(num_trials))
+    if metric == "spearman":
+        error = (1 - score**2) * np.sqrt((1 + score**2 / 2) / max(1, num_items - 3))
+    elif metric in _MEANS:
+        error = np.sqrt(max(score * (1 - score), 0.0) / max(1, num_items))
+    else:
+        return None
+    return float(error * max(0.0, _largest_of(num_trials)))
 
 
 def _largest_of(count: int) -> float:
@@ -120,28 +136,30 @@ def write_results(folder: Path, plan: SearchPlan, trials: Sequence[TrialRecord],
     write_atomically(folder / "search.json", json.dumps(summary, indent=1, ensure_ascii=False))
 
 
-def write_config(path: Path, plan: SearchPlan, trial: TrialRecord) -> None:
-    """Write the config of a run that trains a trial."""
-    config = plan.config_of(trial.learning_rate, trial.values)
-    write_atomically(path, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the config of a run. Defaults are left out: some keys are refused beside another one's value."""
+    values = config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    write_atomically(path, tomli_w.dumps(values))
 
 
 def summarise(plan: SearchPlan, trials: Sequence[TrialRecord], outcome: Outcome) -> dict[str, Any]:
     """Content of ``search.json``."""
-    winner, default = winner_of(trials), trials[0]
+    winner, default = winner_of(trials), default_of(trials)
     compared = [trial for trial in trials if trial.score is not None]
     assert winner.score is not None
-    gain = None if default.score is None else winner.score - default.score
     return {
         "task": plan.mteb_task.name,
         "metric": outcome.metric,
         "num_trials": len(trials),
+        "num_compared": len(compared),
         "states": {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")},
         "num_validation": plan.num_validation,
         "winner": _of_trial(winner, outcome.winner),
-        "default": _of_trial(default, outcome.default),
-        "validation_gain": gain,
-        "expected_optimism": expected_optimism(winner.score, num_trials=len(compared), num_items=plan.num_validation),
+        "default": None if default is None else _of_trial(default, outcome.default),
+        "validation_gain": None if default is None or default.score is None else winner.score - default.score,
+        "expected_optimism": expected_optimism(
+            outcome.metric, winner.score, num_trials=len(compared), num_items=plan.num_validation
+        ),
         "seconds": sum(trial.seconds for trial in trials),
     }
 
@@ -158,26 +176,28 @@ def _of_trial(trial: TrialRecord, test: TestScore | None) -> dict[str, Any]:
 
 
 def sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What the search found, in three sentences that do not promise more than validation and test say."""
+    """What the search found, in up to three sentences: on validation, by chance, and on test."""
     winner, default, metric = summary["winner"], summary["default"], title_of(summary["metric"])
-    if winner["number"] == default["number"]:
-        first = (
-            f"No trial is above the configuration as it was in {metric} on validation, {winner['validation_score']:.3f}"
-        )
+    reached = f"{winner['validation_score']:.3f}"
+    if winner["number"] == 0:
+        lines = [f"No finished trial is above the configuration as it is: its {metric} on validation is {reached}."]
     else:
-        first = f"Trial {winner['number']} has the best {metric} on validation, {winner['validation_score']:.3f}"
-        if summary["validation_gain"] is not None:
-            first += f", {summary['validation_gain']:+.3f} against the configuration as it was"
-    lines = [
-        f"{first}.",
-        f"With {summary['num_trials']} trials on {summary['num_validation']} validation examples, chance alone may add "
-        f"up to {summary['expected_optimism']:.3f}.",
-    ]
-    if winner["test"] is not None and default["test"] is not None:
-        name = title_of(winner["test"]["metric"])
-        lines.append(
-            f"On test, {name} is {_score(winner['test'])}, with the configuration as it was {_score(default['test'])}."
-        )
+        gain = summary["validation_gain"]
+        over = "which diverged" if gain is None else f"{gain:+.3f} against the configuration as it is"
+        over = "" if default is None else f", {over.replace('which', 'where the configuration as it is')}"
+        lines = [f"Of the finished trials, {winner['number']} has the best {metric} on validation, {reached}{over}."]
+    compared = counted(summary["num_compared"], "trial")
+    on = f"{compared} on {summary['num_validation']:,} validation examples"
+    if summary["expected_optimism"] is None:
+        lines.append(f"The best of {on} is above its true score by chance; how far is not known for this metric.")
+    else:
+        most = f"{summary['expected_optimism']:.3f}"
+        lines.append(f"The best of {on} is expected to be above its true score by chance, by {most} at most.")
+    if winner["test"] is not None:
+        line = f"On test, {title_of(winner['test']['metric'])} is {_score(winner['test'])}"
+        if winner["number"] != 0 and default is not None and default["test"] is not None:
+            line += f", and {_score(default['test'])} with the configuration as it is"
+        lines.append(f"{line}.")
     return lines
 
 
@@ -223,6 +243,8 @@ def _draw_parallel(
     for row, trial in enumerate(trials):
         heights = [scaled(name, values[row]) for name, values in axes_of.items()]
         special_one = trial.number in (0, winner)
+        if trial.score is None:
+            heights = heights[:-1]  # it has no score to end at
         colour = ADAPTED if trial.number == winner else INK if trial.number == 0 else FROZEN
         style = "-" if trial.state == "finished" else (0, (3, 2))
         axes.plot(heights, color=colour, linewidth=2.0 if special_one else 0.9, linestyle=style)

@@ -6,6 +6,7 @@ would have. Nothing of Optuna is stored.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -43,9 +44,7 @@ class Study:
             key_of: Key of the training with a learning rate and other values.
         """
         self._config, self._key_of = config, key_of
-        low, high = config.rates
-        own = config.train.learning_rate
-        self._rates = FloatDistribution(min(low, own), max(high, own), log=True)
+        self._rates = FloatDistribution(*config.rates, log=True)
         self._choices = {name: tuple(map(json.dumps, values)) for name, values in config.choices.items()}
         self._study = optuna.create_study(
             direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
@@ -60,37 +59,64 @@ class Study:
     def ask(self) -> TrialRecord | None:
         """Next trial. None if every combination of the values has been tried."""
         with self._lock:
-            number = self._next
             for attempt in range(_ATTEMPTS):
-                self._study.sampler = optuna.samplers.TPESampler(
-                    seed=(self._config.train.seed * 1_000_003 + number * 101 + attempt) % 2**32,
-                    n_startup_trials=max(4, self._config.search.trials // 3),
-                )
-                if number == 0:
-                    own = self._config.own_values
-                    self._study.enqueue_trial(
-                        {_RATE: self._config.train.learning_rate}
-                        | {name: json.dumps(own[name]) for name in self._choices}
-                    )
-                asked = self._study.ask()
-                rate, values = self._suggest(asked)
-                key = self._key_of(rate, values)
-                if key not in self._keys:
-                    self._keys.add(key)
-                    self._running[number] = asked
+                asked = self._draw(attempt)
+                trial = self._record(asked)
+                if trial.key not in self._keys:
+                    self._keys.add(trial.key)
+                    self._running[trial.number] = asked
                     self._next += 1
-                    return TrialRecord(number=number, key=key, learning_rate=rate, values=values)
+                    return trial
                 self._study.tell(asked, state=TrialState.FAIL)
             return None
 
+    def _draw(self, attempt: int) -> optuna.Trial:
+        """The suggestion for the next trial. Later attempts draw at random, the last one what is not tried yet."""
+        seed = (self._config.train.seed * 1_000_003 + self._next * 101 + attempt) % 2**32
+        if attempt < _ATTEMPTS // 5:
+            startup = max(4, self._config.search.trials // 3)
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        else:
+            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        own = self._config.own_values
+        if self._next == 0:
+            self._enqueue(self._config.train.learning_rate, {name: own[name] for name in self._choices})
+        elif attempt == _ATTEMPTS - 1 and self._rates.single():
+            rate = self._config.train.learning_rate
+            for texts in itertools.product(*self._choices.values()):
+                values = {name: json.loads(text) for name, text in zip(self._choices, texts, strict=True)}
+                if self._key_of(rate, values) not in self._keys:
+                    self._enqueue(rate, values)
+                    break
+        return self._study.ask()
+
+    def _enqueue(self, rate: float, values: dict[str, Any]) -> None:
+        params = {_RATE: rate} | {name: json.dumps(value) for name, value in values.items()}
+        self._study.enqueue_trial(params)
+
+    def _record(self, asked: optuna.Trial) -> TrialRecord:
+        """The trial that Optuna suggests. Only the configured learning rate is not rounded."""
+        drawn = asked.suggest_float(_RATE, self._rates.low, self._rates.high, log=True)
+        rate = min(max(float(f"{drawn:.3g}"), self._rates.low), self._rates.high)
+        own = self._config.train.learning_rate
+        values = {
+            name: json.loads(str(asked.suggest_categorical(name, choices))) for name, choices in self._choices.items()
+        }
+        rate = own if drawn == own else rate
+        return TrialRecord(
+            number=self._next, key=self._key_of(rate, values), learning_rate=rate, drawn_rate=drawn, values=values
+        )
+
     def should_stop(self, trial: TrialRecord) -> bool:
-        """Whether other trials were better after as many epochs."""
+        """Whether other trials were better after as many epochs. To be asked after every epoch, also after the last."""
         with self._lock:
             asked = self._running[trial.number]
             known = len(self._study.trials[asked.number].intermediate_values)
+            behind = False
             for epoch, score in list(enumerate(trial.scores, start=1))[known:]:
                 asked.report(score, epoch)
-            return trial.number > 0 and asked.should_prune()
+                behind = asked.should_prune()  # which also remembers the score, for later trials
+            return behind and trial.number > 0
 
     def tell(self, trial: TrialRecord) -> None:
         """End a trial."""
@@ -102,24 +128,12 @@ class Study:
 
     def _add(self, trial: TrialRecord) -> None:
         """Take over a trial of an earlier search. One that was interrupted is running again."""
-        rate = min(max(trial.learning_rate, self._rates.low), self._rates.high)
-        params = {_RATE: rate} | {name: json.dumps(value) for name, value in trial.values.items()}
-        self._keys.add(trial.key)
-        self._next = trial.number + 1
-        self._study.enqueue_trial(params)
+        self._enqueue(trial.drawn_rate, trial.values)
         asked = self._study.ask()
-        self._suggest(asked)
+        self._record(asked)
+        self._keys.add(trial.key)
         self._running[trial.number] = asked
-        # Replayed, because the pruner remembers what it was asked.
-        for epoch in range(len(trial.scores) - (trial.state == "finished")):
-            self.should_stop(trial.changed(scores=trial.scores[: epoch + 1]))
+        self._next = trial.number + 1
+        self.should_stop(trial)
         if trial.state != "running":
             self.tell(trial)
-
-    def _suggest(self, asked: optuna.Trial) -> tuple[float, dict[str, Any]]:
-        """Learning rate and other values of a trial."""
-        rate = float(f"{asked.suggest_float(_RATE, self._rates.low, self._rates.high, log=True):.3g}")
-        values = {
-            name: json.loads(str(asked.suggest_categorical(name, choices))) for name, choices in self._choices.items()
-        }
-        return min(max(rate, self._rates.low), self._rates.high), values

@@ -27,6 +27,8 @@ class TrialRecord(Record):
     key: Key
     """Key of the training, under which ``lorafleet train`` finds it."""
     learning_rate: float
+    drawn_rate: float
+    """The learning rate before it was rounded, from which the next trials are chosen."""
     values: dict[str, Any]
     """Setting -> value, of the settings that have several."""
     scores: tuple[float, ...] = ()

@@ -149,7 +149,7 @@ def train_state(
         return Loop(state, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 
     loop = make_loop(objective, checkpoint)
-    loop.run(on_epoch, start_knows=start_knows, pause_after=pause_after)
+    _run(loop, on_epoch, start_knows=start_knows, pause_after=pause_after)
     state = loop.state
     rows = [row.changed(is_best=row.epoch == state.best_epoch) for row in state.epochs]
     # A refit of zero epochs would return the same start.
@@ -158,7 +158,7 @@ def train_state(
         loop.adapter.detach()
         path = checkpoint.with_suffix(".refit") if checkpoint else None
         loop = make_loop(objective.with_selection(), path, stop_after=state.best_epoch)
-        loop.run(on_epoch)
+        _run(loop, on_epoch)
         rows += [row.changed(epoch=len(state.epochs) + row.epoch, is_best=False) for row in loop.state.epochs]
     loop.adapter.eval()
     return Training(
@@ -172,6 +172,15 @@ def train_state(
         objective.selection_metric,
         state.finished,
     )
+
+
+def _run(loop: Loop[State], on_epoch: Callable[[EpochRow], None], **options: Any) -> None:
+    """Run a loop. If it fails, the encoder is left without the state, so that another training can use it."""
+    try:
+        loop.run(on_epoch, **options)
+    except BaseException:
+        loop.adapter.detach()
+        raise
 
 
 def train_conditions(train_config: TrainConfig, adapter_config: AdapterConfig, encoder: Encoder) -> dict[str, Any]:

@@ -24,6 +24,7 @@ _COLOURS = (FROZEN, INK, ADAPTED, *SERIES[1:], BAD)
 _WIDE, _NARROW = (580, 270), (285, 235)  # two and four of them fit the page
 _BINS = 40
 _MOST_LABELS = 5
+_LABEL_COLOURS = {"label 0": FROZEN, "label 1": ADAPTED}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def map_figures(series: Sequence[Series], labels: npt.NDArray[Any]) -> Iterator[
 
     Args:
         series: Measured arrays.
-        labels: Label of each item of test, (items,). The most frequent five are distinguished.
+        labels: Label of each item of test in words, (items,). The most frequent five are distinguished.
     """
     first = {one.arm: one for one in reversed(series)}
     for arm in dict.fromkeys(one.arm for one in series):
@@ -233,13 +234,16 @@ def _draw_densities(axes: Axes, *, arm: str, errors: PairErrors) -> None:
 def _draw_map(axes: Axes, *, one: Series, labels: npt.NDArray[Any]) -> None:
     """Draw the points of a map. Labels beyond the most frequent five are faint."""
     items, points = one.arrays["map_items"], one.arrays["map_points"]
-    names, counts = np.unique(labels, return_counts=True)
+    names, counts = np.unique(labels.astype(str), return_counts=True)
     frequent = names[np.argsort(-counts, kind="stable")[:_MOST_LABELS]]
-    two = (FROZEN, ADAPTED)
-    colours = dict(zip(frequent if len(names) > 2 else names, SERIES if len(names) > 2 else two, strict=False))
-    for name in names if len(names) <= 2 else [*frequent, None]:
-        chosen = ~np.isin(labels[items], frequent) if name is None else labels[items] == name
-        axes.plot(*points[chosen].T, "o", color=colours.get(name, FAINT), markersize=2.2, label=name)
+    colours = _LABEL_COLOURS if set(names) <= _LABEL_COLOURS.keys() else dict(zip(frequent, SERIES, strict=False))
+    rest = ~np.isin(labels[items].astype(str), list(colours))
+    axes.plot(*points[rest].T, "o", color=FAINT, markersize=2.2)
+    for name in colours:
+        chosen = labels[items].astype(str) == name
+        if chosen.any():
+            axes.plot(*points[chosen].T, "o", color=colours[name], markersize=2.2, label=shorten(name, 18))
+    axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))
     axes.set(title=one.arm)
     axes.set_xticks([])
     axes.set_yticks([])

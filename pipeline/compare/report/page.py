@@ -68,9 +68,9 @@ def answer(summary: Mapping[str, Any]) -> list[str]:
     """Answer the reader's question in three sentences: which arm wins, what LoRA keeps, and what each costs."""
     metric, arms, costs = summary["main_metric"], summary["arms"], summary["costs"]
     best = max(arms, key=lambda arm: arms[arm][metric]["value"])
+    first = f"{best} has the best {title_of(metric)} on test, {_interval(arms[best][metric])}"
     lines = [
-        f"{best} has the best {title_of(metric)} on test, {_interval(arms[best][metric])}; "
-        f"the frozen encoder has {_interval(arms['frozen'][metric])}."
+        f"{first}; the frozen encoder has {_interval(arms['frozen'][metric])}." if "frozen" in arms else f"{first}."
     ]
     lora = next((arm for arm in arms if arm.startswith(("lora", "last:"))), None)
     if lora is None or "full" not in arms:
@@ -108,10 +108,12 @@ def _signed(number: float | None) -> str:
 
 
 def _labels(data: PairData | TaskData) -> npt.NDArray[Any]:
-    """Label of each test pair or text, by which a map is coloured."""
+    """Label of each test pair or text, in words, by which a map is coloured."""
     if isinstance(data, TaskData):
-        return np.asarray(data.test_labels)
-    return np.zeros(len(data.test)) if data.test.scores is None else (data.test.scores == 1).astype(np.int64)
+        return np.array(data.label_names, dtype=object)[data.test_labels]
+    if data.test.scores is None:
+        return np.full(len(data.test), "pair", dtype=object)
+    return np.where(data.test.scores == 1, "label 1", "label 0").astype(object)
 
 
 def _test_sets(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
