@@ -151,11 +151,11 @@ def test_every_arm_has_its_scores_its_differences_and_its_cost(compared: Compare
     assert costs["full"]["parameters"] > costs["lora:query-value"]["parameters"] == 2 * 2 * 2 * width * 8
     assert costs["full"]["bytes_per_task"] > costs["full"]["parameters"] * 4
     assert {path.stem for path in (compared.folder.root / "metrics").glob("*.parquet")} == {
-        *("values", "differences", "trials", "seeds", "costs")
+        *("values", "differences", "trials", "seeds", "costs", "errors", "wrong_pairs")
     }
     assert compared.folder.manifest.is_file()
     page = compared.folder.page.read_text(encoding="utf-8")
-    assert "Best average precision on test" in page
+    assert "has the best average precision on test" in page
     assert not re.search(r'(src|href)="(?!#)', page)
 
 
@@ -187,7 +187,7 @@ def broken_copy(compared: Compared, arm: str, tmp_path: Path) -> Path:
 
 def check(compared: Compared, arm: str, folder: Path) -> None:
     """Load a saved state and check it."""
-    texts, encoder = compared.data.test.columns[0], load_encoder(compared.plan.config.encoder.name)
+    texts, encoder = measuring.checked_texts(compared.data), load_encoder(compared.plan.config.encoder.name)
     measuring.check_state(compared.spec(arm), folder, texts, encoder.embed(encoder.tokenise(texts)))
 
 

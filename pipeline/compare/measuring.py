@@ -78,7 +78,7 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
         data = read_task(spec.mteb_task, config=job.config.train, offline=spec.config.data.offline)
         if data.fingerprint != job.fingerprint:
             raise DataError(f"{spec.mteb_task.name}: the data have changed since they were checked; start it again")
-        texts = _checked_texts(data)
+        texts = checked_texts(data)
         without = _frozen_vectors(spec, texts) if without is None else without
         state = check_state(spec, folder.seed(seed), texts, without)
         write_arrays(folder.measured(seed), _arrays(state, data, spec.config.compare.map))
@@ -100,7 +100,7 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
     return facts.model_dump(mode="json")
 
 
-def _checked_texts(data: TaskData | PairData) -> list[str]:
+def checked_texts(data: TaskData | PairData) -> list[str]:
     """Texts whose outputs are compared: the first ones of test, which all seeds share."""
     return (data.test_texts if isinstance(data, TaskData) else data.test.columns[0])[:RELOADED_TEXTS]
 
