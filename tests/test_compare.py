@@ -187,8 +187,8 @@ def broken_copy(compared: Compared, arm: str, tmp_path: Path) -> Path:
 
 def check(compared: Compared, arm: str, folder: Path) -> None:
     """Load a saved state and check it."""
-    texts, encoder = measuring.checked_texts(compared.data), load_encoder(compared.plan.config.encoder.name)
-    measuring.check_state(compared.spec(arm), folder, texts, encoder.embed(encoder.tokenise(texts)))
+    spec, texts = compared.spec(arm), measuring.checked_texts(compared.data)
+    measuring.check_state(spec, folder, texts, measuring.frozen_vectors(spec, texts))
 
 
 def zero(path: Path) -> None:

@@ -79,7 +79,7 @@ def _measured(request: dict[str, Any]) -> dict[str, Any]:
         if data.fingerprint != job.fingerprint:
             raise DataError(f"{spec.mteb_task.name}: the data have changed since they were checked; start it again")
         texts = checked_texts(data)
-        without = _frozen_vectors(spec, texts) if without is None else without
+        without = frozen_vectors(spec, texts) if without is None else without
         state = check_state(spec, folder.seed(seed), texts, without)
         write_arrays(folder.measured(seed), _arrays(state, data, spec.config.compare.map))
         speeds.append(_speed(state, data))
@@ -105,7 +105,8 @@ def checked_texts(data: TaskData | PairData) -> list[str]:
     return (data.test_texts if isinstance(data, TaskData) else data.test.columns[0])[:RELOADED_TEXTS]
 
 
-def _frozen_vectors(spec: ArmSpec, texts: Sequence[str]) -> FloatArray:
+def frozen_vectors(spec: ArmSpec, texts: Sequence[str]) -> FloatArray:
+    """Vectors of texts from the encoder as it is, float32 (texts, width)."""
     files = find_encoder(spec.config.encoder, offline=spec.config.data.offline)
     frozen = Encoder(files, spec.config.encoder, spec.runtime)
     return frozen.embed(frozen.tokenise(texts))
