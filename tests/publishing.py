@@ -28,7 +28,7 @@ from builders import load_encoder, of_adapter
 from hub_server import CUT, HubServer, go_online, serve_hub
 
 import pipeline.hub_client
-import pipeline.inference.reload
+import pipeline.inference.fresh_process
 from pipeline.adapter.files import load_adapter, save_adapter
 from pipeline.config import GateConfig, PublishConfig
 from pipeline.errors import InputError, LorafleetError, VerificationError
@@ -150,7 +150,7 @@ def hub_of_our_own(home: Path, *, large: bool = False, token: str = "hf_test") -
         waits: list[float] = []
         _go_to(hub.endpoint, token, home, waits, monkeypatch)
         monkeypatch.setattr(
-            pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
+            pipeline.inference.fresh_process, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
         )
         yield Place(hub, home, waits)
 
@@ -171,7 +171,9 @@ def _publish_here(endpoint: str, token: str, home: str, run: str, answer: str, c
     """Publish in a child process."""
     monkeypatch = pytest.MonkeyPatch()
     _go_to(endpoint, token, Path(home), [], monkeypatch)
-    monkeypatch.setattr(pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(
+        pipeline.inference.fresh_process, "subprocess", SimpleNamespace(run=_run_forked, PIPE=subprocess.PIPE)
+    )
     try:
         published = publish(Path(run), PublishConfig.model_validate_json(config).model_copy(update={"to": TO}))
         said = {"revision": published.revision, "promoted": [adapter.name for adapter in published.verified]}

@@ -280,7 +280,6 @@ def test_a_killed_training_resumes_to_the_same_bits(planned: Planned, tmp_path: 
         found = train_state(
             objective,
             make,
-            objective.start,
             conditions={},
             train_config=train,
             max_epochs=3,

@@ -16,7 +16,7 @@ import pytest
 from builders import few_shot_of, finished_run, give_effect, load_encoder, task_result
 from publishing import _run_warm
 
-import pipeline.inference.reload
+import pipeline.inference.fresh_process
 from flows.cli import main
 from pipeline.adapter.adapter import Adapter
 from pipeline.adapter.files import save_adapter
@@ -57,7 +57,7 @@ def _warm() -> Iterator[None]:
     """A fresh process of a server that has everything imported: 0.2 s, not 4."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
-            pipeline.inference.reload, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
+            pipeline.inference.fresh_process, "subprocess", SimpleNamespace(run=_run_warm, PIPE=subprocess.PIPE)
         )
         yield
 

@@ -208,7 +208,6 @@ class ArmJob:
         return train_state(
             objective,
             make,
-            objective.start,
             conditions=train_conditions(train, config.adapter, encoder) | {"arm": self.spec.arm},
             train_config=train,
             max_epochs=epochs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 
@@ -18,8 +17,6 @@ from pipeline.run.inputs import JobInputs
 from pipeline.run.job import checkpoint_of, work_of
 from pipeline.run.plan import JobSpec
 from pipeline.training.train import train_adapter
-
-_LOG = logging.getLogger(__name__)
 
 
 class Advanced(Record):

@@ -88,8 +88,7 @@ def train_adapter(
             return SidedAdapter(encoder, adapter_config, seed=train_config.seed)
         return Adapter(encoder, adapter_config, objective.label_names, seed=train_config.seed)
 
-    def start(adapter: AnyAdapter) -> None:
-        objective.start(adapter)
+    def begin(adapter: AnyAdapter) -> None:
         if warm_start is not None:
             starting = adapter.sides.values() if isinstance(adapter, SidedAdapter) else (adapter,)
             for one, folder in zip(starting, warm_start.adapters, strict=True):
@@ -98,7 +97,7 @@ def train_adapter(
     return train_state(
         objective,
         attach,
-        start,
+        begin=begin,
         conditions=train_conditions(train_config, adapter_config, encoder),
         train_config=train_config,
         max_epochs=max_epochs,
@@ -113,8 +112,8 @@ def train_adapter(
 def train_state(
     objective: Objective,
     make: Callable[[], State],
-    start: Callable[[State], None],
     *,
+    begin: Callable[[State], None] | None = None,
     conditions: dict[str, Any],
     train_config: TrainConfig,
     max_epochs: int,
@@ -129,7 +128,7 @@ def train_state(
     Args:
         objective: Examples, loss and selection score.
         make: Makes the state with its initial weights. Called again for a refit, once the first state is detached.
-        start: Replaces initial weights.
+        begin: Replaces weights after the objective's start. None: nothing more.
         conditions: Settings of the state that must be unchanged in a resumed training.
         train_config: Hyperparameters of the loop.
         max_epochs: Upper limit, and length of the learning-rate schedule.
@@ -144,7 +143,9 @@ def train_state(
 
     def make_loop(objective: Objective, path: Path | None, *, stop_after: int | None = None) -> Loop[State]:
         state = make()
-        start(state)
+        objective.start(state)
+        if begin is not None:
+            begin(state)
         file = Checkpoint(path, conditions) if path else None
         return Loop(state, objective, train_config, max_epochs, file, on_progress, stop_after=stop_after)
 

@@ -109,7 +109,6 @@ def train_ours(data: Any, name: str, options: argparse.Namespace, *, precision: 
         train_state(
             objective,
             lambda: FullEncoder(encoder, None, seed=config.seed),
-            objective.start,
             conditions={},
             train_config=config,
             max_epochs=options.epochs,
